@@ -1,0 +1,100 @@
+# Two commands do everything: make demo, make test. The rest: make help.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Pinned, so that the environment is the same everywhere. Another one: make test TORCH=torch
+TORCH ?= torch==2.13.0
+REPORT ?= report
+DEMO_ARGS ?= --data digits
+TEST_ARGS ?=
+BENCH_ARGS ?=
+SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,fake_quantize fake_quantize_affine choose_qparams \
+                    quantize dequantize qat_linear errors))
+SANITIZE_ARGS ?= -k "not compile"
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' qatfast/__init__.py)
+CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# What an extra of pyproject.toml needs before a target can run: its packages, then the kernels.
+ready = $(VENV)/.extra-$(1) $(VENV)/.built
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:  # the recipes share one environment
+.PHONY: help demo test bench lint format sanitize clean FORCE
+
+help:  ## list the targets
+	@awk -F ':.*## *' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON, VENV, TORCH, REPORT, DEMO_ARGS, TEST_ARGS, BENCH_ARGS (PYTHON counts when $(VENV) is made)"
+
+demo: $(call ready,study)  ## train FP32, PTQ and QAT on handwritten digits; write report/index.html
+	$(PY) -m qatfast.cli compare --out $(REPORT) $(DEMO_ARGS)
+	@echo "The report: $(abspath $(REPORT))/index.html"
+
+test: $(call ready,test)  ## run the whole suite (TEST_ARGS="-x -k linear")
+	$(PY) -m pytest $(TEST_ARGS)
+
+bench: $(call ready,bench)  ## measure against other implementations
+	$(PY) -m pytest benchmarks $(BENCH_ARGS)
+
+lint: $(call ready,lint)  ## check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+	$(PY) -m mypy
+
+format: $(call ready,lint)  ## put all files into the project's style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+sanitize: $(call ready,test) sanitize-address sanitize-undefined  ## run the operator tests under ASan and UBSan
+
+clean:  ## remove what make and the build made, the environment too
+	rm -rf $(VENV) build dist *.egg-info qatfast/*.so qatfast/_build.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# These files are rewritten only when their text changes, and what depends on them is then made again.
+remember = @mkdir -p $(VENV); echo '$(1)' | cmp -s - $@ || echo '$(1)' > $@
+given = $(if $(filter environment command,$(origin $(1))),$(1)=$($(1)))
+$(VENV)/.asked: FORCE
+	$(call remember,$(TORCH))
+$(VENV)/.version: FORCE
+	$(call remember,$(VERSION))
+$(VENV)/.switches: FORCE
+	$(call remember,$(foreach v,CXX FORCE_CUDA QATFAST_NO_EXT QATFAST_DEBUG QATFAST_SANITIZE,$(call given,$(v))))
+
+# This stamp names the installed torch, and so keeps the other packages from replacing it.
+$(VENV)/.torch: $(VENV)/.asked
+	@$(PIP) --version > /dev/null 2>&1 || { echo "==> creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> installing $(TORCH) into $(VENV)"
+	@$(PIP) install --upgrade '$(TORCH)' 'setuptools>=77' ninja
+	@$(PY) -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $@.new && mv $@.new $@
+
+# pip builds in a folder that it throws away, so it installs without kernels, and .built compiles what has changed.
+$(VENV)/.extra-%: pyproject.toml $(VENV)/.version $(VENV)/.torch
+	@echo "==> installing qatfast[$*] into $(VENV)"
+	@rm -f $(VENV)/.built
+	@QATFAST_NO_EXT=1 FORCE_CUDA= $(PIP) install --quiet --no-build-isolation -c $(VENV)/.torch -e '.[$*]'
+	@touch $@
+
+# find names the folders too: their time changes when a file is removed.
+$(VENV)/.built: setup.py $(VENV)/.torch $(VENV)/.switches $(shell find csrc)
+	@echo "==> building the kernels"
+	@rm -f $@
+	@$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# A copy of the tree a sanitizer: the normal build stays as it is, and unchanged files (cp -p) are not compiled again.
+sanitize-%: FORCE
+	@echo "==> $* sanitizer"
+	@mkdir -p build/$@ && cd build/$@ && rm -rf csrc qatfast tests
+	@cp -pr setup.py pyproject.toml README.md LICENSE csrc qatfast tests build/$@/
+	@cd build/$@ && QATFAST_SANITIZE=$* $(abspath $(PY)) setup.py --quiet build_ext --inplace
+	@cd build/$@ && $(PRELOAD) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(abspath $(PY)) -m pytest -p no:cacheprovider $(SANITIZE_ARGS) $(SANITIZE_TESTS)
+# Python itself is not built with ASan, so its runtime has to be there first (and libstdc++, whose throw it wraps).
+lib = $$($(CXX) -print-file-name=$(1))
+sanitize-address: PRELOAD = LD_PRELOAD="$(call lib,libasan.so) $(call lib,libstdc++.so)" PYTHONMALLOC=malloc

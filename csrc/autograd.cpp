@@ -1,0 +1,257 @@
+// One autograd Function for each differentiable operator. They call operators, never kernels, so that fake tensors,
+// torch.compile and the profiler see everything, and so that gradients have gradients.
+#include "layout.h"
+#include "ops.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/matmul.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+namespace qatfast::autograd {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+namespace {
+
+bool wants_gradient(const Tensor& x) {
+  return at::GradMode::is_enabled() && x.requires_grad();
+}
+
+// The range comes from the data itself: the gradient passes as it is, and nothing is kept.
+struct FakeQuantizeNode : Function<FakeQuantizeNode> {
+  static Variable forward(
+      AutogradContext* ctx, const Variable& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
+    ctx->set_materialize_grads(false);
+    at::AutoDispatchBelowADInplaceOrView below;
+    return op::fake_quantize(input, num_bits, symmetric, granularity);
+  }
+
+  static variable_list backward(AutogradContext*, variable_list grads) {
+    return {grads[0], Variable(), Variable(), Variable()};
+  }
+};
+
+// Linear in grad, so that its gradient is the same operator.
+struct FakeQuantizeAffineBackwardNode : Function<FakeQuantizeAffineBackwardNode> {
+  static Variable forward(
+      AutogradContext* ctx, const Variable& grad, const Variable& mask, c10::SymIntArrayRef stride) {
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({mask});
+    ctx->saved_data["stride"] = stride;
+    at::AutoDispatchBelowADInplaceOrView below;
+    return op::fake_quantize_affine_backward(grad, mask, stride);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(3);
+    if (grads[0].defined()) {
+      const auto stride = ctx->saved_data["stride"].toSymIntVector();
+      result[0] = op::fake_quantize_affine_backward(grads[0], ctx->get_saved_variables()[0], stride);
+    }
+    return result;
+  }
+};
+
+struct FakeQuantizeAffineNode : Function<FakeQuantizeAffineNode> {
+  static Variable forward(
+      AutogradContext* ctx,
+      const Variable& input,
+      const Variable& scale,
+      const Variable& zero_point,
+      int64_t quant_min,
+      int64_t quant_max,
+      at::IntArrayRef granularity) {
+    ctx->set_materialize_grads(false);
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto [output, mask] =
+        op::fake_quantize_affine_forward(input, scale, zero_point, quant_min, quant_max, granularity);
+    ctx->save_for_backward({mask});
+    const bool by_rows = Granularity{static_cast<Granularity::Kind>(granularity[0])}.by_rows();
+    const auto in_mask_order = by_rows ? at::empty_like(input, at::MemoryFormat::Contiguous) : output;
+    ctx->saved_data["stride"] = in_mask_order.sym_strides();
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(6);
+    if (grads[0].defined()) {
+      const auto stride = ctx->saved_data["stride"].toSymIntVector();
+      result[0] = op::fake_quantize_affine_backward(grads[0], ctx->get_saved_variables()[0], stride);
+    }
+    return result;
+  }
+};
+
+// (..., features) as (rows, features).
+Tensor as_rows(const Tensor& x) {
+  return x.dim() == 2 ? x : x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2);
+}
+
+Tensor fake_quantize_by_spec(const Tensor& x, const std::vector<int64_t>& spec) {
+  return spec.empty() ? x : op::fake_quantize(x, spec[0], spec[1] != 0, at::IntArrayRef(spec).slice(2));
+}
+
+// dx = dy @ w_hat, dw = dy.T @ x_hat, db = dy.sum(0). Kept: the input and the weight themselves, as nn.Linear does, and
+// w_hat, since making it again costs a fifth of a small layer's step. Where gradients need gradients, w_hat is made
+// again from the weight, so that they reach it.
+struct QATLinearNode : Function<QATLinearNode> {
+  static Variable forward(
+      AutogradContext* ctx,
+      const Variable& input,
+      const Variable& weight,
+      const std::optional<Variable>& bias,
+      at::IntArrayRef input_spec,
+      at::IntArrayRef weight_spec,
+      at::IntArrayRef bias_spec,
+      at::IntArrayRef output_spec,
+      std::optional<at::ScalarType> dtype) {
+    ctx->set_materialize_grads(false);
+    const bool keep_weight = input.requires_grad();
+    const bool keep_input = weight.requires_grad();
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto [output, weight_hat] =
+        op::qat_linear_forward(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
+    ctx->save_for_backward(
+        {keep_input ? input : Variable(), keep_weight ? weight : Variable(), keep_weight ? weight_hat : Variable()});
+    ctx->saved_data["input_spec"] = input_spec;
+    ctx->saved_data["weight_spec"] = weight_spec;
+    ctx->saved_data["input_dtype"] = input.scalar_type();
+    ctx->saved_data["weight_dtype"] = weight.scalar_type();
+    ctx->saved_data["bias_dtype"] = bias ? bias->scalar_type() : input.scalar_type();
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(8);
+    const auto& dy = grads[0];
+    if (!dy.defined()) {
+      return result;
+    }
+    const auto saved = ctx->get_saved_variables();
+    const auto& input = saved[0];
+    const auto& weight = saved[1];
+    if (ctx->needs_input_grad(0)) {
+      const auto spec = ctx->saved_data["weight_spec"].toIntVector();
+      const bool remake = spec.empty() || at::GradMode::is_enabled();
+      const auto w_hat = remake ? fake_quantize_by_spec(weight, spec).to(dy.scalar_type()) : saved[2];
+      result[0] = at::matmul(dy, w_hat).to(ctx->saved_data["input_dtype"].toScalarType());
+    }
+    if (ctx->needs_input_grad(1)) {
+      const auto x_hat = fake_quantize_by_spec(input, ctx->saved_data["input_spec"].toIntVector());
+      const auto dw = at::matmul(as_rows(dy).t(), as_rows(x_hat).to(dy.scalar_type()));
+      result[1] = dw.to(ctx->saved_data["weight_dtype"].toScalarType());
+    }
+    if (ctx->needs_input_grad(2)) {
+      result[2] = as_rows(dy).sum(0).to(ctx->saved_data["bias_dtype"].toScalarType());
+    }
+    return result;
+  }
+};
+
+} // namespace
+
+Tensor fake_quantize(const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
+  if (wants_gradient(input)) {
+    return FakeQuantizeNode::apply(input, num_bits, symmetric, granularity);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op::fake_quantize(input, num_bits, symmetric, granularity);
+}
+
+Tensor fake_quantize_affine(
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    int64_t quant_min,
+    int64_t quant_max,
+    at::IntArrayRef granularity) {
+  if (wants_gradient(input)) {
+    return FakeQuantizeAffineNode::apply(
+        input, scale.detach(), zero_point, quant_min, quant_max, granularity);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op::fake_quantize_affine(input, scale, zero_point, quant_min, quant_max, granularity);
+}
+
+Tensor fake_quantize_affine_backward(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef stride) {
+  if (wants_gradient(grad)) {
+    return FakeQuantizeAffineBackwardNode::apply(grad, mask, stride);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op::fake_quantize_affine_backward(grad, mask, stride);
+}
+
+// Scales, zero points and integers never require grad.
+
+std::tuple<Tensor, Tensor> choose_qparams(
+    const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op::choose_qparams(input, num_bits, symmetric, granularity);
+}
+
+Tensor quantize(
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    int64_t quant_min,
+    int64_t quant_max,
+    at::IntArrayRef granularity) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op::quantize(input, scale, zero_point, quant_min, quant_max, granularity);
+}
+
+Tensor dequantize(
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    at::IntArrayRef granularity,
+    at::ScalarType dtype) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op::dequantize(input, scale, zero_point, granularity, dtype);
+}
+
+Tensor qat_linear(
+    const Tensor& input,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    at::IntArrayRef input_spec,
+    at::IntArrayRef weight_spec,
+    at::IntArrayRef bias_spec,
+    at::IntArrayRef output_spec,
+    std::optional<at::ScalarType> dtype) {
+  if (wants_gradient(input) || wants_gradient(weight) || (bias && wants_gradient(*bias))) {
+    return QATLinearNode::apply(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op::qat_linear(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
+}
+
+// The quantizers see the tensors as they are; what they give is cast for the product. An input that stays in float is
+// cast here, so that backward keeps it in the smaller type. Autocast leaves float64 alone.
+Tensor qat_linear_under_autocast(
+    const Tensor& input,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    at::IntArrayRef input_spec,
+    at::IntArrayRef weight_spec,
+    at::IntArrayRef bias_spec,
+    at::IntArrayRef output_spec,
+    std::optional<at::ScalarType> dtype) {
+  const auto device = input.device().type();
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto is_castable = [](const Tensor& x) { return x.is_floating_point() && x.scalar_type() != at::kDouble; };
+  if (!is_castable(input) || !is_castable(weight) || (bias && !is_castable(*bias))) {
+    return op::qat_linear(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
+  }
+  const auto product = at::autocast::get_autocast_dtype(device);
+  const auto x = input_spec.empty() ? at::autocast::cached_cast(product, input, device) : input;
+  return op::qat_linear(x, weight, bias, input_spec, weight_spec, bias_spec, output_spec, product);
+}
+
+} // namespace qatfast::autograd

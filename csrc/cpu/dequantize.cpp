@@ -1,0 +1,20 @@
+#include "launch.h"
+
+namespace qatfast::cpu {
+
+void dequantize(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout) {
+  with_float_type(to.scalar_type(), [&](auto float_type) {
+    with_integer_type(from.scalar_type(), [&](auto integer_type) {
+      using T = decltype(float_type);
+      using Q = decltype(integer_type);
+      const auto* q = from.const_data_ptr<Q>();
+      auto* y = to.mutable_data_ptr<T>();
+      const auto loop = chosen().loops<T>().template integer<Q>().dequantize;
+      map_with_grids(layout, grids_of<compute_t<T>>(qparams), [&](int64_t offset, int64_t n, const auto& of_run) {
+        loop(q + offset, y + offset, n, of_run);
+      });
+    });
+  });
+}
+
+} // namespace qatfast::cpu

@@ -1,0 +1,143 @@
+// What the CPU launchers share: the dtype switch, runs of equal grids, and parallel loops over memory.
+#pragma once
+
+#include "../kernels.h"
+#include "loops.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+
+namespace qatfast::cpu {
+
+constexpr int64_t grain = 32768; // elements that are worth a thread, as in ATen
+
+// f(T{}) with the C++ type of a floating dtype; the op has checked that it is one.
+template <class F>
+void with_float_type(at::ScalarType dtype, F f) {
+  switch (dtype) {
+    case at::kFloat:
+      return f(float{});
+    case at::kDouble:
+      return f(double{});
+    case at::kHalf:
+      return f(c10::Half{});
+    default:
+      return f(c10::BFloat16{});
+  }
+}
+
+// f(Q{}) with the C++ type of an 8 or 16-bit integer dtype.
+template <class F>
+void with_integer_type(at::ScalarType dtype, F f) {
+  switch (dtype) {
+    case at::kChar:
+      return f(int8_t{});
+    case at::kByte:
+      return f(uint8_t{});
+    case at::kShort:
+      return f(int16_t{});
+    default:
+      return f(uint16_t{});
+  }
+}
+
+// f(offset, n, first block, each) for the pieces of memory [begin, end) in which one grid holds for all elements, or
+// (each, where blocks alternate element by element) consecutive blocks' grids hold for consecutive elements.
+template <class F>
+void for_each_run(const Layout& layout, int64_t begin, int64_t end, F f) {
+  const bool each = layout.inner == 1 && layout.blocks > 1;
+  const int64_t length = each ? layout.blocks : layout.inner;
+  int64_t block = each ? 0 : begin / layout.inner % layout.blocks;
+  int64_t skipped = begin % length;
+  while (begin < end) {
+    const int64_t n = std::min(end - begin, length - skipped);
+    f(begin, n, each ? skipped : block, each);
+    begin += n;
+    skipped = 0;
+    if (!each && ++block == layout.blocks) {
+      block = 0;
+    }
+  }
+}
+
+// f(begin, end) over [0, n) in parallel; pieces start at multiples of 64 elements, a whole number of mask bytes.
+template <class F>
+void parallel_over_memory(int64_t n, F f) {
+  constexpr int64_t unit = 64;
+  at::parallel_for(0, (n + unit - 1) / unit, grain / unit, [&](int64_t begin, int64_t end) {
+    f(begin * unit, std::min(end * unit, n));
+  });
+}
+
+template <class C>
+Grids<C> grids_of(const QParams& qparams) {
+  return {
+      qparams.scale.const_data_ptr<C>(),
+      qparams.zero_point.const_data_ptr<int32_t>(),
+      static_cast<C>(qparams.quant_min),
+      static_cast<C>(qparams.quant_max),
+      false};
+}
+
+// loop(offset, n, grids) over all of a tensor with given grids.
+template <class C, class F>
+void map_with_grids(const Layout& layout, const Grids<C>& grids, F loop) {
+  parallel_over_memory(layout.numel(), [&](int64_t begin, int64_t end) {
+    for_each_run(layout, begin, end, [&](int64_t offset, int64_t n, int64_t block, bool each) {
+      loop(offset, n, grids.from(block, each));
+    });
+  });
+}
+
+// Scale and zero point of every block from the range of its values.
+template <class T>
+void choose_qparams_of_blocks(
+    const T* x, const Layout& layout, const QuantSpec& spec, compute_t<T>* scale, int32_t* zero_point) {
+  using C = compute_t<T>;
+  const auto& loops = chosen().loops<T>();
+  const auto min = spec.quant_min(), max = spec.quant_max();
+  const auto choose = [&](int64_t block, C lo, C hi) {
+    scale[block] = choose_scale(lo, hi, min, max, spec.symmetric);
+    zero_point[block] = choose_zero_point(lo, scale[block], min, max, spec.symmetric);
+  };
+  const auto n = layout.numel();
+  if (layout.outer == 1 && layout.blocks >= at::get_num_threads()) { // each block is one run: nothing to combine
+    const auto blocks_a_task = std::max<int64_t>(1, grain / std::max<int64_t>(1, layout.inner));
+    at::parallel_for(0, layout.blocks, blocks_a_task, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        C lo = 0, hi = 0;
+        loops.range(x + block * layout.inner, layout.inner, &lo, &hi, false);
+        choose(block, lo, hi);
+      }
+    });
+    return;
+  }
+  // a range of every block for every task, each over its own stretch of memory
+  const int64_t tasks = std::clamp<int64_t>(n / grain, 1, at::get_num_threads());
+  c10::SmallVector<C, 64> lo(tasks * layout.blocks, C(0)), hi(tasks * layout.blocks, C(0));
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      C* const task_lo = lo.data() + task * layout.blocks;
+      C* const task_hi = hi.data() + task * layout.blocks;
+      if (n == 0) {
+        continue;
+      }
+      for_each_run(layout, n * task / tasks, n * (task + 1) / tasks,
+          [&](int64_t offset, int64_t count, int64_t block, bool each) {
+            loops.range(x + offset, count, task_lo + block, task_hi + block, each);
+          });
+    }
+  });
+  for (int64_t block = 0; block < layout.blocks; ++block) {
+    for (int64_t task = 1; task < tasks; ++task) {
+      lo[block] = widen_lo(lo[block], lo[task * layout.blocks + block]);
+      hi[block] = widen_hi(hi[block], hi[task * layout.blocks + block]);
+    }
+    choose(block, lo[block], hi[block]);
+  }
+}
+
+} // namespace qatfast::cpu

@@ -1,0 +1,97 @@
+// The loops that each instruction set offers, as tables of serial functions; chosen once, at run time.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace qatfast::cpu {
+
+// float16 and bfloat16 compute in float.
+template <class T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// The grids of n elements: one for all (scale[0]), or each its own (scale[i]).
+template <class C>
+struct Grids {
+  const C* scale;
+  const int32_t* zero_point;
+  C quant_min;
+  C quant_max;
+  bool each;
+
+  Grids from(int64_t block, bool each_its_own) const {
+    return {scale + block, zero_point + block, quant_min, quant_max, each_its_own};
+  }
+};
+
+// To and from one 8 or 16-bit integer type Q.
+template <class T, class Q>
+struct IntegerLoops {
+  using C = compute_t<T>;
+  void (*quantize)(const T* x, Q* q, int64_t n, const Grids<C>& grids);
+  void (*dequantize)(const Q* q, T* y, int64_t n, const Grids<C>& grids);
+};
+
+template <class T>
+struct FloatLoops {
+  using C = compute_t<T>;
+  // Widens the range in lo[0], hi[0] by n values, or (each) lo[i], hi[i] by one value each.
+  void (*range)(const T* x, int64_t n, C* lo, C* hi, bool each);
+  void (*fake_quantize)(const T* x, T* y, int64_t n, const Grids<C>& grids);
+  // Also sets inside[i] to nonzero where the gradient passes.
+  void (*fake_quantize_inside)(const T* x, T* y, uint8_t* inside, int64_t n, const Grids<C>& grids);
+};
+
+template <class T>
+struct Loops : FloatLoops<T>,
+               IntegerLoops<T, int8_t>,
+               IntegerLoops<T, uint8_t>,
+               IntegerLoops<T, int16_t>,
+               IntegerLoops<T, uint16_t> {
+  template <class Q>
+  const IntegerLoops<T, Q>& integer() const {
+    return *this;
+  }
+};
+
+// grad where the mask's bit is set, zero elsewhere, by size of an element; n starts at a whole byte of the mask.
+template <class U>
+using MaskLoop = void (*)(const U* grad, const uint8_t* mask, U* to, int64_t n);
+
+struct InstructionSet {
+  const char* name;
+  Loops<float> f32;
+  Loops<double> f64;
+  Loops<c10::Half> f16;
+  Loops<c10::BFloat16> bf16;
+  MaskLoop<uint16_t> mask16;
+  MaskLoop<uint32_t> mask32;
+  MaskLoop<uint64_t> mask64;
+
+  template <class T>
+  const Loops<T>& loops() const {
+    if constexpr (std::is_same_v<T, float>) {
+      return f32;
+    } else if constexpr (std::is_same_v<T, double>) {
+      return f64;
+    } else if constexpr (std::is_same_v<T, c10::Half>) {
+      return f16;
+    } else {
+      return bf16;
+    }
+  }
+};
+
+extern const InstructionSet baseline;
+#ifdef __x86_64__
+extern const InstructionSet avx2;
+extern const InstructionSet avx512;
+#endif
+
+// The best one that torch's own CPU capability allows (ATEN_CPU_CAPABILITY=default|avx2|avx512 forces one).
+const InstructionSet& chosen();
+
+} // namespace qatfast::cpu

@@ -1,0 +1,297 @@
+// The loops themselves: included once by each loops_<instruction set>.cpp, which sets QATFAST_NAME, the vector size
+// QATFAST_VECTOR_BYTES and the compiler's target before. Internal linkage throughout: code for one instruction set
+// must never be linked into another's. Ends of runs go through padded buffers, so that there is no scalar twin.
+
+#include "../quant_math.h"
+
+#include <cstring>
+
+#define QATFAST_INLINE static inline __attribute__((always_inline))
+#define QATFAST_MEMBER inline __attribute__((always_inline))
+
+namespace qatfast::cpu {
+namespace {
+
+template <class E, int N>
+struct VecOf {
+  typedef E type __attribute__((vector_size(sizeof(E) * N)));
+};
+template <class E, int N>
+using Vec = typename VecOf<E, N>::type;
+
+template <class C>
+constexpr int lanes = QATFAST_VECTOR_BYTES / sizeof(C);
+template <class C>
+using V = Vec<C, lanes<C>>;
+
+template <class To>
+QATFAST_INLINE To bits_as(const void* from) {
+  To to;
+  std::memcpy(&to, from, sizeof(To));
+  return to;
+}
+
+// A vector of elements of T at p, as C.
+template <class T, class C>
+QATFAST_INLINE V<C> load(const void* p) {
+  constexpr int N = lanes<C>;
+  if constexpr (std::is_same_v<T, C>) {
+    return bits_as<V<C>>(p);
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const auto wide = __builtin_convertvector((bits_as<Vec<uint16_t, N>>(p)), Vec<uint32_t, N>) << 16;
+    return bits_as<V<C>>(&wide);
+  } else if constexpr (std::is_same_v<T, c10::Half>) {
+#if QATFAST_VECTOR_BYTES == 64
+    const auto wide = _mm512_cvtph_ps(bits_as<__m256i>(p));
+    return bits_as<V<C>>(&wide);
+#elif QATFAST_VECTOR_BYTES == 32
+    const auto wide = _mm256_cvtph_ps(bits_as<__m128i>(p));
+    return bits_as<V<C>>(&wide);
+#else
+    V<C> wide;
+    for (int i = 0; i < N; ++i) {
+      wide[i] = static_cast<float>(bits_as<c10::Half>(static_cast<const char*>(p) + 2 * i));
+    }
+    return wide;
+#endif
+  } else { // integers
+    return __builtin_convertvector(__builtin_convertvector((bits_as<Vec<T, N>>(p)), Vec<int32_t, N>), V<C>);
+  }
+}
+
+// Rounds once, half to even, to T; integer types get values that they hold.
+template <class T, class C>
+QATFAST_INLINE void store(void* p, V<C> v) {
+  constexpr int N = lanes<C>;
+  if constexpr (std::is_same_v<T, C>) {
+    std::memcpy(p, &v, sizeof(v));
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const auto bits = bits_as<Vec<uint32_t, N>>(&v);
+    const auto rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const Vec<uint32_t, N> quiet_nan = Vec<uint32_t, N>{} + 0x7FC0;
+    const auto narrow = __builtin_convertvector((v == v ? rounded : quiet_nan), Vec<uint16_t, N>);
+    std::memcpy(p, &narrow, sizeof(narrow));
+  } else if constexpr (std::is_same_v<T, c10::Half>) {
+#if QATFAST_VECTOR_BYTES == 64
+    const auto narrow = _mm512_cvtps_ph(bits_as<__m512>(&v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(p, &narrow, sizeof(narrow));
+#elif QATFAST_VECTOR_BYTES == 32
+    const auto narrow = _mm256_cvtps_ph(bits_as<__m256>(&v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(p, &narrow, sizeof(narrow));
+#else
+    for (int i = 0; i < N; ++i) {
+      const c10::Half narrow(static_cast<float>(v[i]));
+      std::memcpy(static_cast<char*>(p) + 2 * i, &narrow, 2);
+    }
+#endif
+  } else {
+    const auto narrow = __builtin_convertvector(__builtin_convertvector(v, Vec<int32_t, N>), Vec<T, N>);
+    std::memcpy(p, &narrow, sizeof(narrow));
+  }
+}
+
+// The same for the first n lanes; the others are 0.
+template <class T, class C>
+QATFAST_INLINE V<C> load_some(const T* p, int64_t n) {
+  if (n == lanes<C>) {
+    return load<T, C>(p);
+  }
+  unsigned char padded[lanes<C> * sizeof(T)] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load<T, C>(padded);
+}
+
+template <class T, class C>
+QATFAST_INLINE void store_some(T* p, V<C> v, int64_t n) {
+  if (n == lanes<C>) {
+    return store<T, C>(p, v);
+  }
+  unsigned char padded[lanes<C> * sizeof(T)];
+  store<T, C>(padded, v);
+  std::memcpy(p, padded, n * sizeof(T));
+}
+
+// zero_point and grid of a vector of elements from i on: the same for all, or each its own.
+template <class C>
+struct SameGrid {
+  V<C> zero_point;
+  Grid<V<C>> grid;
+
+  explicit SameGrid(const Grids<C>& g)
+      : zero_point(V<C>{} + static_cast<C>(g.zero_point[0])),
+        grid{V<C>{} + g.scale[0], g.quant_min - zero_point, g.quant_max - zero_point} {}
+
+  QATFAST_MEMBER SameGrid at(int64_t, int64_t) const {
+    return *this;
+  }
+};
+
+template <class C>
+struct EachGrid {
+  Grids<C> grids;
+  struct Found {
+    V<C> zero_point;
+    Grid<V<C>> grid;
+  };
+
+  QATFAST_MEMBER Found at(int64_t i, int64_t n) const {
+    const auto zero_point = load_some<int32_t, C>(grids.zero_point + i, n);
+    const auto scale = load_some<C, C>(grids.scale + i, n);
+    return {zero_point, {scale, grids.quant_min - zero_point, grids.quant_max - zero_point}};
+  }
+};
+
+// to[i] = f(from[i], i, lanes in use) over n elements, a vector at a time.
+template <class From, class To, class C, class F>
+QATFAST_INLINE void map(const From* from, To* to, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + lanes<C> <= n; i += lanes<C>) {
+    store<To, C>(to + i, f(load<From, C>(from + i), i, int64_t{lanes<C>}));
+  }
+  if (i < n) {
+    store_some<To, C>(to + i, f(load_some<From, C>(from + i, n - i), i, n - i), n - i);
+  }
+}
+
+template <class C, class F>
+QATFAST_INLINE void with_grid(const Grids<C>& grids, F f) {
+  if (grids.each) {
+    f(EachGrid<C>{grids});
+  } else {
+    f(SameGrid<C>(grids));
+  }
+}
+
+template <class C>
+struct Range {
+  V<C> lo = V<C>{};
+  V<C> hi = V<C>{};
+
+  QATFAST_MEMBER void widen(V<C> x) {
+    x = finite_or_zero(x);
+    lo = widen_lo(lo, x);
+    hi = widen_hi(hi, x);
+  }
+};
+
+template <class T>
+void range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi, bool each) {
+  using C = compute_t<T>;
+  constexpr int N = lanes<C>;
+  if (each) {
+    for (int64_t i = 0; i < n; i += N) {
+      const auto m = n - i < N ? n - i : N;
+      const V<C> v = finite_or_zero(load_some<T, C>(x + i, m));
+      store_some<C, C>(lo + i, widen_lo(load_some<C, C>(lo + i, m), v), m);
+      store_some<C, C>(hi + i, widen_hi(load_some<C, C>(hi + i, m), v), m);
+    }
+    return;
+  }
+  Range<C> a, b, c, d; // four, to hide the latency of min and max
+  int64_t i = 0;
+  for (; i + 4 * N <= n; i += 4 * N) {
+    a.widen(load<T, C>(x + i));
+    b.widen(load<T, C>(x + i + N));
+    c.widen(load<T, C>(x + i + 2 * N));
+    d.widen(load<T, C>(x + i + 3 * N));
+  }
+  for (; i < n; i += N) {
+    a.widen(i + N <= n ? load<T, C>(x + i) : load_some<T, C>(x + i, n - i));
+  }
+  const V<C> least = widen_lo(widen_lo(a.lo, b.lo), widen_lo(c.lo, d.lo));
+  const V<C> most = widen_hi(widen_hi(a.hi, b.hi), widen_hi(c.hi, d.hi));
+  C lowest = *lo, highest = *hi;
+  for (int lane = 0; lane < N; ++lane) {
+    lowest = widen_lo(lowest, static_cast<C>(least[lane]));
+    highest = widen_hi(highest, static_cast<C>(most[lane]));
+  }
+  *lo = lowest;
+  *hi = highest;
+}
+
+template <class T>
+void fake_quantize_loop(const T* x, T* y, int64_t n, const Grids<compute_t<T>>& grids) {
+  using C = compute_t<T>;
+  with_grid(grids, [&](auto at) {
+    map<T, T, C>(x, y, n, [&](V<C> v, int64_t i, int64_t m) { return fake_quantize(v, at.at(i, m).grid); });
+  });
+}
+
+template <class T>
+void fake_quantize_inside_loop(
+    const T* x, T* y, uint8_t* inside, int64_t n, const Grids<compute_t<T>>& grids) {
+  using C = compute_t<T>;
+  with_grid(grids, [&](auto at) {
+    map<T, T, C>(x, y, n, [&](V<C> v, int64_t i, int64_t m) {
+      const auto grid = at.at(i, m).grid;
+      const auto narrow = __builtin_convertvector(passes_gradient(v, grid), Vec<int8_t, lanes<C>>);
+      std::memcpy(inside + i, &narrow, m);
+      return fake_quantize(v, grid);
+    });
+  });
+}
+
+template <class T, class Q>
+void quantize_loop(const T* x, Q* q, int64_t n, const Grids<compute_t<T>>& grids) {
+  using C = compute_t<T>;
+  with_grid(grids, [&](auto at) {
+    map<T, Q, C>(x, q, n, [&](V<C> v, int64_t i, int64_t m) {
+      const auto found = at.at(i, m);
+      return quantize(v, found.zero_point, found.grid);
+    });
+  });
+}
+
+template <class T, class Q>
+void dequantize_loop(const Q* q, T* y, int64_t n, const Grids<compute_t<T>>& grids) {
+  using C = compute_t<T>;
+  with_grid(grids, [&](auto at) {
+    map<Q, T, C>(q, y, n, [&](V<C> v, int64_t i, int64_t m) {
+      const auto found = at.at(i, m);
+      return dequantize(v, found.zero_point, found.grid.scale);
+    });
+  });
+}
+
+template <class U>
+void mask_loop(const U* grad, const uint8_t* mask, U* to, int64_t n) {
+  using Bits = Vec<U, 8>;
+  const Bits bit = {1, 2, 4, 8, 16, 32, 64, 128};
+  for (int64_t i = 0; i < n; i += 8) {
+    const auto size = (n - i < 8 ? n - i : 8) * sizeof(U);
+    Bits value = {};
+    std::memcpy(&value, grad + i, size);
+    const Bits kept = value & static_cast<Bits>(((Bits{} + mask[i / 8]) & bit) != 0);
+    std::memcpy(to + i, &kept, size);
+  }
+}
+
+template <class T, class Q>
+constexpr IntegerLoops<T, Q> integer_loops() {
+  return {quantize_loop<T, Q>, dequantize_loop<T, Q>};
+}
+
+template <class T>
+constexpr Loops<T> all_loops() {
+  return {
+      {range<T>, fake_quantize_loop<T>, fake_quantize_inside_loop<T>},
+      integer_loops<T, int8_t>(),
+      integer_loops<T, uint8_t>(),
+      integer_loops<T, int16_t>(),
+      integer_loops<T, uint16_t>()};
+}
+
+constexpr InstructionSet instruction_set_named(const char* name) {
+  return {
+      name,
+      all_loops<float>(),
+      all_loops<double>(),
+      all_loops<c10::Half>(),
+      all_loops<c10::BFloat16>(),
+      mask_loop<uint16_t>,
+      mask_loop<uint32_t>,
+      mask_loop<uint64_t>};
+}
+
+} // namespace
+} // namespace qatfast::cpu

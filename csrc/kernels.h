@@ -1,0 +1,61 @@
+// The launchers: what each device implements. Arguments are checked, dense and allocated (ops.cpp).
+#pragma once
+
+#include "layout.h"
+#include "quant_math.h"
+
+namespace qatfast {
+
+// How one tensor is quantized by its own range.
+struct QuantSpec {
+  int64_t num_bits;
+  bool symmetric;
+  Granularity granularity;
+
+  int64_t quant_min() const {
+    return quant_min_of(num_bits, symmetric);
+  }
+  int64_t quant_max() const {
+    return quant_max_of(num_bits, symmetric);
+  }
+};
+
+// A given grid: `scale` in the compute dtype and `zero_point` int32 have one element a block and are contiguous.
+struct QParams {
+  at::Tensor scale;
+  at::Tensor zero_point;
+  int64_t quant_min;
+  int64_t quant_max;
+};
+
+// `from` fake-quantized into `to`, which may be the same memory.
+struct FakeQuantizeTask {
+  at::Tensor from;
+  at::Tensor to;
+  QuantSpec spec;
+};
+
+namespace cpu {
+
+void fake_quantize(const FakeQuantizeTask& task);
+
+// `mask` gets one bit an element in memory order, where the gradient passes; undefined: it is not wanted.
+void fake_quantize_affine(
+    const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, const QParams& qparams, Layout layout);
+// `to` is `grad` where the bit is set and zero elsewhere; both lie in the mask's order.
+void fake_quantize_affine_backward(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& to);
+
+void choose_qparams(const at::Tensor& x, const QuantSpec& spec, const at::Tensor& scale, const at::Tensor& zero_point);
+
+void quantize(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout);
+
+void dequantize(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout);
+
+// The weight and the bias of one layer before its product; together, so that a device can share one launch.
+void qat_linear(c10::ArrayRef<FakeQuantizeTask> weight_and_bias);
+
+// "AVX512", "AVX2" or "baseline".
+const char* instruction_set();
+
+} // namespace cpu
+} // namespace qatfast

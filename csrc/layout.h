@@ -1,0 +1,55 @@
+// A tensor as (outer, blocks, inner): which elements share a scale. No arithmetic on values.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace qatfast {
+
+// The pair (kind, argument) of the schemas' int[2] granularity.
+struct Granularity {
+  enum Kind : int64_t { per_tensor, per_channel, per_group, per_token };
+  Kind kind = per_tensor;
+  int64_t argument = 0; // axis of per_channel, group_size of per_group
+
+  // Whether blocks are runs of the last dimension.
+  bool by_rows() const {
+    return kind == per_group || kind == per_token;
+  }
+};
+
+// Element (o, b, i) of memory belongs to block b and lies at (o * blocks + b) * inner + i.
+struct Layout {
+  int64_t outer;
+  int64_t blocks;
+  int64_t inner;
+
+  int64_t numel() const {
+    return outer * blocks * inner;
+  }
+};
+
+inline int64_t blocks_of(const at::Tensor& x, Granularity granularity) {
+  if (granularity.kind == Granularity::per_tensor) {
+    return 1;
+  }
+  if (granularity.kind == Granularity::per_channel) {
+    return x.size(granularity.argument);
+  }
+  const auto rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  return granularity.kind == Granularity::per_token ? rows : rows * (x.size(-1) / granularity.argument);
+}
+
+// `x` is non-overlapping and dense, and contiguous where blocks are rows.
+inline Layout layout_of(const at::Tensor& x, Granularity granularity) {
+  const auto blocks = blocks_of(x, granularity);
+  if (x.numel() == 0) {
+    return {1, blocks, 0};
+  }
+  if (granularity.kind == Granularity::per_channel && blocks > 1) {
+    const auto inner = x.stride(granularity.argument); // in a dense tensor: how many elements lie within one index
+    return {x.numel() / (blocks * inner), blocks, inner};
+  }
+  return {1, blocks, x.numel() / blocks};
+}
+
+} // namespace qatfast

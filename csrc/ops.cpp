@@ -1,0 +1,531 @@
+// The table of contents of the C++ side: schemas, checks, allocation and registration of every operator.
+// Checks say the words of qatfast/checks.py.
+#include "ops.h"
+
+#include "kernels.h"
+
+#include <ATen/core/enum_tag.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/linear.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/SmallVector.h>
+#include <c10/util/irange.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <string>
+
+namespace qatfast {
+namespace {
+
+// ---- what is said ----
+
+std::string name_of(at::ScalarType dtype) {
+  return std::string(c10::getDtypeNames(dtype).first);
+}
+
+// A shape as Python prints it.
+std::string tuple(at::IntArrayRef sizes) {
+  std::ostringstream text;
+  text << '(';
+  for (const auto i : c10::irange(sizes.size())) {
+    text << (i > 0 ? ", " : "") << sizes[i];
+  }
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+std::string name_of(Granularity granularity) {
+  switch (granularity.kind) {
+    case Granularity::per_channel:
+      return "PerChannel(axis=" + std::to_string(granularity.argument) + ")";
+    case Granularity::per_group:
+      return "PerGroup(group_size=" + std::to_string(granularity.argument) + ")";
+    case Granularity::per_token:
+      return "PerToken()";
+    default:
+      return "PerTensor()";
+  }
+}
+
+// ---- what is legal ----
+
+Granularity checked_granularity(const char* op, at::IntArrayRef code) {
+  TORCH_CHECK_VALUE(
+      code.size() == 2 && code[0] >= Granularity::per_tensor && code[0] <= Granularity::per_token,
+      op, ": expected granularity to be a pair (kind, argument) with kind from 0 to 3, got ", tuple(code));
+  const Granularity granularity{static_cast<Granularity::Kind>(code[0]), code[1]};
+  TORCH_CHECK_VALUE(
+      granularity.kind != Granularity::per_group || granularity.argument >= 1,
+      op, ": expected group_size to be at least 1, got ", granularity.argument);
+  return granularity;
+}
+
+QuantSpec checked_spec(const char* op, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
+  TORCH_CHECK_VALUE(num_bits >= 2 && num_bits <= 16, op, ": expected num_bits to be from 2 to 16, got ", num_bits);
+  return {num_bits, symmetric, checked_granularity(op, granularity)};
+}
+
+// (num_bits, symmetric, granularity kind, granularity argument), or empty for a tensor that stays in float.
+std::optional<QuantSpec> checked_spec(const char* op, at::IntArrayRef code) {
+  TORCH_CHECK_VALUE(code.empty() || code.size() == 4, op, ": expected a spec of 0 or 4 integers, got ", tuple(code));
+  if (code.empty()) {
+    return std::nullopt;
+  }
+  return checked_spec(op, code[0], code[1] != 0, code.slice(2));
+}
+
+void check_float(const char* op, const char* name, const Tensor& x) {
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
+      op, ": expected ", name, " to be float32, float64, float16 or bfloat16, got ", name_of(dtype));
+}
+
+void check_blocks(const std::string& op, const Tensor& x, Granularity granularity) {
+  if (granularity.kind == Granularity::per_tensor) {
+    return;
+  }
+  const auto dim = x.dim();
+  TORCH_CHECK_VALUE(
+      dim > 0, op, ": expected PerTensor() for a 0-dimensional input, got ", name_of(granularity));
+  if (granularity.kind == Granularity::per_channel) {
+    TORCH_CHECK_VALUE(
+        granularity.argument >= -dim && granularity.argument < dim,
+        op, ": expected axis to be from ", -dim, " to ", dim - 1, " for an input of ", dim, " dimensions, got ",
+        granularity.argument);
+  } else if (granularity.kind == Granularity::per_group) {
+    TORCH_CHECK_VALUE(
+        x.size(-1) % granularity.argument == 0,
+        op, ": expected the last dimension to be divisible by group_size=", granularity.argument, ", got ",
+        x.size(-1), "; write PerGroup() with a divisor of ", x.size(-1));
+  }
+}
+
+void check_quant_range(const char* op, int64_t quant_min, int64_t quant_max) {
+  TORCH_CHECK_VALUE(
+      -32768 <= quant_min && quant_min < quant_max && quant_max <= 65535,
+      op, ": expected -32768 <= quant_min < quant_max <= 65535, got quant_min=", quant_min, ", quant_max=", quant_max);
+  TORCH_CHECK_VALUE(
+      quant_max - quant_min <= 65535, op, ": expected quant_max - quant_min <= 65535, got ", quant_max - quant_min);
+}
+
+void check_device(const char* op, const char* name, const Tensor& value, const Tensor& input) {
+  TORCH_CHECK(
+      value.device() == input.device(),
+      op, ": expected ", name, " on ", input.device(), ", the device of input, got ", value.device());
+}
+
+at::DimVector qparams_shape(const Tensor& x, Granularity granularity) {
+  switch (granularity.kind) {
+    case Granularity::per_channel:
+      return {x.size(granularity.argument)};
+    case Granularity::per_group: {
+      at::DimVector shape(x.sizes());
+      shape.back() /= granularity.argument;
+      return shape;
+    }
+    case Granularity::per_token:
+      return at::DimVector(x.sizes().slice(0, x.dim() - 1));
+    default:
+      return {};
+  }
+}
+
+at::ScalarType compute_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+template <class C>
+void check_scale_values(const char* op, const Tensor& scale) {
+  const auto* values = scale.const_data_ptr<C>();
+  for (const auto i : c10::irange(scale.numel())) {
+    TORCH_CHECK_VALUE(
+        values[i] > 0 && values[i] <= std::numeric_limits<C>::max(),
+        op, ": expected scale to be positive and finite, got ", values[i]);
+  }
+}
+
+// `zero_point` as int32; its values are checked before they are narrowed.
+template <class I>
+void check_zero_point_values(const char* op, const Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
+  const auto* values = zero_point.const_data_ptr<I>();
+  for (const auto i : c10::irange(zero_point.numel())) {
+    TORCH_CHECK_VALUE(
+        quant_min <= values[i] && values[i] <= quant_max,
+        op, ": expected zero_point to be from ", quant_min, " to ", quant_max, ", got ", values[i]);
+  }
+}
+
+QParams checked_qparams(
+    const char* op,
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    int64_t quant_min,
+    int64_t quant_max,
+    Granularity granularity,
+    at::ScalarType dtype,
+    const char* of) {
+  TORCH_CHECK_TYPE(
+      scale.scalar_type() == compute_dtype(dtype),
+      op, ": expected scale to be ", name_of(compute_dtype(dtype)), " for ", name_of(dtype), " ", of, ", got ",
+      name_of(scale.scalar_type()));
+  const bool wide = zero_point.scalar_type() == at::kLong;
+  TORCH_CHECK_TYPE(
+      wide || zero_point.scalar_type() == at::kInt,
+      op, ": expected zero_point to be int32 or int64, got ", name_of(zero_point.scalar_type()));
+  const auto shape = qparams_shape(input, granularity);
+  const auto check_one = [&](const char* name, const Tensor& value) {
+    TORCH_CHECK_VALUE(
+        value.sizes() == at::IntArrayRef(shape) || (shape.empty() && value.sizes() == at::IntArrayRef({1})),
+        op, ": expected ", name, " to have shape ", tuple(shape), " for ", name_of(granularity), ", got ",
+        tuple(value.sizes()));
+    check_device(op, name, value, input);
+  };
+  check_one("scale", scale);
+  check_one("zero_point", zero_point);
+  QParams qparams{scale.contiguous(), zero_point.contiguous(), quant_min, quant_max};
+  if (input.is_cpu()) { // elsewhere reading a value would wait for the device
+    qparams.scale.scalar_type() == at::kDouble ? check_scale_values<double>(op, qparams.scale)
+                                               : check_scale_values<float>(op, qparams.scale);
+    wide ? check_zero_point_values<int64_t>(op, qparams.zero_point, quant_min, quant_max)
+         : check_zero_point_values<int32_t>(op, qparams.zero_point, quant_min, quant_max);
+  }
+  qparams.zero_point = qparams.zero_point.to(at::kInt);
+  return qparams;
+}
+
+void check_linear(
+    const char* op,
+    const Tensor& input,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    bool mixed_dtypes) {
+  check_float(op, "input", input);
+  check_float(op, "weight", weight);
+  if (bias) {
+    check_float(op, "bias", *bias);
+  }
+  const auto check_operand = [&](const char* name, const Tensor& value) {
+    check_device(op, name, value, input);
+    TORCH_CHECK_TYPE(
+        mixed_dtypes || value.scalar_type() == input.scalar_type(),
+        op, ": expected ", name, " to be ", name_of(input.scalar_type()), ", the dtype of input, got ",
+        name_of(value.scalar_type()));
+  };
+  check_operand("weight", weight);
+  if (bias) {
+    check_operand("bias", *bias);
+  }
+  TORCH_CHECK_VALUE(
+      weight.dim() == 2,
+      op, ": expected weight to have shape (out_features, in_features), got ", tuple(weight.sizes()));
+  TORCH_CHECK_VALUE(
+      input.dim() > 0 && input.size(-1) == weight.size(1),
+      op, ": expected input to have shape (..., ", weight.size(1), "), the in_features of weight, got ",
+      tuple(input.sizes()));
+  if (bias) {
+    TORCH_CHECK_VALUE(
+        bias->dim() == 1 && bias->size(0) == weight.size(0),
+        op, ": expected bias to have shape (", weight.size(0), ",), the out_features of weight, got ",
+        tuple(bias->sizes()));
+  }
+}
+
+// ---- memory ----
+
+// x where its memory is laid out as a Layout says; else a copy that is, and that nobody else sees.
+Tensor as_blocks(const Tensor& x, Granularity granularity) {
+  if (granularity.by_rows()) {
+    return x.contiguous();
+  }
+  return x.is_non_overlapping_and_dense() ? x : x.clone(at::MemoryFormat::Preserve);
+}
+
+// `values` in the strides of empty_like(x).
+Tensor laid_out_like(const Tensor& x, const Tensor& values, Granularity granularity) {
+  if (!granularity.by_rows() || x.is_contiguous()) {
+    return values;
+  }
+  auto like = at::empty_like(x, values.options());
+  return like.strides() == values.strides() ? values : like.copy_(values);
+}
+
+// from -> to, so that `to` may be written: `from` itself where it is a copy already.
+Tensor writable(const Tensor& x, const Tensor& from) {
+  return from.is_same(x) ? at::empty_like(x) : from;
+}
+
+Tensor fake_quantized(const Tensor& x, const QuantSpec& spec) {
+  const auto from = as_blocks(x, spec.granularity);
+  const auto to = writable(x, from);
+  cpu::fake_quantize({from, to, spec});
+  return laid_out_like(x, to, spec.granularity);
+}
+
+at::ScalarType quantized_dtype(int64_t quant_min, int64_t quant_max) {
+  if (quant_min >= 0) {
+    return quant_max <= 255 ? at::kByte : at::kUInt16;
+  }
+  TORCH_CHECK_VALUE(
+      quant_max <= 32767,
+      "quantize: expected quant_min and quant_max to fit in one of int8, uint8, int16 and uint16, got quant_min=",
+      quant_min, ", quant_max=", quant_max);
+  return quant_min >= -128 && quant_max <= 127 ? at::kChar : at::kShort;
+}
+
+// ---- operators ----
+
+Tensor fake_quantize_kernel(const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
+  constexpr auto op = "fake_quantize";
+  const auto spec = checked_spec(op, num_bits, symmetric, granularity);
+  check_float(op, "input", input);
+  check_blocks(op, input, spec.granularity);
+  return fake_quantized(input, spec);
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_affine_either(
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    int64_t quant_min,
+    int64_t quant_max,
+    at::IntArrayRef code,
+    bool keep_mask) {
+  constexpr auto op = "fake_quantize_affine";
+  const auto granularity = checked_granularity(op, code);
+  check_quant_range(op, quant_min, quant_max);
+  check_float(op, "input", input);
+  check_blocks(op, input, granularity);
+  const auto qparams = checked_qparams(
+      op, input, scale, zero_point, quant_min, quant_max, granularity, input.scalar_type(), "input");
+  const auto from = as_blocks(input, granularity);
+  const auto to = writable(input, from);
+  const auto mask = keep_mask ? at::empty({(input.numel() + 7) / 8}, input.options().dtype(at::kByte)) : Tensor();
+  cpu::fake_quantize_affine(from, to, mask, qparams, layout_of(from, granularity));
+  return {laid_out_like(input, to, granularity), mask};
+}
+
+Tensor fake_quantize_affine_kernel(
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    int64_t quant_min,
+    int64_t quant_max,
+    at::IntArrayRef granularity) {
+  return std::get<0>(
+      fake_quantize_affine_either(input, scale, zero_point, quant_min, quant_max, granularity, false));
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_affine_forward_kernel(
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    int64_t quant_min,
+    int64_t quant_max,
+    at::IntArrayRef granularity) {
+  return fake_quantize_affine_either(input, scale, zero_point, quant_min, quant_max, granularity, true);
+}
+
+Tensor fake_quantize_affine_backward_kernel(const Tensor& grad, const Tensor& mask, at::IntArrayRef stride) {
+  constexpr auto op = "fake_quantize_affine_backward";
+  check_float(op, "grad", grad);
+  check_device(op, "mask", mask, grad);
+  TORCH_CHECK_VALUE(
+      mask.scalar_type() == at::kByte && mask.is_contiguous() && mask.sizes() == at::IntArrayRef({(grad.numel() + 7) / 8}),
+      op, ": expected mask to be uint8 of shape (", (grad.numel() + 7) / 8, ",), got ",
+      name_of(mask.scalar_type()), " of shape ", tuple(mask.sizes()));
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(stride.size()) == grad.dim(),
+      op, ": expected ", grad.dim(), " strides, got ", tuple(stride));
+  const auto to = at::empty_strided(grad.sizes(), stride, grad.options());
+  TORCH_CHECK_VALUE(
+      to.is_non_overlapping_and_dense(), op, ": expected the strides of a dense tensor, got ", tuple(stride));
+  const bool same_order = grad.strides() == stride;
+  cpu::fake_quantize_affine_backward(same_order ? grad : to.copy_(grad), mask, to);
+  return to;
+}
+
+std::tuple<Tensor, Tensor> choose_qparams_kernel(
+    const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
+  constexpr auto op = "choose_qparams";
+  const auto spec = checked_spec(op, num_bits, symmetric, granularity);
+  check_float(op, "input", input);
+  check_blocks(op, input, spec.granularity);
+  const auto shape = qparams_shape(input, spec.granularity);
+  const auto scale = at::empty(shape, input.options().dtype(compute_dtype(input.scalar_type())));
+  const auto zero_point = at::empty(shape, input.options().dtype(at::kInt));
+  cpu::choose_qparams(as_blocks(input, spec.granularity), spec, scale, zero_point);
+  return {scale, zero_point};
+}
+
+Tensor quantize_kernel(
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    int64_t quant_min,
+    int64_t quant_max,
+    at::IntArrayRef code) {
+  constexpr auto op = "quantize";
+  const auto granularity = checked_granularity(op, code);
+  check_quant_range(op, quant_min, quant_max);
+  check_float(op, "input", input);
+  check_blocks(op, input, granularity);
+  const auto qparams = checked_qparams(
+      op, input, scale, zero_point, quant_min, quant_max, granularity, input.scalar_type(), "input");
+  const auto dtype = quantized_dtype(quant_min, quant_max);
+  const auto from = as_blocks(input, granularity);
+  const auto to = at::empty_like(from, from.options().dtype(dtype));
+  cpu::quantize(from, to, qparams, layout_of(from, granularity));
+  return laid_out_like(input, to, granularity);
+}
+
+Tensor dequantize_kernel(
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    at::IntArrayRef code,
+    at::ScalarType dtype) {
+  constexpr auto op = "dequantize";
+  const auto granularity = checked_granularity(op, code);
+  const auto q = input.scalar_type();
+  TORCH_CHECK_TYPE(
+      q == at::kChar || q == at::kByte || q == at::kShort || q == at::kUInt16,
+      op, ": expected input to be int8, uint8, int16 or uint16, got ", name_of(q));
+  TORCH_CHECK_TYPE(
+      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
+      op, ": expected dtype to be float32, float64, float16 or bfloat16, got ", name_of(dtype));
+  check_blocks(op, input, granularity);
+  const auto qparams =
+      checked_qparams(op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output");
+  const auto from = as_blocks(input, granularity);
+  const auto to = at::empty_like(from, from.options().dtype(dtype));
+  cpu::dequantize(from, to, qparams, layout_of(from, granularity));
+  return laid_out_like(input, to, granularity);
+}
+
+std::tuple<Tensor, Tensor> qat_linear_forward_kernel(
+    const Tensor& input,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    at::IntArrayRef input_spec,
+    at::IntArrayRef weight_spec,
+    at::IntArrayRef bias_spec,
+    at::IntArrayRef output_spec,
+    std::optional<at::ScalarType> dtype) {
+  constexpr auto op = "qat_linear";
+  check_linear(op, input, weight, bias, dtype.has_value());
+  const auto product_dtype = dtype.value_or(input.scalar_type());
+
+  auto x_hat = input;
+  if (const auto spec = checked_spec(op, input_spec)) {
+    check_blocks("qat_linear: input", input, spec->granularity);
+    x_hat = fake_quantized(input, *spec);
+  }
+  c10::SmallVector<FakeQuantizeTask, 2> parameters;
+  const auto add_parameter = [&](const char* name, const Tensor& value, at::IntArrayRef code) {
+    const auto spec = checked_spec(op, code);
+    if (!spec) {
+      return value;
+    }
+    check_blocks(std::string("qat_linear: ") + name, value, spec->granularity);
+    const auto from = as_blocks(value, spec->granularity);
+    return parameters.emplace_back(FakeQuantizeTask{from, writable(value, from), *spec}).to;
+  };
+  const auto w_hat = add_parameter("weight", weight, weight_spec);
+  const auto b_hat = bias ? std::optional<Tensor>(add_parameter("bias", *bias, bias_spec)) : std::nullopt;
+  cpu::qat_linear(parameters);
+
+  const auto w_product = w_hat.to(product_dtype);
+  // the float formula, for every config; a config on integer grids has the same place for an integer product
+  auto y = at::linear(
+      x_hat.to(product_dtype), w_product, b_hat ? std::optional<Tensor>(b_hat->to(product_dtype)) : std::nullopt);
+  if (const auto spec = checked_spec(op, output_spec)) {
+    check_blocks("qat_linear: output", y, spec->granularity);
+    y = as_blocks(y, spec->granularity);
+    cpu::fake_quantize({y, y, *spec});
+  }
+  return {y, weight_spec.empty() ? at::empty({0}, w_product.options()) : w_product};
+}
+
+Tensor qat_linear_kernel(
+    const Tensor& input,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    at::IntArrayRef input_spec,
+    at::IntArrayRef weight_spec,
+    at::IntArrayRef bias_spec,
+    at::IntArrayRef output_spec,
+    std::optional<at::ScalarType> dtype) {
+  return std::get<0>(
+      qat_linear_forward_kernel(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype));
+}
+
+} // namespace
+
+// granularity: (kind, argument), kind 0 per tensor, 1 per channel (axis), 2 per group (group_size), 3 per token.
+// A spec: (num_bits, symmetric, kind, argument), or empty for a tensor that stays in float.
+TORCH_LIBRARY(qatfast, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
+  m.def("fake_quantize(Tensor input, int num_bits=8, bool symmetric=False, int[2] granularity=[0, 0]) -> Tensor", tags);
+  m.def(
+      "fake_quantize_affine(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
+      "int[2] granularity=[0, 0]) -> Tensor", tags);
+  m.def(
+      "choose_qparams(Tensor input, int num_bits=8, bool symmetric=False, int[2] granularity=[0, 0]) "
+      "-> (Tensor scale, Tensor zero_point)", tags);
+  m.def(
+      "quantize(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
+      "int[2] granularity=[0, 0]) -> Tensor", tags);
+  m.def(
+      "dequantize(Tensor input, Tensor scale, Tensor zero_point, int[2] granularity=[0, 0], "
+      "ScalarType dtype=float) -> Tensor", tags);
+  // dtype: of the product, where it differs from the tensors' (autocast)
+  m.def(
+      "qat_linear(Tensor input, Tensor weight, Tensor? bias, int[] input_spec, int[] weight_spec, int[] bias_spec, "
+      "int[] output_spec, ScalarType? dtype=None) -> Tensor", tags);
+
+  // What autograd calls: forwards that also return what their backward needs.
+  // mask: one bit an element in the memory order of the output (of a contiguous one where blocks are rows).
+  m.def(
+      "fake_quantize_affine_forward(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
+      "int[2] granularity=[0, 0]) -> (Tensor output, Tensor mask)", tags);
+  m.def("fake_quantize_affine_backward(Tensor grad, Tensor mask, SymInt[] stride) -> Tensor", tags);
+  // weight_hat: the fake-quantized weight in the product's dtype, of no elements where the weight stays in float
+  m.def(
+      "qat_linear_forward(Tensor input, Tensor weight, Tensor? bias, int[] input_spec, int[] weight_spec, "
+      "int[] bias_spec, int[] output_spec, ScalarType? dtype=None) -> (Tensor output, Tensor weight_hat)", tags);
+}
+
+TORCH_LIBRARY_IMPL(qatfast, CPU, m) {
+  m.impl("fake_quantize", fake_quantize_kernel);
+  m.impl("fake_quantize_affine", fake_quantize_affine_kernel);
+  m.impl("fake_quantize_affine_forward", fake_quantize_affine_forward_kernel);
+  m.impl("fake_quantize_affine_backward", fake_quantize_affine_backward_kernel);
+  m.impl("choose_qparams", choose_qparams_kernel);
+  m.impl("quantize", quantize_kernel);
+  m.impl("dequantize", dequantize_kernel);
+  m.impl("qat_linear", qat_linear_kernel);
+  m.impl("qat_linear_forward", qat_linear_forward_kernel);
+}
+
+TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
+  m.impl("fake_quantize", autograd::fake_quantize);
+  m.impl("fake_quantize_affine", autograd::fake_quantize_affine);
+  m.impl("fake_quantize_affine_backward", autograd::fake_quantize_affine_backward);
+  m.impl("choose_qparams", autograd::choose_qparams);
+  m.impl("quantize", autograd::quantize);
+  m.impl("dequantize", autograd::dequantize);
+  m.impl("qat_linear", autograd::qat_linear);
+}
+
+TORCH_LIBRARY_IMPL(qatfast, AutocastCPU, m) {
+  m.impl("qat_linear", autograd::qat_linear_under_autocast);
+}
+
+} // namespace qatfast

@@ -1,0 +1,119 @@
+// Every operator as a C++ callable: op:: goes through the dispatcher, autograd:: is its kernel on the Autograd key.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/SymIntArrayRef.h>
+
+#include <optional>
+#include <tuple>
+
+namespace qatfast {
+
+using at::Tensor;
+
+using FakeQuantize = Tensor(const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity);
+
+using FakeQuantizeAffine = Tensor(
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    int64_t quant_min,
+    int64_t quant_max,
+    at::IntArrayRef granularity);
+
+using FakeQuantizeAffineForward = std::tuple<Tensor, Tensor>(
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    int64_t quant_min,
+    int64_t quant_max,
+    at::IntArrayRef granularity);
+
+using FakeQuantizeAffineBackward = Tensor(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef stride);
+
+using ChooseQParams = std::tuple<Tensor, Tensor>(
+    const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity);
+
+using Quantize = Tensor(
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    int64_t quant_min,
+    int64_t quant_max,
+    at::IntArrayRef granularity);
+
+using Dequantize = Tensor(
+    const Tensor& input,
+    const Tensor& scale,
+    const Tensor& zero_point,
+    at::IntArrayRef granularity,
+    at::ScalarType dtype);
+
+using QATLinear = Tensor(
+    const Tensor& input,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    at::IntArrayRef input_spec,
+    at::IntArrayRef weight_spec,
+    at::IntArrayRef bias_spec,
+    at::IntArrayRef output_spec,
+    std::optional<at::ScalarType> dtype);
+
+using QATLinearForward = std::tuple<Tensor, Tensor>(
+    const Tensor& input,
+    const Tensor& weight,
+    const std::optional<Tensor>& bias,
+    at::IntArrayRef input_spec,
+    at::IntArrayRef weight_spec,
+    at::IntArrayRef bias_spec,
+    at::IntArrayRef output_spec,
+    std::optional<at::ScalarType> dtype);
+
+namespace op {
+
+template <class Name, class Signature>
+struct Operator;
+
+template <class Name, class Result, class... Args>
+struct Operator<Name, Result(Args...)> {
+  Result operator()(Args... args) const {
+    static const auto handle =
+        c10::Dispatcher::singleton().findSchemaOrThrow(Name::value, "").template typed<Result(Args...)>();
+    return handle.call(args...);
+  }
+};
+
+#define QATFAST_OPERATOR(name, Signature)              \
+  struct name##_name {                                 \
+    static constexpr const char* value = "qatfast::" #name; \
+  };                                                   \
+  inline constexpr Operator<name##_name, Signature> name {}
+
+QATFAST_OPERATOR(fake_quantize, FakeQuantize);
+QATFAST_OPERATOR(fake_quantize_affine, FakeQuantizeAffine);
+QATFAST_OPERATOR(fake_quantize_affine_forward, FakeQuantizeAffineForward);
+QATFAST_OPERATOR(fake_quantize_affine_backward, FakeQuantizeAffineBackward);
+QATFAST_OPERATOR(choose_qparams, ChooseQParams);
+QATFAST_OPERATOR(quantize, Quantize);
+QATFAST_OPERATOR(dequantize, Dequantize);
+QATFAST_OPERATOR(qat_linear, QATLinear);
+QATFAST_OPERATOR(qat_linear_forward, QATLinearForward);
+
+#undef QATFAST_OPERATOR
+
+} // namespace op
+
+namespace autograd {
+
+FakeQuantize fake_quantize;
+FakeQuantizeAffine fake_quantize_affine;
+FakeQuantizeAffineBackward fake_quantize_affine_backward;
+ChooseQParams choose_qparams;
+Quantize quantize;
+Dequantize dequantize;
+QATLinear qat_linear;
+QATLinear qat_linear_under_autocast;
+
+} // namespace autograd
+} // namespace qatfast

@@ -1,0 +1,115 @@
+// Every formula of the arithmetic, once, for CPU and CUDA. No tensors, no loops.
+//
+// T is float, double or (on the CPU) a compiler vector of them: `a < b ? c : d` then selects lane by lane.
+// Built without contraction (-ffp-contract=off, --fmad=false): the bits are those of IEEE operations one by one.
+// Internal linkage, since the CPU compiles these once per instruction set.
+#pragma once
+
+#include <c10/macros/Macros.h>
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#define QATFAST_FORMULA template <class T> C10_HOST_DEVICE static inline
+
+namespace qatfast {
+
+template <class T, class = void>
+struct ScalarOf {
+  using type = T;
+};
+template <class T>
+struct ScalarOf<T, std::void_t<decltype(std::declval<T>()[0])>> {
+  using type = std::decay_t<decltype(std::declval<T>()[0])>;
+};
+template <class T>
+using scalar_t = typename ScalarOf<T>::type;
+
+// The integer grid of one block, less the zero point: step k in [lo, hi] stands for k * scale.
+template <class T>
+struct Grid {
+  T scale;
+  T lo; // quant_min - zero_point
+  T hi; // quant_max - zero_point
+};
+
+C10_HOST_DEVICE static inline int64_t quant_min_of(int64_t num_bits, bool symmetric) {
+  return symmetric ? -((int64_t{1} << (num_bits - 1)) - 1) : 0;
+}
+
+C10_HOST_DEVICE static inline int64_t quant_max_of(int64_t num_bits, bool symmetric) {
+  return (int64_t{1} << (symmetric ? num_bits - 1 : num_bits)) - 1;
+}
+
+// NaN stays NaN: both comparisons are false.
+QATFAST_FORMULA T clamp(T x, T lo, T hi) {
+  x = x < lo ? lo : x;
+  return x > hi ? hi : x;
+}
+
+// Half to even, never -0.0, for |x| < 2^22: next to 1.5 * 2^23 (double: 2^52) floats are the integers.
+QATFAST_FORMULA T round_half_even(T x) {
+  const T magic = T{} + scalar_t<T>(sizeof(scalar_t<T>) == 4 ? 0x1.8p23 : 0x1.8p52);
+  return (x + magic) - magic;
+}
+
+// The range covers finite values only; it starts at 0, so that 0 in place of the others changes nothing.
+QATFAST_FORMULA T finite_or_zero(T x) {
+  return x - x == T{} ? x : T{};
+}
+
+QATFAST_FORMULA T widen_lo(T lo, T x) {
+  return x < lo ? x : lo;
+}
+
+QATFAST_FORMULA T widen_hi(T hi, T x) {
+  return x > hi ? x : hi;
+}
+
+// Scale of a block with finite values in [lo, hi], lo <= 0 <= hi; at least the smallest normal number.
+QATFAST_FORMULA T choose_scale(T lo, T hi, int64_t quant_min, int64_t quant_max, bool symmetric) {
+  constexpr T eps = std::numeric_limits<T>::min();
+  const T steps = static_cast<T>(symmetric ? quant_max : quant_max - quant_min);
+  const T width = symmetric ? widen_hi(hi, -lo) : hi - lo;
+  const T scale = width <= std::numeric_limits<T>::max() ? width / steps : hi / steps - lo / steps;
+  return scale > eps ? scale : eps;
+}
+
+QATFAST_FORMULA int32_t choose_zero_point(T lo, T scale, int64_t quant_min, int64_t quant_max, bool symmetric) {
+  if (symmetric) {
+    return 0;
+  }
+  const T zero_point = static_cast<T>(quant_min) - round_half_even(lo / scale);
+  return static_cast<int32_t>(clamp(zero_point, static_cast<T>(quant_min), static_cast<T>(quant_max)));
+}
+
+// clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point: the ends are integers, so that clamping
+// first gives the same number, and rounding sees small ones only.
+QATFAST_FORMULA T step_of(T x, Grid<T> grid) {
+  return round_half_even(clamp(x / grid.scale, grid.lo, grid.hi));
+}
+
+QATFAST_FORMULA T fake_quantize(T x, Grid<T> grid) {
+  return step_of(x, grid) * grid.scale;
+}
+
+// quant_min <= round(x / scale) + zero_point <= quant_max: one step beyond an end is out, as everything further is.
+// All ones (a vector: in each such lane) or true; false for NaN.
+QATFAST_FORMULA auto passes_gradient(T x, Grid<T> grid) {
+  const T nearest = round_half_even(clamp(x / grid.scale, grid.lo - 1, grid.hi + 1));
+  return (grid.lo <= nearest) & (nearest <= grid.hi);
+}
+
+// As a float that holds an integer; NaN gives zero_point.
+QATFAST_FORMULA T quantize(T x, T zero_point, Grid<T> grid) {
+  const T step = step_of(x, grid);
+  return (step == step ? step : T{}) + zero_point;
+}
+
+QATFAST_FORMULA T dequantize(T q, T zero_point, T scale) {
+  return (q - zero_point) * scale;
+}
+
+} // namespace qatfast

@@ -1,0 +1,227 @@
+"""What is legal, and what is said where it is not: one check a rule, shared by the configs and the reference.
+
+Every message names the op, the rule and the value. The C++ side (csrc/ops.cpp) says the same words for tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .config import Granularity
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.uint16)
+
+
+def integer(op: str, name: str, value: Any) -> int:
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not hasattr(type(value), "__index__") or isinstance(value, Tensor):
+        raise TypeError(f"{op}: expected {name} to be an int, got {value!r}")
+    return operator.index(value)
+
+
+def boolean(op: str, name: str, value: Any) -> bool:
+    if value is True or value is False:
+        return value
+    raise TypeError(f"{op}: expected {name} to be a bool, got {value!r}")
+
+
+def num_bits(op: str, value: Any) -> int:
+    value = integer(op, "num_bits", value)
+    if not 2 <= value <= 16:
+        raise ValueError(f"{op}: expected num_bits to be from 2 to 16, got {value}")
+    return value
+
+
+def granularity(op: str, value: Any) -> Granularity:
+    from .config import Granularity
+
+    if not isinstance(value, Granularity):
+        raise TypeError(
+            f"{op}: expected granularity to be PerTensor(), PerChannel(axis), PerGroup(group_size) or PerToken(), "
+            f"got {value!r}"
+        )
+    return value
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 computes in float64, the others in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tensor(op: str, name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    """``value`` is a dense (strided) tensor of one of ``dtypes``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: expected {name} to be a strided tensor, got {value.layout}")
+    if value.dtype not in dtypes:
+        names = [dtype_name(dtype) for dtype in dtypes]
+        allowed = ", ".join(names[:-1]) + (" or " if names[:-1] else "") + names[-1]
+        raise TypeError(f"{op}: expected {name} to be {allowed}, got {dtype_name(value.dtype)}")
+
+
+def same_device(op: str, name: str, value: Tensor, input: Tensor) -> None:
+    if value.device != input.device:
+        raise RuntimeError(f"{op}: expected {name} on {input.device}, the device of input, got {value.device}")
+
+
+def blocks(op: str, shape: torch.Size, granularity: Granularity) -> None:
+    """``granularity`` can divide a tensor of ``shape``."""
+    from .config import PerChannel, PerGroup, PerTensor
+
+    if isinstance(granularity, PerTensor):
+        return
+    if len(shape) == 0:
+        raise ValueError(f"{op}: expected PerTensor() for a 0-dimensional input, got {granularity}")
+    if isinstance(granularity, PerChannel) and not -len(shape) <= granularity.axis < len(shape):
+        raise ValueError(
+            f"{op}: expected axis to be from {-len(shape)} to {len(shape) - 1} for an input of {len(shape)} "
+            f"dimensions, got {granularity.axis}"
+        )
+    if isinstance(granularity, PerGroup) and shape[-1] % granularity.group_size != 0:
+        raise ValueError(
+            f"{op}: expected the last dimension to be divisible by group_size={granularity.group_size}, got {shape[-1]}; "
+            f"write PerGroup() with a divisor of {shape[-1]}"
+        )
+
+
+def quant_range(op: str, quant_min: Any, quant_max: Any) -> tuple[int, int]:
+    quant_min, quant_max = integer(op, "quant_min", quant_min), integer(op, "quant_max", quant_max)
+    if not -32768 <= quant_min < quant_max <= 65535:
+        raise ValueError(
+            f"{op}: expected -32768 <= quant_min < quant_max <= 65535, got quant_min={quant_min}, quant_max={quant_max}"
+        )
+    if quant_max - quant_min > 65535:
+        raise ValueError(f"{op}: expected quant_max - quant_min <= 65535, got {quant_max - quant_min}")
+    return quant_min, quant_max
+
+
+def shape_of_qparams(shape: torch.Size, granularity: Granularity) -> tuple[int, ...]:
+    """One element a block: () per tensor, (C,) per channel, leading shape per token, (..., groups) per group."""
+    from .config import PerChannel, PerGroup, PerTensor
+
+    if isinstance(granularity, PerTensor):
+        return ()
+    if isinstance(granularity, PerChannel):
+        return (shape[granularity.axis],)
+    if isinstance(granularity, PerGroup):
+        return (*shape[:-1], shape[-1] // granularity.group_size)
+    return tuple(shape[:-1])
+
+
+def qparam_tensors(
+    op: str, input: Tensor, scale: Any, zero_point: Any, dtype: torch.dtype, granularity: Granularity
+) -> tuple[Tensor, Tensor]:
+    """Tensors as they are; Python numbers as 0-dimensional tensors, which only PerTensor() takes."""
+    from .config import PerTensor
+
+    for name, value, kinds, kind in (
+        ("scale", scale, (int, float), "a number"),
+        ("zero_point", zero_point, (int,), "an int"),
+    ):
+        if isinstance(value, Tensor):
+            continue
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(f"{op}: expected {name} to be a torch.Tensor or {kind}, got {value!r}")
+        if not isinstance(granularity, PerTensor):
+            raise TypeError(f"{op}: expected {name} to be a torch.Tensor for {granularity}, got {value!r}")
+    if not isinstance(scale, Tensor):
+        scale = torch.tensor(scale, dtype=compute_dtype(dtype), device=input.device)
+    if not isinstance(zero_point, Tensor):
+        if not -(2**63) <= zero_point < 2**63:
+            raise ValueError(f"{op}: expected zero_point to be a 64-bit integer, got {zero_point}")
+        zero_point = torch.tensor(zero_point, dtype=torch.int64, device=input.device)
+    return scale, zero_point
+
+
+def qparams(
+    op: str,
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    granularity: Granularity,
+    dtype: torch.dtype,
+    of: str = "input",
+) -> tuple[Tensor, Tensor]:
+    """Given scales and zero points fit ``input``; returns them in the shape of the blocks, zero points as int32."""
+    if scale.dtype != compute_dtype(dtype):
+        raise TypeError(
+            f"{op}: expected scale to be {dtype_name(compute_dtype(dtype))} for {dtype_name(dtype)} {of}, got "
+            f"{dtype_name(scale.dtype)}"
+        )
+    if zero_point.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: expected zero_point to be int32 or int64, got {dtype_name(zero_point.dtype)}")
+    shape = shape_of_qparams(input.shape, granularity)
+    for name, value in (("scale", scale), ("zero_point", zero_point)):
+        if tuple(value.shape) != shape and not (shape == () and tuple(value.shape) == (1,)):
+            raise ValueError(
+                f"{op}: expected {name} to have shape {shape} for {granularity}, got {tuple(value.shape)}"
+            )
+        same_device(op, name, value, input)
+    if _readable(scale):
+        _all(op, "scale", scale, (scale > 0) & scale.isfinite(), "to be positive and finite")
+    if _readable(zero_point):
+        inside = (zero_point >= quant_min) & (zero_point <= quant_max)
+        _all(op, "zero_point", zero_point, inside, f"to be from {quant_min} to {quant_max}")
+    return scale.detach().reshape(shape), zero_point.reshape(shape).to(torch.int32)
+
+
+def linear_operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """``F.linear(input, weight, bias)`` is defined: dtypes, devices and shapes fit."""
+    operands = [("weight", weight)] + ([("bias", bias)] if bias is not None else [])
+    for name, value in [("input", input), *operands]:
+        tensor(op, name, value, FLOAT_DTYPES)
+    mixed = torch.is_autocast_enabled(input.device.type) if input.device.type != "meta" else False
+    for name, value in operands:
+        same_device(op, name, value, input)
+        if value.dtype != input.dtype and not mixed:
+            raise TypeError(
+                f"{op}: expected {name} to be {dtype_name(input.dtype)}, the dtype of input, got "
+                f"{dtype_name(value.dtype)}"
+            )
+    if weight.dim() != 2:
+        raise ValueError(
+            f"{op}: expected weight to have shape (out_features, in_features), got {tuple(weight.shape)}"
+        )
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: expected input to have shape (..., {weight.shape[1]}), the in_features of weight, got "
+            f"{tuple(input.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(
+            f"{op}: expected bias to have shape ({weight.shape[0]},), the out_features of weight, got "
+            f"{tuple(bias.shape)}"
+        )
+
+
+def _readable(value: Tensor) -> bool:
+    """Values are checked on the CPU only: elsewhere it would be a host sync, and under a transform there are none."""
+    return (
+        value.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(value) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _all(op: str, name: str, value: Tensor, ok: Tensor, rule: str) -> None:
+    if not bool(ok.all()):
+        raise ValueError(f"{op}: expected {name} {rule}, got {_text(value[~ok].flatten()[0].item())}")
+
+
+def _text(number: float | int) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"

@@ -1,0 +1,186 @@
+"""How tensors are quantized: the granularities, QuantSpec for one tensor, QATConfig for a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import checks
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Which elements share a scale and a zero point; the base of the four below.
+
+    ``code`` is the pair (kind, argument) that the operators take as ``int[2] granularity``.
+    """
+
+    code: tuple[int, int] = field(init=False, repr=False, compare=False)
+
+    def _set_code(self, kind: int, argument: int = 0) -> None:
+        object.__setattr__(self, "code", (kind, argument))
+
+
+@dataclass(frozen=True)
+class PerTensor(Granularity):
+    """One scale for the whole tensor."""
+
+    def __post_init__(self) -> None:
+        self._set_code(0)
+
+
+@dataclass(frozen=True)
+class PerChannel(Granularity):
+    """One scale for each index along ``axis`` (negative as in torch).
+
+    Raises:
+        TypeError: ``axis`` is not an int.
+    """
+
+    axis: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axis", checks.integer("PerChannel", "axis", self.axis))
+        self._set_code(1, self.axis)
+
+
+@dataclass(frozen=True)
+class PerGroup(Granularity):
+    """One scale for each run of ``group_size`` elements of the last dimension, which it must divide.
+
+    Raises:
+        TypeError: ``group_size`` is not an int.
+        ValueError: ``group_size`` is less than 1.
+    """
+
+    group_size: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group_size", checks.integer("PerGroup", "group_size", self.group_size))
+        if self.group_size < 1:
+            raise ValueError(f"PerGroup: expected group_size to be at least 1, got {self.group_size}")
+        self._set_code(2, self.group_size)
+
+
+@dataclass(frozen=True)
+class PerToken(Granularity):
+    """One scale for each row of the last dimension."""
+
+    def __post_init__(self) -> None:
+        self._set_code(3)
+
+
+def granularity_from_code(code: Sequence[int]) -> Granularity:
+    """The granularity that a pair (kind, argument) stands for."""
+    kind, argument = code
+    return (PerTensor, lambda: PerChannel(argument), lambda: PerGroup(argument), PerToken)[kind]()
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized.
+
+    Args:
+        num_bits: 2 to 16.
+        symmetric: False: affine, the grid ``[0, 2^b - 1]`` with a zero point.
+            True: the narrow range ``[-(2^(b-1) - 1), 2^(b-1) - 1]`` with zero point 0.
+        granularity: which elements share a scale.
+
+    Raises:
+        TypeError: an argument has the wrong type (``num_bits=True`` and ``num_bits=2.5`` too).
+        ValueError: ``num_bits`` is not from 2 to 16.
+    """
+
+    num_bits: int = 8
+    symmetric: bool = False
+    granularity: Granularity = PerTensor()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_bits", checks.num_bits("QuantSpec", self.num_bits))
+        checks.boolean("QuantSpec", "symmetric", self.symmetric)
+        checks.granularity("QuantSpec", self.granularity)
+
+    @property
+    def quant_min(self) -> int:
+        return quant_range(self.num_bits, self.symmetric)[0]
+
+    @property
+    def quant_max(self) -> int:
+        return quant_range(self.num_bits, self.symmetric)[1]
+
+    def __str__(self) -> str:
+        words = {PerTensor: "per tensor", PerToken: "per token"}.get(type(self.granularity))
+        if isinstance(self.granularity, PerChannel):
+            words = f"per channel {self.granularity.axis}"
+        elif isinstance(self.granularity, PerGroup):
+            words = f"per group of {self.granularity.group_size}"
+        return f"{self.num_bits}-bit {'symmetric' if self.symmetric else 'affine'} {words}"
+
+
+def quant_range(num_bits: int, symmetric: bool) -> tuple[int, int]:
+    """(quant_min, quant_max): affine ``[0, 2^b - 1]``, symmetric ``[-(2^(b-1) - 1), 2^(b-1) - 1]``."""
+    if symmetric:
+        return -(2 ** (num_bits - 1) - 1), 2 ** (num_bits - 1) - 1
+    return 0, 2**num_bits - 1
+
+
+@dataclass(frozen=True)
+class QATConfig:
+    """What a linear layer quantizes, and how; None leaves that tensor in float.
+
+    The default quantizes weight, bias and output to 8 bits, affine, per tensor.
+
+    ``codes`` holds the four specs as the operators take them: ``int[4]`` (num_bits, symmetric, granularity kind,
+    granularity argument), or an empty tuple for None.
+
+    Raises:
+        TypeError: a field is neither a QuantSpec nor None.
+    """
+
+    input: QuantSpec | None = None
+    weight: QuantSpec | None = QuantSpec()
+    bias: QuantSpec | None = QuantSpec()
+    output: QuantSpec | None = QuantSpec()
+    codes: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        specs = {"input": self.input, "weight": self.weight, "bias": self.bias, "output": self.output}
+        for name, spec in specs.items():
+            if spec is not None and not isinstance(spec, QuantSpec):
+                raise TypeError(f"QATConfig: expected {name} to be a QuantSpec or None, got {spec!r}")
+        object.__setattr__(self, "codes", tuple(_code(spec) for spec in specs.values()))
+
+    @classmethod
+    def tutorial(cls, num_bits: int = 8) -> QATConfig:
+        """Weight, bias and output, affine, per tensor: what tutorials teach, and the default."""
+        spec = QuantSpec(num_bits)
+        return cls(weight=spec, bias=spec, output=spec)
+
+    @classmethod
+    def int8(cls) -> QATConfig:
+        """Input affine per tensor, weight symmetric per output channel, both 8 bits; bias and output in float."""
+        weight = QuantSpec(8, symmetric=True, granularity=PerChannel(0))
+        return cls(input=QuantSpec(8), weight=weight, bias=None, output=None)
+
+    @classmethod
+    def weight_only(cls, num_bits: int = 4, group_size: int = 32) -> QATConfig:
+        """Weight affine per group of ``group_size`` input features; the rest in float."""
+        return cls(weight=QuantSpec(num_bits, granularity=PerGroup(group_size)), bias=None, output=None)
+
+
+def _code(spec: QuantSpec | None) -> tuple[int, ...]:
+    return () if spec is None else (spec.num_bits, int(spec.symmetric), *spec.granularity.code)
+
+
+def describe(config: QATConfig) -> str:
+    """What is quantized how, for a repr: ``num_bits=8, input=float, weight=affine per tensor, ...``."""
+    specs: dict[str, Any] = {name: getattr(config, name) for name in ("input", "weight", "bias", "output")}
+    bits = {spec.num_bits for spec in specs.values() if spec is not None}
+    words = {name: "float" if spec is None else str(spec) for name, spec in specs.items()}
+    if len(bits) != 1:
+        return ", ".join(f"{name}={word}" for name, word in words.items())
+    shared = bits.pop()
+    return f"num_bits={shared}, " + ", ".join(
+        f"{name}={word.removeprefix(f'{shared}-bit ')}" for name, word in words.items()
+    )

@@ -1,0 +1,43 @@
+"""FakeQuantize: the dynamic fake_quantize as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import Granularity, PerTensor, QuantSpec
+from .functional import fake_quantize
+
+
+class FakeQuantize(torch.nn.Module):
+    """Fake-quantizes its input to the grid of the input's own range; see :func:`qatfast.fake_quantize`.
+
+    It has no parameters and no buffers and does the same in training and in evaluation.
+
+    Args:
+        num_bits: 2 to 16.
+        symmetric: see :class:`qatfast.QuantSpec`.
+        granularity: which elements share a scale.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: ``num_bits`` is not from 2 to 16.
+
+    Example:
+        >>> FakeQuantize(num_bits=4)
+        FakeQuantize(num_bits=4, symmetric=False, granularity=PerTensor())
+    """
+
+    def __init__(
+        self, num_bits: int = 8, *, symmetric: bool = False, granularity: Granularity = PerTensor()
+    ) -> None:
+        super().__init__()
+        self.spec = QuantSpec(num_bits, symmetric, granularity)
+
+    def forward(self, input: Tensor) -> Tensor:
+        spec = self.spec
+        return fake_quantize(input, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return f"num_bits={spec.num_bits}, symmetric={spec.symmetric}, granularity={spec.granularity}"

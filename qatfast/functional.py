@@ -1,0 +1,360 @@
+"""The public functions: docstrings, and the way to the kernels or to the reference; no maths."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from . import checks, kernels, reference
+from .config import Granularity, PerTensor, QATConfig, granularity_from_code
+
+_PER_TENSOR = PerTensor()
+_DEFAULT_CONFIG = QATConfig()
+
+
+def fake_quantize(
+    input: Tensor, num_bits: int = 8, *, symmetric: bool = False, granularity: Granularity = _PER_TENSOR
+) -> Tensor:
+    """Rounds ``input`` to the integer grid of its own range and back to floats; the gradient passes unchanged.
+
+    For each block, over its finite values::
+
+        lo, hi     = min(x.min(), 0), max(x.max(), 0)
+        scale      = max((hi - lo) / (quant_max - quant_min), eps)     symmetric: max(-lo, hi) / quant_max
+        zero_point = clamp(quant_min - round(lo / scale), quant_min, quant_max)
+        y          = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
+
+    ``round`` is half to even. NaN stays NaN in its own element; infinities saturate to the ends of the range.
+    float16 and bfloat16 compute in float32 and round once at the end.
+
+    Args:
+        input: float32, float64, float16 or bfloat16; any shape and strides, empty too.
+        num_bits: 2 to 16.
+        symmetric: False: the grid ``[0, 2^b - 1]`` with a zero point; True: ``[-(2^(b-1) - 1), 2^(b-1) - 1]``, no
+            zero point.
+        granularity: which elements share a scale: ``PerTensor()``, ``PerChannel(axis)``, ``PerGroup(group_size)`` or
+            ``PerToken()``.
+
+    Returns:
+        A new tensor like ``input``: shape, dtype, device and memory format.
+
+    Raises:
+        TypeError: ``input`` is no dense floating tensor; ``num_bits`` is no int; another argument has a wrong type.
+        ValueError: ``num_bits`` is not from 2 to 16; ``granularity`` does not divide ``input``.
+
+    Source:
+        Jacob et al. 2018 (arXiv 1712.05877), equation 12; STE: Bengio et al. 2013 (arXiv 1308.3432).
+
+    Example:
+        >>> fake_quantize(torch.tensor([-1.0, 0.0, 0.3, 2.0]), num_bits=2)
+        tensor([-1.,  0.,  0.,  2.])
+    """
+    num_bits = checks.num_bits("fake_quantize", num_bits)
+    checks.boolean("fake_quantize", "symmetric", symmetric)
+    checks.granularity("fake_quantize", granularity)
+    if kernels.serve(input):
+        return _ops(input).fake_quantize(input, num_bits, symmetric, granularity.code)
+    return reference.fake_quantize(input, num_bits, symmetric=symmetric, granularity=granularity)
+
+
+def fake_quantize_affine(
+    input: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    quant_min: int,
+    quant_max: int,
+    *,
+    granularity: Granularity = _PER_TENSOR,
+) -> Tensor:
+    """Rounds ``input`` to a given integer grid and back to floats.
+
+    ::
+
+        y = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
+
+    The gradient passes where ``quant_min <= round(x / scale) + zero_point <= quant_max`` and is zero elsewhere; one
+    bit an element is kept for it. ``scale`` and ``zero_point`` get no gradient.
+
+    Args:
+        input: float32, float64, float16 or bfloat16; any shape and strides, empty too.
+        scale: real units a step, positive and finite; float32 (float64 for float64 input), one element a block:
+            ``()`` per tensor, ``(C,)`` per channel, the leading shape per token, the leading shape plus ``(groups,)``
+            per group. A Python number per tensor.
+        zero_point: int32 (int64 is converted), shape as ``scale``, from ``quant_min`` to ``quant_max``. A Python int
+            per tensor.
+        quant_min: -32768 or more.
+        quant_max: greater than ``quant_min``, at most 65535, and at most ``quant_min + 65535``.
+        granularity: which elements share a scale.
+
+    Returns:
+        A new tensor like ``input``: shape, dtype, device and memory format.
+
+    Raises:
+        TypeError: a tensor has a wrong dtype or layout; another argument has a wrong type.
+        ValueError: a shape, a range or (on the CPU, where reading them is free) a value is wrong.
+        RuntimeError: ``scale`` or ``zero_point`` is on another device.
+
+    Source:
+        Jacob et al. 2018 (arXiv 1712.05877), equation 1; as ``torch.fake_quantize_per_tensor_affine`` and
+        ``per_channel_affine``, with IEEE division and rounding before the zero point is added, as ONNX does.
+
+    Example:
+        >>> fake_quantize_affine(torch.tensor([-9.0, 0.3, 9.0]), 0.5, 0, -8, 7)
+        tensor([-4.0000,  0.5000,  3.5000])
+    """
+    op = "fake_quantize_affine"
+    checks.granularity(op, granularity)
+    quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
+    if kernels.serve(input):
+        scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, input.dtype, granularity)
+        return _ops(input, scale, zero_point).fake_quantize_affine(
+            input, scale, zero_point, quant_min, quant_max, granularity.code
+        )
+    return reference.fake_quantize_affine(input, scale, zero_point, quant_min, quant_max, granularity=granularity)
+
+
+def choose_qparams(
+    input: Tensor, num_bits: int = 8, *, symmetric: bool = False, granularity: Granularity = _PER_TENSOR
+) -> tuple[Tensor, Tensor]:
+    """The scale and zero point that ``fake_quantize`` takes from the range of ``input``.
+
+    For each block, over its finite values::
+
+        lo, hi     = min(x.min(), 0), max(x.max(), 0)
+        scale      = max((hi - lo) / (quant_max - quant_min), eps)     symmetric: max(-lo, hi) / quant_max
+        zero_point = clamp(quant_min - round(lo / scale), quant_min, quant_max)
+
+    ``eps`` is the smallest normal float32 (float64 for float64 input). A block without finite values and an empty one
+    give ``eps`` and the zero point of ``lo = hi = 0``.
+
+    Args:
+        input: float32, float64, float16 or bfloat16; any shape and strides, empty too.
+        num_bits: 2 to 16.
+        symmetric: as in :func:`fake_quantize`.
+        granularity: which elements share a scale.
+
+    Returns:
+        ``(scale, zero_point)``: float32 (float64 for float64 input) and int32, one element a block: ``()`` per tensor,
+        ``(C,)`` per channel, the leading shape per token, the leading shape plus ``(groups,)`` per group. Neither
+        requires grad.
+
+    Raises:
+        TypeError: ``input`` is no dense floating tensor; ``num_bits`` is no int; another argument has a wrong type.
+        ValueError: ``num_bits`` is not from 2 to 16; ``granularity`` does not divide ``input``.
+
+    Source:
+        Jacob et al. 2018 (arXiv 1712.05877), section 3.
+
+    Example:
+        >>> choose_qparams(torch.tensor([-1.0, 0.0, 2.0]), num_bits=2)
+        (tensor(1.), tensor(1, dtype=torch.int32))
+    """
+    num_bits = checks.num_bits("choose_qparams", num_bits)
+    checks.boolean("choose_qparams", "symmetric", symmetric)
+    checks.granularity("choose_qparams", granularity)
+    if kernels.serve(input):
+        return _ops(input).choose_qparams(input, num_bits, symmetric, granularity.code)
+    return reference.choose_qparams(input, num_bits, symmetric=symmetric, granularity=granularity)
+
+
+def quantize(
+    input: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    quant_min: int,
+    quant_max: int,
+    *,
+    granularity: Granularity = _PER_TENSOR,
+) -> Tensor:
+    """The integers of ``input`` on a given grid.
+
+    ::
+
+        q = clamp(round(x / scale) + zero_point, quant_min, quant_max)
+
+    NaN gives ``zero_point``.
+
+    Args:
+        input: float32, float64, float16 or bfloat16; any shape and strides, empty too.
+        scale: as in :func:`fake_quantize_affine`.
+        zero_point: as in :func:`fake_quantize_affine`.
+        quant_min: -32768 or more.
+        quant_max: greater than ``quant_min``, at most 65535.
+        granularity: which elements share a scale.
+
+    Returns:
+        uint8 or uint16 where ``quant_min >= 0``, else int8 or int16: the narrower that holds both ends.
+
+    Raises:
+        TypeError: a tensor has a wrong dtype or layout; another argument has a wrong type.
+        ValueError: a shape, a range or (on the CPU) a value is wrong; no 8 or 16-bit integer holds both ends.
+        RuntimeError: ``scale`` or ``zero_point`` is on another device.
+
+    Source:
+        ONNX QuantizeLinear; Jacob et al. 2018 (arXiv 1712.05877), equation 1.
+
+    Example:
+        >>> quantize(torch.tensor([-9.0, 0.3, 9.0]), 0.5, 0, -8, 7)
+        tensor([-8,  1,  7], dtype=torch.int8)
+    """
+    op = "quantize"
+    checks.granularity(op, granularity)
+    quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
+    if kernels.serve(input):
+        scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, input.dtype, granularity)
+        return _ops(input, scale, zero_point).quantize(
+            input, scale, zero_point, quant_min, quant_max, granularity.code
+        )
+    return reference.quantize(input, scale, zero_point, quant_min, quant_max, granularity=granularity)
+
+
+def dequantize(
+    input: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    *,
+    granularity: Granularity = _PER_TENSOR,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The real values of integers on a grid.
+
+    ::
+
+        y = (q - zero_point) * scale
+
+    Computed in float32 (float64 for ``dtype=torch.float64``) and rounded once to ``dtype``.
+
+    Args:
+        input: int8, uint8, int16 or uint16; any shape and strides, empty too.
+        scale: real units a step, positive and finite; float32 (float64 for ``dtype=torch.float64``), one element a
+            block as in :func:`fake_quantize_affine`. A Python number per tensor.
+        zero_point: int32 (int64 is converted), shape as ``scale``, from -32768 to 65535. A Python int per tensor.
+        granularity: which elements share a scale.
+        dtype: of the result: float32, float64, float16 or bfloat16.
+
+    Returns:
+        A tensor of ``dtype`` in the shape and memory format of ``input``.
+
+    Raises:
+        TypeError: a tensor has a wrong dtype or layout; another argument has a wrong type.
+        ValueError: a shape or (on the CPU) a value is wrong.
+        RuntimeError: ``scale`` or ``zero_point`` is on another device.
+
+    Source:
+        ONNX DequantizeLinear; Jacob et al. 2018 (arXiv 1712.05877), equation 1.
+
+    Example:
+        >>> dequantize(torch.tensor([-8, 1, 7], dtype=torch.int8), 0.5, 0)
+        tensor([-4.0000,  0.5000,  3.5000])
+    """
+    op = "dequantize"
+    checks.granularity(op, granularity)
+    if dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"{op}: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
+    if kernels.serve(input):
+        scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, dtype, granularity)
+        return _ops(input, scale, zero_point).dequantize(input, scale, zero_point, granularity.code, dtype)
+    return reference.dequantize(input, scale, zero_point, granularity=granularity, dtype=dtype)
+
+
+def qat_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, config: QATConfig = _DEFAULT_CONFIG
+) -> Tensor:
+    """A linear layer on fake-quantized tensors, as one autograd node.
+
+    ::
+
+        y = fake_quantize(F.linear(fake_quantize(input), fake_quantize(weight), fake_quantize(bias)))
+
+    each ``fake_quantize`` as ``config`` says, or left out. Gradients are those of the float product with the
+    straight-through estimator: ``dx = dy @ w_hat``, ``dw = dy.T @ x_hat``, ``db = dy.sum(0)``, second ones too. Kept
+    for backward are the input, the weight itself and its fake-quantized values. Under ``torch.autocast`` the
+    quantizers see the tensors as they are, and what they give is cast for the product.
+
+    Args:
+        input: ``(..., in_features)``, float32, float64, float16 or bfloat16.
+        weight: ``(out_features, in_features)``, the dtype of ``input`` (any float dtype under autocast).
+        bias: ``(out_features,)`` or None, the dtype of ``input`` (any float dtype under autocast).
+        config: what is quantized how.
+
+    Returns:
+        ``(..., out_features)``, the dtype of the product.
+
+    Raises:
+        TypeError: a tensor has a wrong dtype or layout; ``config`` is no QATConfig.
+        ValueError: a shape is wrong, or ``config`` does not divide a tensor.
+        RuntimeError: the tensors are on different devices.
+
+    Source:
+        Jacob et al. 2018 (arXiv 1712.05877), section 3; STE: Bengio et al. 2013 (arXiv 1308.3432).
+
+    Example:
+        >>> qat_linear(torch.ones(2, 3), torch.eye(3)).shape
+        torch.Size([2, 3])
+    """
+    if not isinstance(config, QATConfig):
+        raise TypeError(f"qat_linear: expected config to be a QATConfig, got {config!r}")
+    if kernels.serve(input) and kernels.serve(weight) and (bias is None or kernels.serve(bias)):
+        operands = (input, weight) if bias is None else (input, weight, bias)
+        return _ops(*operands).qat_linear(input, weight, bias, *config.codes)
+    return reference.qat_linear(input, weight, bias, config=config)
+
+
+def _ops(*tensors: Tensor) -> ModuleType | Any:
+    """The direct entry points, or ``torch.ops`` where a tracer or a tensor subclass must see the call."""
+    if torch.compiler.is_compiling() or has_torch_function(tensors):
+        return torch.ops.qatfast
+    return kernels.extension
+
+
+def _register_fakes() -> None:
+    """Shapes, dtypes and strides of each operator, for torch.compile, torch.export and meta tensors."""
+    fake = torch.library.register_fake
+
+    @fake("qatfast::fake_quantize")
+    def _(input, num_bits=8, symmetric=False, granularity=(0, 0)):
+        return torch.empty_like(input)
+
+    @fake("qatfast::fake_quantize_affine")
+    def _(input, scale, zero_point, quant_min, quant_max, granularity=(0, 0)):
+        return torch.empty_like(input)
+
+    @fake("qatfast::fake_quantize_affine_forward")
+    def _(input, scale, zero_point, quant_min, quant_max, granularity=(0, 0)):
+        return torch.empty_like(input), input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
+
+    @fake("qatfast::fake_quantize_affine_backward")
+    def _(grad, mask, stride):
+        return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device)
+
+    @fake("qatfast::choose_qparams")
+    def _(input, num_bits=8, symmetric=False, granularity=(0, 0)):
+        shape = checks.shape_of_qparams(input.shape, granularity_from_code(granularity))
+        dtype = checks.compute_dtype(input.dtype)
+        return input.new_empty(shape, dtype=dtype), input.new_empty(shape, dtype=torch.int32)
+
+    @fake("qatfast::quantize")
+    def _(input, scale, zero_point, quant_min, quant_max, granularity=(0, 0)):
+        return torch.empty_like(input, dtype=reference.quantized_dtype(quant_min, quant_max))
+
+    @fake("qatfast::dequantize")
+    def _(input, scale, zero_point, granularity=(0, 0), dtype=torch.float32):
+        return torch.empty_like(input, dtype=dtype)
+
+    @fake("qatfast::qat_linear")
+    def _(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype=None):
+        return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or input.dtype)
+
+    @fake("qatfast::qat_linear_forward")
+    def _(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype=None):
+        output = input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or input.dtype)
+        weight_hat = weight.new_empty(weight.shape if weight_spec else (0,), dtype=output.dtype)
+        return output, weight_hat
+
+
+if kernels.extension is not None:
+    _register_fakes()

@@ -1,0 +1,104 @@
+"""The compiled extension: whether it is loaded, why not, and what it runs on.
+
+``qatfast._C`` is loaded once, at import, and only with the torch it was built with (``_build.json`` beside it says
+which): another torch may crash it. Without it, the reference serves every function after one warning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import warnings
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_REINSTALL = "Install qatfast again (pip install --force-reinstall --no-deps, from its source) to build for this torch."
+_COMPILER = "Install a C++ compiler (g++ or clang++) and install qatfast again."
+
+
+def build_record() -> dict[str, object]:
+    """What setup.py wrote of the build: torch, kernels, reason, compiler, debug, sanitize; empty if there is none."""
+    path = Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """(the extension, "") or (None, why not and what to do)."""
+    if os.environ.get("QATFAST_NO_EXT", "") not in ("", "0"):
+        return None, "QATFAST_NO_EXT is set. Unset it to use the kernels."
+    record = build_record()
+    if not record:
+        return None, f"the package was not installed, only imported from its source. {_REINSTALL}"
+    if not record["kernels"]:
+        cure = _COMPILER if "compiler" in str(record["reason"]) else _REINSTALL
+        return None, f"the package was built without kernels ({record['reason']}). {cure}"
+    if record["torch"] != torch.__version__:
+        return None, f"they were built with torch {record['torch']}, and this is torch {torch.__version__}. {_REINSTALL}"
+    try:
+        return import_module("qatfast._C"), ""
+    except ImportError as error:
+        return None, f"the library does not load ({error}). {_REINSTALL}"
+
+
+extension, _reason = _load()
+_warned: set[str] = set()
+
+
+def reason() -> str:
+    """Why there are no kernels and what to do about it; empty if they are loaded."""
+    return _reason
+
+
+def serve(input: object) -> bool:
+    """Whether the kernels take this tensor; if not for want of kernels, one warning a cause says so.
+
+    They take dense CPU tensors outside of functorch transforms, in which a C++ autograd Function has no part.
+    """
+    if extension is None:
+        _warn_once(f"qatfast runs without its compiled kernels, slowly, with the same results: {_reason}")
+        return False
+    if not isinstance(input, Tensor) or input.layout is not torch.strided:
+        return False  # the reference's checks say what is wrong
+    if not input.is_cpu:
+        if not input.is_meta:
+            _warn_once(
+                f"qatfast has no compiled kernels for {input.device.type} tensors in this release and computes them "
+                "in plain PyTorch, slowly, with the same results. Nothing to install; CPU tensors use the kernels."
+            )
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
+def _warn_once(message: str) -> None:
+    if torch.compiler.is_compiling() or message in _warned:
+        return
+    _warned.add(message)
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def info() -> dict[str, str]:
+    """What ``qatfast info`` prints: versions, kernels and why not, instruction set, threads, CUDA."""
+    from . import __version__
+
+    record = build_record()
+    cuda = "no CUDA kernels in this release; CUDA tensors use the reference"
+    if torch.cuda.is_available():
+        cuda = f"{torch.cuda.get_device_name()}, torch CUDA {torch.version.cuda}; {cuda}"
+    else:
+        cuda = f"no device (torch CUDA {torch.version.cuda or 'none'}); {cuda}"
+    return {
+        "qatfast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "kernels": "loaded" if extension is not None else f"not loaded: {_reason}",
+        "built with": f"torch {record['torch']}, {record['compiler']}" if record.get("kernels") else "nothing built",
+        "instruction set": extension.instruction_set() if extension is not None else "none (plain PyTorch)",
+        "torch capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "cuda": cuda,
+    }

@@ -1,0 +1,249 @@
+"""The specification that runs: every function of qatfast in plain PyTorch, obvious and slow.
+
+The compiled kernels give these bits. Where there are no kernels (another device, no compiler, a functorch transform)
+these functions serve.
+
+    lo, hi     = min(x.min(), 0), max(x.max(), 0)                over the finite values of the block
+    scale      = max((hi - lo) / (quant_max - quant_min), eps)   affine          (symmetric: max(-lo, hi) / quant_max)
+    zero_point = clamp(quant_min - round(lo / scale), quant_min, quant_max)
+    q          = clamp(round(x / scale) + zero_point, quant_min, quant_max)
+    y          = (q - zero_point) * scale
+
+Source: Jacob et al. 2018 (arXiv 1712.05877), equations 1 and 12; the STE: Bengio et al. 2013 (arXiv 1308.3432).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+from .config import Granularity, PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec, quant_range
+
+
+def fake_quantize(
+    input: Tensor, num_bits: int = 8, *, symmetric: bool = False, granularity: Granularity = PerTensor()
+) -> Tensor:
+    op = "fake_quantize"
+    num_bits, quant_min, quant_max = _check_dynamic(op, input, num_bits, symmetric, granularity)
+    x = input.detach()
+    scale, zero_point = _choose_qparams(x, quant_min, quant_max, symmetric, granularity)
+    value, _ = _fake_quantize(x, scale, zero_point, quant_min, quant_max, granularity)
+    return _StraightThrough.apply(input, value, None)
+
+
+def fake_quantize_affine(
+    input: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    quant_min: int,
+    quant_max: int,
+    *,
+    granularity: Granularity = PerTensor(),
+) -> Tensor:
+    op = "fake_quantize_affine"
+    scale, zero_point, quant_min, quant_max = _check_affine(
+        op, input, scale, zero_point, quant_min, quant_max, granularity
+    )
+    value, inside = _fake_quantize(input.detach(), scale, zero_point, quant_min, quant_max, granularity)
+    return _StraightThrough.apply(input, value, inside)
+
+
+def choose_qparams(
+    input: Tensor, num_bits: int = 8, *, symmetric: bool = False, granularity: Granularity = PerTensor()
+) -> tuple[Tensor, Tensor]:
+    op = "choose_qparams"
+    num_bits, quant_min, quant_max = _check_dynamic(op, input, num_bits, symmetric, granularity)
+    return _choose_qparams(input.detach(), quant_min, quant_max, symmetric, granularity)
+
+
+def quantize(
+    input: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    quant_min: int,
+    quant_max: int,
+    *,
+    granularity: Granularity = PerTensor(),
+) -> Tensor:
+    op = "quantize"
+    scale, zero_point, quant_min, quant_max = _check_affine(
+        op, input, scale, zero_point, quant_min, quant_max, granularity
+    )
+    dtype = quantized_dtype(quant_min, quant_max)
+    x = _to_blocks(input.detach().to(checks.compute_dtype(input.dtype)), granularity)
+    scale, zero_point = _broadcast(scale, x, granularity), _broadcast(zero_point, x, granularity)
+    q = torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max)
+    q = torch.where(x.isnan(), zero_point.to(q.dtype), q)
+    # torch converts float to uint16 through int32 on every device
+    return _like(q.to(torch.int32).reshape(input.shape).to(dtype), input)
+
+
+def dequantize(
+    input: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | int,
+    *,
+    granularity: Granularity = PerTensor(),
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    op = "dequantize"
+    checks.tensor(op, "input", input, checks.INTEGER_DTYPES)
+    if dtype not in checks.FLOAT_DTYPES:
+        raise TypeError(f"{op}: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
+    checks.blocks(op, input.shape, checks.granularity(op, granularity))
+    scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, dtype, granularity)
+    scale, zero_point = checks.qparams(op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output")
+    q = _to_blocks(input.to(checks.compute_dtype(dtype)), granularity)
+    y = (q - _broadcast(zero_point, q, granularity)) * _broadcast(scale, q, granularity)
+    return _like(y.reshape(input.shape).to(dtype), input)
+
+
+def qat_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, config: QATConfig = QATConfig()
+) -> Tensor:
+    op = "qat_linear"
+    if not isinstance(config, QATConfig):
+        raise TypeError(f"{op}: expected config to be a QATConfig, got {config!r}")
+    checks.linear_operands(op, input, weight, bias)
+    x_hat = _by_spec(op, "input", input, config.input)
+    w_hat = _by_spec(op, "weight", weight, config.weight)
+    b_hat = None if bias is None else _by_spec(op, "bias", bias, config.bias)
+    # the float formula, for every config; a config on integer grids has the same place for an integer product
+    return _by_spec(op, "output", F.linear(x_hat, w_hat, b_hat), config.output)
+
+
+def quantized_dtype(quant_min: int, quant_max: int) -> torch.dtype:
+    """The narrowest integer type for the ends: unsigned exactly where ``quant_min >= 0``."""
+    candidates = (torch.uint8, torch.uint16) if quant_min >= 0 else (torch.int8, torch.int16)
+    for dtype in candidates:
+        if torch.iinfo(dtype).min <= quant_min and quant_max <= torch.iinfo(dtype).max:
+            return dtype
+    raise ValueError(
+        "quantize: expected quant_min and quant_max to fit in one of int8, uint8, int16 and uint16, got "
+        f"quant_min={quant_min}, quant_max={quant_max}"
+    )
+
+
+def _by_spec(op: str, name: str, tensor: Tensor, spec: QuantSpec | None) -> Tensor:
+    if spec is None:
+        return tensor
+    checks.blocks(f"{op}: {name}", tensor.shape, spec.granularity)
+    return fake_quantize(tensor, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
+
+
+def _check_dynamic(
+    op: str, input: Tensor, num_bits: int, symmetric: bool, granularity: Granularity
+) -> tuple[int, int, int]:
+    num_bits = checks.num_bits(op, num_bits)
+    checks.boolean(op, "symmetric", symmetric)
+    checks.granularity(op, granularity)
+    checks.tensor(op, "input", input, checks.FLOAT_DTYPES)
+    checks.blocks(op, input.shape, granularity)
+    return num_bits, *quant_range(num_bits, symmetric)
+
+
+def _check_affine(
+    op: str, input: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int, granularity: Granularity
+) -> tuple[Tensor, Tensor, int, int]:
+    checks.granularity(op, granularity)
+    quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
+    checks.tensor(op, "input", input, checks.FLOAT_DTYPES)
+    checks.blocks(op, input.shape, granularity)
+    scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, input.dtype, granularity)
+    scale, zero_point = checks.qparams(op, input, scale, zero_point, quant_min, quant_max, granularity, input.dtype)
+    return scale, zero_point, quant_min, quant_max
+
+
+def _to_blocks(x: Tensor, granularity: Granularity) -> Tensor:
+    """The tensor itself, or with the last dimension split into (groups, group_size)."""
+    if isinstance(granularity, PerGroup):
+        return x.unflatten(-1, (x.shape[-1] // granularity.group_size, granularity.group_size))
+    return x
+
+
+def _dims_within_block(x: Tensor, granularity: Granularity) -> tuple[int, ...]:
+    """The dimensions of ``_to_blocks(x)`` that a block spans."""
+    if isinstance(granularity, PerTensor):
+        return tuple(range(x.dim()))
+    if isinstance(granularity, PerChannel):
+        return tuple(dim for dim in range(x.dim()) if dim != granularity.axis % x.dim())
+    return (x.dim() - 1,)
+
+
+def _broadcast(qparam: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
+    """One element a block, shaped to broadcast against ``_to_blocks(x)``."""
+    if isinstance(granularity, (PerGroup, PerToken)):
+        return qparam.unsqueeze(-1)
+    if isinstance(granularity, PerChannel):
+        return qparam.reshape([-1 if dim == granularity.axis % x.dim() else 1 for dim in range(x.dim())])
+    return qparam
+
+
+def _choose_qparams(
+    x: Tensor, quant_min: int, quant_max: int, symmetric: bool, granularity: Granularity
+) -> tuple[Tensor, Tensor]:
+    compute = checks.compute_dtype(x.dtype)
+    eps = torch.finfo(compute).tiny
+    shape = checks.shape_of_qparams(x.shape, granularity)
+    x = _to_blocks(x.to(compute), granularity)
+    finite = torch.where(x.isfinite(), x, torch.zeros_like(x))
+    dims = _dims_within_block(x, granularity)
+    if x.numel() == 0:
+        lo = hi = x.new_zeros(shape)
+    else:  # amin(()) would reduce every dimension, not none
+        lo = (finite.amin(dims) if dims else finite).clamp(max=0)
+        hi = (finite.amax(dims) if dims else finite).clamp(min=0)
+    # divisors are tensors: on CUDA torch divides by a Python number with a rounded reciprocal
+    if symmetric:
+        scale = torch.maximum(-lo, hi) / torch.full_like(lo, quant_max)
+    else:
+        steps = torch.full_like(lo, quant_max - quant_min)
+        scale = torch.where((hi - lo).isinf(), hi / steps - lo / steps, (hi - lo) / steps)
+    scale = scale.clamp(min=eps)
+    if symmetric:
+        zero_point = torch.zeros_like(lo)
+    else:
+        zero_point = torch.clamp(quant_min - torch.round(lo / scale), quant_min, quant_max)
+    return scale, zero_point.to(torch.int32)
+
+
+def _fake_quantize(
+    input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, granularity: Granularity
+) -> tuple[Tensor, Tensor]:
+    """The values, and where the gradient passes for a given range."""
+    x = _to_blocks(input.to(checks.compute_dtype(input.dtype)), granularity)
+    scale, zero_point = _broadcast(scale, x, granularity), _broadcast(zero_point, x, granularity)
+    q = torch.round(x / scale) + zero_point
+    inside = (quant_min <= q) & (q <= quant_max)
+    y = (torch.clamp(q, quant_min, quant_max) - zero_point) * scale
+    return _like(y.reshape(input.shape).to(input.dtype), input), inside.reshape(input.shape)
+
+
+def _like(value: Tensor, input: Tensor) -> Tensor:
+    """``value`` in the memory layout of ``torch.empty_like(input)``."""
+    if torch._C._are_functorch_transforms_active():
+        return value.clone()
+    return torch.empty_like(input, dtype=value.dtype).copy_(value)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``value`` forward; backward the gradient of ``input``, unchanged or (``inside`` given) zero outside."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
+        return value.clone() if torch._C._are_functorch_transforms_active() else value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return grad if inside is None else torch.where(inside, grad, 0), None, None

@@ -6,7 +6,6 @@ QATFAST_DEBUG=1, QATFAST_SANITIZE=address|undefined|thread.
 
 import json
 import os
-import shlex
 import shutil
 import site
 import subprocess
@@ -25,7 +24,7 @@ if sys.prefix == sys.base_prefix:  # inside a virtual environment the user's own
     sys.path.append(site.getusersitepackages())
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
@@ -40,11 +39,11 @@ def switch(name):
 
 
 def find_compiler():
-    """The command of the C++ compiler: CXX, which has to exist, or else the first one found, or None."""
+    """The name of the C++ compiler: CXX, which has to exist, or else the first one found, or None."""
     given = os.environ.get("CXX")
     if not given:
         return next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if not shutil.which(shlex.split(given)[0]):
+    if not shutil.which(given):
         sys.exit(f"qatfast: CXX={given}: no such compiler. Set CXX to a C++ compiler, or unset it.")
     return given
 
@@ -82,23 +81,25 @@ record = {
 extensions = []
 if not reason:
     os.environ["CXX"] = compiler  # torch would take c++, which may be the one that is missing
-    banner = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout
+    banner = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     record["compiler"] = banner.partition("\n")[0] or compiler
     # No -std: BuildExtension adds the one its torch needs. No -march: one binary for every machine; the loops choose
     # their instruction set at run time. No contraction: every instruction set has to give the same bits.
     compile_flags = ["-O0", "-g", "-UNDEBUG", "-D_GLIBCXX_ASSERTIONS"] if debug else ["-O3", "-g0"]
     compile_flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
     compile_flags += ["-fopenmp", "-Wall", "-Wextra", "-Wno-psabi"]
+    # As system folders: the warnings are for our code, not for torch's headers.
+    compile_flags += [f"-isystem{path}" for path in include_paths()]
     link_flags = ["-fopenmp"]
     if sanitize:
         link_flags.append(f"-fsanitize={SANITIZERS[sanitize]}")
-        compile_flags += [*link_flags, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+        compile_flags += [*link_flags, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g"]
     extensions.append(
         CppExtension(
             "qatfast._C",
             sorted(str(p) for d in ("csrc", "csrc/cpu") for p in Path(d).glob("*.cpp")),
             include_dirs=[str(Path("csrc").resolve())],
-            # The version is a flag so that another torch in the same place makes every object anew.
+            # A flag, so that another torch in the same place makes every object anew: its headers' times do not count.
             define_macros=[("QATFAST_TORCH_VERSION", f'"{torch.__version__}"')],
             extra_compile_args={"cxx": compile_flags},
             extra_link_args=link_flags,

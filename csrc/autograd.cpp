@@ -93,12 +93,8 @@ Tensor as_rows(const Tensor& x) {
   return x.dim() == 2 ? x : x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2);
 }
 
-Tensor fake_quantize_by_spec(const Tensor& x, const std::vector<int64_t>& spec) {
-  return spec.empty() ? x : op::fake_quantize(x, spec[0], spec[1] != 0, at::IntArrayRef(spec).slice(2));
-}
-
-// dx = dy @ w_hat, dw = dy.T @ x_hat, db = dy.sum(0). Kept: the input and the weight themselves, as nn.Linear does, and
-// w_hat, since making it again costs a fifth of a small layer's step. Where gradients need gradients, w_hat is made
+// dx = dy @ w_hat, dw = dy.T @ x_hat, db = dy.sum(0); the engine casts them to the dtypes of their tensors.
+// Kept: the input and the weight themselves, as nn.Linear does, and w_hat. Where gradients need gradients, w_hat is made
 // again from the weight, so that they reach it.
 struct QATLinearNode : Function<QATLinearNode> {
   static Variable forward(
@@ -112,45 +108,60 @@ struct QATLinearNode : Function<QATLinearNode> {
       at::IntArrayRef output_spec,
       std::optional<at::ScalarType> dtype) {
     ctx->set_materialize_grads(false);
+    const auto kept_if = [](bool wanted, const Variable& x) { return wanted ? x : Variable(); };
     const bool keep_weight = input.requires_grad();
     const bool keep_input = weight.requires_grad();
     at::AutoDispatchBelowADInplaceOrView below;
     const auto [output, weight_hat] =
         op::qat_linear_forward(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
     ctx->save_for_backward(
-        {keep_input ? input : Variable(), keep_weight ? weight : Variable(), keep_weight ? weight_hat : Variable()});
-    ctx->saved_data["input_spec"] = input_spec;
-    ctx->saved_data["weight_spec"] = weight_spec;
-    ctx->saved_data["input_dtype"] = input.scalar_type();
-    ctx->saved_data["weight_dtype"] = weight.scalar_type();
-    ctx->saved_data["bias_dtype"] = bias ? bias->scalar_type() : input.scalar_type();
+        {kept_if(keep_input, input),
+         kept_if(keep_weight, weight),
+         kept_if(keep_weight && !weight_spec.empty(), weight_hat)});
+    if (bias) {
+      ctx->saved_data["has_bias"] = true;
+    }
+    keep_spec(ctx, "input_spec", input_spec);
+    keep_spec(ctx, "weight_spec", weight_spec);
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list result(8);
-    const auto& dy = grads[0];
-    if (!dy.defined()) {
+    if (!grads[0].defined()) {
       return result;
     }
+    const auto& dy = grads[0];
     const auto saved = ctx->get_saved_variables();
-    const auto& input = saved[0];
-    const auto& weight = saved[1];
+    const auto& [input, weight, w_hat] = std::tie(saved[0], saved[1], saved[2]);
     if (ctx->needs_input_grad(0)) {
-      const auto spec = ctx->saved_data["weight_spec"].toIntVector();
-      const bool remake = spec.empty() || at::GradMode::is_enabled();
-      const auto w_hat = remake ? fake_quantize_by_spec(weight, spec).to(dy.scalar_type()) : saved[2];
-      result[0] = at::matmul(dy, w_hat).to(ctx->saved_data["input_dtype"].toScalarType());
+      const bool kept = w_hat.defined() && !at::GradMode::is_enabled();
+      result[0] = at::matmul(dy, as_dtype(kept ? w_hat : remade(ctx, "weight_spec", weight), dy.scalar_type()));
     }
     if (ctx->needs_input_grad(1)) {
-      const auto x_hat = fake_quantize_by_spec(input, ctx->saved_data["input_spec"].toIntVector());
-      const auto dw = at::matmul(as_rows(dy).t(), as_rows(x_hat).to(dy.scalar_type()));
-      result[1] = dw.to(ctx->saved_data["weight_dtype"].toScalarType());
+      const auto x_hat = as_dtype(remade(ctx, "input_spec", input), dy.scalar_type());
+      result[1] = at::matmul(as_rows(dy).t(), as_rows(x_hat));
     }
-    if (ctx->needs_input_grad(2)) {
-      result[2] = as_rows(dy).sum(0).to(ctx->saved_data["bias_dtype"].toScalarType());
+    if (ctx->saved_data.count("has_bias") > 0 && ctx->needs_input_grad(2)) {
+      result[2] = as_rows(dy).sum(0);
     }
     return result;
+  }
+
+ private:
+  static void keep_spec(AutogradContext* ctx, const char* name, at::IntArrayRef spec) {
+    if (!spec.empty()) {
+      ctx->saved_data[name] = spec;
+    }
+  }
+
+  static Tensor remade(AutogradContext* ctx, const char* name, const Tensor& x) {
+    const auto found = ctx->saved_data.find(name);
+    if (found == ctx->saved_data.end()) {
+      return x;
+    }
+    const auto spec = found->second.toIntVector();
+    return op::fake_quantize(x, spec[0], spec[1] != 0, at::IntArrayRef(spec).slice(2));
   }
 };
 

@@ -438,13 +438,13 @@ std::tuple<Tensor, Tensor> qat_linear_forward_kernel(
     return parameters.emplace_back(FakeQuantizeTask{from, writable(value, from), *spec}).to;
   };
   const auto w_hat = add_parameter("weight", weight, weight_spec);
-  const auto b_hat = bias ? std::optional<Tensor>(add_parameter("bias", *bias, bias_spec)) : std::nullopt;
+  const auto b_hat = bias ? add_parameter("bias", *bias, bias_spec) : Tensor();
   cpu::qat_linear(parameters);
 
-  const auto w_product = w_hat.to(product_dtype);
+  const auto w_product = as_dtype(w_hat, product_dtype);
+  const auto b_product = bias ? std::optional<Tensor>(as_dtype(b_hat, product_dtype)) : std::nullopt;
   // the float formula, for every config; a config on integer grids has the same place for an integer product
-  auto y = at::linear(
-      x_hat.to(product_dtype), w_product, b_hat ? std::optional<Tensor>(b_hat->to(product_dtype)) : std::nullopt);
+  auto y = at::linear(as_dtype(x_hat, product_dtype), w_product, b_product);
   if (const auto spec = checked_spec(op, output_spec)) {
     check_blocks("qat_linear: output", y, spec->granularity);
     y = as_blocks(y, spec->granularity);

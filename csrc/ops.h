@@ -70,6 +70,11 @@ using QATLinearForward = std::tuple<Tensor, Tensor>(
     at::IntArrayRef output_spec,
     std::optional<at::ScalarType> dtype);
 
+// x itself where it has that dtype: even an empty conversion costs a small layer a percent.
+inline Tensor as_dtype(const Tensor& x, at::ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : x.to(dtype);
+}
+
 namespace op {
 
 template <class Name, class Signature>

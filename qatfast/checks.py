@@ -1,53 +1,20 @@
-"""What is legal, and what is said where it is not: one check a rule, shared by the configs and the reference.
+"""What tensors and granularities are legal, and what is said where they are not: one check a rule.
 
 Every message names the op, the rule and the value. The C++ side (csrc/ops.cpp) says the same words for tensors.
 """
 
 from __future__ import annotations
 
-import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .config import Granularity
+from .arguments import integer
+from .config import Granularity, PerChannel, PerGroup, PerTensor
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.uint16)
-
-
-def integer(op: str, name: str, value: Any) -> int:
-    if type(value) is int:
-        return value
-    if isinstance(value, bool) or not hasattr(type(value), "__index__") or isinstance(value, Tensor):
-        raise TypeError(f"{op}: expected {name} to be an int, got {value!r}")
-    return operator.index(value)
-
-
-def boolean(op: str, name: str, value: Any) -> bool:
-    if value is True or value is False:
-        return value
-    raise TypeError(f"{op}: expected {name} to be a bool, got {value!r}")
-
-
-def num_bits(op: str, value: Any) -> int:
-    value = integer(op, "num_bits", value)
-    if not 2 <= value <= 16:
-        raise ValueError(f"{op}: expected num_bits to be from 2 to 16, got {value}")
-    return value
-
-
-def granularity(op: str, value: Any) -> Granularity:
-    from .config import Granularity
-
-    if not isinstance(value, Granularity):
-        raise TypeError(
-            f"{op}: expected granularity to be PerTensor(), PerChannel(axis), PerGroup(group_size) or PerToken(), "
-            f"got {value!r}"
-        )
-    return value
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,13 +40,13 @@ def tensor(op: str, name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> N
 
 def same_device(op: str, name: str, value: Tensor, input: Tensor) -> None:
     if value.device != input.device:
-        raise RuntimeError(f"{op}: expected {name} on {input.device}, the device of input, got {value.device}")
+        raise RuntimeError(
+            f"{op}: expected {name} on {input.device}, the device of input, got {value.device}"
+        )
 
 
 def blocks(op: str, shape: torch.Size, granularity: Granularity) -> None:
     """``granularity`` can divide a tensor of ``shape``."""
-    from .config import PerChannel, PerGroup, PerTensor
-
     if isinstance(granularity, PerTensor):
         return
     if len(shape) == 0:
@@ -109,8 +76,6 @@ def quant_range(op: str, quant_min: Any, quant_max: Any) -> tuple[int, int]:
 
 def shape_of_qparams(shape: torch.Size, granularity: Granularity) -> tuple[int, ...]:
     """One element a block: () per tensor, (C,) per channel, leading shape per token, (..., groups) per group."""
-    from .config import PerChannel, PerGroup, PerTensor
-
     if isinstance(granularity, PerTensor):
         return ()
     if isinstance(granularity, PerChannel):
@@ -124,8 +89,6 @@ def qparam_tensors(
     op: str, input: Tensor, scale: Any, zero_point: Any, dtype: torch.dtype, granularity: Granularity
 ) -> tuple[Tensor, Tensor]:
     """Tensors as they are; Python numbers as 0-dimensional tensors, which only PerTensor() takes."""
-    from .config import PerTensor
-
     for name, value, kinds, kind in (
         ("scale", scale, (int, float), "a number"),
         ("zero_point", zero_point, (int,), "an int"),

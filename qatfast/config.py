@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import checks
+from . import arguments
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PerChannel(Granularity):
     axis: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axis", checks.integer("PerChannel", "axis", self.axis))
+        object.__setattr__(self, "axis", arguments.integer("PerChannel", "axis", self.axis))
         self._set_code(1, self.axis)
 
 
@@ -57,7 +57,7 @@ class PerGroup(Granularity):
     group_size: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "group_size", checks.integer("PerGroup", "group_size", self.group_size))
+        object.__setattr__(self, "group_size", arguments.integer("PerGroup", "group_size", self.group_size))
         if self.group_size < 1:
             raise ValueError(f"PerGroup: expected group_size to be at least 1, got {self.group_size}")
         self._set_code(2, self.group_size)
@@ -69,6 +69,20 @@ class PerToken(Granularity):
 
     def __post_init__(self) -> None:
         self._set_code(3)
+
+
+def checked_granularity(op: str, value: Any) -> Granularity:
+    """``value`` if it is a granularity.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(value, Granularity):
+        return value
+    raise TypeError(
+        f"{op}: expected granularity to be PerTensor(), PerChannel(axis), PerGroup(group_size) or PerToken(), "
+        f"got {value!r}"
+    )
 
 
 def granularity_from_code(code: Sequence[int]) -> Granularity:
@@ -97,9 +111,9 @@ class QuantSpec:
     granularity: Granularity = PerTensor()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "num_bits", checks.num_bits("QuantSpec", self.num_bits))
-        checks.boolean("QuantSpec", "symmetric", self.symmetric)
-        checks.granularity("QuantSpec", self.granularity)
+        object.__setattr__(self, "num_bits", arguments.num_bits("QuantSpec", self.num_bits))
+        arguments.boolean("QuantSpec", "symmetric", self.symmetric)
+        checked_granularity("QuantSpec", self.granularity)
 
     @property
     def quant_min(self) -> int:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
-from . import checks, kernels, reference
-from .config import Granularity, PerTensor, QATConfig, granularity_from_code
+from . import arguments, checks, kernels, reference
+from .config import Granularity, PerTensor, QATConfig, checked_granularity, granularity_from_code
 
 _PER_TENSOR = PerTensor()
 _DEFAULT_CONFIG = QATConfig()
@@ -53,11 +49,12 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([-1.0, 0.0, 0.3, 2.0]), num_bits=2)
         tensor([-1.,  0.,  0.,  2.])
     """
-    num_bits = checks.num_bits("fake_quantize", num_bits)
-    checks.boolean("fake_quantize", "symmetric", symmetric)
-    checks.granularity("fake_quantize", granularity)
-    if kernels.serve(input):
-        return _ops(input).fake_quantize(input, num_bits, symmetric, granularity.code)
+    num_bits = arguments.num_bits("fake_quantize", num_bits)
+    arguments.boolean("fake_quantize", "symmetric", symmetric)
+    checked_granularity("fake_quantize", granularity)
+    ops = kernels.route(input)
+    if ops is not None:
+        return ops.fake_quantize(input, num_bits, symmetric, granularity.code)
     return reference.fake_quantize(input, num_bits, symmetric=symmetric, granularity=granularity)
 
 
@@ -107,14 +104,17 @@ def fake_quantize_affine(
         tensor([-4.0000,  0.5000,  3.5000])
     """
     op = "fake_quantize_affine"
-    checks.granularity(op, granularity)
+    checked_granularity(op, granularity)
     quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
-    if kernels.serve(input):
+    ops = kernels.route(input)
+    if ops is not None:
         scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, input.dtype, granularity)
-        return _ops(input, scale, zero_point).fake_quantize_affine(
+        return ops.fake_quantize_affine(
             input, scale, zero_point, quant_min, quant_max, granularity.code
         )
-    return reference.fake_quantize_affine(input, scale, zero_point, quant_min, quant_max, granularity=granularity)
+    return reference.fake_quantize_affine(
+        input, scale, zero_point, quant_min, quant_max, granularity=granularity
+    )
 
 
 def choose_qparams(
@@ -153,11 +153,12 @@ def choose_qparams(
         >>> choose_qparams(torch.tensor([-1.0, 0.0, 2.0]), num_bits=2)
         (tensor(1.), tensor(1, dtype=torch.int32))
     """
-    num_bits = checks.num_bits("choose_qparams", num_bits)
-    checks.boolean("choose_qparams", "symmetric", symmetric)
-    checks.granularity("choose_qparams", granularity)
-    if kernels.serve(input):
-        return _ops(input).choose_qparams(input, num_bits, symmetric, granularity.code)
+    num_bits = arguments.num_bits("choose_qparams", num_bits)
+    arguments.boolean("choose_qparams", "symmetric", symmetric)
+    checked_granularity("choose_qparams", granularity)
+    ops = kernels.route(input)
+    if ops is not None:
+        return ops.choose_qparams(input, num_bits, symmetric, granularity.code)
     return reference.choose_qparams(input, num_bits, symmetric=symmetric, granularity=granularity)
 
 
@@ -202,11 +203,12 @@ def quantize(
         tensor([-8,  1,  7], dtype=torch.int8)
     """
     op = "quantize"
-    checks.granularity(op, granularity)
+    checked_granularity(op, granularity)
     quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
-    if kernels.serve(input):
+    ops = kernels.route(input)
+    if ops is not None:
         scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, input.dtype, granularity)
-        return _ops(input, scale, zero_point).quantize(
+        return ops.quantize(
             input, scale, zero_point, quant_min, quant_max, granularity.code
         )
     return reference.quantize(input, scale, zero_point, quant_min, quant_max, granularity=granularity)
@@ -252,12 +254,13 @@ def dequantize(
         tensor([-4.0000,  0.5000,  3.5000])
     """
     op = "dequantize"
-    checks.granularity(op, granularity)
+    checked_granularity(op, granularity)
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"{op}: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
-    if kernels.serve(input):
+    ops = kernels.route(input)
+    if ops is not None:
         scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, dtype, granularity)
-        return _ops(input, scale, zero_point).dequantize(input, scale, zero_point, granularity.code, dtype)
+        return ops.dequantize(input, scale, zero_point, granularity.code, dtype)
     return reference.dequantize(input, scale, zero_point, granularity=granularity, dtype=dtype)
 
 
@@ -298,17 +301,10 @@ def qat_linear(
     """
     if not isinstance(config, QATConfig):
         raise TypeError(f"qat_linear: expected config to be a QATConfig, got {config!r}")
-    if kernels.serve(input) and kernels.serve(weight) and (bias is None or kernels.serve(bias)):
-        operands = (input, weight) if bias is None else (input, weight, bias)
-        return _ops(*operands).qat_linear(input, weight, bias, *config.codes)
+    ops = kernels.route(input, weight, bias)
+    if ops is not None:
+        return ops.qat_linear(input, weight, bias, *config.codes)
     return reference.qat_linear(input, weight, bias, config=config)
-
-
-def _ops(*tensors: Tensor) -> ModuleType | Any:
-    """The direct entry points, or ``torch.ops`` where a tracer or a tensor subclass must see the call."""
-    if torch.compiler.is_compiling() or has_torch_function(tensors):
-        return torch.ops.qatfast
-    return kernels.extension
 
 
 def _register_fakes() -> None:

@@ -13,9 +13,11 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 _REINSTALL = "Install qatfast again (pip install --force-reinstall --no-deps, from its source) to build for this torch."
 _COMPILER = "Install a C++ compiler (g++ or clang++) and install qatfast again."
@@ -38,7 +40,10 @@ def _load() -> tuple[ModuleType | None, str]:
         cure = _COMPILER if "compiler" in str(record["reason"]) else _REINSTALL
         return None, f"the package was built without kernels ({record['reason']}). {cure}"
     if record["torch"] != torch.__version__:
-        return None, f"they were built with torch {record['torch']}, and this is torch {torch.__version__}. {_REINSTALL}"
+        return (
+            None,
+            f"they were built with torch {record['torch']}, and this is torch {torch.__version__}. {_REINSTALL}",
+        )
     try:
         return import_module("qatfast._C"), ""
     except ImportError as error:
@@ -54,24 +59,34 @@ def reason() -> str:
     return _reason
 
 
-def serve(input: object) -> bool:
-    """Whether the kernels take this tensor; if not for want of kernels, one warning a cause says so.
+def route(*tensors: Tensor | None) -> Any:
+    """Where the operators for these tensors are: the extension, ``torch.ops.qatfast``, or None for the reference.
 
-    They take dense CPU tensors outside of functorch transforms, in which a C++ autograd Function has no part.
+    The kernels take dense CPU tensors outside of functorch transforms, in which a C++ autograd Function has no part.
+    The extension's direct entry points save the overhead of torch.ops, which tracers and tensor subclasses must see.
     """
     if extension is None:
         _warn_once(f"qatfast runs without its compiled kernels, slowly, with the same results: {_reason}")
-        return False
-    if not isinstance(input, Tensor) or input.layout is not torch.strided:
-        return False  # the reference's checks say what is wrong
-    if not input.is_cpu:
-        if not input.is_meta:
-            _warn_once(
-                f"qatfast has no compiled kernels for {input.device.type} tensors in this release and computes them "
-                "in plain PyTorch, slowly, with the same results. Nothing to install; CPU tensors use the kernels."
-            )
-        return False
-    return not torch._C._are_functorch_transforms_active()
+        return None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            return None  # the reference's checks say what is wrong
+        if not tensor.is_cpu:
+            _warn_of_device(tensor.device.type)
+            return None
+    if torch._C._are_functorch_transforms_active():
+        return None
+    return torch.ops.qatfast if torch.compiler.is_compiling() or has_torch_function(tensors) else extension
+
+
+def _warn_of_device(device: str) -> None:
+    if device != "meta":
+        _warn_once(
+            f"qatfast has no compiled kernels for {device} tensors in this release and computes them in plain "
+            "PyTorch, slowly, with the same results. Nothing to install; CPU tensors use the kernels."
+        )
 
 
 def _warn_once(message: str) -> None:
@@ -96,7 +111,9 @@ def info() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "kernels": "loaded" if extension is not None else f"not loaded: {_reason}",
-        "built with": f"torch {record['torch']}, {record['compiler']}" if record.get("kernels") else "nothing built",
+        "built with": f"torch {record['torch']}, {record['compiler']}"
+        if record.get("kernels")
+        else "nothing built",
         "instruction set": extension.instruction_set() if extension is not None else "none (plain PyTorch)",
         "torch capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),

@@ -69,7 +69,9 @@ bias=affine per tensor, output=affine per tensor)
             ValueError: as the constructor.
         """
         if not isinstance(linear, nn.Linear):
-            raise TypeError(f"QATLinear.from_float: expected linear to be an nn.Linear, got {type(linear).__name__}")
+            raise TypeError(
+                f"QATLinear.from_float: expected linear to be an nn.Linear, got {type(linear).__name__}"
+            )
         has_bias = linear.bias is not None
         layer = cls(
             linear.in_features, linear.out_features, has_bias, device="meta", num_bits=num_bits, config=config

@@ -20,8 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks
-from .config import Granularity, PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec, quant_range
+from . import arguments, checks
+from .config import (
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QATConfig,
+    QuantSpec,
+    checked_granularity,
+    quant_range,
+)
 
 
 def fake_quantize(
@@ -94,9 +104,11 @@ def dequantize(
     checks.tensor(op, "input", input, checks.INTEGER_DTYPES)
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"{op}: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
-    checks.blocks(op, input.shape, checks.granularity(op, granularity))
+    checks.blocks(op, input.shape, checked_granularity(op, granularity))
     scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, dtype, granularity)
-    scale, zero_point = checks.qparams(op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output")
+    scale, zero_point = checks.qparams(
+        op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output"
+    )
     q = _to_blocks(input.to(checks.compute_dtype(dtype)), granularity)
     y = (q - _broadcast(zero_point, q, granularity)) * _broadcast(scale, q, granularity)
     return _like(y.reshape(input.shape).to(dtype), input)
@@ -138,23 +150,31 @@ def _by_spec(op: str, name: str, tensor: Tensor, spec: QuantSpec | None) -> Tens
 def _check_dynamic(
     op: str, input: Tensor, num_bits: int, symmetric: bool, granularity: Granularity
 ) -> tuple[int, int, int]:
-    num_bits = checks.num_bits(op, num_bits)
-    checks.boolean(op, "symmetric", symmetric)
-    checks.granularity(op, granularity)
+    num_bits = arguments.num_bits(op, num_bits)
+    arguments.boolean(op, "symmetric", symmetric)
+    checked_granularity(op, granularity)
     checks.tensor(op, "input", input, checks.FLOAT_DTYPES)
     checks.blocks(op, input.shape, granularity)
     return num_bits, *quant_range(num_bits, symmetric)
 
 
 def _check_affine(
-    op: str, input: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int, granularity: Granularity
+    op: str,
+    input: Tensor,
+    scale: Any,
+    zero_point: Any,
+    quant_min: int,
+    quant_max: int,
+    granularity: Granularity,
 ) -> tuple[Tensor, Tensor, int, int]:
-    checks.granularity(op, granularity)
+    checked_granularity(op, granularity)
     quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
     checks.tensor(op, "input", input, checks.FLOAT_DTYPES)
     checks.blocks(op, input.shape, granularity)
     scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, input.dtype, granularity)
-    scale, zero_point = checks.qparams(op, input, scale, zero_point, quant_min, quant_max, granularity, input.dtype)
+    scale, zero_point = checks.qparams(
+        op, input, scale, zero_point, quant_min, quant_max, granularity, input.dtype
+    )
     return scale, zero_point, quant_min, quant_max
 
 

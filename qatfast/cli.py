@@ -1,0 +1,278 @@
+"""The command line ``qatfast``: info, visualize, compare, bench."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+INTERRUPTED = 130
+BAD_DATA = 1
+BAD_ARGUMENT = 2
+
+DESCRIPTION = (
+    "Fake quantization for PyTorch: what is installed, how it works, how it compares, how fast it is."
+)
+EXAMPLES = """examples:
+  qatfast info                     versions, kernels, threads
+  qatfast visualize --bits 4       what 4 bits do to a signal
+  qatfast compare                  FP32, PTQ and QAT on handwritten digits; writes report/index.html
+  qatfast bench                    a short table of speeds
+"""
+VISUALIZE_EXAMPLES = """examples:
+  qatfast visualize                     8 bits; writes quantization_8bit.png
+  qatfast visualize --bits 8 4 2        one picture each
+  qatfast visualize --out pictures      into the folder pictures
+"""
+COMPARE_EXAMPLES = """examples:
+  qatfast compare                                       handwritten digits, 8 4 3 2 bits, 5 seeds
+  qatfast compare --bits 4 --epochs 2 --seeds 1         a quick look
+  qatfast compare --data synthetic --out report-synthetic
+  qatfast compare --data iris.csv --target species      own table: a header row, numbers, one label column
+  qatfast compare --data arrays.npz --target labels     own arrays: all but the labels are features
+
+A report in OUT is replaced when the new one is finished; a folder with other files in it is never touched.
+Ctrl-C leaves a partial report that says so, in OUT, or in OUT-partial where OUT holds a complete report.
+exit codes: 0 done, 1 bad data, 2 bad argument, 130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_ARGUMENT, f"{self.prog}: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: arguments without the program's name; None: those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 bad data or a missing package, 2 a bad argument, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        parser = _parser(arguments)
+        options = parser.parse_args(arguments)
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("qatfast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader of a pipe has gone; nothing more can be said, and Python's own flush at the end must not try
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BAD_DATA
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="qatfast",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, help: str, run: Callable[[argparse.Namespace], int], epilog: str = "") -> _Parser:
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=help[0].upper() + help[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.set_defaults(run=run)
+        return command
+
+    add("info", "print versions, whether the kernels are loaded, threads and devices", _info)
+    _visualize_arguments(
+        add("visualize", "show what quantization does to a signal", _visualize, VISUALIZE_EXAMPLES)
+    )
+    _compare_arguments(
+        add("compare", "train in FP32, with PTQ and with QAT, and compare", _compare, COMPARE_EXAMPLES)
+    )
+    bench = add("bench", "measure the speed of the operators", _bench)
+    if "bench" in arguments[:1]:
+        from qatfast.bench import add_arguments
+
+        add_arguments(bench)
+    return parser
+
+
+def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bits", type=_bits, nargs="+", default=[8], help="bit widths, 2 to 16 (default: 8)")
+    parser.add_argument("--seed", type=_seed, default=42, help="of the noise (default: 42)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), help="folder of the pictures (default: the current one)"
+    )
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        default="digits",
+        metavar="DATA",
+        help="synthetic, digits, or a .csv or .npz file (default: digits)",
+    )
+    parser.add_argument(
+        "--target", metavar="COLUMN", help="the file's column (.csv) or array (.npz) with the labels"
+    )
+    parser.add_argument(
+        "--bits", type=_bits, nargs="+", default=[8, 4, 3, 2], help="bit widths, 2 to 16 (default: 8 4 3 2)"
+    )
+    parser.add_argument("--epochs", type=_count, default=20, help="of each training (default: 20)")
+    parser.add_argument(
+        "--seeds", type=_count, default=5, help="how often everything is repeated (default: 5)"
+    )
+    parser.add_argument("--seed", type=_seed, default=42, help="the first seed (default: 42)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report"), help="folder of the report (default: report)"
+    )
+
+
+def _info(_options: argparse.Namespace) -> int:
+    from qatfast import kernels
+
+    facts = kernels.info()
+    width = max(map(len, facts)) + 2
+    for name, value in facts.items():
+        print(f"{name + ':':<{width}}{value}")
+    return 0
+
+
+def _visualize(options: argparse.Namespace) -> int:
+    def run() -> int:
+        from qatfast.study import visualize_quantization
+
+        options.out.mkdir(parents=True, exist_ok=True)
+        for bits in dict.fromkeys(options.bits):
+            path = options.out / f"quantization_{bits}bit.png"
+            visualize_quantization(bits, seed=options.seed, path=path)
+            print(f"{'picture':<16}{path}\n")
+        return 0
+
+    return _one_line_errors("visualize", run)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    wrong = _wrong_data_arguments(options) or _wrong_device(options.device) or _wrong_seeds(options)
+    if wrong:
+        return _say("compare", wrong, BAD_ARGUMENT)
+
+    def run() -> int:
+        from qatfast.study.command import run_compare
+        from qatfast.study.experiments import Settings
+
+        settings = Settings(
+            data=options.data,
+            target=options.target,
+            bits=tuple(sorted(set(options.bits), reverse=True)),
+            epochs=options.epochs,
+            seeds=options.seeds,
+            seed=options.seed,
+            device=options.device,
+        )
+        return run_compare(settings, options.out)
+
+    return _one_line_errors("compare", run)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from qatfast import bench
+
+    return bench.main(options)
+
+
+def _one_line_errors(command: str, run: Callable[[], int]) -> int:
+    """What ``run`` returns; what a user can put right is said in one line, everything else is a bug and stays one."""
+    try:
+        from qatfast.study.data import DataError
+        from qatfast.study.folder import FolderError
+    except ModuleNotFoundError as error:
+        if "qatfast[study]" not in str(error):
+            raise
+        return _say(command, str(error), BAD_DATA)
+    try:
+        return run()
+    except DataError as error:
+        return _say(command, str(error), BAD_DATA)
+    except FolderError as error:
+        return _say(command, f"--out: {error}", BAD_ARGUMENT)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        return _say(command, f"{error.filename or 'a file'}: {error.strerror or error}", BAD_DATA)
+
+
+def _say(command: str, message: str, code: int) -> int:
+    print(f"qatfast {command}: {message}", file=sys.stderr)
+    return code
+
+
+def _wrong_data_arguments(options: argparse.Namespace) -> str:
+    """What is wrong with --data and --target; empty if nothing is."""
+    if options.data in ("synthetic", "digits"):
+        if options.target is not None:
+            return f"--target: only for a file; --data {options.data} knows its labels"
+        return ""
+    path = Path(options.data)
+    if path.suffix.lower() not in (".csv", ".npz"):
+        return f"--data: expected synthetic, digits, or a .csv or .npz file, got '{options.data}'"
+    if not path.is_file():
+        return f"--data: no file '{options.data}'; allowed are synthetic, digits, or a .csv or .npz file"
+    if options.target is None:
+        return "--target: needed with a file; name the column (.csv) or array (.npz) that holds the labels"
+    return ""
+
+
+def _wrong_device(name: str) -> str:
+    """Why the device cannot be used; empty if it can."""
+    import torch
+
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    # "cuda" alone is the current CUDA device
+    allowed = {*devices, *(["cuda"] if len(devices) > 1 and devices[1].startswith("cuda") else [])}
+    return (
+        ""
+        if name in allowed
+        else f"--device: expected one of {', '.join(sorted(allowed))} here, got '{name}'"
+    )
+
+
+def _wrong_seeds(options: argparse.Namespace) -> str:
+    last = options.seed + options.seeds - 1
+    return "" if last < 2**32 else f"--seed: the last seed, {last}, must be less than 2^32"
+
+
+def _bits(text: str) -> int:
+    return _whole_number(text, 2, 16)
+
+
+def _count(text: str) -> int:
+    return _whole_number(text, 1, 100_000)
+
+
+def _seed(text: str) -> int:
+    return _whole_number(text, 0, 2**32 - 1)
+
+
+def _whole_number(text: str, least: int, most: int) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else None
+    if number is None or not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got '{text}'")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

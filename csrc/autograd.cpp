@@ -8,6 +8,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 namespace qatfast::autograd {
@@ -88,14 +89,25 @@ struct FakeQuantizeAffineNode : Function<FakeQuantizeAffineNode> {
   }
 };
 
+// `value`, with the gradient of `x`: what a quantized copy is to its original.
+struct StraightThroughNode : Function<StraightThroughNode> {
+  static Variable forward(AutogradContext* ctx, const Variable&, const Variable& value) {
+    ctx->set_materialize_grads(false);
+    return value.clone();
+  }
+
+  static variable_list backward(AutogradContext*, variable_list grads) {
+    return {grads[0], Variable()};
+  }
+};
+
 // (..., features) as (rows, features).
 Tensor as_rows(const Tensor& x) {
   return x.dim() == 2 ? x : x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2);
 }
 
 // dx = dy @ w_hat, dw = dy.T @ x_hat, db = dy.sum(0); the engine casts them to the dtypes of their tensors.
-// Kept: the input and the weight themselves, as nn.Linear does, and w_hat. Where gradients need gradients, w_hat is made
-// again from the weight, so that they reach it.
+// Kept: the input and the weight themselves, as nn.Linear does, and w_hat. x_hat is made again.
 struct QATLinearNode : Function<QATLinearNode> {
   static Variable forward(
       AutogradContext* ctx,
@@ -108,21 +120,21 @@ struct QATLinearNode : Function<QATLinearNode> {
       at::IntArrayRef output_spec,
       std::optional<at::ScalarType> dtype) {
     ctx->set_materialize_grads(false);
-    const auto kept_if = [](bool wanted, const Variable& x) { return wanted ? x : Variable(); };
-    const bool keep_weight = input.requires_grad();
-    const bool keep_input = weight.requires_grad();
     at::AutoDispatchBelowADInplaceOrView below;
     const auto [output, weight_hat] =
         op::qat_linear_forward(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
-    ctx->save_for_backward(
-        {kept_if(keep_input, input),
-         kept_if(keep_weight, weight),
-         kept_if(keep_weight && !weight_spec.empty(), weight_hat)});
+    const auto kept_if = [](bool wanted, const Variable& x) { return wanted ? x : Variable(); };
+    variable_list kept = {
+        kept_if(weight.requires_grad(), input),
+        kept_if(input.requires_grad(), weight),
+        kept_if(input.requires_grad() && !weight_spec.empty(), weight_hat)};
     if (bias) {
-      ctx->saved_data["has_bias"] = true;
+      kept.emplace_back(); // nothing to keep of it but that there is one
     }
-    keep_spec(ctx, "input_spec", input_spec);
-    keep_spec(ctx, "weight_spec", weight_spec);
+    ctx->save_for_backward(std::move(kept));
+    if (!input_spec.empty()) {
+      ctx->saved_data["input_spec"] = input_spec;
+    }
     return output;
   }
 
@@ -131,37 +143,37 @@ struct QATLinearNode : Function<QATLinearNode> {
     if (!grads[0].defined()) {
       return result;
     }
-    const auto& dy = grads[0];
     const auto saved = ctx->get_saved_variables();
-    const auto& [input, weight, w_hat] = std::tie(saved[0], saved[1], saved[2]);
+    const auto dy = as_rows(grads[0]);
     if (ctx->needs_input_grad(0)) {
-      const bool kept = w_hat.defined() && !at::GradMode::is_enabled();
-      result[0] = at::matmul(dy, as_dtype(kept ? w_hat : remade(ctx, "weight_spec", weight), dy.scalar_type()));
+      const auto w_hat = quantized_weight(saved[1], saved[2], dy.scalar_type());
+      result[0] = grads[0].dim() == 2 ? at::mm(dy, w_hat) : at::matmul(grads[0], w_hat);
     }
     if (ctx->needs_input_grad(1)) {
-      const auto x_hat = as_dtype(remade(ctx, "input_spec", input), dy.scalar_type());
-      result[1] = at::matmul(as_rows(dy).t(), as_rows(x_hat));
+      result[1] = at::mm(dy.t(), as_rows(as_dtype(quantized_input(ctx, saved[0]), dy.scalar_type())));
     }
-    if (ctx->saved_data.count("has_bias") > 0 && ctx->needs_input_grad(2)) {
-      result[2] = as_rows(dy).sum(0);
+    const bool has_bias = saved.size() == 4;
+    if (has_bias && ctx->needs_input_grad(2)) {
+      result[2] = dy.sum(0);
     }
     return result;
   }
 
  private:
-  static void keep_spec(AutogradContext* ctx, const char* name, at::IntArrayRef spec) {
-    if (!spec.empty()) {
-      ctx->saved_data[name] = spec;
+  static Tensor quantized_input(AutogradContext* ctx, const Tensor& input) {
+    if (ctx->saved_data.empty()) {
+      return input;
     }
+    const auto spec = ctx->saved_data["input_spec"].toIntVector();
+    return op::fake_quantize(input, spec[0], spec[1] != 0, at::IntArrayRef(spec).slice(2));
   }
 
-  static Tensor remade(AutogradContext* ctx, const char* name, const Tensor& x) {
-    const auto found = ctx->saved_data.find(name);
-    if (found == ctx->saved_data.end()) {
-      return x;
+  // Where gradients need gradients, those of w_hat reach the weight.
+  static Tensor quantized_weight(const Tensor& weight, const Tensor& weight_hat, at::ScalarType dtype) {
+    if (!weight_hat.defined()) {
+      return as_dtype(weight, dtype);
     }
-    const auto spec = found->second.toIntVector();
-    return op::fake_quantize(x, spec[0], spec[1] != 0, at::IntArrayRef(spec).slice(2));
+    return wants_gradient(weight) ? StraightThroughNode::apply(weight, weight_hat) : weight_hat;
   }
 };
 

@@ -3,7 +3,10 @@
 #include "kernels.h"
 #include "ops.h"
 
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 namespace {
@@ -18,6 +21,26 @@ auto direct(qatfast::op::Operator<Name, Result(Args...)> op) {
     END_HANDLE_TH_ERRORS_PYBIND
   };
 }
+
+// Whether all arguments are plain dense CPU tensors, and no mode or functorch transform must see the call.
+PyObject* takes(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!THPVariable_CheckExact(args[i])) {
+      Py_RETURN_FALSE;
+    }
+    const auto& tensor = THPVariable_Unpack(args[i]);
+    if (!tensor.is_cpu() || tensor.layout() != at::kStrided || tensor.is_nested()) {
+      Py_RETURN_FALSE;
+    }
+  }
+  const bool watched = at::impl::torch_function_mode_enabled() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+  return PyBool_FromLong(!watched);
+}
+
+PyMethodDef methods[] = {
+    {"takes", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(takes)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
 
 } // namespace
 
@@ -40,5 +63,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return direct(op::qat_linear)(
             input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, std::nullopt);
       });
+  PyModule_AddFunctions(m.ptr(), methods);
   m.def("instruction_set", &qatfast::cpu::instruction_set);
 }

@@ -26,12 +26,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def tensor(op: str, name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> None:
-    """``value`` is a dense (strided) tensor of one of ``dtypes``."""
+def dense(op: str, name: str, value: Any) -> None:
+    """``value`` is a dense (strided) tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: expected {name} to be a torch.Tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{op}: expected {name} to be a strided tensor, got {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(f"{op}: expected {name} to be a strided tensor, got {kind}")
+
+
+def tensor(op: str, name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    """``value`` is a dense tensor of one of ``dtypes``."""
+    dense(op, name, value)
     if value.dtype not in dtypes:
         names = [dtype_name(dtype) for dtype in dtypes]
         allowed = ", ".join(names[:-1]) + (" or " if names[:-1] else "") + names[-1]
@@ -58,8 +64,8 @@ def blocks(op: str, shape: torch.Size, granularity: Granularity) -> None:
         )
     if isinstance(granularity, PerGroup) and shape[-1] % granularity.group_size != 0:
         raise ValueError(
-            f"{op}: expected the last dimension to be divisible by group_size={granularity.group_size}, got {shape[-1]}; "
-            f"write PerGroup() with a divisor of {shape[-1]}"
+            f"{op}: expected the last dimension to be divisible by group_size={granularity.group_size}, got "
+            f"{shape[-1]}; write PerGroup() with a divisor of {shape[-1]}"
         )
 
 
@@ -86,7 +92,14 @@ def shape_of_qparams(shape: torch.Size, granularity: Granularity) -> tuple[int, 
 
 
 def qparam_tensors(
-    op: str, input: Tensor, scale: Any, zero_point: Any, dtype: torch.dtype, granularity: Granularity
+    op: str,
+    input: Tensor,
+    scale: Any,
+    zero_point: Any,
+    quant_min: int,
+    quant_max: int,
+    granularity: Granularity,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Tensors as they are; Python numbers as 0-dimensional tensors, which only PerTensor() takes."""
     for name, value, kinds, kind in (
@@ -100,11 +113,15 @@ def qparam_tensors(
         if not isinstance(granularity, PerTensor):
             raise TypeError(f"{op}: expected {name} to be a torch.Tensor for {granularity}, got {value!r}")
     if not isinstance(scale, Tensor):
+        if isinstance(scale, int) and scale.bit_length() > 1023:
+            raise ValueError(f"{op}: expected scale to be positive and finite, got {scale}")
         scale = torch.tensor(scale, dtype=compute_dtype(dtype), device=input.device)
     if not isinstance(zero_point, Tensor):
-        if not -(2**63) <= zero_point < 2**63:
-            raise ValueError(f"{op}: expected zero_point to be a 64-bit integer, got {zero_point}")
-        zero_point = torch.tensor(zero_point, dtype=torch.int64, device=input.device)
+        if not quant_min <= zero_point <= quant_max:
+            raise ValueError(
+                f"{op}: expected zero_point to be from {quant_min} to {quant_max}, got {zero_point}"
+            )
+        zero_point = torch.tensor(zero_point, dtype=torch.int32, device=input.device)
     return scale, zero_point
 
 
@@ -120,6 +137,8 @@ def qparams(
     of: str = "input",
 ) -> tuple[Tensor, Tensor]:
     """Given scales and zero points fit ``input``; returns them in the shape of the blocks, zero points as int32."""
+    dense(op, "scale", scale)
+    dense(op, "zero_point", zero_point)
     if scale.dtype != compute_dtype(dtype):
         raise TypeError(
             f"{op}: expected scale to be {dtype_name(compute_dtype(dtype))} for {dtype_name(dtype)} {of}, got "
@@ -147,7 +166,10 @@ def linear_operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None)
     operands = [("weight", weight)] + ([("bias", bias)] if bias is not None else [])
     for name, value in [("input", input), *operands]:
         tensor(op, name, value, FLOAT_DTYPES)
-    mixed = torch.is_autocast_enabled(input.device.type) if input.device.type != "meta" else False
+    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+    mixed = autocast and all(
+        value.dtype != torch.float64 for value in (input, weight, *([] if bias is None else [bias]))
+    )
     for name, value in operands:
         same_device(op, name, value, input)
         if value.dtype != input.dtype and not mixed:

@@ -210,7 +210,8 @@ def _one_line_errors(command: str, run: Callable[[], int]) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        return _say(command, f"{error.filename or 'a file'}: {error.strerror or error}", BAD_DATA)
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(command, f"{where}{error.strerror or error}", BAD_DATA)
 
 
 def _say(command: str, message: str, code: int) -> int:

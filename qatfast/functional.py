@@ -106,12 +106,13 @@ def fake_quantize_affine(
     op = "fake_quantize_affine"
     checked_granularity(op, granularity)
     quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
-    ops = kernels.route(input)
-    if ops is not None:
-        scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, input.dtype, granularity)
-        return ops.fake_quantize_affine(
-            input, scale, zero_point, quant_min, quant_max, granularity.code
+    if isinstance(input, Tensor):
+        scale, zero_point = checks.qparam_tensors(
+            op, input, scale, zero_point, quant_min, quant_max, granularity, input.dtype
         )
+    ops = kernels.route(input, scale, zero_point)
+    if ops is not None:
+        return ops.fake_quantize_affine(input, scale, zero_point, quant_min, quant_max, granularity.code)
     return reference.fake_quantize_affine(
         input, scale, zero_point, quant_min, quant_max, granularity=granularity
     )
@@ -205,12 +206,13 @@ def quantize(
     op = "quantize"
     checked_granularity(op, granularity)
     quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
-    ops = kernels.route(input)
-    if ops is not None:
-        scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, input.dtype, granularity)
-        return ops.quantize(
-            input, scale, zero_point, quant_min, quant_max, granularity.code
+    if isinstance(input, Tensor):
+        scale, zero_point = checks.qparam_tensors(
+            op, input, scale, zero_point, quant_min, quant_max, granularity, input.dtype
         )
+    ops = kernels.route(input, scale, zero_point)
+    if ops is not None:
+        return ops.quantize(input, scale, zero_point, quant_min, quant_max, granularity.code)
     return reference.quantize(input, scale, zero_point, quant_min, quant_max, granularity=granularity)
 
 
@@ -257,9 +259,12 @@ def dequantize(
     checked_granularity(op, granularity)
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"{op}: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
-    ops = kernels.route(input)
+    if isinstance(input, Tensor):
+        scale, zero_point = checks.qparam_tensors(
+            op, input, scale, zero_point, -32768, 65535, granularity, dtype
+        )
+    ops = kernels.route(input, scale, zero_point)
     if ops is not None:
-        scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, dtype, granularity)
         return ops.dequantize(input, scale, zero_point, granularity.code, dtype)
     return reference.dequantize(input, scale, zero_point, granularity=granularity, dtype=dtype)
 
@@ -301,7 +306,7 @@ def qat_linear(
     """
     if not isinstance(config, QATConfig):
         raise TypeError(f"qat_linear: expected config to be a QATConfig, got {config!r}")
-    ops = kernels.route(input, weight, bias)
+    ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
     if ops is not None:
         return ops.qat_linear(input, weight, bias, *config.codes)
     return reference.qat_linear(input, weight, bias, config=config)
@@ -311,16 +316,23 @@ def _register_fakes() -> None:
     """Shapes, dtypes and strides of each operator, for torch.compile, torch.export and meta tensors."""
     fake = torch.library.register_fake
 
+    def same_device(op: str, input: Tensor, **others: Tensor | None) -> None:
+        for name, other in others.items():
+            if other is not None:
+                checks.same_device(op, name, other, input)
+
     @fake("qatfast::fake_quantize")
     def _(input, num_bits=8, symmetric=False, granularity=(0, 0)):
         return torch.empty_like(input)
 
     @fake("qatfast::fake_quantize_affine")
     def _(input, scale, zero_point, quant_min, quant_max, granularity=(0, 0)):
+        same_device("fake_quantize_affine", input, scale=scale, zero_point=zero_point)
         return torch.empty_like(input)
 
     @fake("qatfast::fake_quantize_affine_forward")
     def _(input, scale, zero_point, quant_min, quant_max, granularity=(0, 0)):
+        same_device("fake_quantize_affine", input, scale=scale, zero_point=zero_point)
         return torch.empty_like(input), input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
 
     @fake("qatfast::fake_quantize_affine_backward")
@@ -335,18 +347,22 @@ def _register_fakes() -> None:
 
     @fake("qatfast::quantize")
     def _(input, scale, zero_point, quant_min, quant_max, granularity=(0, 0)):
+        same_device("quantize", input, scale=scale, zero_point=zero_point)
         return torch.empty_like(input, dtype=reference.quantized_dtype(quant_min, quant_max))
 
     @fake("qatfast::dequantize")
     def _(input, scale, zero_point, granularity=(0, 0), dtype=torch.float32):
+        same_device("dequantize", input, scale=scale, zero_point=zero_point)
         return torch.empty_like(input, dtype=dtype)
 
     @fake("qatfast::qat_linear")
     def _(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype=None):
+        same_device("qat_linear", input, weight=weight, bias=bias)
         return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or input.dtype)
 
     @fake("qatfast::qat_linear_forward")
     def _(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype=None):
+        same_device("qat_linear", input, weight=weight, bias=bias)
         output = input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or input.dtype)
         weight_hat = weight.new_empty(weight.shape if weight_spec else (0,), dtype=output.dtype)
         return output, weight_hat

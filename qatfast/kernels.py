@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 _REINSTALL = "Install qatfast again (pip install --force-reinstall --no-deps, from its source) to build for this torch."
 _COMPILER = "Install a C++ compiler (g++ or clang++) and install qatfast again."
@@ -59,7 +58,7 @@ def reason() -> str:
     return _reason
 
 
-def route(*tensors: Tensor | None) -> Any:
+def route(*tensors: Any) -> Any:
     """Where the operators for these tensors are: the extension, ``torch.ops.qatfast``, or None for the reference.
 
     The kernels take dense CPU tensors outside of functorch transforms, in which a C++ autograd Function has no part.
@@ -68,17 +67,15 @@ def route(*tensors: Tensor | None) -> Any:
     if extension is None:
         _warn_once(f"qatfast runs without its compiled kernels, slowly, with the same results: {_reason}")
         return None
+    if not torch.compiler.is_compiling() and extension.takes(*tensors):
+        return extension
     for tensor in tensors:
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_nested:
             return None  # the reference's checks say what is wrong
         if not tensor.is_cpu:
             _warn_of_device(tensor.device.type)
             return None
-    if torch._C._are_functorch_transforms_active():
-        return None
-    return torch.ops.qatfast if torch.compiler.is_compiling() or has_torch_function(tensors) else extension
+    return None if torch._C._are_functorch_transforms_active() else torch.ops.qatfast
 
 
 def _warn_of_device(device: str) -> None:

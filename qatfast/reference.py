@@ -105,13 +105,13 @@ def dequantize(
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"{op}: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
     checks.blocks(op, input.shape, checked_granularity(op, granularity))
-    scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, dtype, granularity)
+    scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, -32768, 65535, granularity, dtype)
     scale, zero_point = checks.qparams(
         op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output"
     )
     q = _to_blocks(input.to(checks.compute_dtype(dtype)), granularity)
     y = (q - _broadcast(zero_point, q, granularity)) * _broadcast(scale, q, granularity)
-    return _like(y.reshape(input.shape).to(dtype), input)
+    return _like(_rounded(y, dtype).reshape(input.shape), input)
 
 
 def qat_linear(
@@ -171,7 +171,9 @@ def _check_affine(
     quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
     checks.tensor(op, "input", input, checks.FLOAT_DTYPES)
     checks.blocks(op, input.shape, granularity)
-    scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, input.dtype, granularity)
+    scale, zero_point = checks.qparam_tensors(
+        op, input, scale, zero_point, quant_min, quant_max, granularity, input.dtype
+    )
     scale, zero_point = checks.qparams(
         op, input, scale, zero_point, quant_min, quant_max, granularity, input.dtype
     )
@@ -240,13 +242,19 @@ def _fake_quantize(
     q = torch.round(x / scale) + zero_point
     inside = (quant_min <= q) & (q <= quant_max)
     y = (torch.clamp(q, quant_min, quant_max) - zero_point) * scale
-    return _like(y.reshape(input.shape).to(input.dtype), input), inside.reshape(input.shape)
+    return _like(_rounded(y, input.dtype).reshape(input.shape), input), inside.reshape(input.shape)
+
+
+def _rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds once, to ``dtype``; what underflows in it is 0.0, never -0.0."""
+    y = y.to(dtype)
+    return torch.where(y == 0, torch.zeros_like(y), y)
 
 
 def _like(value: Tensor, input: Tensor) -> Tensor:
     """``value`` in the memory layout of ``torch.empty_like(input)``."""
     if torch._C._are_functorch_transforms_active():
-        return value.clone()
+        return value
     return torch.empty_like(input, dtype=value.dtype).copy_(value)
 
 
@@ -257,7 +265,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, value: Tensor, inside: Tensor | None) -> Tensor:
-        return value.clone() if torch._C._are_functorch_transforms_active() else value.view_as(value)
+        return value.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:

@@ -59,7 +59,15 @@ QATFAST_INLINE V<C> load(const void* p) {
   }
 }
 
-// Rounds once, half to even, to T; integer types get values that they hold.
+// 16-bit floats by their bits; -0.0 becomes 0.0.
+template <int N>
+QATFAST_INLINE void store_half(void* p, Vec<uint16_t, N> bits) {
+  const Vec<uint16_t, N> zero = {};
+  bits = bits == 0x8000 ? zero : bits;
+  std::memcpy(p, &bits, sizeof(bits));
+}
+
+// Rounds once, half to even, to T; what underflows in T is 0.0, never -0.0. Integer types get values that they hold.
 template <class T, class C>
 QATFAST_INLINE void store(void* p, V<C> v) {
   constexpr int N = lanes<C>;
@@ -69,20 +77,20 @@ QATFAST_INLINE void store(void* p, V<C> v) {
     const auto bits = bits_as<Vec<uint32_t, N>>(&v);
     const auto rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     const Vec<uint32_t, N> quiet_nan = Vec<uint32_t, N>{} + 0x7FC0;
-    const auto narrow = __builtin_convertvector((v == v ? rounded : quiet_nan), Vec<uint16_t, N>);
-    std::memcpy(p, &narrow, sizeof(narrow));
+    store_half<N>(p, __builtin_convertvector((v == v ? rounded : quiet_nan), Vec<uint16_t, N>));
   } else if constexpr (std::is_same_v<T, c10::Half>) {
 #if QATFAST_VECTOR_BYTES == 64
     const auto narrow = _mm512_cvtps_ph(bits_as<__m512>(&v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    std::memcpy(p, &narrow, sizeof(narrow));
+    store_half<N>(p, bits_as<Vec<uint16_t, N>>(&narrow));
 #elif QATFAST_VECTOR_BYTES == 32
     const auto narrow = _mm256_cvtps_ph(bits_as<__m256>(&v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    std::memcpy(p, &narrow, sizeof(narrow));
+    store_half<N>(p, bits_as<Vec<uint16_t, N>>(&narrow));
 #else
+    Vec<uint16_t, N> narrow;
     for (int i = 0; i < N; ++i) {
-      const c10::Half narrow(static_cast<float>(v[i]));
-      std::memcpy(static_cast<char*>(p) + 2 * i, &narrow, 2);
+      narrow[i] = c10::Half(static_cast<float>(v[i])).x;
     }
+    store_half<N>(p, narrow);
 #endif
   } else {
     const auto narrow = __builtin_convertvector(__builtin_convertvector(v, Vec<int32_t, N>), Vec<T, N>);

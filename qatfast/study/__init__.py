@@ -1,0 +1,63 @@
+"""The study: a network in FP32, after PTQ and after QAT, on the same data, with a report.
+
+It needs matplotlib, scikit-learn and rich: ``pip install 'qatfast[study]'``.
+"""
+
+from . import extra  # noqa: F401  (first: it says what to install)
+from .data import DataError, Dataset, Samples, generate_dataset, load_samples, split
+from .experiments import Settings, Study, run_study
+from .insights import Insight, find_insights
+from .layer_error import LayerError, layer_errors
+from .networks import ThreeLayerNet, ThreeLayerNetQAT, count_parameters
+from .plots import (
+    plot_accuracy_over_bits,
+    plot_layer_errors,
+    plot_training_history,
+    visualize_weight_distributions,
+)
+from .ptq import FixedFakeQuantize, quantize_model, quantize_model_weights
+from .report import write_report
+from .signal_error import quantize_signal
+from .size import calculate_model_size, load_quantized, save_float, save_quantized
+from .timing import time_training_steps
+from .training import Epoch, Evaluation, History, evaluate_model, train_model
+from .visualize import visualize_quantization
+
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Epoch",
+    "Evaluation",
+    "FixedFakeQuantize",
+    "History",
+    "Insight",
+    "LayerError",
+    "Samples",
+    "Settings",
+    "Study",
+    "ThreeLayerNet",
+    "ThreeLayerNetQAT",
+    "calculate_model_size",
+    "count_parameters",
+    "evaluate_model",
+    "find_insights",
+    "generate_dataset",
+    "layer_errors",
+    "load_quantized",
+    "load_samples",
+    "plot_accuracy_over_bits",
+    "plot_layer_errors",
+    "plot_training_history",
+    "quantize_model",
+    "quantize_model_weights",
+    "quantize_signal",
+    "run_study",
+    "save_float",
+    "save_quantized",
+    "split",
+    "time_training_steps",
+    "train_model",
+    "visualize_quantization",
+    "visualize_weight_distributions",
+    "write_report",
+]

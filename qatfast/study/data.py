@@ -1,0 +1,322 @@
+"""The data of the study: synthetic, handwritten digits, or the user's own table; split into training and test."""
+
+from __future__ import annotations
+
+import csv
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits as sklearn_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+TEST_SHARE = 0.2
+
+
+class DataError(ValueError):
+    """A file that cannot be used as data; the message is one line that says what to change in it."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """All samples of a data set, not yet split.
+
+    Args:
+        name: what the report calls it.
+        inputs: (samples, features), float64, in the units of the source.
+        labels: (samples,), int64, from 0 to classes - 1.
+        class_names: what each label stands for.
+        standardize: whether a split scales each feature to mean 0 and standard deviation 1 of its training samples.
+    """
+
+    name: str
+    inputs: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    standardize: bool = False
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and test samples.
+
+    Args:
+        name: what the report calls it.
+        train_inputs: (samples, features), float32.
+        train_labels: (samples,), int64.
+        test_inputs: (samples, features), float32.
+        test_labels: (samples,), int64.
+        class_names: what each label stands for.
+    """
+
+    name: str
+    train_inputs: Tensor
+    train_labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+
+    @property
+    def in_features(self) -> int:
+        """Features of one sample."""
+        return self.train_inputs.shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        """Different labels."""
+        return len(self.class_names)
+
+    def to(self, device: str | torch.device) -> Dataset:
+        """The same samples on ``device``."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+
+def generate_dataset(num_samples: int = 2000, num_features: int = 10, *, seed: int = 42) -> Dataset:
+    """The synthetic data of the tutorials: normal features, ``label = 1 if sum(features) > 0 else 0``, split 80/20.
+
+    Args:
+        num_samples: of training and test together.
+        num_features: of one sample.
+        seed: of the features and of the split, from 0 to 2^32 - 1.
+
+    Returns:
+        The split data: float32 features, int64 labels 0 and 1.
+
+    Example:
+        >>> data = generate_dataset()
+        >>> data.train_inputs.shape, data.test_inputs.shape
+        (torch.Size([1600, 10]), torch.Size([400, 10]))
+    """
+    return split(synthetic_samples(num_samples, num_features, seed=seed), seed=seed)
+
+
+def synthetic_samples(num_samples: int = 2000, num_features: int = 10, *, seed: int = 42) -> Samples:
+    """The samples of :func:`generate_dataset`, not yet split."""
+    inputs = np.random.default_rng(seed).standard_normal((num_samples, num_features))
+    labels = (inputs.sum(axis=1) > 0).astype(np.int64)
+    return Samples("synthetic", inputs, labels, ("sum <= 0", "sum > 0"))
+
+
+def digits_samples() -> Samples:
+    """The 1797 handwritten digits of 8 x 8 pixels that scikit-learn ships, grey values from 0 to 1.
+
+    Source:
+        Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository.
+    """
+    digits = sklearn_digits()
+    names = tuple(str(name) for name in digits.target_names)
+    return Samples("handwritten digits", digits.data / 16.0, digits.target.astype(np.int64), names)
+
+
+def load_samples(data: str, target: str | None = None, *, seed: int = 42) -> Samples:
+    """The samples that ``--data`` and ``--target`` name.
+
+    Args:
+        data: ``synthetic``, ``digits``, or the path of a .csv or .npz file.
+        target: for a file the column (.csv) or array (.npz) with the labels, else None.
+        seed: of the synthetic features.
+
+    Returns:
+        The samples, not yet split.
+
+    Raises:
+        DataError: the file cannot be used; the message says where and why.
+    """
+    if data == "synthetic":
+        return synthetic_samples(seed=seed)
+    if data == "digits":
+        return digits_samples()
+    if target is None:
+        raise DataError(f"{data}: no target is given; name the column or array that holds the labels")
+    path = Path(data)
+    load = load_npz if path.suffix.lower() == ".npz" else load_csv
+    try:
+        return load(path, target)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def load_csv(path: Path, target: str) -> Samples:
+    """A comma-separated table with a header row: the column ``target`` holds the labels, every other one a number.
+
+    Args:
+        path: of the file, UTF-8.
+        target: name of the label column; labels may be any text.
+
+    Returns:
+        One sample a row, one feature a column.
+
+    Raises:
+        DataError: a column, row or cell is wrong; the message names it.
+    """
+    header, rows = _read_table(path)
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: two columns are named '{twice[0]}'; give each column its own name")
+    if target not in header:
+        raise DataError(f"{path}: no column '{target}'; the columns are {_listing(header)}")
+    if len(header) < 2:
+        raise DataError(f"{path}: '{target}' is the only column; at least one feature column is needed")
+    where = header.index(target)
+    labels, inputs = [], np.empty((len(rows), len(header) - 1))
+    for index, (line, row) in enumerate(rows):
+        if len(row) != len(header):
+            raise DataError(f"{path}: line {line} has {len(row)} cells, the header has {len(header)}")
+        if not row[where].strip():
+            raise DataError(f"{path}: line {line}, column '{target}': the label is empty")
+        labels.append(row[where].strip())
+        features = [(name, cell) for name, cell in zip(header, row, strict=True) if name != target]
+        inputs[index] = [_number(path, line, name, cell) for name, cell in features]
+    return _own_samples(path, inputs, labels, f"column '{target}'")
+
+
+def load_npz(path: Path, target: str) -> Samples:
+    """A NumPy archive: the array ``target`` holds the labels, all others are features with one sample a row.
+
+    Args:
+        path: of the file.
+        target: name of the label array: (samples,), integers, booleans or text.
+
+    Returns:
+        One sample a row; the arrays beside ``target``, flattened to (samples, features), side by side.
+
+    Raises:
+        DataError: an array is missing or wrong; the message names it.
+    """
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise DataError(f"{path}: is a single array; save features and labels with numpy.savez")
+        with archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except DataError:
+        raise
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: is not an .npz archive of plain arrays ({_first_line(error)})") from error
+    if target not in arrays:
+        raise DataError(f"{path}: no array '{target}'; the arrays are {_listing(list(arrays))}")
+    labels = arrays.pop(target)
+    if labels.ndim != 1 or labels.dtype.kind not in "iubUS":
+        raise DataError(
+            f"{path}: array '{target}' must hold one integer or text label a sample, "
+            f"got shape {labels.shape} of {labels.dtype}"
+        )
+    if not arrays:
+        raise DataError(f"{path}: '{target}' is the only array; at least one array of features is needed")
+    features = []
+    for name, array in arrays.items():
+        if array.dtype.kind not in "iubf":
+            raise DataError(f"{path}: array '{name}' holds {array.dtype}, not numbers")
+        if array.ndim == 0 or len(array) != len(labels):
+            raise DataError(
+                f"{path}: array '{name}' has shape {array.shape}, '{target}' has {len(labels)} labels"
+            )
+        flat = array.reshape(len(array), -1).astype(np.float64)
+        if not np.isfinite(flat).all():
+            sample = int(np.argwhere(~np.isfinite(flat))[0, 0])
+            raise DataError(f"{path}: array '{name}', sample {sample}: NaN or infinite; remove or replace it")
+        features.append(flat)
+    names = [label.decode() if isinstance(label, bytes) else str(label) for label in labels.tolist()]
+    return _own_samples(path, np.concatenate(features, axis=1), names, f"array '{target}'")
+
+
+def split(samples: Samples, *, seed: int = 42) -> Dataset:
+    """80 % of the samples for training and 20 % for testing, the share of each class the same in both.
+
+    Args:
+        samples: at least two of each class.
+        seed: of the shuffling, from 0 to 2^32 - 1.
+
+    Returns:
+        float32 features, standardized with the training samples' figures if the samples ask for it.
+
+    Raises:
+        DataError: there are too few samples to split, or a number is too large for float32.
+    """
+    try:
+        rows = train_test_split(
+            np.arange(len(samples.labels)), test_size=TEST_SHARE, stratify=samples.labels, random_state=seed
+        )
+    except ValueError as error:
+        raise DataError(f"{samples.name}: cannot be split into training and test samples: {error}") from error
+    train, test = rows
+    inputs = samples.inputs
+    if samples.standardize:
+        with np.errstate(over="ignore", invalid="ignore"):
+            deviation = inputs[train].std(axis=0)
+            deviation = np.where(np.isfinite(deviation), deviation, np.nan)  # too large to square
+            inputs = (inputs - inputs[train].mean(axis=0)) / np.where(deviation == 0, 1.0, deviation)
+    features = torch.from_numpy(inputs).float()
+    if not features.isfinite().all():
+        raise DataError(f"{samples.name}: a feature holds numbers too large for float32; use a smaller unit")
+    labels = torch.from_numpy(samples.labels)
+    return Dataset(
+        samples.name, features[train], labels[train], features[test], labels[test], samples.class_names
+    )
+
+
+def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header and (line number, cells) of each row that is not blank."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if row]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text ({_first_line(error)})") from error
+    except csv.Error as error:
+        raise DataError(f"{path}: is not a CSV table ({_first_line(error)})") from error
+    if len(rows) < 2:
+        raise DataError(f"{path}: has {len(rows)} lines; a header and at least one row are needed")
+    return [name.strip() for name in rows[0][1]], rows[1:]
+
+
+def _number(path: Path, line: int, column: str, cell: str) -> float:
+    where = f"{path}: line {line}, column '{column}'"
+    if not cell.strip():
+        raise DataError(f"{where}: the cell is empty; remove the row or fill it")
+    try:
+        value = float(cell)
+    except ValueError:
+        raise DataError(f"{where}: '{cell.strip()[:40]}' is not a number") from None
+    if not np.isfinite(value):
+        raise DataError(f"{where}: {cell.strip()} is not a finite number; remove the row or replace it")
+    return value
+
+
+def _own_samples(path: Path, inputs: NDArray[np.float64], names: Sequence[str], target: str) -> Samples:
+    """Samples of a user's file, its labels checked: two classes or more, each with two samples or more."""
+    counts = Counter(names)
+    if inputs.shape[1] == 0:
+        raise DataError(f"{path}: the samples have no features")
+    if len(counts) < 2:
+        only = f" ('{next(iter(counts))}')" if counts else ""
+        raise DataError(f"{path}: {target} holds {len(counts)} class{only}; at least two are needed")
+    rare, count = min(counts.items(), key=lambda item: item[1])
+    if count < 2:
+        raise DataError(
+            f"{path}: {target} holds {len(counts)} classes in {len(names)} samples, and class '{rare[:40]}' has only "
+            "one sample; each needs at least two"
+        )
+    class_names, labels = np.unique(np.asarray(names), return_inverse=True)
+    return Samples(
+        path.name, inputs, labels.astype(np.int64), tuple(str(name) for name in class_names), standardize=True
+    )
+
+
+def _listing(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

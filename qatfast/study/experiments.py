@@ -1,0 +1,290 @@
+"""The experiments: FP32, PTQ and QAT, trained and measured on the same samples for several seeds and bit widths."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from .data import Dataset, Samples, split
+from .layer_error import LayerError, layer_errors
+from .names import FLOAT_BITS, TITLES
+from .networks import ThreeLayerNet, ThreeLayerNetQAT, count_parameters
+from .ptq import quantize_model, quantize_model_weights
+from .size import save_float, save_quantized
+from .timing import StepTime, time_training_steps
+from .training import Epoch, Evaluation, History, evaluate_model, one_thread, seeded, train_model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a study does.
+
+    Args:
+        data: ``synthetic``, ``digits``, or the path of a .csv or .npz file.
+        target: the label column of a file.
+        bits: bit widths, each 2 to 16.
+        epochs: of each training; fine-tuning adds as many.
+        seeds: how often everything is repeated, with ``seed``, ``seed + 1``, ...
+        seed: the first one.
+        device: where the networks run.
+        batch_size: samples a training step.
+        learning_rate: of Adam from scratch.
+        finetune_learning_rate: of Adam from trained weights.
+        hidden_features: of the three-layer networks.
+        timing_repetitions: of the step times; 0: no times are taken.
+    """
+
+    data: str = "digits"
+    target: str | None = None
+    bits: tuple[int, ...] = (8, 4, 3, 2)
+    epochs: int = 20
+    seeds: int = 5
+    seed: int = 42
+    device: str = "cpu"
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    finetune_learning_rate: float = 1e-4
+    hidden_features: int = 64
+    timing_repetitions: int = 30
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model of one seed on the test samples.
+
+    Args:
+        seed: of split, first weights and order of samples.
+        model: a key of TITLES.
+        bits: 32 for float.
+        loss: mean cross entropy (nats).
+        accuracy: share classified right; where activations are quantized, with ranges fixed on training samples.
+        accuracy_batch_1: with ranges taken from the batch, one sample at a time.
+        accuracy_batch_256: the same, 256 samples at a time.
+    """
+
+    seed: int
+    model: str
+    bits: int
+    loss: float
+    accuracy: float
+    accuracy_batch_1: float
+    accuracy_batch_256: float
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model file in the report's folder.
+
+    Args:
+        model: a key of TITLES.
+        bits: stored of each number.
+        bytes: of the file.
+        file: path relative to the report's folder.
+    """
+
+    model: str
+    bits: int
+    bytes: int
+    file: str
+
+
+@dataclass
+class Study:
+    """Everything a study found out, as far as it got.
+
+    Args:
+        settings: what was asked for.
+        samples: on which data.
+        parameters: numbers that each network learns.
+        train_samples: of one split.
+        test_samples: of one split.
+        runs: every model of every seed.
+        histories: of the first seed's trainings, by model and bits.
+        layer_errors: of the first seed's models.
+        sizes: of the first seed's models.
+        step_times: of training.
+        weights: the first seed's models in float (for QAT: the raw weights), by model and bits.
+        complete: whether everything asked for is there.
+    """
+
+    settings: Settings
+    samples: Samples
+    parameters: int = 0
+    train_samples: int = 0
+    test_samples: int = 0
+    runs: list[Run] = field(default_factory=list)
+    histories: dict[tuple[str, int], History] = field(default_factory=dict)
+    layer_errors: list[LayerError] = field(default_factory=list)
+    sizes: list[ModelFile] = field(default_factory=list)
+    step_times: list[StepTime] = field(default_factory=list)
+    weights: dict[tuple[str, int], ThreeLayerNet] = field(default_factory=dict)
+    complete: bool = False
+
+    def accuracies(self, model: str, bits: int, figure: str = "accuracy") -> dict[int, float]:
+        """One figure of one model by seed."""
+        return {run.seed: getattr(run, figure) for run in self.runs if (run.model, run.bits) == (model, bits)}
+
+
+OnTraining = Callable[[str], Callable[[Epoch], None]]
+
+
+def _silent(_name: str) -> Callable[[Epoch], None]:
+    return lambda _epoch: None
+
+
+def count_trainings(settings: Settings) -> int:
+    """How many times the study trains a network for ``settings.epochs`` epochs."""
+    return settings.seeds * (2 + 3 * len(settings.bits))
+
+
+def run_study(study: Study, folder: Path, on_training: OnTraining = _silent) -> None:
+    """Runs every experiment and fills ``study`` as it goes, so that an interrupted study holds what was finished.
+
+    Args:
+        study: with settings and samples only.
+        folder: where model files go, into ``models/``.
+        on_training: called with the name of each training; its result is called after each epoch.
+
+    Raises:
+        DataError: the samples cannot be split.
+        OSError: a model file cannot be written.
+    """
+    settings = study.settings
+    with one_thread():
+        for seed in range(settings.seed, settings.seed + settings.seeds):
+            _run_seed(study, seed, folder, on_training)
+    if settings.timing_repetitions:
+        _time_steps(study)
+    study.complete = True
+
+
+def _run_seed(study: Study, seed: int, folder: Path, on_training: OnTraining) -> None:
+    settings = study.settings
+    data = split(study.samples, seed=seed).to(settings.device)
+    study.train_samples, study.test_samples = len(data.train_labels), len(data.test_labels)
+    bench = _Bench(study, seed, data, folder, on_training)
+
+    fp32 = bench.network()
+    bench.train("fp32", FLOAT_BITS, fp32)
+    study.parameters = count_parameters(fp32)
+    bench.measure_float("fp32", fp32)
+    longer = copy.deepcopy(fp32)
+    bench.train("fp32_longer", FLOAT_BITS, longer, finetune=True)
+    bench.measure_float("fp32_longer", longer)
+
+    for bits in settings.bits:
+        bench.measure_weights_only(bits, fp32)
+        bench.measure("ptq", bits, fp32)
+        bench.measure("ptq_float_scores", bits, fp32)
+        scratch = bench.network_qat(bits)
+        bench.train("qat_scratch", bits, scratch)
+        bench.measure("qat_scratch", bits, bench.as_float(scratch))
+        for name in ("qat_finetuned", "qat_finetuned_float_scores"):
+            finetuned = bench.network_qat(bits, fp32, float_scores=name.endswith("float_scores"))
+            bench.train(name, bits, finetuned, finetune=True)
+            bench.measure(name, bits, bench.as_float(finetuned))
+
+
+class _Bench:
+    """One seed's networks, and what is done with each of them."""
+
+    def __init__(self, study: Study, seed: int, data: Dataset, folder: Path, on_training: OnTraining) -> None:
+        self.study, self.seed, self.data, self.on_training = study, seed, data, on_training
+        self.settings = study.settings
+        self.sizes = (data.in_features, self.settings.hidden_features, data.num_classes)
+        self.first = seed == self.settings.seed
+        self.models = folder / "models"
+
+    def network(self) -> ThreeLayerNet:
+        """A float network with the seed's first weights."""
+        with seeded(self.seed):
+            return ThreeLayerNet(*self.sizes).to(self.settings.device)
+
+    def network_qat(
+        self, bits: int, start: nn.Module | None = None, *, float_scores: bool = False
+    ) -> ThreeLayerNetQAT:
+        """A QAT network with the weights of ``start``, or with the seed's first weights."""
+        with seeded(self.seed):
+            network = ThreeLayerNetQAT(*self.sizes, num_bits=bits, float_scores=float_scores)
+        if start is not None:
+            network.load_state_dict(start.state_dict())
+        return network.to(self.settings.device)
+
+    def as_float(self, network: ThreeLayerNetQAT) -> ThreeLayerNet:
+        """The float network with the raw weights of ``network``."""
+        plain = self.network()
+        plain.load_state_dict(network.state_dict())
+        return plain
+
+    def train(self, name: str, bits: int, network: nn.Module, *, finetune: bool = False) -> None:
+        settings = self.settings
+        width = "" if bits == FLOAT_BITS else f", {bits} bits"
+        history = train_model(
+            network,
+            self.data,
+            epochs=settings.epochs,
+            learning_rate=settings.finetune_learning_rate if finetune else settings.learning_rate,
+            batch_size=settings.batch_size,
+            seed=self.seed,
+            on_epoch=self.on_training(f"{TITLES[name]}{width}, seed {self.seed}"),
+        )
+        if self.first:
+            self.study.histories[name, bits] = history
+
+    def measure_float(self, name: str, network: ThreeLayerNet) -> None:
+        """Records a model without quantized activations: the batch makes no difference of kind."""
+        self._record(name, FLOAT_BITS, self._evaluate(network), network)
+        if self.first:
+            self._keep(name, FLOAT_BITS, network, lambda path: save_float(network, path))
+
+    def measure_weights_only(self, bits: int, network: ThreeLayerNet) -> None:
+        quantized = quantize_model_weights(network, bits)
+        self._record("ptq_weights", bits, self._evaluate(quantized), quantized)
+        if self.first:
+            self._keep("ptq_weights", bits, network, lambda path: save_quantized(network, bits, path))
+
+    def measure(self, name: str, bits: int, network: ThreeLayerNet) -> None:
+        """Records a model with quantized activations: with fixed ranges, and with ranges taken from the batch."""
+        float_scores = name.endswith("float_scores")
+        fixed = quantize_model(network, bits, self.data.train_inputs, float_scores=float_scores)
+        dynamic = self.network_qat(bits, network, float_scores=float_scores)
+        self._record(name, bits, self._evaluate(fixed), dynamic)
+        if self.first:
+            self._keep(
+                name, bits, network, lambda path: save_quantized(network, bits, path, calibrated=fixed)
+            )
+            if not float_scores:
+                inputs = (self.data.train_inputs, self.data.test_inputs)
+                self.study.layer_errors += layer_errors(name, network, bits, *inputs)
+
+    def _evaluate(self, model: nn.Module, batch_size: int = 256) -> Evaluation:
+        return evaluate_model(model, self.data.test_inputs, self.data.test_labels, batch_size=batch_size)
+
+    def _record(self, name: str, bits: int, result: Evaluation, by_batch: nn.Module) -> None:
+        one, many = (self._evaluate(by_batch, size).accuracy for size in (1, 256))
+        self.study.runs.append(Run(self.seed, name, bits, result.loss, result.accuracy, one, many))
+
+    def _keep(self, name: str, bits: int, network: ThreeLayerNet, save: Callable[[Path], None]) -> None:
+        self.study.weights[name, bits] = network
+        self.models.mkdir(exist_ok=True)
+        path = self.models / (f"{name}.pt" if bits == FLOAT_BITS else f"{name}_{bits}bit.pt")
+        save(path)
+        self.study.sizes.append(ModelFile(name, bits, path.stat().st_size, f"models/{path.name}"))
+
+
+def _time_steps(study: Study) -> None:
+    """Times steps of the study's own network, and of a wide one where arithmetic outweighs the calls around it."""
+    settings, samples = study.settings, study.samples
+    own = (samples.inputs.shape[1], settings.hidden_features, len(samples.class_names))
+    repetitions, device = settings.timing_repetitions, settings.device
+    with one_thread():
+        study.step_times += time_training_steps(
+            *own, batch_size=settings.batch_size, repetitions=repetitions, device=device
+        )
+    study.step_times += time_training_steps(
+        1024, 1024, 10, batch_size=256, repetitions=repetitions, device=device
+    )

@@ -1,0 +1,164 @@
+"""HTML pieces of the report: the frame of the page, tables, figures, lists; all text is escaped here."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from html import escape
+from string import Template
+
+from .figures import darkened
+from .tables import Table
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --muted: #5b6675; --lines: #d9dee5; --paper: #fdfdfe;
+  --back: #f2f4f7; --accent: #1a6fb8; --warn: #8a3b00; --warn-back: #fdeede; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ee; --muted: #a7b0bd; --lines: #39424f; --paper: #171c23; --back: #0f1318; --accent: #62b0f2;
+    --warn: #ffc78c; --warn-back: #3b2510; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink);
+  font: 1rem/1.55 system-ui, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
+main { max-width: 66rem; margin: 0 auto; padding: 1rem; }
+section, header { background: var(--paper); border: 1px solid var(--lines); border-radius: .6rem;
+  padding: 1.1rem 1.3rem; margin: 0 0 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.2rem; margin: 0 0 .4rem; }
+h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
+p, ul, dl { margin: .4rem 0 .8rem; max-width: 48rem; }
+ul { padding-left: 1.2rem; }
+dt { font-weight: 600; margin-top: .4rem; }
+dd { margin: 0; }
+.note, figcaption, footer { color: var(--muted); font-size: .92rem; }
+.warning { background: var(--warn-back); color: var(--warn); border-radius: .4rem; padding: .6rem .8rem;
+  font-weight: 600; }
+table { border-collapse: collapse; width: 100%; margin: .6rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--lines); text-align: right; vertical-align: baseline; }
+th { font-weight: 600; }
+thead th { color: var(--muted); font-size: .88rem; }
+th[scope=row], thead th:first-child { padding-left: 0; }
+th[scope=row], .words { text-align: left; }
+td:last-child, th:last-child { padding-right: 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: .8rem; }
+.figures.one { max-width: 40rem; }
+figure { margin: .4rem 0; min-width: 0; }
+figure img { width: 100%; height: auto; display: block; }
+summary { cursor: pointer; font-weight: 600; padding: .4rem 0; color: var(--accent); }
+footer { padding: 0 1.3rem 1rem; }
+@media (max-width: 40rem) {
+  main { padding: .5rem; }
+  section, header { padding: .9rem .8rem; }
+  table, tbody, thead { display: block; }
+  tr { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); column-gap: .5rem;
+    border-bottom: 1px solid var(--lines); padding: .3rem 0; }
+  th, td { border: 0; padding: 0; font-size: .9rem; }
+  th[scope=row] { grid-column: 1 / -1; }
+  thead th:first-child { display: none; }
+}
+"""
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<style>$style</style>
+</head>
+<body>
+<main>
+$body
+</main>
+</body>
+</html>
+""")
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A whole HTML document.
+
+    Args:
+        title: as text.
+        parts: of the body, as HTML.
+    """
+    return PAGE.substitute(title=escape(title), style=STYLE, body="\n".join(parts))
+
+
+def section(heading: str, *parts: str) -> str:
+    """A section with a heading (text) and its parts (HTML)."""
+    return f"<section>\n<h2>{escape(heading)}</h2>\n" + "\n".join(parts) + "\n</section>"
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """A paragraph; ``kind`` is its CSS class."""
+    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+
+
+def bullets(texts: Iterable[str]) -> str:
+    """A list with one text an item."""
+    return "<ul>\n" + "\n".join(f"<li>{escape(text)}</li>" for text in texts) + "\n</ul>"
+
+
+def definitions(texts: dict[str, str]) -> str:
+    """A list of terms and what they mean."""
+    items = (f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in texts.items())
+    return "<dl>\n" + "\n".join(items) + "\n</dl>"
+
+
+def table(content: Table) -> str:
+    """A table after its explanation."""
+    kinds = [
+        ' class="words"' if column < content.text_columns else "" for column in range(len(content.header))
+    ]
+    head = (
+        f'<th scope="col"{kind}>{escape(name)}</th>' for name, kind in zip(content.header, kinds, strict=True)
+    )
+    return (
+        f"{paragraph(content.explanation, 'note')}\n"
+        f'<table style="--columns: {len(content.header) - 1}" aria-label="{escape(content.title)}">\n'
+        f"<thead><tr>{''.join(head)}</tr></thead>\n<tbody>\n"
+        + "\n".join(_row(row, kinds) for row in content.rows)
+        + "\n</tbody>\n</table>"
+    )
+
+
+def _row(cells: tuple[str, ...], kinds: list[str]) -> str:
+    first, *rest = (escape(cell) for cell in cells)
+    others = (f"<td{kind}>{cell}</td>" for cell, kind in zip(rest, kinds[1:], strict=True))
+    return f'<tr><th scope="row">{first}</th>{"".join(others)}</tr>'
+
+
+def figure(svg: str, alt: str, caption: str) -> str:
+    """A figure that follows the reader's light or dark setting.
+
+    Args:
+        svg: for light pages.
+        alt: what it shows, for those who do not see it.
+        caption: below it.
+    """
+    return (
+        "<figure><picture>"
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(darkened(svg))}">'
+        f'<img src="{_data_uri(svg)}" alt="{escape(alt)}"></picture>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def figures(parts: Iterable[str]) -> str:
+    """Figures side by side, or one below the other where the page is narrow."""
+    found = list(parts)
+    return f'<div class="{"figures" if len(found) > 1 else "figures one"}">\n' + "\n".join(found) + "\n</div>"
+
+
+def details(summary: str, *parts: str, open: bool = False) -> str:
+    """A part of the page that a click unfolds."""
+    return (
+        f"<details{' open' if open else ''}><summary>{escape(summary)}</summary>\n"
+        + "\n".join(parts)
+        + "\n</details>"
+    )
+
+
+def _data_uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

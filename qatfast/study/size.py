@@ -1,0 +1,148 @@
+"""Model files: float weights as torch.save writes them, and quantized ones as the integers a device stores."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qatfast import choose_qparams, dequantize, quantize
+
+from .ptq import FixedFakeQuantize
+
+
+def calculate_model_size(
+    model: nn.Module, num_bits: int | None = None, *, path: str | Path | None = None
+) -> int:
+    """The bytes of a file that holds the model, counted on a file really written.
+
+    Args:
+        model: in float.
+        num_bits: None: its float ``state_dict``; 2 to 16: its parameters as packed integers (:func:`save_quantized`).
+        path: where to leave the file; None: it is removed again.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: ``num_bits`` is not from 2 to 16.
+    """
+    if path is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return calculate_model_size(model, num_bits, path=Path(folder, "model.pt"))
+    if num_bits is None:
+        save_float(model, path)
+    else:
+        save_quantized(model, num_bits, path)
+    return Path(path).stat().st_size
+
+
+def save_float(model: nn.Module, path: str | Path) -> None:
+    """Writes the ``state_dict`` with torch.save, on the CPU.
+
+    Args:
+        model: in float.
+        path: of the file.
+    """
+    _write({name: value.cpu() for name, value in model.state_dict().items()}, path)
+
+
+def save_quantized(
+    model: nn.Module, num_bits: int, path: str | Path, *, calibrated: nn.Module | None = None
+) -> None:
+    """Writes each parameter as packed integers of ``num_bits`` bits with its scale and zero point.
+
+    The integers are those of :func:`quantize_model_weights`: ``q = quantize(w, *choose_qparams(w, num_bits), ...)``.
+
+    Args:
+        model: in float.
+        num_bits: 2 to 16.
+        path: of the file.
+        calibrated: the same model from :func:`quantize_model`; its activation ranges are stored too.
+
+    Raises:
+        ValueError: ``num_bits`` is not from 2 to 16.
+    """
+    parameters: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().cpu()
+        scale, zero_point = choose_qparams(values, num_bits)
+        integers = quantize(values, scale, zero_point, 0, 2**num_bits - 1)
+        parameters[name] = {
+            "packed": pack(integers, num_bits),
+            "shape": list(values.shape),
+            "scale": float(scale),
+            "zero_point": int(zero_point),
+        }
+    activations = {
+        name: (float(module.scale), int(module.zero_point))
+        for name, module in (calibrated.named_modules() if calibrated is not None else ())
+        if isinstance(module, FixedFakeQuantize)
+    }
+    _write({"num_bits": num_bits, "parameters": parameters, "activations": activations}, path)
+
+
+def load_quantized(path: str | Path) -> dict[str, Tensor]:
+    """The parameters of a file of :func:`save_quantized`, back in float32: a ``state_dict``.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        ``(integer - zero_point) * scale`` for each parameter.
+    """
+    stored: Mapping[str, Any] = torch.load(path, weights_only=True)
+    state = {}
+    for name, entry in stored["parameters"].items():
+        integers = unpack(entry["packed"], stored["num_bits"], entry["shape"])
+        state[name] = dequantize(integers, entry["scale"], entry["zero_point"])
+    return state
+
+
+def _write(content: Mapping[str, Any], path: str | Path) -> None:
+    """torch.save by way of memory: given a path it stores the file's name too, once a tensor."""
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    Path(path).write_bytes(buffer.getvalue())
+
+
+def pack(integers: Tensor, num_bits: int) -> Tensor:
+    """Integers from 0 to ``2^num_bits - 1`` one after another without gaps, lowest bit first.
+
+    Args:
+        integers: uint8 or uint16, any shape.
+        num_bits: stored of each integer.
+
+    Returns:
+        uint8, ``ceil(elements * num_bits / 8)`` bytes.
+
+    Example:
+        >>> pack(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), num_bits=2).tolist()
+        [57]
+    """
+    bits = integers.numpy().reshape(-1, 1) >> np.arange(num_bits, dtype=np.uint16) & 1
+    return torch.from_numpy(np.packbits(bits.astype(np.uint8), bitorder="little"))
+
+
+def unpack(packed: Tensor, num_bits: int, shape: list[int]) -> Tensor:
+    """The inverse of :func:`pack`.
+
+    Args:
+        packed: uint8.
+        num_bits: stored of each integer.
+        shape: of the result.
+
+    Returns:
+        uint8 up to 8 bits, uint16 above.
+    """
+    count = int(np.prod(shape))
+    bits = np.unpackbits(packed.numpy(), count=count * num_bits, bitorder="little").reshape(count, num_bits)
+    integers = (bits.astype(np.uint32) << np.arange(num_bits, dtype=np.uint32)).sum(axis=1)
+    return torch.from_numpy(integers.astype(np.uint8 if num_bits <= 8 else np.uint16).reshape(shape))

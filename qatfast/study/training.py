@@ -1,0 +1,167 @@
+"""Training and evaluation, the same for every network of the study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .data import Dataset
+from .progress import training_bar
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """How one epoch went.
+
+    Args:
+        number: from 1.
+        train_loss: mean cross entropy (nats) over the epoch's batches, while the weights still changed.
+        train_accuracy: share of training samples classified right, likewise.
+        test_loss: mean cross entropy (nats) on the test samples after the epoch.
+        test_accuracy: share of test samples classified right after the epoch.
+    """
+
+    number: int
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+
+
+@dataclass
+class History:
+    """The figures of :class:`Epoch`, one list a figure, one element an epoch."""
+
+    train_loss: list[float] = field(default_factory=list)
+    train_accuracy: list[float] = field(default_factory=list)
+    test_loss: list[float] = field(default_factory=list)
+    test_accuracy: list[float] = field(default_factory=list)
+
+    def append(self, epoch: Epoch) -> None:
+        """Adds one epoch to each list."""
+        for name, values in vars(self).items():
+            values.append(getattr(epoch, name))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model does on samples it was not trained on.
+
+    Args:
+        loss: mean cross entropy (nats).
+        accuracy: share of samples classified right.
+    """
+
+    loss: float
+    accuracy: float
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch draws the CPU random numbers of ``seed``; the caller's generator is as before afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes on one thread; the caller's number of threads is as before afterwards.
+
+    Layers as small as the study's gain nothing from a second thread, and where another program keeps a core busy they
+    wait for it at every operation.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train_model(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    epochs: int = 20,
+    learning_rate: float = 1e-3,
+    batch_size: int = 32,
+    seed: int = 42,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> History:
+    """Trains ``model`` in place with Adam and cross entropy on shuffled batches.
+
+    Args:
+        model: maps (batch, features) to (batch, classes); on the device of ``data``.
+        data: training and test samples; the test samples are only measured, never learned from.
+        epochs: passes over the training samples.
+        learning_rate: of Adam.
+        batch_size: samples a step; the last batch of an epoch may be smaller.
+        seed: of the order of the samples. The same seed and model give the same weights on the same machine.
+        on_epoch: called after each epoch; without it a progress bar shows on a terminal.
+
+    Returns:
+        Loss and accuracy on training and test samples after each epoch.
+    """
+    if on_epoch is None:
+        with training_bar(epochs) as show:
+            return train_model(
+                model,
+                data,
+                epochs=epochs,
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+                seed=seed,
+                on_epoch=show,
+            )
+    history = History()
+    order = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+    count = len(data.train_labels)
+    for number in range(1, epochs + 1):
+        model.train()
+        loss_sum, correct = torch.zeros(2, device=data.train_inputs.device)
+        for batch in torch.randperm(count, generator=order).to(data.train_inputs.device).split(batch_size):
+            labels = data.train_labels[batch]
+            scores = model(data.train_inputs[batch])
+            loss = cross_entropy(scores, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.detach() * len(batch)
+            correct += (scores.detach().argmax(1) == labels).sum()
+        test = evaluate_model(model, data.test_inputs, data.test_labels)
+        epoch = Epoch(number, float(loss_sum) / count, float(correct) / count, test.loss, test.accuracy)
+        history.append(epoch)
+        on_epoch(epoch)
+    return history
+
+
+@torch.no_grad()
+def evaluate_model(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: int = 256) -> Evaluation:
+    """Loss and accuracy of ``model``; of equal highest scores the first class counts.
+
+    Where a model takes its quantization ranges from the batch, the result depends on ``batch_size``.
+
+    Args:
+        model: maps (batch, features) to (batch, classes). It is in evaluation mode meanwhile.
+        inputs: (samples, features).
+        labels: (samples,), int64.
+        batch_size: samples the model sees at once.
+
+    Returns:
+        Mean cross entropy (nats) and share of samples classified right.
+    """
+    training = model.training
+    model.eval()
+    try:
+        scores = torch.cat([model(batch) for batch in inputs.split(batch_size)])
+    finally:
+        model.train(training)
+    correct = int((scores.argmax(1) == labels).sum())
+    return Evaluation(float(cross_entropy(scores, labels)), correct / len(labels))

@@ -1,0 +1,115 @@
+"""What every operator gives on sizes around vector and block boundaries; as a script, a digest of each result as JSON.
+
+python tests/digests.py public|reference
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import cases
+from qatfast import PerChannel, PerGroup, PerTensor, PerToken
+
+SIZES = (
+    *range(1, 71),
+    *(size + near for size in (128, 256, 1024, 4096, 65536) for near in (-1, 0, 1)),
+    2**18 + 3,
+)
+BLOCKS = (
+    *(
+        ((rows, columns), PerToken())
+        for rows, columns in ((67, 19), (5, 4097), (2, 65537), (300, 64), (1025, 1))
+    ),
+    *(((rows, columns), PerChannel(0)) for rows, columns in ((3, 257), (129, 33), (2, 65537))),
+    *(((rows, columns), PerChannel(1)) for rows, columns in ((257, 3), (33, 129), (65537, 2), (1, 70))),
+    *(((rows, columns), PerGroup(size)) for rows, columns, size in ((3, 256, 32), (9, 4104, 27), (2, 70, 1))),
+    ((7, 5, 33), PerChannel(1)),
+    ((2, 300, 65), PerChannel(1)),
+    ((3, 64, 17, 17), PerChannel(1)),
+    ((40, 7, 5), PerChannel(-1)),
+)
+OFFSETS = (1, 3, 5)
+
+
+def inputs(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Any]]:
+    """(label, tensor, granularity)"""
+    sizes = SIZES if dtype == torch.float32 else SIZES[::3] + SIZES[-3:]
+    for size in sizes:
+        yield f"{size}", sprinkled((size,), dtype), PerTensor()
+    for offset in OFFSETS:
+        for size in (1, 7, 63, 64, 4099):
+            yield f"{size} from {offset}", sprinkled((size + offset,), dtype)[offset:], PerTensor()
+        x = sprinkled((offset + 61 * 67,), dtype)[offset:].view(61, 67)
+        for granularity in (PerToken(), PerChannel(0), PerChannel(1)):
+            yield f"61x67 from {offset} {granularity}", x, granularity
+    for shape, granularity in BLOCKS:
+        yield f"{cases.name(shape)} {granularity}", sprinkled(shape, dtype), granularity
+    yield "67x61 transposed", sprinkled((67, 61), dtype).t(), PerChannel(0)
+    yield (
+        "2x3x17x19 channels last",
+        sprinkled((2, 3, 17, 19), dtype).to(memory_format=torch.channels_last),
+        PerChannel(1),
+    )
+
+
+def sprinkled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Normal numbers; in tensors of some size special ones and exact ties of a step of 1/16 too."""
+    x = cases.mixed(shape, dtype)
+    if x.numel() < 8:
+        return cases.normal(shape, dtype)
+    x.view(-1)[::3] = cases.ties((-(-x.numel() // 3),), torch.tensor(0.0625), dtype)
+    return x
+
+
+def results(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Each result of each operator on each of the inputs of at least ``least`` elements."""
+    for label, x, granularity in inputs(dtype):
+        if x.numel() < least:
+            continue
+        label = f"{cases.name(dtype)} {label}"
+        for num_bits, symmetric in ((8, False), (4, True)):
+            options = {"symmetric": symmetric, "granularity": granularity}
+            yield f"fake_quantize {num_bits} {label}", ops.fake_quantize(x, num_bits, **options)
+            for word, qparam in zip(
+                ("scale", "zero point"), ops.choose_qparams(x, num_bits, **options), strict=True
+            ):
+                yield f"choose_qparams {num_bits} {word} {label}", qparam
+        for quant_range in ((0, 255), (-128, 127), (0, 65535), (-32768, 32767)):
+            grid = cases.grid(tuple(x.shape), granularity, dtype, quant_range)
+            if granularity == PerTensor():
+                grid = grid._replace(scale=torch.full_like(grid.scale, 0.0625))
+            q = ops.quantize(x, *grid, granularity=granularity)
+            yield f"quantize {quant_range} {label}", q
+            y = ops.dequantize(q, *grid[:2], granularity=granularity, dtype=dtype)
+            yield f"dequantize {quant_range} {label}", y
+        leaf = x.detach().requires_grad_()
+        y = ops.fake_quantize_affine(
+            leaf,
+            *grid._replace(quant_min=-99, quant_max=99, zero_point=grid.zero_point % 99),
+            granularity=granularity,
+        )
+        yield f"fake_quantize_affine {label}", y
+        (gradient,) = torch.autograd.grad(y, leaf, x.flatten().flip(0).view(x.shape))
+        yield f"fake_quantize_affine gradient {label}", gradient
+
+
+def digest(x: Tensor) -> str:
+    return hashlib.sha256(cases.bits(x).numpy().tobytes()).hexdigest()[:16]
+
+
+def main() -> None:
+    ops = cases.IMPLEMENTATIONS[sys.argv[1]]
+    print(
+        json.dumps({label: digest(value) for dtype in cases.FLOATS for label, value in results(ops, dtype)})
+    )
+
+
+if __name__ == "__main__":
+    main()

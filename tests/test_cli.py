@@ -1,0 +1,263 @@
+"""The command line as a user meets it: what it prints, writes, refuses, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qatfast import cli, kernels
+
+# SIGINT may be ignored where the suite runs in the background, and children inherit that
+LAUNCH = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from qatfast.cli import main; sys.exit(main())"
+)
+QUICK = ("--epochs", "1", "--seeds", "1", "--bits", "4")
+
+
+def command(*arguments):
+    return [sys.executable, "-c", LAUNCH, *arguments]
+
+
+def qatfast(*arguments, cwd=None, **environment):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
+    return subprocess.run(
+        command(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A folder in which ``qatfast compare`` has run."""
+    folder = tmp_path_factory.mktemp("cli")
+    return qatfast("compare", *QUICK, cwd=folder), folder / "report"
+
+
+def test_compare_writes_the_report_and_prints_its_tables(compared):
+    done, report = compared
+    assert done.returncode == 0 and done.stderr == ""
+    assert (report / "index.html").is_file() and results(report)["complete"] is True
+    assert (
+        results(report)["settings"] | {"bits": [4], "epochs": 1, "seeds": 1, "seed": 42}
+        == results(report)["settings"]
+    )
+    for title in ("Accuracy", "Ranges from the batch", "Model size", "Training time", "Quantization error"):
+        assert f"\n{title}\n" in done.stdout
+    assert "8,970 parameters" in done.stdout and done.stdout.rstrip().endswith("report/index.html")
+    assert [path.name for path in report.parent.iterdir()] == ["report"]
+    if kernels.reason():
+        assert "Without compiled kernels" in done.stdout
+
+
+def test_where_there_is_no_terminal_nothing_moves(compared):
+    done, _ = compared
+    assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stdout
+    assert "━" not in done.stdout + done.stderr
+
+
+def test_compare_own_table(tmp_path):
+    rows = "".join(f"{i % 7},{-i},{'late' if i % 7 > 3 else 'early'}\n" for i in range(80))
+    (tmp_path / "trains.csv").write_text(f"hour,noise,when\n{rows}")
+    done = qatfast(
+        "compare",
+        "--data",
+        "trains.csv",
+        "--target",
+        "when",
+        *QUICK,
+        "--out",
+        "a/b",
+        "--seed",
+        "7",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = results(tmp_path / "a/b")
+    assert found["data"]["classes"] == ["early", "late"] and found["network"]["layers"] == [2, 64, 64, 2]
+    assert {run["seed"] for run in found["runs"]} == {7}
+
+
+def interrupt_when(tmp_path, ready, *arguments):
+    """Runs ``qatfast compare`` and sends SIGINT as soon as ``ready()``; gives code, output and errors."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(
+        command("compare", *arguments),
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not ready() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, output, errors
+
+
+def test_ctrl_c_leaves_a_partial_report_and_the_complete_one(compared, tmp_path):
+    _, report = compared
+    (tmp_path / "report").mkdir()
+    for name in results(report)["files"]:
+        (tmp_path / "report" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "report" / name).write_bytes((report / name).read_bytes())
+    before = (tmp_path / "report/index.html").read_bytes()
+
+    def something_is_measured():
+        return any(tmp_path.glob(".report-*/models/fp32.pt"))
+
+    code, output, errors = interrupt_when(tmp_path, something_is_measured, "--seeds", "50", "--bits", "4")
+    assert code == 130 and errors == "" and "Interrupted" in output
+    assert "Partial report" in output and "report-partial" in output.replace("\n", "")
+    partial = results(tmp_path / "report-partial")
+    assert partial["complete"] is False and partial["runs"]
+    assert "Partial report" in (tmp_path / "report-partial/index.html").read_text()
+    assert (tmp_path / "report/index.html").read_bytes() == before and results(tmp_path / "report")[
+        "complete"
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report", "report-partial"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--bits", "1"], "--bits: expected a whole number from 2 to 16, got '1'"),
+        (["--bits", "17"], "--bits: expected a whole number from 2 to 16, got '17'"),
+        (["--bits", "4.5"], "--bits: expected a whole number from 2 to 16, got '4.5'"),
+        (["--bits", "8,4"], "--bits: expected a whole number from 2 to 16, got '8,4'"),
+        (["--bits"], "--bits: expected at least one argument"),
+        (["--epochs", "0"], "--epochs: expected a whole number from 1 to"),
+        (["--epochs", "x"], "--epochs: expected a whole number from 1 to"),
+        (["--seeds", "-1"], "--seeds: expected"),
+        (["--seed", "4294967296"], "--seed: expected a whole number from 0 to 4294967295"),
+        (["--seed", "4294967295"], "--seed: the last seed, 4294967299, must be less than 2^32"),
+        (["--device", "tpu"], "--device: expected one of cpu"),
+        (["--device", "cuda:99"], "--device: expected one of cpu"),
+        (["--data", "mnist"], "--data: expected synthetic, digits, or a .csv or .npz file, got 'mnist'"),
+        (["--data", "none.csv"], "--data: no file 'none.csv'; allowed are synthetic, digits"),
+        (["--data", "table.csv"], "--target: needed with a file"),
+        (["--data", "digits", "--target", "y"], "--target: only for a file"),
+        (["--out", "table.csv"], "table.csv: is a file"),
+        (["--out", "."], "is the current folder"),
+        (["--out", "full"], "holds files that are not a report's (notes.txt)"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["digits"], "unrecognized arguments: digits"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.csv").write_text("a,y\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    assert exit_code("compare", *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and message in printed.err and printed.err.count("\n") == 1
+    assert printed.err.startswith("qatfast")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "table.csv"]
+
+
+def exit_code(*arguments):
+    try:
+        return cli.main(arguments)
+    except SystemExit as ended:
+        return ended.code
+
+
+@pytest.mark.parametrize("arguments", [[], ["compere"], ["info", "--all"], ["visualize", "--bits", "0"]])
+def test_wrong_commands_are_one_line_and_exit_code_2(capsys, arguments):
+    assert exit_code(*arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a,b\n1,2\n", "no column 'y'; the columns are 'a', 'b'"),
+        ("a,y\n1,0\nx,1\n", "line 3, column 'a': 'x' is not a number"),
+        ("a,y\n1,0\n2,0\n", "column 'y' holds 1 class"),
+        ("a,y\n1,0\nnan,1\n", "is not a finite number"),
+    ],
+)
+def test_bad_data_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.csv").write_text(text)
+    assert exit_code("compare", "--data", "table.csv", "--target", "y") == 1
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and printed.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_a_missing_extra_is_one_line(capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("qatfast.study")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else object())
+    assert exit_code("compare") == 1
+    assert (
+        capsys.readouterr().err == "qatfast compare: qatfast.study needs rich: pip install 'qatfast[study]'\n"
+    )
+
+
+def test_info(capsys):
+    assert exit_code("info") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == list(kernels.info())
+    assert all(value in line for line, value in zip(lines, kernels.info().values(), strict=True))
+
+
+def test_info_without_kernels():
+    done = qatfast("info", QATFAST_NO_EXT="1")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "not loaded: QATFAST_NO_EXT is set" in done.stdout
+
+
+def test_visualize(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("visualize", "--bits", "8", "2", "--out", "pictures") == 0
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        "quantization_2bit.png",
+        "quantization_8bit.png",
+    ]
+    printed = capsys.readouterr().out
+    for word in ("scale", "zero point", "levels", "mean abs error", "max abs error"):
+        assert printed.count(f"\n{word} ") + printed.startswith(word) == 2
+    (tmp_path / "file").write_text("")
+    assert exit_code("visualize", "--out", "file") == 1
+    assert capsys.readouterr().err == "qatfast visualize: file: File exists\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["visualize", "--help"]])
+def test_help_has_examples(capsys, arguments):
+    assert exit_code(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "examples:" in printed and "  qatfast " in printed
+
+
+def test_compare_help_names_every_argument(capsys):
+    exit_code("compare", "--help")
+    printed = capsys.readouterr().out
+    for argument in ("data", "target", "bits", "epochs", "seeds", "seed", "device", "out"):
+        assert f"--{argument} " in printed
+    assert "OUT-partial" in printed and "130" in printed
+
+
+@pytest.mark.parametrize("name", ["matplotlib", "sklearn", "rich"])
+def test_the_package_and_the_command_line_load_without_the_extra(name):
+    code = f"import sys, qatfast, qatfast.cli; qatfast.cli.main(['info']); sys.exit('{name}' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL).returncode
+        == 0
+    )

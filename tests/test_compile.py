@@ -1,0 +1,254 @@
+"""torch.compile without a graph break, torch.export, fake tensors."""
+
+import pytest
+import torch
+from torch import nn
+
+import cases
+from qatfast import (
+    FakeQuantize,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QATConfig,
+    QATLinear,
+    functional,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function, backend="aot_eager", **options):
+    return torch.compile(function, fullgraph=True, backend=backend, **options)
+
+
+def results_and_gradients(function, tensors):
+    """What ``function`` gives, and the gradient of each tensor that asks for one."""
+    leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+    result = function(*leaves)
+    results = result if isinstance(result, tuple) else (result,)
+    if results[0].requires_grad:
+        results[0].backward(
+            cases.normal(tuple(results[0].shape), results[0].dtype, seed=9, device=results[0].device)
+        )
+    return *results, *(leaf.grad for leaf in leaves if leaf.grad is not None)
+
+
+def assert_compiles(function, *tensors, backend="aot_eager", **options):
+    expected = results_and_gradients(function, tensors)
+    actual = results_and_gradients(compiled(function, backend, **options), tensors)
+    for one, other in zip(actual, expected, strict=True):
+        cases.assert_same(one, other)
+        assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("shape, granularity", cases.FEW_BLOCKS, ids=cases.name)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+def test_fake_quantize_and_its_parts(shape, granularity, symmetric, device):
+    x = cases.normal(shape, device=device, requires_grad=True)
+    options = {"symmetric": symmetric, "granularity": granularity}
+    assert_compiles(lambda x: functional.fake_quantize(x, 5, **options), x)
+    assert_compiles(lambda x: functional.choose_qparams(x, 5, **options), x)
+
+
+@pytest.mark.parametrize("shape, granularity", cases.FEW_BLOCKS, ids=cases.name)
+def test_a_given_grid(shape, granularity, device):
+    x = cases.normal(shape, device=device, requires_grad=True)
+    scale, zero_point, low, high = cases.grid(shape, granularity, quant_range=(0, 15), device=device)
+
+    def all_three(x, scale, zero_point):
+        q = functional.quantize(x, scale, zero_point, low, high, granularity=granularity)
+        y = functional.dequantize(q, scale, zero_point, granularity=granularity)
+        return functional.fake_quantize_affine(x, scale, zero_point, low, high, granularity=granularity), q, y
+
+    assert_compiles(all_three, x, scale, zero_point)
+
+
+def test_python_numbers_for_the_grid(device):
+    x = cases.normal((9,), device=device, requires_grad=True)
+    assert_compiles(lambda x: functional.fake_quantize_affine(x, 0.5, 3, 0, 15), x)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "channels_last", "offset_1"])
+def test_strides_of_the_compiled_result(layout, device):
+    place, shape = cases.LAYOUTS[layout]
+    x = place(cases.normal(shape, device=device))
+    grid = cases.grid(shape, PerTensor(), quant_range=(0, 15), device=device)
+    for function in (
+        lambda x: functional.fake_quantize(x) + 1,
+        lambda x: functional.fake_quantize_affine(x, *grid) + 1,
+        lambda x: functional.quantize(x, *grid) + 1,
+    ):
+        y = compiled(function)(x)
+        cases.assert_same(y, function(x))
+        assert y.stride() == function(x).stride()
+
+
+@pytest.mark.parametrize("config", cases.CONFIGS.values(), ids=cases.CONFIGS)
+def test_qat_linear(config, device):
+    operands = cases.linear(((5,), 16, 6), device=device, requires_grad=True)
+    assert_compiles(lambda *operands: functional.qat_linear(*operands, config=config), *operands)
+
+
+@pytest.mark.parametrize("shape", [((), 16, 6), ((2, 3), 16, 6), ((0,), 16, 6)], ids=cases.name)
+def test_qat_linear_shapes_without_a_bias(shape, device):
+    input, weight, _ = cases.linear(shape, device=device, bias=False, requires_grad=True)
+    assert_compiles(lambda input, weight: functional.qat_linear(input, weight), input, weight)
+
+
+def network(device="cpu", config=None):
+    torch.manual_seed(0)
+    layers = [
+        FakeQuantize(),
+        QATLinear(16, 12, config=config),
+        nn.ReLU(inplace=True),
+        QATLinear(12, 4, bias=False),
+    ]
+    return nn.Sequential(*layers).to(device)
+
+
+@pytest.mark.parametrize(
+    "config", [QATConfig.tutorial(4), QATConfig.int8(), QATConfig.weight_only(4, 8)], ids=str
+)
+def test_a_training_step_of_a_network(config, device):
+    model, x = network(device, config), cases.normal((7, 16), device=device)
+
+    def step(model):
+        model.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
+
+    loss, gradients = step(model)
+    compiled_loss, compiled_gradients = step(compiled(model))
+    torch.testing.assert_close(compiled_loss, loss)
+    for one, other in zip(compiled_gradients, gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.slow
+def test_inductor(device):
+    model, x = network(device), cases.normal((7, 16), device=device)
+    grid = cases.grid((7, 4), PerChannel(0), quant_range=(0, 15), device=device)
+
+    def forward(x):
+        return functional.fake_quantize_affine(model(x) * 2, *grid, granularity=PerChannel(0)).relu()
+
+    def values_and_gradients(forward):
+        model.zero_grad()
+        y = forward(x)
+        y.square().mean().backward()
+        return y, *(parameter.grad.clone() for parameter in model.parameters())
+
+    found, expected = values_and_gradients(compiled(forward, "inductor")), values_and_gradients(forward)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerToken(), PerChannel(1), PerGroup(4)], ids=str)
+def test_one_graph_serves_every_batch_size(granularity, device):
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def function(x):
+        return functional.fake_quantize(x, 4, granularity=granularity) * 2
+
+    dynamic = torch.compile(function, fullgraph=True, dynamic=True, backend=count)
+    for rows in (5, 8, 33):
+        x = cases.normal((rows, 12), device=device, requires_grad=True)
+        y = dynamic(x)
+        cases.assert_same(y, function(x))
+        y.sum().backward()
+        assert torch.equal(x.grad, torch.full_like(x, 2))
+    assert count.frame_count == 1
+
+
+def test_one_graph_of_a_layer_serves_every_batch_size(device):
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model = network(device)
+    dynamic = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    for rows in (5, 8, 33):
+        x = cases.normal((rows, 16), device=device)
+        torch.testing.assert_close(dynamic(x), model(x))
+        dynamic(x).sum().backward()
+    assert count.frame_count == 1
+
+
+def test_a_given_grid_with_every_batch_size(device):
+    scale, zero_point, low, high = cases.grid((12,), PerChannel(0), quant_range=(0, 15), device=device)
+
+    def function(x):
+        return functional.fake_quantize_affine(x, scale, zero_point, low, high, granularity=PerChannel(-1))
+
+    dynamic = compiled(function, dynamic=True)
+    for rows in (5, 8, 33):
+        x = cases.normal((rows, 12), device=device, requires_grad=True)
+        y = dynamic(x)
+        cases.assert_same(y, function(x))
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        cases.assert_same(gradient, torch.autograd.grad(function(x).sum(), x)[0])
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_export(dynamic):
+    model, x = network().eval(), cases.normal((7, 16))
+    shapes = ({0: torch.export.Dim("batch", min=2)},) if dynamic else None
+    exported = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+    torch.testing.assert_close(exported(x), model(x))
+    if dynamic:
+        x = cases.normal((31, 16), seed=1)
+        torch.testing.assert_close(exported(x), model(x))
+
+
+def test_an_exported_graph_holds_the_layer_as_one_operator(kernels):
+    graph = torch.export.export(network().eval(), (cases.normal((7, 16)),)).graph
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert targets.count("qatfast.qat_linear.default") == 2
+    assert targets.count("qatfast.fake_quantize.default") == 1
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_shapes_on_the_meta_device(op):
+    for call in cases.calls(op):
+        expected = call.through(functional)
+        args = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in call.args]
+        results = getattr(functional, op)(*args, **call.kwargs)
+        for one, other in zip(
+            results if isinstance(results, tuple) else (results,),
+            expected if isinstance(expected, tuple) else (expected,),
+            strict=True,
+        ):
+            assert one.is_meta
+            assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_shapes_of_fake_tensors(op):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for call in cases.calls(op):
+        expected = call.through(functional)
+        with FakeTensorMode() as mode:
+            args = [mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in call.args]
+            results = getattr(functional, op)(*args, **call.kwargs)
+        results, expected = (value if isinstance(value, tuple) else (value,) for value in (results, expected))
+        for one, other in zip(results, expected, strict=True):
+            assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+            assert one.device.type == "cpu"
+
+
+def test_errors_under_compile_are_errors(device):
+    x = cases.normal((4, 6), device=device)
+    for function in (
+        lambda x: functional.fake_quantize(x, 8, granularity=PerGroup(4)),
+        lambda x: functional.fake_quantize(x, 8, granularity=PerChannel(2)),
+        lambda x: functional.fake_quantize_affine(x, torch.ones(3), torch.zeros(3, dtype=torch.int32), 0, 15),
+        lambda x: functional.qat_linear(x, x.new_zeros(3, 5)),
+    ):
+        with pytest.raises(Exception, match="expected"):
+            compiled(function)(x)

@@ -1,0 +1,108 @@
+import copy
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+
+from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec
+from qatfast.config import granularity_from_code
+
+GRANULARITIES = (PerTensor(), PerChannel(0), PerChannel(-2), PerGroup(32), PerToken())
+GRANULARITY_WORDS = (
+    "expected granularity to be PerTensor(), PerChannel(axis), PerGroup(group_size) or PerToken()"
+)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_a_granularity_is_its_code(granularity):
+    assert granularity_from_code(granularity.code) == granularity
+    assert [other for other in GRANULARITIES if other.code == granularity.code] == [granularity]
+
+
+@pytest.mark.parametrize("value", [*GRANULARITIES, QuantSpec(4), QATConfig.int8()], ids=str)
+def test_values_are_frozen_hashable_and_survive_copies(value):
+    for other in (copy.copy(value), copy.deepcopy(value), pickle.loads(pickle.dumps(value))):
+        assert other == value
+        assert hash(other) == hash(value)
+    assert eval(repr(value)) == value
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        value.num_bits = 3
+
+
+def test_numpy_integers_become_ints():
+    assert QuantSpec(np.int64(4)) == QuantSpec(4)
+    assert type(QuantSpec(np.int64(4)).num_bits) is int
+    assert PerChannel(np.int32(1)) == PerChannel(1)
+
+
+@pytest.mark.parametrize("num_bits", range(2, 17))
+def test_the_ends_of_the_integer_range(num_bits):
+    affine, symmetric = QuantSpec(num_bits), QuantSpec(num_bits, symmetric=True)
+    assert (affine.quant_min, affine.quant_max) == (0, 2**num_bits - 1)
+    assert (symmetric.quant_min, symmetric.quant_max) == (-(2 ** (num_bits - 1)) + 1, 2 ** (num_bits - 1) - 1)
+
+
+def test_the_three_recipes():
+    affine = QuantSpec(5, False, PerTensor())
+    assert QATConfig() == QATConfig.tutorial(8) == QATConfig.tutorial()
+    assert QATConfig.tutorial(5) == QATConfig(input=None, weight=affine, bias=affine, output=affine)
+    assert QATConfig.int8() == QATConfig(
+        input=QuantSpec(8),
+        weight=QuantSpec(8, symmetric=True, granularity=PerChannel(0)),
+        bias=None,
+        output=None,
+    )
+    assert QATConfig.weight_only() == QATConfig.weight_only(num_bits=4, group_size=32)
+    assert QATConfig.weight_only(3, 16) == QATConfig(
+        weight=QuantSpec(3, granularity=PerGroup(16)), bias=None, output=None
+    )
+
+
+def test_the_codes_of_a_config():
+    assert QATConfig.int8().codes == ((8, 0, 0, 0), (8, 1, 1, 0), (), ())
+    assert QATConfig.weight_only(3, 16).codes == ((), (3, 0, 2, 16), (), ())
+
+
+def test_words():
+    assert str(QuantSpec(4, symmetric=True, granularity=PerGroup(32))) == "4-bit symmetric per group of 32"
+    assert str(QuantSpec(8, granularity=PerChannel(-1))) == "8-bit affine per channel -1"
+    assert str(QuantSpec(granularity=PerToken())) == "8-bit affine per token"
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: QuantSpec(1), ValueError, "QuantSpec: expected num_bits to be from 2 to 16, got 1"),
+        (lambda: QuantSpec(17), ValueError, "QuantSpec: expected num_bits to be from 2 to 16, got 17"),
+        (lambda: QuantSpec(2.5), TypeError, "QuantSpec: expected num_bits to be an int, got 2.5"),
+        (lambda: QuantSpec(True), TypeError, "QuantSpec: expected num_bits to be an int, got True"),
+        (lambda: QuantSpec("8"), TypeError, "QuantSpec: expected num_bits to be an int, got '8'"),
+        (lambda: QuantSpec(8, 1), TypeError, "QuantSpec: expected symmetric to be a bool, got 1"),
+        (
+            lambda: QuantSpec(8, granularity="tensor"),
+            TypeError,
+            f"QuantSpec: {GRANULARITY_WORDS}, got 'tensor'",
+        ),
+        (lambda: PerChannel(1.0), TypeError, "PerChannel: expected axis to be an int, got 1.0"),
+        (lambda: PerChannel(True), TypeError, "PerChannel: expected axis to be an int, got True"),
+        (lambda: PerGroup(0), ValueError, "PerGroup: expected group_size to be at least 1, got 0"),
+        (lambda: PerGroup(-4), ValueError, "PerGroup: expected group_size to be at least 1, got -4"),
+        (lambda: PerGroup(None), TypeError, "PerGroup: expected group_size to be an int, got None"),
+        (
+            lambda: QATConfig(weight=8),
+            TypeError,
+            "QATConfig: expected weight to be a QuantSpec or None, got 8",
+        ),
+        (lambda: QATConfig.tutorial(0), ValueError, "QuantSpec: expected num_bits to be from 2 to 16, got 0"),
+        (
+            lambda: QATConfig.weight_only(4, 0),
+            ValueError,
+            "PerGroup: expected group_size to be at least 1, got 0",
+        ),
+    ],
+)
+def test_errors(make, error, message):
+    with pytest.raises(error) as caught:
+        make()
+    assert message in str(caught.value)

@@ -1,0 +1,352 @@
+"""What is not legal: the type and the words of each error, that no argument changes, that nothing crashes."""
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import cases
+from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec
+
+PYTHON = ("public", "reference")  # what no schema can express
+EVERYWHERE = ("public", "reference", "torch.ops")
+FLOAT_RULE = "to be float32, float64, float16 or bfloat16"
+
+
+class Bad(NamedTuple):
+    op: str
+    arguments: dict[str, Any]
+    error: type[Exception]
+    message: str
+    through: tuple[str, ...] = EVERYWHERE
+
+
+def x(*shape, dtype=torch.float32, device="cpu"):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def good(op, **changes):
+    """Legal arguments of ``op`` but for ``changes``."""
+    grid = {"scale": torch.tensor(0.5), "zero_point": torch.tensor(0, dtype=torch.int32)}
+    arguments = {
+        "fake_quantize": {"input": x(4, 6)},
+        "choose_qparams": {"input": x(4, 6)},
+        "fake_quantize_affine": {"input": x(4, 6), **grid, "quant_min": -8, "quant_max": 7},
+        "quantize": {"input": x(4, 6), **grid, "quant_min": -8, "quant_max": 7},
+        "dequantize": {"input": x(4, 6, dtype=torch.int8), **grid},
+        "qat_linear": {"input": x(4, 6), "weight": x(3, 6), "bias": x(3)},
+    }[op]
+    return {**arguments, **changes}
+
+
+def bad(op, error, message, through=EVERYWHERE, **changes):
+    return Bad(op, good(op, **changes), error, f"{op}: {message}", through)
+
+
+def dynamic(op):
+    granularity_words = (
+        "expected granularity to be PerTensor(), PerChannel(axis), PerGroup(group_size) or PerToken(), got "
+    )
+    for num_bits in (1, 17, 0, -8, 2**40):
+        yield bad(op, ValueError, f"expected num_bits to be from 2 to 16, got {num_bits}", num_bits=num_bits)
+    for num_bits in (2.5, 8.0, True, "8", None, torch.tensor(8)):
+        yield bad(
+            op, TypeError, f"expected num_bits to be an int, got {num_bits!r}", PYTHON, num_bits=num_bits
+        )
+    yield bad(
+        op, ValueError, "expected num_bits to be from 2 to 16, got " + "1" + "0" * 30, PYTHON, num_bits=10**30
+    )
+    for symmetric in (1, 0, None, "yes"):
+        words = f"expected symmetric to be a bool, got {symmetric!r}"
+        yield bad(op, TypeError, words, PYTHON, symmetric=symmetric)
+    for granularity in (None, 0, "per_tensor", PerTensor, (0, 0), QuantSpec()):
+        yield bad(op, TypeError, f"{granularity_words}{granularity!r}", PYTHON, granularity=granularity)
+    yield from floats_only(op)
+    yield from blocks(op)
+
+
+def floats_only(op, name="input"):
+    for dtype in (torch.int8, torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64):
+        words = f"expected {name} {FLOAT_RULE}, got {cases.name(dtype)}"
+        yield bad(op, TypeError, words, **{name: x(4, 6, dtype=dtype)})
+    words = f"expected {name} {FLOAT_RULE}, got float8_e4m3fn"
+    yield bad(op, TypeError, words, **{name: x(4, 6).to(torch.float8_e4m3fn)})
+    yield from tensors_only(op, name)
+
+
+def tensors_only(op, name):
+    for value, kind in ((1.0, "float"), ([1.0], "list"), (None, "NoneType"), (x(3).numpy(), "ndarray")):
+        yield bad(op, TypeError, f"expected {name} to be a torch.Tensor, got {kind}", PYTHON, **{name: value})
+    for layout in ("sparse_coo", "sparse_csr"):
+        value = x(4, 6).to_sparse(layout=getattr(torch, layout))
+        words = f"expected {name} to be a strided tensor, got torch.{layout}"
+        yield bad(op, TypeError, words, PYTHON, **{name: value})
+    words = f"expected {name} to be a strided tensor, got torch._mkldnn"
+    yield bad(op, TypeError, words, PYTHON, **{name: x(4, 6).to_mkldnn()})
+
+
+def blocks(op):
+    scalar = {"input": good(op)["input"][0, 0]}
+    for granularity in (PerChannel(0), PerChannel(-1), PerGroup(1), PerToken()):
+        words = f"expected PerTensor() for a 0-dimensional input, got {granularity}"
+        yield bad(op, ValueError, words, **scalar, granularity=granularity)
+    for axis in (2, -3, 2**40):
+        words = f"expected axis to be from -2 to 1 for an input of 2 dimensions, got {axis}"
+        yield bad(op, ValueError, words, granularity=PerChannel(axis))
+    for size in (4, 7, 12):
+        words = f"expected the last dimension to be divisible by group_size={size}, got 6"
+        yield bad(op, ValueError, words, granularity=PerGroup(size))
+
+
+def given(op):
+    int8 = op == "dequantize"
+    subject = "float32 output" if int8 else "float32 input"
+    yield from blocks(op)
+    for dtype in (torch.float64, torch.float16, torch.int32, torch.bool, torch.complex64):
+        words = f"expected scale to be float32 for {subject}, got {cases.name(dtype)}"
+        yield bad(op, TypeError, words, scale=torch.tensor(1, dtype=dtype))
+    double = {"dtype": torch.float64} if int8 else {"input": x(4, 6, dtype=torch.float64)}
+    words = f"expected scale to be float64 for {subject.replace('float32', 'float64')}, got float32"
+    yield bad(op, TypeError, words, **double)
+    for dtype in (torch.float32, torch.int8, torch.uint8, torch.int16, torch.bool):
+        words = f"expected zero_point to be int32 or int64, got {cases.name(dtype)}"
+        yield bad(op, TypeError, words, zero_point=torch.tensor(0, dtype=dtype))
+    for granularity, shape, wrong in (
+        (PerTensor(), "()", (2,)),
+        (PerTensor(), "()", (1, 1)),
+        (PerTensor(), "()", (0,)),
+        (PerChannel(0), "(4,)", (6,)),
+        (PerChannel(1), "(6,)", ()),
+        (PerChannel(-1), "(6,)", (1,)),
+        (PerChannel(0), "(4,)", (4, 1)),
+        (PerGroup(3), "(4, 2)", (4,)),
+        (PerGroup(3), "(4, 2)", (8,)),
+        (PerToken(), "(4,)", (4, 1)),
+        (PerToken(), "(4,)", (1,)),
+    ):
+        words = f"to have shape {shape} for {granularity}, got {wrong}"
+        yield bad(op, ValueError, f"expected scale {words}", scale=torch.ones(wrong), granularity=granularity)
+        right = torch.ones(eval(shape))
+        zero_point = torch.zeros(wrong, dtype=torch.int32)
+        words = f"expected zero_point {words}"
+        yield bad(op, ValueError, words, scale=right, zero_point=zero_point, granularity=granularity)
+    for value in (0.0, -0.0, -1.0, math.nan, math.inf, -math.inf):
+        words = f"expected scale to be positive and finite, got {value:g}"
+        yield bad(op, ValueError, words, scale=torch.tensor(value))
+        yield bad(op, ValueError, words, PYTHON, scale=value)
+        scale = torch.ones(4).index_fill_(0, torch.tensor(2), value)
+        per_channel = {"zero_point": torch.zeros(4, dtype=torch.int32), "granularity": PerChannel(0)}
+        yield bad(op, ValueError, words, scale=scale, **per_channel)
+    low, high = (-32768, 65535) if int8 else (-8, 7)
+    for value in (low - 1, high + 1, -(2**31), 2**31 - 1, 2**31, 2**62):
+        words = f"expected zero_point to be from {low} to {high}, got "
+        yield bad(op, ValueError, words, zero_point=torch.tensor(value))
+        yield bad(op, ValueError, words, PYTHON, zero_point=value)
+    for value in (1.5, 3.0, math.nan, math.inf, True, "0", None, [0]):
+        words = f"expected zero_point to be a torch.Tensor or an int, got {value!r}"
+        yield bad(op, TypeError, words, PYTHON, zero_point=value)
+    for value in (True, "1", None, [1.0]):
+        words = f"expected scale to be a torch.Tensor or a number, got {value!r}"
+        yield bad(op, TypeError, words, PYTHON, scale=value)
+    yield bad(op, ValueError, "expected scale to be positive and finite, got ", PYTHON, scale=10**400)
+    yield bad(
+        op, ValueError, f"expected zero_point to be a 64-bit integer, got {2**70}", PYTHON, zero_point=2**70
+    )
+    for granularity in (PerChannel(0), PerGroup(3), PerToken()):
+        words = f"expected scale to be a torch.Tensor for {granularity}, got 0.5"
+        yield bad(op, TypeError, words, PYTHON, scale=0.5, zero_point=0, granularity=granularity)
+    for name in ("scale", "zero_point"):
+        words = f"expected {name} on cpu, the device of input, got meta"
+        yield bad(op, RuntimeError, words, **{name: good(op)[name].to("meta")})
+        words = f"expected {name} to be a strided tensor, got torch.sparse_coo"
+        full = {"scale": torch.ones(4), "zero_point": torch.zeros(4, dtype=torch.int32)}
+        full[name] = full[name].to_sparse()
+        yield bad(op, TypeError, words, PYTHON, **full, granularity=PerChannel(0))
+
+
+def ranges(op):
+    for low, high in ((0, 0), (7, -8), (-32769, 0), (0, 65536), (-(2**40), 2**40)):
+        words = f"expected -32768 <= quant_min < quant_max <= 65535, got quant_min={low}, quant_max={high}"
+        yield bad(op, ValueError, words, quant_min=low, quant_max=high)
+    words = "expected quant_max - quant_min <= 65535, got 98303"
+    yield bad(op, ValueError, words, quant_min=-32768, quant_max=65535)
+    for value in (1.0, True, None, "1", torch.tensor(1)):
+        words = f"expected quant_min to be an int, got {value!r}"
+        yield bad(op, TypeError, words, PYTHON, quant_min=value)
+        words = f"expected quant_max to be an int, got {value!r}"
+        yield bad(op, TypeError, words, PYTHON, quant_max=value)
+
+
+def linear():
+    op = "qat_linear"
+    yield from floats_only(op)
+    yield from floats_only(op, "weight")
+    yield from (case for case in floats_only(op, "bias") if "NoneType" not in case.message)
+    for name in ("weight", "bias"):
+        shape = good(op)[name].shape
+        words = f"expected {name} to be float32, the dtype of input, got float64"
+        yield bad(op, TypeError, words, **{name: x(*shape, dtype=torch.float64)})
+        words = f"expected {name} on cpu, the device of input, got meta"
+        yield bad(op, RuntimeError, words, **{name: x(*shape, device="meta")})
+    yield bad(
+        op,
+        RuntimeError,
+        "expected weight on meta, the device of input, got cpu",
+        input=x(4, 6, device="meta"),
+    )
+    for shape in ((), (6,), (3, 6, 1), (1, 3, 6)):
+        words = f"expected weight to have shape (out_features, in_features), got {shape}"
+        yield bad(op, ValueError, words, weight=x(*shape))
+    for shape in ((4, 5), (6, 4), (), (0,), (1,), (2, 3, 1)):
+        words = f"expected input to have shape (..., 6), the in_features of weight, got {shape}"
+        yield bad(op, ValueError, words, input=x(*shape))
+    for shape in ((4,), (1,), (), (1, 3), (3, 1), (0,)):
+        words = f"expected bias to have shape (3,), the out_features of weight, got {shape}"
+        yield bad(op, ValueError, words, bias=x(*shape))
+    for config in (None, 8, QuantSpec(), QATConfig):
+        yield bad(op, TypeError, f"expected config to be a QATConfig, got {config!r}", PYTHON, config=config)
+    for name, size in (("input", 6), ("weight", 6), ("bias", 3), ("output", 3)):
+        config = QATConfig(**{name: QuantSpec(granularity=PerGroup(4))})
+        words = f"{name}: expected the last dimension to be divisible by group_size=4, got {size}"
+        yield bad(op, ValueError, words, config=config)
+    for name, dims, axis in (("input", 2, 2), ("weight", 2, -3), ("bias", 1, 1), ("output", 2, 5)):
+        config = QATConfig(**{name: QuantSpec(granularity=PerChannel(axis))})
+        words = f"{name}: expected axis to be from {-dims} to {dims - 1} for an input of {dims} dimensions, got {axis}"
+        yield bad(op, ValueError, words, config=config)
+
+
+def others():
+    for op in ("fake_quantize_affine", "quantize"):
+        yield from floats_only(op)
+        yield from ranges(op)
+    for dtype in (torch.float32, torch.int32, torch.int64, torch.bool, torch.complex64):
+        words = f"expected input to be int8, uint8, int16 or uint16, got {cases.name(dtype)}"
+        yield bad("dequantize", TypeError, words, input=x(4, 6, dtype=dtype))
+    yield from tensors_only("dequantize", "input")
+    for dtype in (torch.int8, torch.complex64, torch.bool):
+        yield bad("dequantize", TypeError, f"expected dtype {FLOAT_RULE}, got {dtype}", PYTHON, dtype=dtype)
+        words = f"expected dtype {FLOAT_RULE}, got {cases.name(dtype)}"
+        yield bad("dequantize", TypeError, words, ("torch.ops",), dtype=dtype)
+    for dtype in (None, "float32", float, 32):
+        yield bad("dequantize", TypeError, f"expected dtype {FLOAT_RULE}, got {dtype}", PYTHON, dtype=dtype)
+    words = (
+        "expected quant_min and quant_max to fit in one of int8, uint8, int16 and uint16, got quant_min=-1, "
+    )
+    yield bad("quantize", ValueError, words + "quant_max=40000", quant_min=-1, quant_max=40000)
+    words = "expected quant_min and quant_max to fit in one of int8, uint8, int16 and uint16, got quant_min=-20000, "
+    yield bad("quantize", ValueError, words + "quant_max=32768", quant_min=-20000, quant_max=32768)
+
+
+TABLE = [
+    *dynamic("fake_quantize"),
+    *dynamic("choose_qparams"),
+    *given("fake_quantize_affine"),
+    *given("quantize"),
+    *given("dequantize"),
+    *others(),
+    *linear(),
+]
+NAMES = [
+    f"{case.op}-{case.message.removeprefix(case.op + ': ').removeprefix('expected ')}"[:90] for case in TABLE
+]
+
+
+def copy_of(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def assert_unchanged(value, before):
+    if not isinstance(value, torch.Tensor) or value.is_meta:
+        return
+    if value.layout == torch.strided and not value.is_complex() and value.dtype != torch.float8_e4m3fn:
+        cases.assert_same(value, before)
+    else:
+        assert torch.equal(value.to_dense().to(torch.complex64), before.to_dense().to(torch.complex64))
+
+
+@pytest.mark.parametrize("case", TABLE, ids=NAMES)
+@pytest.mark.parametrize("through", EVERYWHERE)
+def test_type_and_words(case, through):
+    if through not in case.through:
+        pytest.skip("torch.ops has this error from its schema")
+    if through == "torch.ops" and (reason := cases.why_no_kernels("cpu")):
+        pytest.skip(reason)
+    before = {name: copy_of(value) for name, value in case.arguments.items()}
+    with pytest.raises(case.error) as caught:
+        getattr(cases.IMPLEMENTATIONS[through], case.op)(**case.arguments)
+    assert type(caught.value) is case.error
+    assert case.message in str(caught.value)
+    for name, value in case.arguments.items():
+        assert_unchanged(value, before[name])
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in TABLE if "strided" in case.message], ids=lambda case: case.message
+)
+def test_other_layouts_reach_no_kernel_through_torch_ops(kernels, case):
+    with pytest.raises((TypeError, NotImplementedError)):
+        getattr(cases.IMPLEMENTATIONS["torch.ops"], case.op)(**case.arguments)
+
+
+@pytest.mark.parametrize("op", ["fake_quantize", "choose_qparams"])
+def test_nested_tensors(op):
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
+    for implementation in PYTHON:
+        with pytest.raises(TypeError, match=f"{op}: expected input to be a strided tensor"):
+            getattr(cases.IMPLEMENTATIONS[implementation], op)(nested)
+
+
+@pytest.mark.parametrize("code", [(4, 0), (-1, 0), (2, 0), (2, -1), (0,), (0, 0, 0), ()], ids=str)
+def test_granularities_that_do_not_exist(kernels, code):
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.qatfast.fake_quantize(x(4, 6), 8, False, code)
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.qatfast.quantize(x(4, 6), torch.tensor(1.0), torch.tensor(0), 0, 15, code)
+
+
+@pytest.mark.parametrize(
+    "code", [(8,), (8, 0), (8, 0, 0), (8, 0, 0, 0, 0), (1, 0, 0, 0), (17, 0, 0, 0), (8, 0, 9, 0)]
+)
+@pytest.mark.parametrize("position", range(4))
+def test_specs_that_do_not_exist(kernels, code, position):
+    specs = [(), (), (), ()]
+    specs[position] = code
+    with pytest.raises(ValueError, match="qat_linear"):
+        torch.ops.qatfast.qat_linear(x(4, 6), x(3, 6), x(3), *specs)
+
+
+@pytest.mark.parametrize(
+    "grad, mask, stride",
+    [
+        (x(4, 6), torch.zeros(2, dtype=torch.uint8), (6, 1)),
+        (x(4, 6), torch.zeros(3), (6, 1)),
+        (x(4, 6), torch.zeros(3, dtype=torch.uint8), (6,)),
+        (x(4, 6), torch.zeros(3, dtype=torch.uint8), (100, 1)),
+        (x(4, 6), torch.zeros(3, dtype=torch.uint8), (0, 0)),
+        (x(4, 6), torch.zeros(3, dtype=torch.uint8), (-6, 1)),
+        (x(4, 6, dtype=torch.int32), torch.zeros(3, dtype=torch.uint8), (6, 1)),
+        (x(4, 6), torch.zeros(6, dtype=torch.uint8)[::2], (6, 1)),
+        (x(4, 6), torch.zeros(3, dtype=torch.uint8, device="meta"), (6, 1)),
+    ],
+)
+def test_a_backward_with_wrong_arguments_crashes_nothing(kernels, grad, mask, stride):
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        torch.ops.qatfast.fake_quantize_affine_backward(grad, mask, stride)
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_granularity_and_the_like_are_keyword_only(op):
+    arguments = list(good(op).values())
+    for implementation in PYTHON:
+        with pytest.raises(TypeError):
+            getattr(cases.IMPLEMENTATIONS[implementation], op)(*arguments, 8, QATConfig(), PerTensor())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("op", ["fake_quantize_affine", "quantize", "dequantize", "qat_linear"])
+def test_two_devices(op):
+    arguments = good(op)
+    name = list(arguments)[1]
+    with pytest.raises(RuntimeError, match=f"{op}: expected {name} on cuda:0, the device of input, got cpu"):
+        getattr(cases.IMPLEMENTATIONS["public"], op)(**{**arguments, "input": arguments["input"].cuda()})

@@ -1,0 +1,158 @@
+from functools import cache
+
+import pytest
+import torch
+
+import cases
+import oracle
+from qatfast import PerTensor, PerToken, fake_quantize
+
+SYMMETRIC = pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+
+
+@cache
+def example(shape, granularity, dtype, num_bits, symmetric):
+    x = cases.mixed(shape, dtype)
+    return x, oracle.fake_quantize(x, num_bits, symmetric=symmetric, granularity=granularity)
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+@pytest.mark.parametrize("shape, granularity", cases.BLOCKS, ids=cases.name)
+def test_values_are_the_oracles(ops, shape, granularity, dtype, symmetric, device):
+    x, expected = example(shape, granularity, dtype, 4, symmetric)
+    cases.assert_same(
+        ops.fake_quantize(x.to(device), 4, symmetric=symmetric, granularity=granularity), expected
+    )
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("num_bits", range(2, 17))
+def test_every_bit_width(ops, num_bits, symmetric, device):
+    x, expected = example((131,), PerTensor(), torch.float32, num_bits, symmetric)
+    cases.assert_same(ops.fake_quantize(x.to(device), num_bits, symmetric=symmetric), expected)
+
+
+def test_the_defaults_are_8_bits_affine_per_tensor(ops, device):
+    x, expected = example((131,), PerTensor(), torch.float32, 8, False)
+    cases.assert_same(ops.fake_quantize(x.to(device)), expected)
+
+
+@SYMMETRIC
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.name)
+@pytest.mark.parametrize("shape, granularity", cases.FEW_BLOCKS, ids=cases.name)
+def test_it_is_the_other_functions_one_after_another(ops, shape, granularity, dtype, symmetric, device):
+    x = cases.normal(shape, dtype, device=device)
+    scale, zero_point = ops.choose_qparams(x, 6, symmetric=symmetric, granularity=granularity)
+    ends = oracle.quant_range(6, symmetric)
+    y = ops.fake_quantize(x, 6, symmetric=symmetric, granularity=granularity)
+    cases.assert_same(y, ops.fake_quantize_affine(x, scale, zero_point, *ends, granularity=granularity))
+    q = ops.quantize(x, scale, zero_point, *ends, granularity=granularity)
+    cases.assert_same(y, ops.dequantize(q, scale, zero_point, granularity=granularity, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+def test_strides_change_no_value_and_come_out_as_empty_like_gives_them(ops, layout, dtype, device):
+    place, shape = cases.LAYOUTS[layout]
+    x = cases.mixed(shape, dtype, device=device)
+    placed = place(x)
+    for granularity in [
+        PerTensor(),
+        *([cases.PerChannel(1), PerToken(), cases.PerGroup(5)] if shape else []),
+    ]:
+        y = ops.fake_quantize(placed, 5, granularity=granularity)
+        cases.assert_same(y, ops.fake_quantize(x, 5, granularity=granularity))
+        assert y.stride() == torch.empty_like(placed).stride()
+
+
+def test_expanded_and_overlapping_inputs(ops, device):
+    row = cases.normal((1, 9), device=device)
+    cases.assert_same(ops.fake_quantize(row.expand(4, 9)), ops.fake_quantize(row).expand(4, 9))
+    windows = cases.normal((20,), device=device).unfold(0, 6, 2)
+    cases.assert_same(
+        ops.fake_quantize(windows, granularity=PerToken()),
+        ops.fake_quantize(windows.clone(), granularity=PerToken()),
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5)], ids=cases.name)
+def test_the_result_is_new_memory_and_the_input_is_left_alone(ops, shape, device):
+    x = cases.normal(shape, device=device)
+    before = x.clone()
+    ops.fake_quantize(x).fill_(7)
+    cases.assert_same(x, before)
+
+
+def test_negative_and_zero_bits_of_a_view_are_seen(ops):
+    values = cases.normal((9,))
+    negative = torch.complex(values, values).conj().imag
+    assert negative.is_neg()
+    cases.assert_same(ops.fake_quantize(negative), ops.fake_quantize(-values))
+    cases.assert_same(ops.fake_quantize(torch._efficientzerotensor(3)), torch.zeros(3))
+
+
+@pytest.mark.parametrize("shape, granularity", cases.BLOCKS, ids=cases.name)
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+def test_the_gradient_passes_unchanged(ops, shape, granularity, dtype, device):
+    x = cases.mixed(shape, dtype, device=device).requires_grad_()
+    gradient = cases.mixed(shape, dtype, seed=5, device=device)
+    (result,) = torch.autograd.grad(ops.fake_quantize(x, 3, granularity=granularity), x, gradient)
+    cases.assert_same(result, gradient)
+
+
+def test_the_backward_returns_the_gradient_itself(ops, device):
+    x = cases.normal((4, 8), device=device, requires_grad=True)
+    gradient = cases.normal((4, 8), seed=1, device=device)
+    (result,) = torch.autograd.grad(ops.fake_quantize(x), x, gradient)
+    assert result.data_ptr() == gradient.data_ptr()
+
+
+def test_an_input_written_in_place_after_the_forward_is_no_error(ops, device):
+    x = cases.normal((8,), device=device, requires_grad=True)
+    y = ops.fake_quantize(x)
+    with torch.no_grad():
+        x.zero_()
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_the_result_can_be_written_in_place(ops, device):
+    x = cases.normal((8,), device=device, requires_grad=True)
+    y = ops.fake_quantize(x)
+    expected = (y.detach() > 0).float()
+    torch.relu_(y).sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_second_derivatives_are_those_of_the_surrogate(ops, device):
+    x = cases.normal((3, 6), torch.float64, device=device, requires_grad=True)
+
+    def derivatives(quantizer):
+        (first,) = torch.autograd.grad(quantizer(x).pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.mul(first).sum(), x)
+        return first, second
+
+    first, second = derivatives(lambda x: ops.fake_quantize(x, 4))
+    surrogate_first, surrogate_second = derivatives(lambda x: x + (ops.fake_quantize(x, 4) - x).detach())
+    torch.testing.assert_close(first, surrogate_first, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(second, surrogate_second, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gradient_is_asked_for_only_where_the_input_does(ops, device):
+    x = cases.normal((8,), device=device)
+    assert not ops.fake_quantize(x).requires_grad
+    with torch.no_grad():
+        assert not ops.fake_quantize(x.clone().requires_grad_()).requires_grad
+    with torch.inference_mode():
+        cases.assert_same(ops.fake_quantize(x).clone(), fake_quantize(x))
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
+def test_opcheck(kernels, dtype, requires_grad):
+    for call in cases.calls(
+        "fake_quantize", dtype, blocks=cases.FEW_BLOCKS[:4:3], requires_grad=requires_grad
+    ):
+        args = (*call.args, call.kwargs["symmetric"], call.kwargs["granularity"].code)
+        torch.library.opcheck(torch.ops.qatfast.fake_quantize.default, args)

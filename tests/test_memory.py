@@ -1,0 +1,191 @@
+"""What is kept for backward, and how much is allocated on the way."""
+
+import gc
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import cases
+from qatfast import (
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QATConfig,
+    QATLinear,
+    QuantSpec,
+    fake_quantize,
+    fake_quantize_affine,
+    functional,
+)
+
+PAGE = 4096
+SHAPES = pytest.mark.parametrize(
+    "shape", [((256,), 512, 384), ((32, 8), 384, 510), ((1000,), 64, 60)], ids=cases.name
+)
+
+
+def kept(function):
+    """The storages that autograd keeps for the backward of ``function()``: {address: bytes}."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    return storages, result
+
+
+def peak(function, before=lambda: None):
+    """The most bytes that are allocated at one time during ``function()``, beyond those that ``before()`` leaves."""
+    before()
+    function()
+    before()
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def bytes_of(*tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+@pytest.mark.parametrize("shape, granularity", cases.FEW_BLOCKS, ids=cases.name)
+def test_fake_quantize_keeps_nothing(ops, shape, granularity, dtype, device):
+    x = cases.normal(shape, dtype, device=device, requires_grad=True)
+    storages, y = kept(lambda: ops.fake_quantize(x, granularity=granularity))
+    assert y.requires_grad
+    assert storages == {}
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 1000, 4099])
+def test_fake_quantize_affine_keeps_one_bit_an_element(kernels, size, dtype):
+    x = cases.normal((size,), dtype, requires_grad=True)
+    storages, _ = kept(lambda: fake_quantize_affine(x, *cases.grid((size,), PerTensor(), dtype)))
+    assert sum(storages.values()) == math.ceil(size / 8)
+
+
+def test_nothing_is_kept_where_no_gradient_is_asked_for(kernels):
+    x = cases.normal((64,))
+    assert kept(lambda: fake_quantize_affine(x, *cases.grid((64,), PerTensor())))[0] == {}
+    assert kept(lambda: functional.qat_linear(*cases.linear(((5,), 16, 6))))[0] == {}
+
+
+@SHAPES
+@pytest.mark.parametrize("config", cases.CONFIGS.values(), ids=cases.CONFIGS)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_qat_linear_keeps_input_weight_and_quantized_weight_at_most(kernels, shape, config, bias):
+    operands = cases.linear(shape, bias=bias, requires_grad=True)
+    storages, _ = kept(lambda: functional.qat_linear(*operands, config=config))
+    own = {tensor.untyped_storage().data_ptr() for tensor in operands[:2]}
+    extra = sum(size for address, size in storages.items() if address not in own)
+    limit = bytes_of(operands.weight) if config.weight is not None else 0
+    limit += bytes_of(operands.input) if config.input is not None else 0
+    assert extra <= limit
+    assert sum(storages.values()) <= bytes_of(operands.input, operands.weight) + limit
+
+
+def test_qat_linear_keeps_only_what_the_wanted_gradients_need(kernels):
+    input, weight, bias = cases.linear(((256,), 512, 384))
+    for wanted, limit in ((bias, 0), (weight, bytes_of(input)), (input, 2 * bytes_of(weight))):
+        wanted.requires_grad_()
+        storages, _ = kept(lambda: functional.qat_linear(input, weight, bias))
+        assert sum(storages.values()) <= limit
+        wanted.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name)
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerToken(), PerGroup(50)], ids=str
+)
+def test_fake_quantize_allocates_only_its_output(kernels, dtype, granularity):
+    x = cases.normal((1000, 200), dtype, requires_grad=granularity == PerTensor())
+    qparams = 16 * math.prod(functional.choose_qparams(x, granularity=granularity)[0].shape)
+    assert peak(lambda: fake_quantize(x, granularity=granularity)) <= bytes_of(x) + qparams + PAGE
+
+
+def test_a_backward_of_fake_quantize_allocates_nothing(kernels):
+    x = cases.normal((1000, 200), requires_grad=True)
+    y, gradient = fake_quantize(x), cases.normal((1000, 200), seed=1)
+
+    def backward():
+        return torch.autograd.grad(y, x, gradient, retain_graph=True)
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        backward()
+    allocated = [
+        event.nbytes()
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.nbytes() > 0
+    ]
+    assert sum(allocated) <= 1024
+
+
+def test_fake_quantize_affine_allocates_its_output_and_the_bits(kernels):
+    x = cases.normal((1000, 200), requires_grad=True)
+    grid = cases.grid((1000, 200), PerTensor())
+    assert peak(lambda: fake_quantize_affine(x, *grid)) <= bytes_of(x) + x.numel() // 8 + PAGE
+    with torch.no_grad():
+        assert peak(lambda: fake_quantize_affine(x, *grid)) <= bytes_of(x) + PAGE
+
+
+@SHAPES
+@pytest.mark.parametrize(
+    "config", [QATConfig.tutorial(), QATConfig.weight_only(4, 32)], ids=["tutorial", "weight_only"]
+)
+def test_the_peak_of_a_step_is_that_of_nn_linear_and_the_weight(kernels, shape, config):
+    leading, inputs, outputs = shape
+    x = cases.normal((*leading, inputs), requires_grad=True)
+    gradient = cases.normal((*leading, outputs), seed=1)
+    linear = nn.Linear(inputs, outputs, bias=len(leading) == 1)
+    layer = QATLinear.from_float(linear, config=config)
+
+    def forget_gradients():
+        for tensor in (x, *linear.parameters()):
+            tensor.grad = None
+
+    def peak_of_a_step(module):
+        return peak(lambda: module(x).backward(gradient), forget_gradients)
+
+    assert peak_of_a_step(layer) <= peak_of_a_step(linear) + bytes_of(linear.weight) + 64 * 1024
+
+
+def test_a_forward_without_gradients_allocates_the_output_and_the_quantized_tensors(kernels):
+    operands = cases.linear(((256,), 512, 384))
+    config = QATConfig(weight=QuantSpec(8), bias=QuantSpec(8), output=QuantSpec(8))
+    limit = peak(lambda: F.linear(*operands)) + bytes_of(operands.weight) + 64 * 1024
+    assert peak(lambda: functional.qat_linear(*operands, config=config)) <= limit
+
+
+def test_nothing_is_leaked(kernels):
+    x = cases.normal((50, 64), requires_grad=True)
+    layer = QATLinear(64, 64)
+
+    def live():
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    layer(x).sum().backward()
+    before = live()
+    for _ in range(5):
+        y = layer(fake_quantize_affine(x, *cases.grid((50, 64), PerTensor()))).sum()
+        (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+        gradient.sum().backward()
+        del y, gradient
+    assert live() <= before

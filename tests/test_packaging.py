@@ -1,0 +1,245 @@
+"""What is built, packed and installed, and what is said when something of it is missing."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import qatfast
+from qatfast import kernels
+
+ROOT = Path(__file__).parent.parent
+RECORD_KEYS = {"torch", "kernels", "reason", "compiler", "debug", "sanitize"}
+SWITCHES = ("CXX", "FORCE_CUDA", "QATFAST_NO_EXT", "QATFAST_DEBUG", "QATFAST_SANITIZE", "PYTHONPATH")
+
+needs_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs in the source tree only")
+
+
+def python(*arguments, cwd, **environment):
+    """Runs this Python; the switches of the build are those given here and no others."""
+    inherited = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def succeeds(run):
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A folder with a copy of the package as an installation without kernels would leave it, but for _build.json."""
+    ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "study")
+    shutil.copytree(Path(qatfast.__file__).parent, tmp_path / "qatfast", ignore=ignored)
+    return tmp_path
+
+
+@pytest.fixture
+def project(package):
+    """A copy of what setup.py needs, with no C++ sources."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, package)
+    (package / "csrc").mkdir()
+    return package
+
+
+def record_of(project):
+    return json.loads((project / "qatfast" / "_build.json").read_text())
+
+
+# What is installed
+
+
+def test_kernels_load_where_they_were_built():
+    if os.environ.get("QATFAST_NO_EXT"):
+        assert "QATFAST_NO_EXT" in kernels.reason()
+    elif kernels.build_record()["kernels"]:
+        assert kernels.reason() == ""
+
+
+def test_the_record_names_the_torch_it_was_built_with():
+    record = kernels.build_record()
+    assert set(record) == RECORD_KEYS
+    assert record["torch"] == torch.__version__
+    assert record["kernels"] == (record["reason"] == "") == (record["compiler"] != "")
+
+
+def test_the_version_is_the_installed_one():
+    assert importlib.metadata.version("qatfast") == qatfast.__version__
+
+
+def test_only_torch_and_numpy_are_required():
+    requirements = importlib.metadata.requires("qatfast")
+    assert sorted(r.split(">")[0] for r in requirements if "extra ==" not in r) == ["numpy", "torch"]
+
+
+def test_import_loads_no_plotting_and_no_learning_library(tmp_path):
+    heavy = "{'matplotlib', 'sklearn', 'rich', 'pandas', 'onnxruntime'}"
+    run = succeeds(python("-c", f"import sys, qatfast; print({heavy} & set(sys.modules))", cwd=ROOT))
+    assert run.stdout.strip() == "set()"
+
+
+# What is said without kernels
+
+USE = """
+import warnings
+import qatfast, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    x = torch.linspace(-1, 3, 1000)
+    y = qatfast.fake_quantize(x, 4)
+    y = qatfast.fake_quantize(x, 4)
+assert torch.equal(y, qatfast.reference.fake_quantize(x, 4))
+print("\\n".join(str(w.message) for w in caught))
+"""
+
+
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        (None, "not installed"),
+        (
+            {"torch": "2.0.0", "kernels": True},
+            f"built with torch 2.0.0, and this is torch {torch.__version__}",
+        ),
+        ({"kernels": True}, "does not load"),
+        ({"kernels": False, "reason": "no C++ compiler was found"}, "Install a C++ compiler"),
+        ({"kernels": False, "reason": "QATFAST_NO_EXT was set"}, "QATFAST_NO_EXT was set"),
+    ],
+    ids=["no record", "another torch", "damaged library", "no compiler", "switched off"],
+)
+def test_one_warning_says_why_there_are_no_kernels(package, record, said):
+    if record is not None:
+        whole = {
+            "torch": torch.__version__,
+            "reason": "",
+            "compiler": "",
+            "debug": False,
+            "sanitize": "",
+        } | record
+        (package / "qatfast" / "_build.json").write_text(json.dumps(whole))
+    (package / "qatfast" / "_C.abi3.so").write_text("damaged")
+    run = succeeds(python("-c", USE, cwd=package))
+    (line,) = run.stdout.splitlines()
+    assert said in line
+
+
+# What setup.py does
+
+
+@needs_source
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        (
+            {"QATFAST_SANITIZE": "memory"},
+            "QATFAST_SANITIZE=memory: expected one of address, undefined, thread",
+        ),
+        (
+            {"FORCE_CUDA": "1"},
+            "this release has no CUDA kernels: CUDA tensors run through the PyTorch reference",
+        ),
+        ({"CXX": "no-such-c++"}, "CXX=no-such-c++: no such compiler"),
+    ],
+    ids=["sanitizer", "FORCE_CUDA", "CXX"],
+)
+def test_a_wrong_switch_is_one_line(project, environment, said):
+    run = python("setup.py", "--name", cwd=project, **environment)
+    assert run.returncode == 1
+    assert said in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+@needs_source
+@pytest.mark.parametrize(
+    "environment, said",
+    [({"QATFAST_NO_EXT": "1"}, "QATFAST_NO_EXT"), ({"PATH": "/nowhere"}, "no C++ compiler")],
+    ids=["switched off", "no compiler"],
+)
+def test_a_build_without_kernels_records_why(project, environment, said):
+    succeeds(python("setup.py", "-q", "build_ext", "--inplace", cwd=project, **environment))
+    record = record_of(project)
+    assert set(record) == RECORD_KEYS
+    assert (record["kernels"], record["torch"]) == (False, torch.__version__)
+    assert said in record["reason"]
+
+
+@needs_source
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_a_compiler_that_fails_stops_the_build_with_its_message(project):
+    (project / "csrc" / "module.cpp").write_text("#error broken on purpose\n")
+    run = python("setup.py", "-q", "build_ext", "--inplace", cwd=project)
+    assert run.returncode != 0
+    assert "broken on purpose" in run.stdout + run.stderr
+    assert not (project / "qatfast" / "_build.json").exists()
+
+
+@needs_source
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_switches_reach_the_compiler_and_the_record(project):
+    (project / "csrc" / "module.cpp").write_text(
+        '#ifdef NDEBUG\n#error no asserts\n#endif\nextern "C" void* PyInit__C() { return nullptr; }\n'
+    )
+    switches = {"QATFAST_DEBUG": "1", "QATFAST_SANITIZE": "undefined", "CXX": "g++"}
+    run = succeeds(python("setup.py", "-q", "build_ext", "--inplace", cwd=project, **switches))
+    (command,) = (line for line in run.stdout.splitlines() if " -c " in line)
+    for flag in ("g++", "-O0", "-ffp-contract=off", "-fsanitize=undefined", f"-I{project / 'csrc'}"):
+        assert flag in command.split() or flag in command
+    assert "-march" not in command
+    record = record_of(project)
+    assert (record["kernels"], record["debug"], record["sanitize"]) == (True, True, "undefined")
+
+
+# What is packed
+
+
+def build(kind, source, out):
+    arguments = ("-m", "build", f"--{kind}", "--no-isolation", "--outdir", out)
+    succeeds(python(*arguments, cwd=source, QATFAST_NO_EXT="1"))
+    return next(out.iterdir())
+
+
+@needs_source
+def test_the_sdist_holds_the_sources_and_nothing_built(tmp_path):
+    with tarfile.open(build("sdist", ROOT, tmp_path / "dist")) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
+    assert len(sources) > 5
+    expected = [p.relative_to(ROOT).as_posix() for p in sources]
+    expected += [
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "README.md",
+        "Makefile",
+        ".ci/run",
+        "tests/test_packaging.py",
+    ]
+    assert not set(expected) - names
+    assert not [name for name in names if name.endswith((".so", ".pyc", "_build.json"))]
+
+
+@needs_source
+def test_a_wheel_without_kernels_runs_anywhere_and_says_why_it_has_none(project):
+    wheel = build("wheel", project, project / "dist")
+    assert wheel.name == f"qatfast-{qatfast.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        record = json.loads(archive.read("qatfast/_build.json"))
+    assert "qatfast/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests/", "csrc/", "benchmarks/"))]
+    assert (record["kernels"], record["torch"]) == (False, torch.__version__)

@@ -1,0 +1,183 @@
+"""The study's data: what it is, how it is split, and what each bad file is told."""
+
+import numpy as np
+import pytest
+import torch
+
+from qatfast.study import DataError, generate_dataset, load_samples, split
+from qatfast.study.data import Samples
+
+GOOD_ROWS = "".join(f"{i},{i % 3}.5,{'yes' if i % 2 else 'no'}\n" for i in range(20))
+
+
+def write(tmp_path, text, name="table.csv", encoding="utf-8"):
+    path = tmp_path / name
+    path.write_bytes(text.encode(encoding))
+    return str(path)
+
+
+def test_generated_data_is_the_tutorials():
+    data = generate_dataset()
+    assert data.train_inputs.shape == (1600, 10) and data.test_inputs.shape == (400, 10)
+    assert data.train_inputs.dtype == torch.float32 and data.train_labels.dtype == torch.int64
+    for inputs, labels in ((data.train_inputs, data.train_labels), (data.test_inputs, data.test_labels)):
+        assert torch.equal(labels, (inputs.double().sum(1) > 0).long())
+    every = torch.cat([data.train_inputs, data.test_inputs])
+    assert abs(float(every.mean())) < 0.03 and abs(float(every.std()) - 1) < 0.03
+
+
+def test_the_seed_decides_the_samples_and_the_split():
+    one, same, other = generate_dataset(seed=1), generate_dataset(seed=1), generate_dataset(seed=2)
+    assert torch.equal(one.train_inputs, same.train_inputs) and torch.equal(one.test_labels, same.test_labels)
+    assert not torch.equal(one.train_inputs, other.train_inputs)
+    digits = load_samples("digits")
+    assert not torch.equal(split(digits, seed=1).test_labels, split(digits, seed=2).test_labels)
+
+
+def test_digits():
+    data = split(load_samples("digits"), seed=0)
+    assert (data.in_features, data.num_classes) == (64, 10)
+    assert len(data.train_labels) == 1437 and len(data.test_labels) == 360
+    assert data.train_inputs.min() == 0 and data.train_inputs.max() == 1
+    # stratified: each class has its share of the test samples
+    assert torch.bincount(data.test_labels).min() >= 34 and torch.bincount(data.test_labels).max() <= 38
+
+
+def test_training_and_test_samples_do_not_overlap():
+    samples = Samples("numbered", np.arange(50.0).reshape(50, 1), np.arange(50) % 2, ("a", "b"))
+    data = split(samples, seed=3)
+    seen = torch.cat([data.train_inputs, data.test_inputs]).flatten()
+    assert sorted(seen.tolist()) == list(range(50))
+
+
+def test_csv_with_text_labels_and_its_own_units(tmp_path):
+    text = "\ufeffwidth , kind,height\n" + "".join(
+        f'{1000 + i},"{"cat, big" if i % 2 else "dog"}",{-i}e-3\n' for i in range(40)
+    )
+    samples = load_samples(write(tmp_path, text), "kind")
+    assert samples.class_names == ("cat, big", "dog")
+    assert samples.inputs.shape == (40, 2)
+    assert samples.inputs[3].tolist() == [1003, -0.003] and samples.labels[3] == 0
+    data = split(samples, seed=0)
+    torch.testing.assert_close(data.train_inputs.mean(0), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(data.train_inputs.std(0, correction=0), torch.ones(2), atol=1e-5, rtol=0)
+    # the test samples are scaled with the training samples' figures, not with their own
+    assert float(data.test_inputs.mean(0).abs().max()) > 1e-3
+
+
+def test_a_constant_column_stays_finite(tmp_path):
+    text = "a,b,y\n" + "".join(f"{i},7,{i % 2}\n" for i in range(20))
+    data = split(load_samples(write(tmp_path, text), "y"), seed=0)
+    assert torch.equal(data.train_inputs[:, 1], torch.zeros(16))
+
+
+@pytest.mark.parametrize(
+    "text, target, message",
+    [
+        ("a,b,y\n" + GOOD_ROWS, "z", r"no column 'z'; the columns are 'a', 'b', 'y'$"),
+        ("a,b,y\n1,x3,no\n" + GOOD_ROWS, "y", r"line 2, column 'b': 'x3' is not a number"),
+        ("a,b,y\n" + GOOD_ROWS + "1,nan,no\n", "y", r"line 22, column 'b': nan is not a finite number"),
+        ("a,b,y\n" + GOOD_ROWS + "inf,1,no\n", "y", r"line 22, column 'a': inf is not a finite number"),
+        ("a,b,y\n1,,no\n" + GOOD_ROWS, "y", r"line 2, column 'b': the cell is empty"),
+        ("a,b,y\n1,2, \n" + GOOD_ROWS, "y", r"line 2, column 'y': the label is empty"),
+        ("a,b,y\n1,2\n" + GOOD_ROWS, "y", r"line 2 has 2 cells, the header has 3"),
+        ("a,a,y\n" + GOOD_ROWS, "y", r"two columns are named 'a'"),
+        ("y\nno\nyes\n", "y", r"'y' is the only column"),
+        ("a,b,y\n" + GOOD_ROWS.replace("yes", "no"), "y", r"column 'y' holds 1 class \('no'\); at least two"),
+        ("a,b,y\n" + GOOD_ROWS, "a", r"column 'b'|column 'y': 'no' is not a number"),
+        (
+            "a,y\n" + "".join(f"1,{i}\n" for i in range(9)),
+            "y",
+            r"9 classes in 9 samples, and class '0' has only one",
+        ),
+        (
+            "a,y\n" + "".join(f"1,{i // 2}\n" for i in range(40)),
+            "y",
+            r"cannot be split into training and test",
+        ),
+        ("a,b,y\n", "y", r"has 1 lines; a header and at least one row"),
+        ("", "y", r"has 0 lines"),
+        (
+            "a,y\n1e300,0\n-1e300,1\n" + "".join(f"{i},{i % 2}\n" for i in range(20)),
+            "y",
+            r"too large for float32",
+        ),
+    ],
+)
+def test_bad_csv(tmp_path, text, target, message):
+    with pytest.raises(DataError, match=message) as caught:
+        split(load_samples(write(tmp_path, text), target), seed=0)
+    assert "table.csv" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_csv_that_is_no_text(tmp_path):
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        load_samples(write(tmp_path, "größe,y\n1,2\n", encoding="latin-1"), "y")
+    path = tmp_path / "zeros.csv"
+    path.write_bytes(b"a,y\n1,\0\n" + b'"' + b"x" * 200_000)
+    with pytest.raises(DataError, match=r"zeros\.csv"):
+        load_samples(str(path), "y")
+
+
+def test_missing_file_and_missing_target(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        load_samples(str(tmp_path / "none.csv"), "y")
+    with pytest.raises(DataError, match="no target"):
+        load_samples(write(tmp_path, "a,y\n1,0\n"))
+
+
+def test_npz_arrays_become_features_side_by_side(tmp_path):
+    path = tmp_path / "arrays.npz"
+    images = np.arange(240.0).reshape(20, 3, 4)
+    np.savez(path, images=images, age=np.arange(20), label=np.array([0, 5] * 10))
+    samples = load_samples(str(path), "label")
+    assert samples.inputs.shape == (20, 13) and samples.class_names == ("0", "5")
+    assert samples.inputs[2].tolist() == [*images[2].flatten(), 2]
+    assert samples.labels.tolist() == [0, 1] * 10
+
+
+FEATURES = {"x": np.ones((6, 2))}
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        (FEATURES, r"no array 'y'; the arrays are 'x'"),
+        ({"y": np.array([0, 1] * 3)}, r"'y' is the only array"),
+        ({**FEATURES, "y": np.linspace(0, 1, 6)}, r"must hold one integer or text label a sample"),
+        (
+            {**FEATURES, "y": np.zeros((6, 1), int)},
+            r"must hold one integer or text label a sample, got shape \(6, 1\)",
+        ),
+        ({**FEATURES, "y": np.array([0, 1])}, r"array 'x' has shape \(6, 2\), 'y' has 2 labels"),
+        ({"x": np.array(["a"] * 6), "y": np.array([0, 1] * 3)}, r"array 'x' holds <U1, not numbers"),
+        ({"x": np.full((6, 2), np.nan), "y": np.array([0, 1] * 3)}, r"array 'x', sample 0: NaN or infinite"),
+        ({**FEATURES, "y": np.zeros(6, int)}, r"array 'y' holds 1 class"),
+        ({"x": np.ones((6, 0)), "y": np.array([0, 1] * 3)}, r"no features"),
+        (
+            {"x": np.array([{}] * 6, dtype=object), "y": np.array([0, 1] * 3)},
+            r"not an .npz archive of plain arrays",
+        ),
+    ],
+)
+def test_bad_npz(tmp_path, arrays, message):
+    path = tmp_path / "arrays.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(DataError, match=message):
+        load_samples(str(path), "y")
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 broken"])
+def test_npz_that_is_none(tmp_path, content):
+    path = tmp_path / "arrays.npz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"not an \.npz archive"):
+        load_samples(str(path), "y")
+
+
+def test_npy_under_the_name_npz(tmp_path):
+    path = tmp_path / "arrays.npz"
+    with path.open("wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(DataError, match="is a single array"):
+        load_samples(str(path), "y")

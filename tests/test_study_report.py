@@ -1,0 +1,315 @@
+"""A whole small study: its figures, its files, its page; and what an interrupted one leaves."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from qatfast.study import Settings, Study, quantize_signal, run_study, write_report
+from qatfast.study.data import digits_samples, synthetic_samples
+from qatfast.study.experiments import count_trainings
+from qatfast.study.folder import FolderError, ReportFolder
+from qatfast.study.names import TITLES
+from qatfast.study.results import as_json
+from qatfast.study.size import load_quantized
+
+SETTINGS = Settings(bits=(4, 2), epochs=1, seeds=2, timing_repetitions=3)
+NOT_REPRODUCED = ("timing", "machine", "versions", "date")
+
+
+def run(folder, settings=SETTINGS, samples=None):
+    folder.mkdir()
+    study = Study(settings, samples or digits_samples())
+    run_study(study, folder)
+    write_report(study, [quantize_signal(bits) for bits in settings.bits], folder, seconds=1.0)
+    return study, json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study") / "report"
+    study, results = run(folder)
+    return study, results, folder
+
+
+class Page(HTMLParser):
+    """Collects the tags, and complains about one that is not closed."""
+
+    VOID = ("meta", "img", "source")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_results_have_the_documented_shape(report):
+    from qatfast.study import results as module
+
+    _, results, _ = report
+    documented = re.findall(r"^    (\w+)  ", module.__doc__, re.MULTILINE)
+    assert set(documented) == set(results)
+    assert results["complete"] is True
+    assert results["settings"]["bits"] == [4, 2]
+    assert results["network"] == {"layers": [64, 64, 64, 10], "parameters": 8970}
+    assert results["data"]["train_samples"] == 1437 and results["data"]["test_samples"] == 360
+    assert len(results["versions"]) == 4
+
+
+def test_every_model_is_measured_for_every_seed(report):
+    _, results, _ = report
+    found = {(run["seed"], run["model"], run["bits"]) for run in results["runs"]}
+    expected = {
+        (seed, model, bits)
+        for seed in (42, 43)
+        for model in TITLES
+        for bits in ((32,) if model.startswith("fp32") else (4, 2))
+    }
+    assert found == expected and len(results["runs"]) == len(expected)
+    for entry in results["accuracy"]:
+        values = [
+            run["accuracy"]
+            for run in results["runs"]
+            if (run["model"], run["bits"]) == (entry["model"], entry["bits"])
+        ]
+        assert entry["accuracy"]["values"] == values
+        assert entry["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
+    assert {(entry["model"], entry["bits"]) for entry in results["histories"]} >= {
+        ("fp32", 32),
+        ("qat_scratch", 2),
+    }
+
+
+def test_only_quantized_activations_depend_on_the_batch(report):
+    _, results, _ = report
+    differing = {
+        run["model"] for run in results["runs"] if run["accuracy_batch_1"] != run["accuracy_batch_256"]
+    }
+    assert "ptq" in differing or "qat_finetuned" in differing
+    assert not differing & {"fp32", "fp32_longer", "ptq_weights"}
+
+
+def test_sizes_are_those_of_files_that_are_there(report):
+    study, results, folder = report
+    assert len(results["sizes"]) == 2 + 2 * 6
+    for entry in results["sizes"]:
+        assert set(entry) == {"model", "bits", "bytes", "file"}
+        assert (folder / entry["file"]).stat().st_size == entry["bytes"]
+    sizes = {(entry["model"], entry["bits"]): entry["bytes"] for entry in results["sizes"]}
+    assert sizes["fp32", 32] > sizes["ptq", 4] > sizes["ptq", 2]
+    weights = load_quantized(folder / "models/qat_finetuned_4bit.pt")["fc1.weight"]
+    assert (weights - study.weights["qat_finetuned", 4].fc1.weight).abs().max() < 0.1
+
+
+def test_the_list_of_files_is_right(report):
+    _, results, folder = report
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == set(results["files"])
+    pngs = [name for name in found if name.endswith(".png")]
+    assert len(pngs) == 1 + 2 + 2 * 4 + 2
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pngs)
+
+
+def test_the_page_stands_alone(report):
+    _, _, folder = report
+    text = (folder / "index.html").read_text()
+    tags = Page(text).tags
+    assert not re.search(r"(https?:)?//[a-z]", text.replace("data:image/svg+xml;base64,", "")[:20_000])
+    for tag, attributes in tags:
+        assert tag not in ("script", "link", "iframe")
+        for name in ("src", "srcset", "href"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "url(" not in text and "@import" not in text
+
+
+def test_the_page_is_for_everyone(report):
+    _, _, folder = report
+    text = (folder / "index.html").read_text()
+    page = Page(text)
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 1 + 2 + 2 * 4 + 2
+    assert all(len(image["alt"]) > 40 for image in images)
+    dark = [attributes for tag, attributes in page.tags if tag == "source"]
+    assert len(dark) == len(images) and all(
+        "prefers-color-scheme: dark" in source["media"] for source in dark
+    )
+    assert all(light["src"] != source["srcset"] for light, source in zip(images, dark, strict=True))
+    assert "width=device-width" in text and "prefers-color-scheme: dark" in text and 'lang="en"' in text
+
+
+def test_the_page_says_what_the_results_say(report):
+    _, results, folder = report
+    words = " ".join(Page((folder / "index.html").read_text()).text)
+    for insight in results["insights"]:
+        text = insight["text"].removeprefix(f"{insight['bits']} bits: ")
+        assert text[1:] in words
+    mean = next(entry["accuracy"]["mean"] for entry in results["accuracy"] if entry["model"] == "fp32")
+    assert f"{100 * mean:.1f} ±" in words
+    assert "Partial" not in words
+    for limit in ("One small network", "no integer device ran them"):
+        assert limit in words
+
+
+def test_the_same_seed_gives_the_same_results(report, tmp_path):
+    _, results, _ = report
+    study = Study(SETTINGS, digits_samples())
+    run_study(study, tmp_path)
+    again = as_json(study, [quantize_signal(bits) for bits in SETTINGS.bits], seconds=2.0)
+    assert again.keys() == results.keys() - {"files"}
+    for name in again.keys() - set(NOT_REPRODUCED):
+        assert json.dumps(again[name]) == json.dumps(results[name])
+
+
+def test_times_stand_only_under_timing(report):
+    _, results, _ = report
+    steps = results["timing"]["steps"]
+    assert [entry["model"] for entry in steps] == ["fp32", "tutorial", "qatfast"] * 2
+    assert all(entry["seconds"] > 0 and entry["quartiles"][0] <= entry["quartiles"][1] for entry in steps)
+    assert [entry["ratio"] for entry in steps if entry["model"] == "fp32"] == [1, 1]
+    rest = {name: value for name, value in results.items() if name != "timing"}
+    rest["settings"] = {}
+    assert "seconds" not in json.dumps(rest)
+
+
+def test_names_in_the_users_data_are_text_not_html(tmp_path):
+    samples = replace(synthetic_samples(60), name="<b>x</b>.csv", class_names=("<script>", "a&b"))
+    settings = replace(SETTINGS, bits=(3,), seeds=1, timing_repetitions=0)
+    run(tmp_path / "report", settings, samples)
+    text = (tmp_path / "report/index.html").read_text()
+    assert "<b>" not in text and "<script>" not in text and "&lt;script&gt;" in text
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("trainings", [0, 1, 4])
+def test_an_interrupted_study_reports_what_it_has(tmp_path, trainings):
+    settings = replace(SETTINGS, bits=(4,))
+    names = []
+
+    def on_training(name):
+        if len(names) == trainings:
+            raise Stop
+        names.append(name)
+        return lambda epoch: None
+
+    study = Study(settings, digits_samples())
+    with pytest.raises(Stop):
+        run_study(study, tmp_path, on_training)
+    write_report(study, [quantize_signal(4)], tmp_path, seconds=1.0)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["complete"] is False and (results["runs"] == []) == (trainings == 0)
+    words = " ".join(Page((tmp_path / "index.html").read_text()).text)
+    assert "Partial report" in words and f"{min(trainings, 1)} of 2 seeds" in words
+
+
+def test_trainings_are_counted(tmp_path):
+    names = []
+
+    def on_training(name):
+        names.append(name)
+        return lambda epoch: None
+
+    settings = replace(SETTINGS, seeds=1, timing_repetitions=0)
+    run_study(Study(settings, synthetic_samples(60)), tmp_path, on_training)
+    assert len(names) == count_trainings(settings) == 8
+    assert names[0] == "FP32, seed 42" and "QAT, fine-tuned, 2 bits, seed 42" in names
+
+
+def write_files(folder, *names, complete=True):
+    """What a report leaves: ``names`` and results.json that lists them."""
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("old")
+    content = {"program": "qatfast compare", "complete": complete, "files": [*names, "results.json"]}
+    (folder / "results.json").write_text(json.dumps(content))
+
+
+def finish(out, *, complete=True):
+    with ReportFolder(out) as folder:
+        (folder.path / "index.html").write_text("new")
+        return folder.finish(complete=complete)
+
+
+def nothing_left(tmp_path, *expected):
+    return sorted(path.name for path in tmp_path.iterdir()) == sorted(expected)
+
+
+def test_a_report_takes_the_place_of_an_earlier_one_or_of_nothing(tmp_path):
+    out = tmp_path / "deep" / "report"
+    assert finish(out) == out and (out / "index.html").read_text() == "new"
+    assert out.stat().st_mode & 0o777 == (tmp_path / "deep").stat().st_mode & 0o777
+    write_files(tmp_path / "other", "index.html", "models/fp32.pt")
+    finish(tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["index.html"]
+    (tmp_path / "empty").mkdir()
+    finish(tmp_path / "empty")
+    assert nothing_left(tmp_path, "deep", "other", "empty") and nothing_left(tmp_path / "deep", "report")
+
+
+def test_a_complete_report_survives_a_partial_one(tmp_path):
+    write_files(tmp_path / "report", "index.html")
+    assert finish(tmp_path / "report", complete=False) == tmp_path / "report-partial"
+    assert (tmp_path / "report/index.html").read_text() == "old"
+    write_files(tmp_path / "half", "index.html", complete=False)
+    assert finish(tmp_path / "half", complete=False) == tmp_path / "half"
+    assert nothing_left(tmp_path, "report", "report-partial", "half")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "models/mine.pt", ".git"])
+def test_strangers_files_are_left_alone(tmp_path, name):
+    write_files(tmp_path / "report", "index.html", "models/fp32.pt")
+    (tmp_path / "report" / name).write_text("mine")
+    with pytest.raises(FolderError, match=f"not a report's \\({re.escape(name)}\\)"):
+        ReportFolder(tmp_path / "report")
+    assert (tmp_path / "report" / name).read_text() == "mine" and nothing_left(tmp_path, "report")
+
+
+def test_files_that_come_meanwhile_are_left_alone(tmp_path):
+    with pytest.raises(FolderError), ReportFolder(tmp_path / "report") as folder:
+        (tmp_path / "report").mkdir()
+        (tmp_path / "report/notes.txt").write_text("mine")
+        folder.finish(complete=True)
+    assert (tmp_path / "report/notes.txt").read_text() == "mine" and nothing_left(tmp_path, "report")
+
+
+@pytest.mark.parametrize("content", ["{}", "no json", '["files"]', '{"program": "qatfast compare"}'])
+def test_a_foreign_results_json_is_a_strangers_file(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(FolderError, match=r"results\.json"):
+        ReportFolder(tmp_path)
+
+
+def test_folders_that_cannot_be_a_report(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FolderError, match="is a file"):
+        ReportFolder(tmp_path / "file")
+    with pytest.raises(FolderError, match="cannot be written"):
+        ReportFolder(tmp_path / "file" / "report")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FolderError, match="current folder"):
+        ReportFolder(".")
+
+
+def test_an_error_leaves_the_earlier_report(tmp_path):
+    write_files(tmp_path / "report", "index.html")
+    with pytest.raises(Stop), ReportFolder(tmp_path / "report"):
+        raise Stop
+    assert (tmp_path / "report/index.html").read_text() == "old" and nothing_left(tmp_path, "report")

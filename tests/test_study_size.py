@@ -1,0 +1,72 @@
+"""Model files: the bytes counted are the file's, and what is in them is the model."""
+
+import pytest
+import torch
+
+from qatfast.study import (
+    ThreeLayerNet,
+    calculate_model_size,
+    load_quantized,
+    quantize_model,
+    quantize_model_weights,
+    save_quantized,
+)
+from qatfast.study.size import pack, unpack
+
+
+@pytest.mark.parametrize("bits", [None, 2, 3, 8, 11])
+def test_size_is_that_of_the_file(tmp_path, bits):
+    path = tmp_path / "model.pt"
+    size = calculate_model_size(ThreeLayerNet(), bits, path=path)
+    assert size == path.stat().st_size
+    assert size == calculate_model_size(
+        ThreeLayerNet(), bits, path=tmp_path / "a_much_longer_name_of_a_file.pt"
+    )
+    assert size == calculate_model_size(ThreeLayerNet(), bits)
+
+
+def test_float_file_is_a_state_dict(tmp_path):
+    model = ThreeLayerNet()
+    calculate_model_size(model, path=tmp_path / "model.pt")
+    other = ThreeLayerNet()
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(other.fc3.bias, model.fc3.bias)
+
+
+def test_integers_take_their_bits_and_no_more():
+    model = ThreeLayerNet(512, 512, 10)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    for bits in (2, 3, 4, 8, 12):
+        overhead = calculate_model_size(model, bits) - numbers * bits / 8
+        assert 0 < overhead < 4000
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+def test_file_holds_the_quantized_weights(tmp_path, bits):
+    model = ThreeLayerNet(7, 5, 3)
+    path = tmp_path / "model.pt"
+    save_quantized(model, bits, path)
+    expected = quantize_model_weights(model, bits).state_dict()
+    loaded = load_quantized(path)
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+
+
+def test_calibrated_ranges_are_stored(tmp_path):
+    model, inputs = ThreeLayerNet(), torch.randn(20, 10)
+    calibrated = quantize_model(model, 4, inputs)
+    save_quantized(model, 4, tmp_path / "model.pt", calibrated=calibrated)
+    stored = torch.load(tmp_path / "model.pt", weights_only=True)["activations"]
+    assert list(stored) == ["input", "model.fc1.output", "model.fc2.output", "model.fc3.output"]
+    assert stored["input"] == (float(calibrated.input.scale), int(calibrated.input.zero_point))
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+def test_packing_is_exact_and_dense(bits):
+    integers = torch.randint(0, 2**bits, (3, 7), generator=torch.Generator().manual_seed(0))
+    integers[0, 0], integers[2, 6] = 0, 2**bits - 1
+    integers = integers.to(torch.uint8 if bits <= 8 else torch.uint16)
+    packed = pack(integers, bits)
+    assert packed.dtype == torch.uint8 and packed.numel() == -(-21 * bits // 8)
+    back = unpack(packed, bits, [3, 7])
+    assert back.dtype == integers.dtype and torch.equal(back.int(), integers.int())

@@ -1,0 +1,137 @@
+"""The study's networks and their training."""
+
+import pytest
+import torch
+from torch import nn
+
+from qatfast import FakeQuantize, QATLinear
+from qatfast.study import (
+    ThreeLayerNet,
+    ThreeLayerNetQAT,
+    count_parameters,
+    evaluate_model,
+    generate_dataset,
+    train_model,
+)
+from qatfast.study.training import one_thread, seeded
+
+DATA = generate_dataset(400)
+
+
+@pytest.fixture(autouse=True)
+def small_networks_on_one_thread():
+    with one_thread():
+        yield
+
+
+def silent(_epoch):
+    pass
+
+
+def train(network=ThreeLayerNet, seed=1, epochs=2, **options):
+    with seeded(seed):
+        model = network(**options)
+    return model, train_model(model, DATA, epochs=epochs, seed=seed, on_epoch=silent)
+
+
+def test_networks_have_the_same_parameters():
+    with seeded(7):
+        plain = ThreeLayerNet()
+    with seeded(7):
+        qat = ThreeLayerNetQAT(num_bits=4)
+    assert count_parameters(plain) == count_parameters(qat) == 10 * 64 + 64 + 64 * 64 + 64 + 64 * 2 + 2
+    assert plain.state_dict().keys() == qat.state_dict().keys()
+    assert all(torch.equal(value, qat.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+def test_qat_network_quantizes_its_input_and_every_layer():
+    network = ThreeLayerNetQAT(12, 6, 3, num_bits=3)
+    assert isinstance(network.quantize_input, FakeQuantize) and network.quantize_input.spec.num_bits == 3
+    for layer, sizes in ((network.fc1, (12, 6)), (network.fc2, (6, 6)), (network.fc3, (6, 3))):
+        assert isinstance(layer, QATLinear) and (layer.in_features, layer.out_features) == sizes
+        specs = (layer.config.weight, layer.config.bias, layer.config.output)
+        assert [spec.num_bits for spec in specs] == [3, 3, 3]
+    scores = network(torch.randn(50, 12))
+    assert scores.unique().numel() <= 8
+
+
+def test_float_scores_leave_only_the_last_output_in_float():
+    network = ThreeLayerNetQAT(num_bits=3, float_scores=True)
+    assert network.fc3.config.output is None and network.fc3.config.weight.num_bits == 3
+    assert network.fc2.config.output.num_bits == 3
+    assert network(torch.randn(50, 10)).unique().numel() > 8
+
+
+@pytest.mark.parametrize("network, options", [(ThreeLayerNet, {}), (ThreeLayerNetQAT, {"num_bits": 4})])
+def test_training_learns_and_is_deterministic(network, options):
+    model, history = train(network, epochs=6, **options)
+    again, same = train(network, epochs=6, **options)
+    assert history == same
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), again.parameters(), strict=True))
+    assert [len(values) for values in vars(history).values()] == [6] * 4
+    assert history.train_loss[-1] < 0.8 * history.train_loss[0]
+    assert history.test_accuracy[-1] > 0.75
+    other, _ = train(network, seed=2, epochs=6, **options)
+    assert not torch.equal(model.fc1.weight, other.fc1.weight)
+
+
+def test_the_seed_decides_the_order_of_the_samples():
+    histories = []
+    for seed in (1, 2):
+        with seeded(0):
+            model = ThreeLayerNet()
+        histories.append(train_model(model, DATA, epochs=1, seed=seed, on_epoch=silent))
+    assert histories[0] != histories[1]
+
+
+def test_training_leaves_the_callers_random_numbers_and_threads_alone(threads):
+    threads(2)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(epochs=1)
+    assert torch.get_num_threads() == 2
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == 2
+
+
+def test_history_of_test_samples_is_what_evaluate_model_says():
+    model, history = train()
+    result = evaluate_model(model, DATA.test_inputs, DATA.test_labels)
+    assert (result.loss, result.accuracy) == (history.test_loss[-1], history.test_accuracy[-1])
+    scores = model(DATA.test_inputs).detach()
+    assert result.accuracy == float((scores.argmax(1) == DATA.test_labels).double().mean())
+    assert result.loss == pytest.approx(
+        float(nn.functional.cross_entropy(scores, DATA.test_labels)), rel=1e-5
+    )
+
+
+def test_evaluation_restores_the_mode_and_takes_no_gradient():
+    model = nn.Sequential(nn.Dropout(0.5), ThreeLayerNet())
+    one = evaluate_model(model, DATA.test_inputs, DATA.test_labels)
+    assert model.training and one == evaluate_model(model, DATA.test_inputs, DATA.test_labels)
+    model.eval()
+    evaluate_model(model, DATA.test_inputs, DATA.test_labels)
+    assert not model.training
+
+
+def test_only_dynamic_ranges_make_the_batch_matter():
+    plain, _ = train(epochs=1)
+    quantized = ThreeLayerNetQAT(num_bits=2)
+    quantized.load_state_dict(plain.state_dict())
+    losses = {
+        model: {
+            evaluate_model(model, DATA.test_inputs, DATA.test_labels, batch_size=size).loss
+            for size in (1, 7, 256)
+        }
+        for model in (plain, quantized)
+    }
+    assert max(losses[plain]) - min(losses[plain]) < 1e-5
+    assert max(losses[quantized]) - min(losses[quantized]) > 1e-3
+
+
+def test_without_a_terminal_training_says_nothing(capfd):
+    train_model(ThreeLayerNet(), DATA, epochs=1)
+    assert capfd.readouterr() == ("", "")

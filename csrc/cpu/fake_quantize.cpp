@@ -3,7 +3,7 @@
 namespace qatfast::cpu {
 namespace {
 
-// Blocks that are single runs: each is quantized while it is still in cache from finding its range.
+// Each block is quantized while it is still in cache from finding its range.
 template <class T>
 void fake_quantize_rows(const T* x, T* y, const Layout& layout, const QuantSpec& spec) {
   using C = compute_t<T>;
@@ -47,7 +47,7 @@ void fake_quantize(const FakeQuantizeTask& task) {
     using T = decltype(type);
     const auto* x = task.from.const_data_ptr<T>();
     auto* y = task.to.mutable_data_ptr<T>();
-    if (layout.outer == 1 && layout.blocks >= at::get_num_threads() && layout.inner > 1) {
+    if (are_whole_rows(layout) && layout.inner > 1) {
       fake_quantize_rows(x, y, layout, task.spec);
     } else {
       fake_quantize_blocks(x, y, layout, task.spec);

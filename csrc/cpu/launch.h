@@ -92,6 +92,11 @@ void map_with_grids(const Layout& layout, const Grids<C>& grids, F loop) {
   });
 }
 
+// Whether every block is one run of memory, and none needs to be split among threads.
+inline bool are_whole_rows(const Layout& layout) {
+  return layout.outer == 1 && (layout.blocks >= at::get_num_threads() || layout.numel() <= grain);
+}
+
 // Scale and zero point of every block from the range of its values.
 template <class T>
 void choose_qparams_of_blocks(
@@ -104,7 +109,7 @@ void choose_qparams_of_blocks(
     zero_point[block] = choose_zero_point(lo, scale[block], min, max, spec.symmetric);
   };
   const auto n = layout.numel();
-  if (layout.outer == 1 && layout.blocks >= at::get_num_threads()) { // each block is one run: nothing to combine
+  if (are_whole_rows(layout)) {
     const auto blocks_a_task = std::max<int64_t>(1, grain / std::max<int64_t>(1, layout.inner));
     at::parallel_for(0, layout.blocks, blocks_a_task, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {

@@ -12,6 +12,7 @@ from .functional import (
     quantize,
 )
 from .linear import QATLinear
+from .weight_cache import cached_weights
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "QATConfig",
     "QATLinear",
     "QuantSpec",
+    "cached_weights",
     "choose_qparams",
     "dequantize",
     "fake_quantize",

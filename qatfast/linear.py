@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import weight_cache
 from .config import PerChannel, PerGroup, QATConfig, QuantSpec, describe
 from .functional import qat_linear
 
@@ -84,6 +85,8 @@ bias=affine per tensor, output=affine per tensor)
         return _share(self, linear)
 
     def forward(self, input: Tensor) -> Tensor:
+        if weight_cache.serves(self):
+            return weight_cache.linear(self, input, self.weight, self.bias, self.config)
         return qat_linear(input, self.weight, self.bias, config=self.config)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,83 @@
+"""cached_weights: inside the block each layer quantizes its weight once; outside of it nothing is ever cached."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .config import QATConfig
+from .functional import fake_quantize, qat_linear
+
+# The layers inside a block, each with the state its quantized weight was made from and that weight.
+_cached: WeakKeyDictionary[nn.Module, tuple[Any, Tensor] | None] = WeakKeyDictionary()
+
+
+@contextmanager
+def cached_weights(module: nn.Module) -> Iterator[nn.Module]:
+    """Quantizes the weight of each QATLinear inside ``module`` once within the block.
+
+    For evaluation, gradient accumulation and any number of forwards between two optimizer steps; results and gradients
+    are the same. A weight that is written inside the block in a way that autograd sees (an optimizer step,
+    ``load_state_dict``, any in-place operation) is quantized again; a write through ``.data`` is not seen: keep it
+    outside.
+
+    Args:
+        module: a QATLinear, or a module that holds some.
+
+    Yields:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` is no nn.Module.
+
+    Example:
+        >>> from qatfast import QATLinear, cached_weights
+        >>> layer = QATLinear(3, 2)
+        >>> with torch.no_grad(), cached_weights(layer):
+        ...     layer(torch.ones(1, 3)).shape
+        torch.Size([1, 2])
+    """
+    from .linear import QATLinear
+
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"cached_weights: expected module to be an nn.Module, got {type(module).__name__}")
+    # a layer that an outer block has already stays with that block
+    layers = [layer for layer in module.modules() if isinstance(layer, QATLinear) and layer not in _cached]
+    for layer in layers:
+        _cached[layer] = None
+    try:
+        yield module
+    finally:
+        for layer in layers:
+            _cached.pop(layer, None)
+
+
+def serves(layer: nn.Module) -> bool:
+    """Whether ``layer`` is in a block; tracers and functorch transforms must not leave their tensors in a cache."""
+    return (
+        len(_cached) > 0
+        and layer in _cached
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def linear(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig) -> Tensor:
+    """``qat_linear`` with the cached quantized weight, made now where there is none of this weight as it is."""
+    spec = config.weight
+    if spec is None or weight.is_inference():  # no version counter
+        return qat_linear(input, weight, bias, config=config)
+    state = (weight, weight._version, torch.is_grad_enabled() and weight.requires_grad)
+    entry = _cached[layer]
+    if entry is None or entry[0][0] is not weight or entry[0][1:] != state[1:]:
+        weight_hat = fake_quantize(
+            weight, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity
+        )
+        entry = _cached[layer] = (state, weight_hat)
+    return qat_linear(input, entry[1], bias, config=dataclasses.replace(config, weight=None))

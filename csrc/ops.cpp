@@ -488,7 +488,7 @@ TORCH_LIBRARY(qatfast, m) {
   // dtype: of the product, where it differs from the tensors' (autocast)
   m.def(
       "qat_linear(Tensor input, Tensor weight, Tensor? bias, int[] input_spec, int[] weight_spec, int[] bias_spec, "
-      "int[] output_spec, ScalarType? dtype=None) -> Tensor", tags);
+      "int[] output_spec, *, ScalarType? dtype=None) -> Tensor", tags);
 
   // What autograd calls: forwards that also return what their backward needs.
   // mask: one bit an element in the memory order of the output (of a contiguous one where blocks are rows).
@@ -499,7 +499,7 @@ TORCH_LIBRARY(qatfast, m) {
   // weight_hat: the fake-quantized weight in the product's dtype, of no elements where the weight stays in float
   m.def(
       "qat_linear_forward(Tensor input, Tensor weight, Tensor? bias, int[] input_spec, int[] weight_spec, "
-      "int[] bias_spec, int[] output_spec, ScalarType? dtype=None) -> (Tensor output, Tensor weight_hat)", tags);
+      "int[] bias_spec, int[] output_spec, *, ScalarType? dtype=None) -> (Tensor output, Tensor weight_hat)", tags);
 }
 
 TORCH_LIBRARY_IMPL(qatfast, CPU, m) {

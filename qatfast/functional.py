@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -322,48 +325,69 @@ def _register_fakes() -> None:
                 checks.same_device(op, name, other, input)
 
     @fake("qatfast::fake_quantize")
-    def _(input, num_bits=8, symmetric=False, granularity=(0, 0)):
+    def _(input: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.empty_like(input)
 
     @fake("qatfast::fake_quantize_affine")
-    def _(input, scale, zero_point, quant_min, quant_max, granularity=(0, 0)):
+    def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> Tensor:
         same_device("fake_quantize_affine", input, scale=scale, zero_point=zero_point)
         return torch.empty_like(input)
 
     @fake("qatfast::fake_quantize_affine_forward")
-    def _(input, scale, zero_point, quant_min, quant_max, granularity=(0, 0)):
+    def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         same_device("fake_quantize_affine", input, scale=scale, zero_point=zero_point)
         return torch.empty_like(input), input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
 
     @fake("qatfast::fake_quantize_affine_backward")
-    def _(grad, mask, stride):
+    def _(grad: Tensor, mask: Tensor, stride: Sequence[int]) -> Tensor:
+        same_device("fake_quantize_affine_backward", grad, mask=mask)
         return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device)
 
     @fake("qatfast::choose_qparams")
-    def _(input, num_bits=8, symmetric=False, granularity=(0, 0)):
+    def _(
+        input: Tensor, num_bits: int = 8, symmetric: bool = False, granularity: Sequence[int] = (0, 0)
+    ) -> tuple[Tensor, Tensor]:
         shape = checks.shape_of_qparams(input.shape, granularity_from_code(granularity))
         dtype = checks.compute_dtype(input.dtype)
         return input.new_empty(shape, dtype=dtype), input.new_empty(shape, dtype=torch.int32)
 
     @fake("qatfast::quantize")
-    def _(input, scale, zero_point, quant_min, quant_max, granularity=(0, 0)):
+    def _(
+        input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, *_: Any, **__: Any
+    ) -> Tensor:
         same_device("quantize", input, scale=scale, zero_point=zero_point)
         return torch.empty_like(input, dtype=reference.quantized_dtype(quant_min, quant_max))
 
     @fake("qatfast::dequantize")
-    def _(input, scale, zero_point, granularity=(0, 0), dtype=torch.float32):
+    def _(
+        input: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        granularity: Sequence[int] = (0, 0),
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         same_device("dequantize", input, scale=scale, zero_point=zero_point)
         return torch.empty_like(input, dtype=dtype)
 
-    @fake("qatfast::qat_linear")
-    def _(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype=None):
+    def layer_output(
+        input: Tensor, weight: Tensor, bias: Tensor | None, *_: Any, dtype: torch.dtype | None = None
+    ) -> Tensor:
         same_device("qat_linear", input, weight=weight, bias=bias)
         return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or input.dtype)
 
+    fake("qatfast::qat_linear", layer_output)
+
     @fake("qatfast::qat_linear_forward")
-    def _(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype=None):
-        same_device("qat_linear", input, weight=weight, bias=bias)
-        output = input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or input.dtype)
+    def _(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        input_spec: Sequence[int],
+        weight_spec: Sequence[int],
+        *_: Any,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        output = layer_output(input, weight, bias, dtype=dtype)
         weight_hat = weight.new_empty(weight.shape if weight_spec else (0,), dtype=output.dtype)
         return output, weight_hat
 

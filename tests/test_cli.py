@@ -23,10 +23,19 @@ def command(*arguments):
     return [sys.executable, "-c", LAUNCH, *arguments]
 
 
-def qatfast(*arguments, cwd=None, **environment):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **environment}
+def environment(**changes):
+    # one thread: where the machine is busy, small layers wait for the second one at every step
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": "1",
+        **changes,
+    }
+
+
+def qatfast(*arguments, cwd=None, **changes):
     return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        command(*arguments), cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=300
     )
 
 
@@ -87,11 +96,10 @@ def test_compare_own_table(tmp_path):
 
 def interrupt_when(tmp_path, ready, *arguments):
     """Runs ``qatfast compare`` and sends SIGINT as soon as ``ready()``; gives code, output and errors."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(
         command("compare", *arguments),
         cwd=tmp_path,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -256,8 +264,7 @@ def test_compare_help_names_every_argument(capsys):
 @pytest.mark.parametrize("name", ["matplotlib", "sklearn", "rich"])
 def test_the_package_and_the_command_line_load_without_the_extra(name):
     code = f"import sys, qatfast, qatfast.cli; qatfast.cli.main(['info']); sys.exit('{name}' in sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     assert (
-        subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL).returncode
+        subprocess.run([sys.executable, "-c", code], env=environment(), stdout=subprocess.DEVNULL).returncode
         == 0
     )

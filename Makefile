@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 REPORT ?= report
 DEMO_ARGS ?= --data digits
 TEST_ARGS ?=
-BENCH_ARGS ?=
+BENCH_ARGS ?= --benchmark-max-time=0.3 --benchmark-columns=median,iqr,rounds,iterations --benchmark-sort=median
 SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,fake_quantize fake_quantize_affine choose_qparams \
                     quantize dequantize qat_linear errors))
 SANITIZE_ARGS ?= -k "not compile"
@@ -30,13 +30,13 @@ help:  ## list the targets
 
 demo: $(call ready,study)  ## train FP32, PTQ and QAT on handwritten digits; write report/index.html
 	$(PY) -m qatfast.cli compare --out $(REPORT) $(DEMO_ARGS)
-	@echo "The report: $(abspath $(REPORT))/index.html"
 
 test: $(call ready,test)  ## run the whole suite (TEST_ARGS="-x -k linear")
 	$(PY) -m pytest $(TEST_ARGS)
 
-bench: $(call ready,bench)  ## measure against other implementations
+bench: $(call ready,bench)  ## measure against other implementations; rewrite benchmarks/RESULTS.md
 	$(PY) -m pytest benchmarks $(BENCH_ARGS)
+	$(PY) benchmarks/results.py
 
 lint: $(call ready,lint)  ## check style and types
 	$(PY) -m ruff check .
@@ -94,7 +94,8 @@ sanitize-%: FORCE
 	@cp -pr setup.py pyproject.toml README.md LICENSE csrc qatfast tests build/$@/
 	@cd build/$@ && QATFAST_SANITIZE=$* $(abspath $(PY)) setup.py --quiet build_ext --inplace
 	@cd build/$@ && $(PRELOAD) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    $(abspath $(PY)) -m pytest -p no:cacheprovider $(SANITIZE_ARGS) $(SANITIZE_TESTS)
+	    $(abspath $(PY)) -m pytest -q --capture=sys $(SANITIZE_ARGS) $(SANITIZE_TESTS)
+# pytest must leave the process's own error stream alone (--capture=sys): the report comes there, and then the end.
 # Python itself is not built with ASan, so its runtime has to be there first (and libstdc++, whose throw it wraps).
 lib = $$($(CXX) -print-file-name=$(1))
 sanitize-address: PRELOAD = LD_PRELOAD="$(call lib,libasan.so) $(call lib,libstdc++.so)" PYTHONMALLOC=malloc

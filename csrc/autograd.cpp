@@ -60,14 +60,8 @@ struct FakeQuantizeAffineBackwardNode : Function<FakeQuantizeAffineBackwardNode>
 };
 
 struct FakeQuantizeAffineNode : Function<FakeQuantizeAffineNode> {
-  static Variable forward(
-      AutogradContext* ctx,
-      const Variable& input,
-      const Variable& scale,
-      const Variable& zero_point,
-      int64_t quant_min,
-      int64_t quant_max,
-      at::IntArrayRef granularity) {
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& scale,
+      const Variable& zero_point, int64_t quant_min, int64_t quant_max, at::IntArrayRef granularity) {
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView below;
     const auto [output, mask] =
@@ -109,24 +103,17 @@ Tensor as_rows(const Tensor& x) {
 // dx = dy @ w_hat, dw = dy.T @ x_hat, db = dy.sum(0); the engine casts them to the dtypes of their tensors.
 // Kept: the input and the weight themselves, as nn.Linear does, and w_hat. x_hat is made again.
 struct QATLinearNode : Function<QATLinearNode> {
-  static Variable forward(
-      AutogradContext* ctx,
-      const Variable& input,
-      const Variable& weight,
-      const std::optional<Variable>& bias,
-      at::IntArrayRef input_spec,
-      at::IntArrayRef weight_spec,
-      at::IntArrayRef bias_spec,
-      at::IntArrayRef output_spec,
-      std::optional<at::ScalarType> dtype) {
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
+      const std::optional<Variable>& bias, at::IntArrayRef input_spec, at::IntArrayRef weight_spec,
+      at::IntArrayRef bias_spec, at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype) {
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView below;
     const auto [output, weight_hat] =
         op::qat_linear_forward(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
-    const auto kept_if = [](bool wanted, const Variable& x) { return wanted ? x : Variable(); };
-    variable_list kept = {
-        kept_if(weight.requires_grad(), input),
-        kept_if(input.requires_grad(), weight),
+    const auto kept_if = [](bool wanted, const Variable& x) {
+      return wanted ? x : Variable();
+    };
+    variable_list kept = {kept_if(weight.requires_grad(), input), kept_if(input.requires_grad(), weight),
         kept_if(input.requires_grad() && !weight_spec.empty(), weight_hat)};
     if (bias) {
       kept.emplace_back(); // nothing to keep of it but that there is one
@@ -187,16 +174,10 @@ Tensor fake_quantize(const Tensor& input, int64_t num_bits, bool symmetric, at::
   return op::fake_quantize(input, num_bits, symmetric, granularity);
 }
 
-Tensor fake_quantize_affine(
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    int64_t quant_min,
-    int64_t quant_max,
-    at::IntArrayRef granularity) {
+Tensor fake_quantize_affine(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+    int64_t quant_max, at::IntArrayRef granularity) {
   if (wants_gradient(input)) {
-    return FakeQuantizeAffineNode::apply(
-        input, scale.detach(), zero_point, quant_min, quant_max, granularity);
+    return FakeQuantizeAffineNode::apply(input, scale.detach(), zero_point, quant_min, quant_max, granularity);
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return op::fake_quantize_affine(input, scale, zero_point, quant_min, quant_max, granularity);
@@ -218,35 +199,20 @@ std::tuple<Tensor, Tensor> choose_qparams(
   return op::choose_qparams(input, num_bits, symmetric, granularity);
 }
 
-Tensor quantize(
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    int64_t quant_min,
-    int64_t quant_max,
-    at::IntArrayRef granularity) {
+Tensor quantize(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+    int64_t quant_max, at::IntArrayRef granularity) {
   at::AutoDispatchBelowADInplaceOrView below;
   return op::quantize(input, scale, zero_point, quant_min, quant_max, granularity);
 }
 
-Tensor dequantize(
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    at::IntArrayRef granularity,
+Tensor dequantize(const Tensor& input, const Tensor& scale, const Tensor& zero_point, at::IntArrayRef granularity,
     at::ScalarType dtype) {
   at::AutoDispatchBelowADInplaceOrView below;
   return op::dequantize(input, scale, zero_point, granularity, dtype);
 }
 
-Tensor qat_linear(
-    const Tensor& input,
-    const Tensor& weight,
-    const std::optional<Tensor>& bias,
-    at::IntArrayRef input_spec,
-    at::IntArrayRef weight_spec,
-    at::IntArrayRef bias_spec,
-    at::IntArrayRef output_spec,
+Tensor qat_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
     std::optional<at::ScalarType> dtype) {
   if (wants_gradient(input) || wants_gradient(weight) || (bias && wants_gradient(*bias))) {
     return QATLinearNode::apply(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
@@ -257,18 +223,14 @@ Tensor qat_linear(
 
 // The quantizers see the tensors as they are; what they give is cast for the product. An input that stays in float is
 // cast here, so that backward keeps it in the smaller type. Autocast leaves float64 alone.
-Tensor qat_linear_under_autocast(
-    const Tensor& input,
-    const Tensor& weight,
-    const std::optional<Tensor>& bias,
-    at::IntArrayRef input_spec,
-    at::IntArrayRef weight_spec,
-    at::IntArrayRef bias_spec,
-    at::IntArrayRef output_spec,
+Tensor qat_linear_under_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
     std::optional<at::ScalarType> dtype) {
   const auto device = input.device().type();
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto is_castable = [](const Tensor& x) { return x.is_floating_point() && x.scalar_type() != at::kDouble; };
+  const auto is_castable = [](const Tensor& x) {
+    return x.is_floating_point() && x.scalar_type() != at::kDouble;
+  };
   if (!is_castable(input) || !is_castable(weight) || (bias && !is_castable(*bias))) {
     return op::qat_linear(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
   }

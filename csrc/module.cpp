@@ -51,15 +51,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("choose_qparams", direct(op::choose_qparams));
   m.def("quantize", direct(op::quantize));
   m.def("dequantize", direct(op::dequantize));
-  m.def(
-      "qat_linear",
-      [](const at::Tensor& input,
-         const at::Tensor& weight,
-         const std::optional<at::Tensor>& bias,
-         at::IntArrayRef input_spec,
-         at::IntArrayRef weight_spec,
-         at::IntArrayRef bias_spec,
-         at::IntArrayRef output_spec) {
+  m.def("qat_linear",
+      [](const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+          at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec,
+          at::IntArrayRef output_spec) {
         return direct(op::qat_linear)(
             input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, std::nullopt);
       });

@@ -55,13 +55,11 @@ std::string name_of(Granularity granularity) {
 // ---- what is legal ----
 
 Granularity checked_granularity(const char* op, at::IntArrayRef code) {
-  TORCH_CHECK_VALUE(
-      code.size() == 2 && code[0] >= Granularity::per_tensor && code[0] <= Granularity::per_token,
-      op, ": expected granularity to be a pair (kind, argument) with kind from 0 to 3, got ", tuple(code));
+  TORCH_CHECK_VALUE(code.size() == 2 && code[0] >= Granularity::per_tensor && code[0] <= Granularity::per_token, op,
+      ": expected granularity to be a pair (kind, argument) with kind from 0 to 3, got ", tuple(code));
   const Granularity granularity{static_cast<Granularity::Kind>(code[0]), code[1]};
-  TORCH_CHECK_VALUE(
-      granularity.kind != Granularity::per_group || granularity.argument >= 1,
-      op, ": expected group_size to be at least 1, got ", granularity.argument);
+  TORCH_CHECK_VALUE(granularity.kind != Granularity::per_group || granularity.argument >= 1, op,
+      ": expected group_size to be at least 1, got ", granularity.argument);
   return granularity;
 }
 
@@ -81,9 +79,8 @@ std::optional<QuantSpec> checked_spec(const char* op, at::IntArrayRef code) {
 
 void check_float(const char* op, const char* name, const Tensor& x) {
   const auto dtype = x.scalar_type();
-  TORCH_CHECK_TYPE(
-      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
-      op, ": expected ", name, " to be float32, float64, float16 or bfloat16, got ", name_of(dtype));
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16, op,
+      ": expected ", name, " to be float32, float64, float16 or bfloat16, got ", name_of(dtype));
 }
 
 void check_blocks(const std::string& op, const Tensor& x, Granularity granularity) {
@@ -91,33 +88,27 @@ void check_blocks(const std::string& op, const Tensor& x, Granularity granularit
     return;
   }
   const auto dim = x.dim();
-  TORCH_CHECK_VALUE(
-      dim > 0, op, ": expected PerTensor() for a 0-dimensional input, got ", name_of(granularity));
+  TORCH_CHECK_VALUE(dim > 0, op, ": expected PerTensor() for a 0-dimensional input, got ", name_of(granularity));
   if (granularity.kind == Granularity::per_channel) {
-    TORCH_CHECK_VALUE(
-        granularity.argument >= -dim && granularity.argument < dim,
-        op, ": expected axis to be from ", -dim, " to ", dim - 1, " for an input of ", dim, " dimensions, got ",
-        granularity.argument);
+    TORCH_CHECK_VALUE(granularity.argument >= -dim && granularity.argument < dim, op, ": expected axis to be from ",
+        -dim, " to ", dim - 1, " for an input of ", dim, " dimensions, got ", granularity.argument);
   } else if (granularity.kind == Granularity::per_group) {
-    TORCH_CHECK_VALUE(
-        x.size(-1) % granularity.argument == 0,
-        op, ": expected the last dimension to be divisible by group_size=", granularity.argument, ", got ",
-        x.size(-1), "; write PerGroup() with a divisor of ", x.size(-1));
+    TORCH_CHECK_VALUE(x.size(-1) % granularity.argument == 0, op,
+        ": expected the last dimension to be divisible by group_size=", granularity.argument, ", got ", x.size(-1),
+        "; write PerGroup() with a divisor of ", x.size(-1));
   }
 }
 
 void check_quant_range(const char* op, int64_t quant_min, int64_t quant_max) {
-  TORCH_CHECK_VALUE(
-      -32768 <= quant_min && quant_min < quant_max && quant_max <= 65535,
-      op, ": expected -32768 <= quant_min < quant_max <= 65535, got quant_min=", quant_min, ", quant_max=", quant_max);
+  TORCH_CHECK_VALUE(-32768 <= quant_min && quant_min < quant_max && quant_max <= 65535, op,
+      ": expected -32768 <= quant_min < quant_max <= 65535, got quant_min=", quant_min, ", quant_max=", quant_max);
   TORCH_CHECK_VALUE(
       quant_max - quant_min <= 65535, op, ": expected quant_max - quant_min <= 65535, got ", quant_max - quant_min);
 }
 
 void check_device(const char* op, const char* name, const Tensor& value, const Tensor& input) {
-  TORCH_CHECK(
-      value.device() == input.device(),
-      op, ": expected ", name, " on ", input.device(), ", the device of input, got ", value.device());
+  TORCH_CHECK(value.device() == input.device(), op, ": expected ", name, " on ", input.device(),
+      ", the device of input, got ", value.device());
 }
 
 at::DimVector qparams_shape(const Tensor& x, Granularity granularity) {
@@ -144,9 +135,8 @@ template <class C>
 void check_scale_values(const char* op, const Tensor& scale) {
   const auto* values = scale.const_data_ptr<C>();
   for (const auto i : c10::irange(scale.numel())) {
-    TORCH_CHECK_VALUE(
-        values[i] > 0 && values[i] <= std::numeric_limits<C>::max(),
-        op, ": expected scale to be positive and finite, got ", values[i]);
+    TORCH_CHECK_VALUE(values[i] > 0 && values[i] <= std::numeric_limits<C>::max(), op,
+        ": expected scale to be positive and finite, got ", values[i]);
   }
 }
 
@@ -155,35 +145,23 @@ template <class I>
 void check_zero_point_values(const char* op, const Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
   const auto* values = zero_point.const_data_ptr<I>();
   for (const auto i : c10::irange(zero_point.numel())) {
-    TORCH_CHECK_VALUE(
-        quant_min <= values[i] && values[i] <= quant_max,
-        op, ": expected zero_point to be from ", quant_min, " to ", quant_max, ", got ", values[i]);
+    TORCH_CHECK_VALUE(quant_min <= values[i] && values[i] <= quant_max, op, ": expected zero_point to be from ",
+        quant_min, " to ", quant_max, ", got ", values[i]);
   }
 }
 
-QParams checked_qparams(
-    const char* op,
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    int64_t quant_min,
-    int64_t quant_max,
-    Granularity granularity,
-    at::ScalarType dtype,
-    const char* of) {
-  TORCH_CHECK_TYPE(
-      scale.scalar_type() == compute_dtype(dtype),
-      op, ": expected scale to be ", name_of(compute_dtype(dtype)), " for ", name_of(dtype), " ", of, ", got ",
-      name_of(scale.scalar_type()));
+QParams checked_qparams(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
+    int64_t quant_min, int64_t quant_max, Granularity granularity, at::ScalarType dtype, const char* of) {
+  TORCH_CHECK_TYPE(scale.scalar_type() == compute_dtype(dtype), op, ": expected scale to be ",
+      name_of(compute_dtype(dtype)), " for ", name_of(dtype), " ", of, ", got ", name_of(scale.scalar_type()));
   const bool wide = zero_point.scalar_type() == at::kLong;
-  TORCH_CHECK_TYPE(
-      wide || zero_point.scalar_type() == at::kInt,
-      op, ": expected zero_point to be int32 or int64, got ", name_of(zero_point.scalar_type()));
+  TORCH_CHECK_TYPE(wide || zero_point.scalar_type() == at::kInt, op, ": expected zero_point to be int32 or int64, got ",
+      name_of(zero_point.scalar_type()));
   const auto shape = qparams_shape(input, granularity);
   const auto check_one = [&](const char* name, const Tensor& value) {
     TORCH_CHECK_VALUE(
-        value.sizes() == at::IntArrayRef(shape) || (shape.empty() && value.sizes() == at::IntArrayRef({1})),
-        op, ": expected ", name, " to have shape ", tuple(shape), " for ", name_of(granularity), ", got ",
+        value.sizes() == at::IntArrayRef(shape) || (shape.empty() && value.sizes() == at::IntArrayRef({1})), op,
+        ": expected ", name, " to have shape ", tuple(shape), " for ", name_of(granularity), ", got ",
         tuple(value.sizes()));
     check_device(op, name, value, input);
   };
@@ -201,11 +179,7 @@ QParams checked_qparams(
 }
 
 void check_linear(
-    const char* op,
-    const Tensor& input,
-    const Tensor& weight,
-    const std::optional<Tensor>& bias,
-    bool mixed_dtypes) {
+    const char* op, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, bool mixed_dtypes) {
   check_float(op, "input", input);
   check_float(op, "weight", weight);
   if (bias) {
@@ -213,27 +187,20 @@ void check_linear(
   }
   const auto check_operand = [&](const char* name, const Tensor& value) {
     check_device(op, name, value, input);
-    TORCH_CHECK_TYPE(
-        mixed_dtypes || value.scalar_type() == input.scalar_type(),
-        op, ": expected ", name, " to be ", name_of(input.scalar_type()), ", the dtype of input, got ",
-        name_of(value.scalar_type()));
+    TORCH_CHECK_TYPE(mixed_dtypes || value.scalar_type() == input.scalar_type(), op, ": expected ", name, " to be ",
+        name_of(input.scalar_type()), ", the dtype of input, got ", name_of(value.scalar_type()));
   };
   check_operand("weight", weight);
   if (bias) {
     check_operand("bias", *bias);
   }
-  TORCH_CHECK_VALUE(
-      weight.dim() == 2,
-      op, ": expected weight to have shape (out_features, in_features), got ", tuple(weight.sizes()));
-  TORCH_CHECK_VALUE(
-      input.dim() > 0 && input.size(-1) == weight.size(1),
-      op, ": expected input to have shape (..., ", weight.size(1), "), the in_features of weight, got ",
-      tuple(input.sizes()));
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected weight to have shape (out_features, in_features), got ",
+      tuple(weight.sizes()));
+  TORCH_CHECK_VALUE(input.dim() > 0 && input.size(-1) == weight.size(1), op, ": expected input to have shape (..., ",
+      weight.size(1), "), the in_features of weight, got ", tuple(input.sizes()));
   if (bias) {
-    TORCH_CHECK_VALUE(
-        bias->dim() == 1 && bias->size(0) == weight.size(0),
-        op, ": expected bias to have shape (", weight.size(0), ",), the out_features of weight, got ",
-        tuple(bias->sizes()));
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), op, ": expected bias to have shape (",
+        weight.size(0), ",), the out_features of weight, got ", tuple(bias->sizes()));
   }
 }
 
@@ -272,8 +239,7 @@ at::ScalarType quantized_dtype(int64_t quant_min, int64_t quant_max) {
   if (quant_min >= 0) {
     return quant_max <= 255 ? at::kByte : at::kUInt16;
   }
-  TORCH_CHECK_VALUE(
-      quant_max <= 32767,
+  TORCH_CHECK_VALUE(quant_max <= 32767,
       "quantize: expected quant_min and quant_max to fit in one of int8, uint8, int16 and uint16, got quant_min=",
       quant_min, ", quant_max=", quant_max);
   return quant_min >= -128 && quant_max <= 127 ? at::kChar : at::kShort;
@@ -289,21 +255,15 @@ Tensor fake_quantize_kernel(const Tensor& input, int64_t num_bits, bool symmetri
   return fake_quantized(input, spec);
 }
 
-std::tuple<Tensor, Tensor> fake_quantize_affine_either(
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    int64_t quant_min,
-    int64_t quant_max,
-    at::IntArrayRef code,
-    bool keep_mask) {
+std::tuple<Tensor, Tensor> fake_quantize_affine_either(const Tensor& input, const Tensor& scale,
+    const Tensor& zero_point, int64_t quant_min, int64_t quant_max, at::IntArrayRef code, bool keep_mask) {
   constexpr auto op = "fake_quantize_affine";
   const auto granularity = checked_granularity(op, code);
   check_quant_range(op, quant_min, quant_max);
   check_float(op, "input", input);
   check_blocks(op, input, granularity);
-  const auto qparams = checked_qparams(
-      op, input, scale, zero_point, quant_min, quant_max, granularity, input.scalar_type(), "input");
+  const auto qparams =
+      checked_qparams(op, input, scale, zero_point, quant_min, quant_max, granularity, input.scalar_type(), "input");
   const auto from = as_blocks(input, granularity);
   const auto to = writable(input, from);
   const auto mask = keep_mask ? at::empty({(input.numel() + 7) / 8}, input.options().dtype(at::kByte)) : Tensor();
@@ -311,24 +271,13 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_either(
   return {laid_out_like(input, to, granularity), mask};
 }
 
-Tensor fake_quantize_affine_kernel(
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    int64_t quant_min,
-    int64_t quant_max,
-    at::IntArrayRef granularity) {
-  return std::get<0>(
-      fake_quantize_affine_either(input, scale, zero_point, quant_min, quant_max, granularity, false));
+Tensor fake_quantize_affine_kernel(const Tensor& input, const Tensor& scale, const Tensor& zero_point,
+    int64_t quant_min, int64_t quant_max, at::IntArrayRef granularity) {
+  return std::get<0>(fake_quantize_affine_either(input, scale, zero_point, quant_min, quant_max, granularity, false));
 }
 
-std::tuple<Tensor, Tensor> fake_quantize_affine_forward_kernel(
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    int64_t quant_min,
-    int64_t quant_max,
-    at::IntArrayRef granularity) {
+std::tuple<Tensor, Tensor> fake_quantize_affine_forward_kernel(const Tensor& input, const Tensor& scale,
+    const Tensor& zero_point, int64_t quant_min, int64_t quant_max, at::IntArrayRef granularity) {
   return fake_quantize_affine_either(input, scale, zero_point, quant_min, quant_max, granularity, true);
 }
 
@@ -336,13 +285,12 @@ Tensor fake_quantize_affine_backward_kernel(const Tensor& grad, const Tensor& ma
   constexpr auto op = "fake_quantize_affine_backward";
   check_float(op, "grad", grad);
   check_device(op, "mask", mask, grad);
-  TORCH_CHECK_VALUE(
-      mask.scalar_type() == at::kByte && mask.is_contiguous() && mask.sizes() == at::IntArrayRef({(grad.numel() + 7) / 8}),
-      op, ": expected mask to be uint8 of shape (", (grad.numel() + 7) / 8, ",), got ",
-      name_of(mask.scalar_type()), " of shape ", tuple(mask.sizes()));
-  TORCH_CHECK_VALUE(
-      static_cast<int64_t>(stride.size()) == grad.dim(),
-      op, ": expected ", grad.dim(), " strides, got ", tuple(stride));
+  TORCH_CHECK_VALUE(mask.scalar_type() == at::kByte && mask.is_contiguous() &&
+          mask.sizes() == at::IntArrayRef({(grad.numel() + 7) / 8}),
+      op, ": expected mask to be uint8 of shape (", (grad.numel() + 7) / 8, ",), got ", name_of(mask.scalar_type()),
+      " of shape ", tuple(mask.sizes()));
+  TORCH_CHECK_VALUE(static_cast<int64_t>(stride.size()) == grad.dim(), op, ": expected ", grad.dim(), " strides, got ",
+      tuple(stride));
   const auto to = at::empty_strided(grad.sizes(), stride, grad.options());
   TORCH_CHECK_VALUE(
       to.is_non_overlapping_and_dense(), op, ": expected the strides of a dense tensor, got ", tuple(stride));
@@ -364,20 +312,15 @@ std::tuple<Tensor, Tensor> choose_qparams_kernel(
   return {scale, zero_point};
 }
 
-Tensor quantize_kernel(
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    int64_t quant_min,
-    int64_t quant_max,
-    at::IntArrayRef code) {
+Tensor quantize_kernel(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+    int64_t quant_max, at::IntArrayRef code) {
   constexpr auto op = "quantize";
   const auto granularity = checked_granularity(op, code);
   check_quant_range(op, quant_min, quant_max);
   check_float(op, "input", input);
   check_blocks(op, input, granularity);
-  const auto qparams = checked_qparams(
-      op, input, scale, zero_point, quant_min, quant_max, granularity, input.scalar_type(), "input");
+  const auto qparams =
+      checked_qparams(op, input, scale, zero_point, quant_min, quant_max, granularity, input.scalar_type(), "input");
   const auto dtype = quantized_dtype(quant_min, quant_max);
   const auto from = as_blocks(input, granularity);
   const auto to = at::empty_like(from, from.options().dtype(dtype));
@@ -386,38 +329,25 @@ Tensor quantize_kernel(
 }
 
 Tensor dequantize_kernel(
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    at::IntArrayRef code,
-    at::ScalarType dtype) {
+    const Tensor& input, const Tensor& scale, const Tensor& zero_point, at::IntArrayRef code, at::ScalarType dtype) {
   constexpr auto op = "dequantize";
   const auto granularity = checked_granularity(op, code);
   const auto q = input.scalar_type();
-  TORCH_CHECK_TYPE(
-      q == at::kChar || q == at::kByte || q == at::kShort || q == at::kUInt16,
-      op, ": expected input to be int8, uint8, int16 or uint16, got ", name_of(q));
-  TORCH_CHECK_TYPE(
-      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
-      op, ": expected dtype to be float32, float64, float16 or bfloat16, got ", name_of(dtype));
+  TORCH_CHECK_TYPE(q == at::kChar || q == at::kByte || q == at::kShort || q == at::kUInt16, op,
+      ": expected input to be int8, uint8, int16 or uint16, got ", name_of(q));
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16, op,
+      ": expected dtype to be float32, float64, float16 or bfloat16, got ", name_of(dtype));
   check_blocks(op, input, granularity);
-  const auto qparams =
-      checked_qparams(op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output");
+  const auto qparams = checked_qparams(op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output");
   const auto from = as_blocks(input, granularity);
   const auto to = at::empty_like(from, from.options().dtype(dtype));
   cpu::dequantize(from, to, qparams, layout_of(from, granularity));
   return laid_out_like(input, to, granularity);
 }
 
-std::tuple<Tensor, Tensor> qat_linear_forward_kernel(
-    const Tensor& input,
-    const Tensor& weight,
-    const std::optional<Tensor>& bias,
-    at::IntArrayRef input_spec,
-    at::IntArrayRef weight_spec,
-    at::IntArrayRef bias_spec,
-    at::IntArrayRef output_spec,
-    std::optional<at::ScalarType> dtype) {
+std::tuple<Tensor, Tensor> qat_linear_forward_kernel(const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& bias, at::IntArrayRef input_spec, at::IntArrayRef weight_spec,
+    at::IntArrayRef bias_spec, at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype) {
   constexpr auto op = "qat_linear";
   check_linear(op, input, weight, bias, dtype.has_value());
   const auto product_dtype = dtype.value_or(input.scalar_type());
@@ -453,14 +383,8 @@ std::tuple<Tensor, Tensor> qat_linear_forward_kernel(
   return {y, weight_spec.empty() ? at::empty({0}, w_product.options()) : w_product};
 }
 
-Tensor qat_linear_kernel(
-    const Tensor& input,
-    const Tensor& weight,
-    const std::optional<Tensor>& bias,
-    at::IntArrayRef input_spec,
-    at::IntArrayRef weight_spec,
-    at::IntArrayRef bias_spec,
-    at::IntArrayRef output_spec,
+Tensor qat_linear_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
     std::optional<at::ScalarType> dtype) {
   return std::get<0>(
       qat_linear_forward_kernel(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype));
@@ -475,31 +399,38 @@ TORCH_LIBRARY(qatfast, m) {
   m.def("fake_quantize(Tensor input, int num_bits=8, bool symmetric=False, int[2] granularity=[0, 0]) -> Tensor", tags);
   m.def(
       "fake_quantize_affine(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
-      "int[2] granularity=[0, 0]) -> Tensor", tags);
+      "int[2] granularity=[0, 0]) -> Tensor",
+      tags);
   m.def(
       "choose_qparams(Tensor input, int num_bits=8, bool symmetric=False, int[2] granularity=[0, 0]) "
-      "-> (Tensor scale, Tensor zero_point)", tags);
+      "-> (Tensor scale, Tensor zero_point)",
+      tags);
   m.def(
       "quantize(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
-      "int[2] granularity=[0, 0]) -> Tensor", tags);
+      "int[2] granularity=[0, 0]) -> Tensor",
+      tags);
   m.def(
       "dequantize(Tensor input, Tensor scale, Tensor zero_point, int[2] granularity=[0, 0], "
-      "ScalarType dtype=float) -> Tensor", tags);
+      "ScalarType dtype=float) -> Tensor",
+      tags);
   // dtype: of the product, where it differs from the tensors' (autocast)
   m.def(
       "qat_linear(Tensor input, Tensor weight, Tensor? bias, int[] input_spec, int[] weight_spec, int[] bias_spec, "
-      "int[] output_spec, *, ScalarType? dtype=None) -> Tensor", tags);
+      "int[] output_spec, *, ScalarType? dtype=None) -> Tensor",
+      tags);
 
   // What autograd calls: forwards that also return what their backward needs.
   // mask: one bit an element in the memory order of the output (of a contiguous one where blocks are rows).
   m.def(
       "fake_quantize_affine_forward(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
-      "int[2] granularity=[0, 0]) -> (Tensor output, Tensor mask)", tags);
+      "int[2] granularity=[0, 0]) -> (Tensor output, Tensor mask)",
+      tags);
   m.def("fake_quantize_affine_backward(Tensor grad, Tensor mask, SymInt[] stride) -> Tensor", tags);
   // weight_hat: the fake-quantized weight in the product's dtype, of no elements where the weight stays in float
   m.def(
       "qat_linear_forward(Tensor input, Tensor weight, Tensor? bias, int[] input_spec, int[] weight_spec, "
-      "int[] bias_spec, int[] output_spec, *, ScalarType? dtype=None) -> (Tensor output, Tensor weight_hat)", tags);
+      "int[] bias_spec, int[] output_spec, *, ScalarType? dtype=None) -> (Tensor output, Tensor weight_hat)",
+      tags);
 }
 
 TORCH_LIBRARY_IMPL(qatfast, CPU, m) {

@@ -14,61 +14,30 @@ using at::Tensor;
 
 using FakeQuantize = Tensor(const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity);
 
-using FakeQuantizeAffine = Tensor(
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    int64_t quant_min,
-    int64_t quant_max,
-    at::IntArrayRef granularity);
+using FakeQuantizeAffine = Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+    int64_t quant_max, at::IntArrayRef granularity);
 
-using FakeQuantizeAffineForward = std::tuple<Tensor, Tensor>(
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    int64_t quant_min,
-    int64_t quant_max,
-    at::IntArrayRef granularity);
+using FakeQuantizeAffineForward = std::tuple<Tensor, Tensor>(const Tensor& input, const Tensor& scale,
+    const Tensor& zero_point, int64_t quant_min, int64_t quant_max, at::IntArrayRef granularity);
 
 using FakeQuantizeAffineBackward = Tensor(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef stride);
 
 using ChooseQParams = std::tuple<Tensor, Tensor>(
     const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity);
 
-using Quantize = Tensor(
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    int64_t quant_min,
-    int64_t quant_max,
-    at::IntArrayRef granularity);
+using Quantize = Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+    int64_t quant_max, at::IntArrayRef granularity);
 
-using Dequantize = Tensor(
-    const Tensor& input,
-    const Tensor& scale,
-    const Tensor& zero_point,
-    at::IntArrayRef granularity,
-    at::ScalarType dtype);
+using Dequantize = Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point,
+    at::IntArrayRef granularity, at::ScalarType dtype);
 
-using QATLinear = Tensor(
-    const Tensor& input,
-    const Tensor& weight,
-    const std::optional<Tensor>& bias,
-    at::IntArrayRef input_spec,
-    at::IntArrayRef weight_spec,
-    at::IntArrayRef bias_spec,
-    at::IntArrayRef output_spec,
+using QATLinear = Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
     std::optional<at::ScalarType> dtype);
 
-using QATLinearForward = std::tuple<Tensor, Tensor>(
-    const Tensor& input,
-    const Tensor& weight,
-    const std::optional<Tensor>& bias,
-    at::IntArrayRef input_spec,
-    at::IntArrayRef weight_spec,
-    at::IntArrayRef bias_spec,
-    at::IntArrayRef output_spec,
-    std::optional<at::ScalarType> dtype);
+using QATLinearForward = std::tuple<Tensor, Tensor>(const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& bias, at::IntArrayRef input_spec, at::IntArrayRef weight_spec,
+    at::IntArrayRef bias_spec, at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype);
 
 // x itself where it has that dtype: even an empty conversion costs a small layer a percent.
 inline Tensor as_dtype(const Tensor& x, at::ScalarType dtype) {
@@ -89,10 +58,10 @@ struct Operator<Name, Result(Args...)> {
   }
 };
 
-#define QATFAST_OPERATOR(name, Signature)              \
-  struct name##_name {                                 \
+#define QATFAST_OPERATOR(name, Signature)                   \
+  struct name##_name {                                      \
     static constexpr const char* value = "qatfast::" #name; \
-  };                                                   \
+  };                                                        \
   inline constexpr Operator<name##_name, Signature> name {}
 
 QATFAST_OPERATOR(fake_quantize, FakeQuantize);

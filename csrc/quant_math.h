@@ -12,7 +12,9 @@
 #include <type_traits>
 #include <utility>
 
-#define QATFAST_FORMULA template <class T> C10_HOST_DEVICE static inline
+#define QATFAST_FORMULA \
+  template <class T>    \
+  C10_HOST_DEVICE static inline
 
 namespace qatfast {
 

@@ -16,8 +16,8 @@ void fake_quantize_rows(const T* x, T* y, const Layout& layout, const QuantSpec&
       loops.range(x + offset, layout.inner, &lo, &hi, false);
       const C scale = choose_scale(lo, hi, min, max, spec.symmetric);
       const int32_t zero_point = choose_zero_point(lo, scale, min, max, spec.symmetric);
-      loops.fake_quantize(x + offset, y + offset, layout.inner,
-          {&scale, &zero_point, static_cast<C>(min), static_cast<C>(max), false});
+      loops.fake_quantize(
+          x + offset, y + offset, layout.inner, {&scale, &zero_point, static_cast<C>(min), static_cast<C>(max), false});
     }
   });
 }
@@ -28,8 +28,8 @@ void fake_quantize_blocks(const T* x, T* y, const Layout& layout, const QuantSpe
   c10::SmallVector<C, 64> scale(layout.blocks);
   c10::SmallVector<int32_t, 64> zero_point(layout.blocks);
   choose_qparams_of_blocks(x, layout, spec, scale.data(), zero_point.data());
-  const Grids<C> grids = {scale.data(), zero_point.data(), static_cast<C>(spec.quant_min()),
-      static_cast<C>(spec.quant_max()), false};
+  const Grids<C> grids = {
+      scale.data(), zero_point.data(), static_cast<C>(spec.quant_min()), static_cast<C>(spec.quant_max()), false};
   const auto loop = chosen().loops<T>().fake_quantize;
   map_with_grids(layout, grids, [&](int64_t offset, int64_t n, const Grids<C>& of_run) {
     loop(x + offset, y + offset, n, of_run);

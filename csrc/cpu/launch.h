@@ -74,12 +74,8 @@ void parallel_over_memory(int64_t n, F f) {
 
 template <class C>
 Grids<C> grids_of(const QParams& qparams) {
-  return {
-      qparams.scale.const_data_ptr<C>(),
-      qparams.zero_point.const_data_ptr<int32_t>(),
-      static_cast<C>(qparams.quant_min),
-      static_cast<C>(qparams.quant_max),
-      false};
+  return {qparams.scale.const_data_ptr<C>(), qparams.zero_point.const_data_ptr<int32_t>(),
+      static_cast<C>(qparams.quant_min), static_cast<C>(qparams.quant_max), false};
 }
 
 // loop(offset, n, grids) over all of a tensor with given grids.

@@ -221,13 +221,14 @@ template <class T>
 void fake_quantize_loop(const T* x, T* y, int64_t n, const Grids<compute_t<T>>& grids) {
   using C = compute_t<T>;
   with_grid(grids, [&](auto at) {
-    map<T, T, C>(x, y, n, [&](V<C> v, int64_t i, int64_t m) { return fake_quantize(v, at.at(i, m).grid); });
+    map<T, T, C>(x, y, n, [&](V<C> v, int64_t i, int64_t m) {
+      return fake_quantize(v, at.at(i, m).grid);
+    });
   });
 }
 
 template <class T>
-void fake_quantize_inside_loop(
-    const T* x, T* y, uint8_t* inside, int64_t n, const Grids<compute_t<T>>& grids) {
+void fake_quantize_inside_loop(const T* x, T* y, uint8_t* inside, int64_t n, const Grids<compute_t<T>>& grids) {
   using C = compute_t<T>;
   with_grid(grids, [&](auto at) {
     map<T, T, C>(x, y, n, [&](V<C> v, int64_t i, int64_t m) {
@@ -281,24 +282,13 @@ constexpr IntegerLoops<T, Q> integer_loops() {
 
 template <class T>
 constexpr Loops<T> all_loops() {
-  return {
-      {range<T>, fake_quantize_loop<T>, fake_quantize_inside_loop<T>},
-      integer_loops<T, int8_t>(),
-      integer_loops<T, uint8_t>(),
-      integer_loops<T, int16_t>(),
-      integer_loops<T, uint16_t>()};
+  return {{range<T>, fake_quantize_loop<T>, fake_quantize_inside_loop<T>}, integer_loops<T, int8_t>(),
+      integer_loops<T, uint8_t>(), integer_loops<T, int16_t>(), integer_loops<T, uint16_t>()};
 }
 
 constexpr InstructionSet instruction_set_named(const char* name) {
-  return {
-      name,
-      all_loops<float>(),
-      all_loops<double>(),
-      all_loops<c10::Half>(),
-      all_loops<c10::BFloat16>(),
-      mask_loop<uint16_t>,
-      mask_loop<uint32_t>,
-      mask_loop<uint64_t>};
+  return {name, all_loops<float>(), all_loops<double>(), all_loops<c10::Half>(), all_loops<c10::BFloat16>(),
+      mask_loop<uint16_t>, mask_loop<uint32_t>, mask_loop<uint64_t>};
 }
 
 } // namespace

@@ -127,6 +127,7 @@ def _body(
 def _header(study: Study, results: dict[str, Any]) -> str:
     settings = study.settings
     layers = " → ".join(str(size) for size in results["network"]["layers"])
+    epochs = "one epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
     seeds = "one seed" if settings.seeds == 1 else f"{settings.seeds} seeds"
     parts = [
         f"<header>\n<h1>{page.escape(_title(study))}</h1>",
@@ -134,7 +135,7 @@ def _header(study: Study, results: dict[str, Any]) -> str:
             f"A network of three linear layers ({layers}, {study.parameters:,} parameters) is trained in 32-bit floats "
             "(FP32), put on grids of few bits afterwards (post-training quantization, PTQ), and trained on these grids "
             f"(quantization-aware training, QAT). {study.train_samples:,} samples for training, "
-            f"{study.test_samples:,} for testing, {settings.epochs} epochs a training, {seeds}: each seed is another "
+            f"{study.test_samples:,} for testing, {epochs} a training, {seeds}: each seed is another "
             "split, other first weights and another order."
         ),
     ]
@@ -202,7 +203,7 @@ def _how_it_was_done(study: Study, results: dict[str, Any]) -> str:
     settings, machine, versions = study.settings, results["machine"], results["versions"]
     facts = {
         "Training": f"Adam, learning rate {settings.learning_rate:g} ({settings.finetune_learning_rate:g} to "
-        f"fine-tune), batch {settings.batch_size}, cross entropy, {settings.epochs} epochs.",
+        f"fine-tune), batch {settings.batch_size}, cross entropy.",
         "Seeds": f"{settings.seed} to {settings.seed + settings.seeds - 1}. The same seeds on the same machine give "
         "the same results.json, apart from its keys timing, machine, versions and date.",
         "Data": f"{study.samples.name}, {results['data']['features']} features, classes "

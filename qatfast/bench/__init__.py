@@ -1,0 +1,29 @@
+"""How fast the operators are next to other implementations: what is measured, by whom, how, and ``qatfast bench``.
+
+works.py        what is measured: an operator, a size, forward or forward + backward
+providers.py    who does it: qatfast, its reference, the same compiled, the tutorials' formula, torch's own ops
+layers.py       the same for the linear layer, with other packages where they are installed
+tutorial.py     fake quantization as tutorials write it
+contest.py      the check against the reference, and the timer
+table.py        the results as text
+machine.py      what they were measured on
+command.py      the command line
+"""
+
+from .command import add_arguments, main
+from .contest import Contest, Result, Timing, WrongResult, contestants, measure, prepare
+from .works import Work, works
+
+__all__ = [
+    "Contest",
+    "Result",
+    "Timing",
+    "Work",
+    "WrongResult",
+    "add_arguments",
+    "contestants",
+    "main",
+    "measure",
+    "prepare",
+    "works",
+]

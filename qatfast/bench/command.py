@@ -1,0 +1,113 @@
+"""``qatfast bench``: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from .. import kernels
+from ..checks import FLOAT_DTYPES, dtype_name
+from .contest import Result, WrongResult, measure, prepare
+from .record import as_json
+from .table import show, skipped, tables
+from .works import OPS, SHORT_OPS, works
+
+EXAMPLES = """examples:
+  qatfast bench                             fake_quantize and the linear layer at a few sizes
+  qatfast bench --op quantize dequantize    other operators
+  qatfast bench --full --json bench.json    every size and granularity, minutes
+
+The times of a call are in brackets, before them their ratio to the baseline. The maximum error is the largest
+difference from the reference in plain PyTorch, as a share of the largest value: formulas differ next to ties.
+"""
+DTYPES = {dtype_name(dtype): dtype for dtype in FLOAT_DTYPES}
+SHORT_SECONDS = 1.0
+FULL_SECONDS = 3.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``qatfast bench``."""
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "--op",
+        nargs="+",
+        choices=OPS,
+        metavar="OP",
+        help=f"{', '.join(OPS)} (default: {' '.join(SHORT_OPS)})",
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="every size and granularity (without --op: of all)"
+    )
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        metavar="DTYPE",
+        help=f"{', '.join(DTYPES)} (default: float32)",
+    )
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write all figures into FILE too")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures and prints; progress goes to stderr.
+
+    Args:
+        args: what ``add_arguments`` defines.
+
+    Returns:
+        The exit code: 0 done, 1 a result was wrong.
+    """
+    if kernels.reason():
+        print(f"Without compiled kernels: {kernels.reason()}", file=sys.stderr)
+    ops = dict.fromkeys(args.op or (OPS if args.full else SHORT_OPS))
+    try:
+        results = run(ops, short=not args.full, dtype=DTYPES[args.dtype], device=args.device)
+    except WrongResult as error:
+        print(f"qatfast bench: {error}", file=sys.stderr)
+        return 1
+    print()
+    for table in tables(results):
+        show(table)
+    for line in skipped(results):
+        print(f"skipped: {line}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(as_json(results), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def run(
+    ops: Iterable[str],
+    *,
+    short: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> list[Result]:
+    """The contests of these operators, one after another; names each on stderr."""
+    results = []
+    todo = [work for op in ops for work in works(op, short=short, dtype=dtype, device=device)]
+    for index, work in enumerate(todo, 1):
+        print(f"[{index}/{len(todo)}] {work}", file=sys.stderr, flush=True)
+        results.append(measure(prepare(work), seconds=SHORT_SECONDS if short else FULL_SECONDS))
+    return results
+
+
+def _device(text: str) -> str:
+    allowed = ["cpu"]
+    if torch.cuda.is_available():
+        allowed += ["cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if text not in allowed:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(allowed)} here, got '{text}'")
+    return text
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got '{text}'")
+    return path

@@ -1,0 +1,81 @@
+"""What was measured on: the processor, versions, the date. No names of hosts, users or folders."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import __version__, kernels
+
+CPU = Path("/sys/devices/system/cpu")
+PEERS = ("brevitas", "torchao")
+
+
+def machine() -> dict[str, str]:
+    """Processor, cores, caches, instruction sets, threads."""
+    facts = kernels.info()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {
+        "processor": _processor(),
+        "cores": str(cores),
+        "caches": _caches(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": facts["threads"],
+        "instruction set": f"{facts['instruction set']} (qatfast), {facts['torch capability']} (torch)",
+        "kernels": facts["kernels"],
+        "built with": facts["built with"],
+    }
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        found["scheduling"] = "real-time priority, so that nothing else on the machine interrupts"
+    if torch.cuda.is_available():
+        found["GPU"] = torch.cuda.get_device_name()
+    return {name: value for name, value in found.items() if value}
+
+
+def versions() -> dict[str, str]:
+    """Of everything that takes part."""
+    found = {
+        "qatfast": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def date() -> str:
+    """Today, as the world counts it."""
+    return datetime.now(timezone.utc).date().isoformat()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _caches() -> str:
+    """Of the first core: ``L1 data 32K, L2 1024K, L3 32768K``."""
+    found = []
+    for folder in sorted((CPU / "cpu0" / "cache").glob("index*")):
+        try:
+            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        if kind != "Instruction":
+            found.append(f"L{level}{' data' if kind == 'Data' else ''} {size}")
+    return ", ".join(found)

@@ -1,0 +1,265 @@
+"""Who computes an elementwise operator: qatfast, its reference, and what else PyTorch offers for the same.
+
+A provider is a function of the inputs that gives a function of one tensor. It raises where it cannot do the work; the
+message says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional, reference
+from ..config import Granularity, PerChannel, PerGroup, PerTensor
+from . import tutorial
+from .works import QUANT_MAX, QUANT_MIN, Inputs
+
+Function = Callable[[Tensor], Any]
+Provider = Callable[[Inputs], Function]
+
+OURS = "qatfast"
+REFERENCE = "reference"
+COMPILED = "reference, compiled"
+TUTORIAL = "tutorial formula"
+
+
+def providers(op: str) -> dict[str, Provider]:
+    """The providers of an operator by name, the baseline first."""
+    return {
+        "clone": _clone,
+        OURS: lambda inputs: partial(getattr(functional, op), **inputs.arguments),
+        REFERENCE: lambda inputs: partial(getattr(reference, op), **inputs.arguments),
+        COMPILED: lambda inputs: partial(
+            torch.compile(getattr(reference, op), dynamic=False), **inputs.arguments
+        ),
+        **OTHERS.get(op, {}),
+    }
+
+
+def _clone(inputs: Inputs) -> Function:
+    """A copy of the float tensor: one read and one write of memory, in whatever type the operator itself works."""
+    if inputs.x.is_floating_point():
+        return Tensor.clone
+    return lambda _: inputs.real.clone()
+
+
+def _rows(x: Tensor, granularity: Granularity) -> tuple[Tensor, int]:
+    """A two-dimensional view and its axis of blocks: torch knows blocks along one axis only."""
+    if isinstance(granularity, PerChannel):
+        return x, granularity.axis
+    size = granularity.group_size if isinstance(granularity, PerGroup) else x.shape[-1]
+    return x.reshape(-1, size), 0
+
+
+def _tutorial_qparams(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The given grid, shaped to broadcast."""
+    x, dims = tutorial.blocks(inputs.x, inputs.work.granularity)
+    shape = [
+        1 if dims is None or dim - x.dim() in dims or dim in dims else x.shape[dim] for dim in range(x.dim())
+    ]
+    return inputs.scale.reshape(shape), inputs.zero_point.reshape(shape)
+
+
+# fake_quantize
+
+
+def _tutorial_fake_quantize(inputs: Inputs) -> Function:
+    if isinstance(inputs.work.granularity, PerTensor):
+        return tutorial.FakeQuantize.apply
+    return lambda x: tutorial.FakeQuantize.apply(x, inputs.work.granularity)
+
+
+def _aten_qparams(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """As torch's observers choose them."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / (QUANT_MAX - QUANT_MIN)
+    return scale, (QUANT_MIN - torch.round(low / scale)).clamp(QUANT_MIN, QUANT_MAX).to(torch.int32)
+
+
+def _aten_choose_qparams(inputs: Inputs) -> Function:
+    granularity = inputs.work.granularity
+    if isinstance(granularity, PerTensor):
+        return lambda x: _aten_qparams(*torch.aminmax(x))
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, axis = _rows(x, granularity)
+        return _aten_qparams(*torch.aminmax(rows, dim=1 - axis))
+
+    return call
+
+
+def _aten_fake_quantize_on(granularity: Granularity) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if isinstance(granularity, PerTensor):
+        return lambda x, scale, zero_point: torch.fake_quantize_per_tensor_affine(
+            x, scale, zero_point, QUANT_MIN, QUANT_MAX
+        )
+
+    def call(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        rows, axis = _rows(x, granularity)
+        y = torch.fake_quantize_per_channel_affine(
+            rows, scale.flatten(), zero_point.flatten(), axis, QUANT_MIN, QUANT_MAX
+        )
+        return y.reshape(x.shape)
+
+    return call
+
+
+def _aten_fake_quantize(inputs: Inputs) -> Function:
+    choose = _aten_choose_qparams(inputs)
+    fake_quantize = _aten_fake_quantize_on(inputs.work.granularity)
+
+    def call(x: Tensor) -> Tensor:
+        return fake_quantize(x, *choose(x.detach()))
+
+    return call
+
+
+def ao_fake_quantize(
+    granularity: Granularity = PerTensor(), axis: int = 0, *, fused: bool = False, device: str = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """torch.ao's module, 8 bits, affine, with a moving average of the range."""
+    from torch.ao import quantization as ao
+
+    per_tensor = isinstance(granularity, PerTensor)
+    scheme = torch.per_tensor_affine if per_tensor else torch.per_channel_affine
+    observer = ao.MovingAverageMinMaxObserver if per_tensor else ao.MovingAveragePerChannelMinMaxObserver
+    module = ao.FusedMovingAvgObsFakeQuantize if fused else ao.FakeQuantize
+    options = {} if per_tensor else {"ch_axis": axis}
+    return module(
+        observer, quant_min=QUANT_MIN, quant_max=QUANT_MAX, dtype=torch.quint8, qscheme=scheme, **options
+    ).to(device)
+
+
+def _ao_fake_quantize(inputs: Inputs) -> Function:
+    granularity = inputs.work.granularity
+    if isinstance(granularity, PerTensor):
+        return ao_fake_quantize(device=inputs.work.device)
+    axis = _rows(inputs.x, granularity)[1]
+    module = ao_fake_quantize(granularity, axis, device=inputs.work.device)
+    return lambda x: module(_rows(x, granularity)[0]).reshape(x.shape)
+
+
+def _ao_fused_op(inputs: Inputs) -> Function:
+    granularity = inputs.work.granularity
+    per_tensor = isinstance(granularity, PerTensor)
+    rows, axis = (inputs.x, 0) if per_tensor else _rows(inputs.x, granularity)
+    count = 1 if per_tensor else rows.shape[axis]
+    device = inputs.work.device
+    on = torch.ones(1, dtype=torch.int64, device=device)
+    low, high = (torch.full((count,), value, device=device) for value in (float("inf"), float("-inf")))
+    scale = torch.ones(count, device=device)
+    zero_point = torch.zeros(count, dtype=torch.int32, device=device)
+    state = (on, on, low, high, scale, zero_point, 0.01, QUANT_MIN, QUANT_MAX, axis, not per_tensor, False)
+    op = torch.fused_moving_avg_obs_fake_quant
+    if per_tensor:
+        return lambda x: op(x, *state)
+    return lambda x: op(_rows(x, granularity)[0], *state).reshape(x.shape)
+
+
+# fake_quantize_affine
+
+
+def _tutorial_fake_quantize_affine(inputs: Inputs) -> Function:
+    qparams = _tutorial_qparams(inputs)
+    return lambda x: tutorial.FakeQuantize.apply(x, inputs.work.granularity, qparams)
+
+
+def _aten_fake_quantize_affine(inputs: Inputs) -> Function:
+    fake_quantize = _aten_fake_quantize_on(inputs.work.granularity)
+    return lambda x: fake_quantize(x, inputs.scale, inputs.zero_point)
+
+
+def _ao_fake_quantize_affine(inputs: Inputs) -> Function:
+    granularity = inputs.work.granularity
+    axis = 0 if isinstance(granularity, PerTensor) else _rows(inputs.x, granularity)[1]
+    module: Any = ao_fake_quantize(granularity, axis, device=inputs.work.device)
+    module.disable_observer()
+    module.scale, module.zero_point = inputs.scale.reshape(-1), inputs.zero_point.reshape(-1)
+    if isinstance(granularity, PerTensor):
+        return module
+    return lambda x: module(_rows(x, granularity)[0]).reshape(x.shape)
+
+
+# choose_qparams
+
+
+def _tutorial_choose_qparams(inputs: Inputs) -> Function:
+    return lambda x: tutorial.choose_qparams(*tutorial.blocks(x, inputs.work.granularity))
+
+
+def _ao_observer(inputs: Inputs) -> Function:
+    from torch.ao import quantization as ao
+
+    granularity = inputs.work.granularity
+    range_ = {"quant_min": QUANT_MIN, "quant_max": QUANT_MAX, "dtype": torch.quint8}
+    if isinstance(granularity, PerTensor):
+        observer = ao.MinMaxObserver(qscheme=torch.per_tensor_affine, **range_)
+    else:
+        axis = _rows(inputs.x, granularity)[1]
+        observer = ao.PerChannelMinMaxObserver(ch_axis=axis, qscheme=torch.per_channel_affine, **range_)
+    observer.to(inputs.work.device)
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        observer(x if isinstance(granularity, PerTensor) else _rows(x, granularity)[0])
+        return observer.calculate_qparams()
+
+    return call
+
+
+# quantize, dequantize
+
+
+def _tutorial_quantize(inputs: Inputs) -> Function:
+    qparams = _tutorial_qparams(inputs)
+    granularity = inputs.work.granularity
+    return lambda x: tutorial.quantize(tutorial.blocks(x, granularity)[0], *qparams).to(torch.uint8)
+
+
+def _aten_quantize(inputs: Inputs) -> Function:
+    granularity = inputs.work.granularity
+    scale, zero_point = inputs.scale.flatten(), inputs.zero_point.flatten()
+    if isinstance(granularity, PerTensor):
+        return lambda x: torch.quantize_per_tensor(x, inputs.scale, inputs.zero_point, torch.quint8)
+
+    def call(x: Tensor) -> Tensor:
+        rows, axis = _rows(x, granularity)
+        return torch.quantize_per_channel(rows, scale, zero_point, axis, torch.quint8)
+
+    return call
+
+
+def _tutorial_dequantize(inputs: Inputs) -> Function:
+    qparams = _tutorial_qparams(inputs)
+    granularity, dtype = inputs.work.granularity, inputs.work.dtype
+    return lambda x: tutorial.dequantize(tutorial.blocks(x, granularity)[0].to(dtype), *qparams)
+
+
+def _aten_dequantize(inputs: Inputs) -> Function:
+    packed = _aten_quantize(inputs)(inputs.real)
+    return lambda _: packed.dequantize()
+
+
+OTHERS: dict[str, dict[str, Provider]] = {
+    "fake_quantize": {
+        TUTORIAL: _tutorial_fake_quantize,
+        "aten ops": _aten_fake_quantize,
+        "torch.ao FakeQuantize": _ao_fake_quantize,
+        "torch.ao fused op": _ao_fused_op,
+    },
+    "fake_quantize_affine": {
+        TUTORIAL: _tutorial_fake_quantize_affine,
+        "aten op": _aten_fake_quantize_affine,
+        "torch.ao FakeQuantize": _ao_fake_quantize_affine,
+    },
+    "choose_qparams": {
+        TUTORIAL: _tutorial_choose_qparams,
+        "aten ops": _aten_choose_qparams,
+        "torch.ao observer": _ao_observer,
+    },
+    "quantize": {TUTORIAL: _tutorial_quantize, "aten op": _aten_quantize},
+    "dequantize": {TUTORIAL: _tutorial_dequantize, "aten op": _aten_dequantize},
+}

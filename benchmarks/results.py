@@ -21,11 +21,11 @@ MOST_OF_LINEAR = 1.10
 SIZES = ("4 Ki", "64 Ki", "256 Ki", "1 Mi", "4 Mi")
 LAYERS = ("32, 64, 64", "256, 1024, 1024", "512, 4096, 4096")
 
-READING = """Each cell is the ratio to the row that is 1.0, then the time of one call. All providers of a column ran in one
-process in turns, in another order each round; a turn is one call that does not count and then about 2 ms of calls.
-Both figures are medians over the rounds, the ratio taken round by round, so a ratio need not be the quotient of two
-times to the last digit. Ratios of 1.0x and their neighbours move by some percent from run to run; times depend on the
-machine.
+READING = """Each cell is the ratio to the row that is 1.0, then the time of one call. All providers of a column ran in
+one process in turns, in another order each round; a turn is about 2 ms of calls, or one call if that takes longer,
+after one call that does not count (not where a call takes 50 ms). Both figures are medians over the rounds, the ratio
+taken round by round, so a ratio need not be the quotient of two times to the last digit. Ratios near 1 move by some
+percent from run to run; times depend on the machine.
 
 - **max error**: the largest difference from the reference, as a share of the largest value, over all columns. Formulas
   differ next to ties, by one step of 255. `qatfast` has to equal the reference in every bit, values and gradients, or
@@ -40,7 +40,8 @@ WHO = """- **clone**, **nn.Linear**: the floor; a copy of the float tensor, the 
 - **aten ops**: `torch.aminmax` and `torch.fake_quantize_per_tensor_affine` or `per_channel_affine`,
   `torch.quantize_per_tensor` or `per_channel`; per token and per group as channels of a two-dimensional view.
 - **torch.ao**: `FakeQuantize` with `MovingAverageMinMaxObserver`, its fused op
-  `torch.fused_moving_avg_obs_fake_quant`, `MinMaxObserver`; `nn.qat.Linear` with the output quantized too, the bias not.
+  `torch.fused_moving_avg_obs_fake_quant`, `MinMaxObserver`; `nn.qat.Linear` with the output quantized too, the bias
+  not.
 - **Brevitas**: `QuantLinear`, weight, bias and output per tensor. **torchao**: `FakeQuantizedLinear`, input per token,
   weight per output channel, output and bias not quantized. These two quantize otherwise, so their error is larger.
 """

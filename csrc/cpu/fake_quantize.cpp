@@ -25,8 +25,8 @@ void fake_quantize_rows(const T* x, T* y, const Layout& layout, const QuantSpec&
 template <class T>
 void fake_quantize_blocks(const T* x, T* y, const Layout& layout, const QuantSpec& spec) {
   using C = compute_t<T>;
-  c10::SmallVector<C, 64> scale(layout.blocks);
-  c10::SmallVector<int32_t, 64> zero_point(layout.blocks);
+  std::vector<C> scale(layout.blocks);
+  std::vector<int32_t> zero_point(layout.blocks);
   choose_qparams_of_blocks(x, layout, spec, scale.data(), zero_point.data());
   const Grids<C> grids = {
       scale.data(), zero_point.data(), static_cast<C>(spec.quant_min()), static_cast<C>(spec.quant_max()), false};

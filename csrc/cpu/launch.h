@@ -6,9 +6,9 @@
 
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
-#include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <vector>
 
 namespace qatfast::cpu {
 
@@ -118,7 +118,7 @@ void choose_qparams_of_blocks(
   }
   // a range of every block for every task, each over its own stretch of memory
   const int64_t tasks = std::clamp<int64_t>(n / grain, 1, at::get_num_threads());
-  c10::SmallVector<C, 64> lo(tasks * layout.blocks, C(0)), hi(tasks * layout.blocks, C(0));
+  std::vector<C> lo(tasks * layout.blocks, C(0)), hi(tasks * layout.blocks, C(0));
   at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       C* const task_lo = lo.data() + task * layout.blocks;

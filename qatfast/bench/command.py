@@ -27,7 +27,7 @@ difference from the reference in plain PyTorch, as a share of the largest value:
 """
 DTYPES = {dtype_name(dtype): dtype for dtype in FLOAT_DTYPES}
 SHORT_SECONDS = 1.0
-FULL_SECONDS = 3.0
+FULL_SECONDS = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import gc
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from .works import Work, works
 from .works import inputs as elementwise_inputs
 
 TURN = 2e-3
+LONG_CALL = 50e-3
 LEAST_ROUNDS = 7
 MOST_ROUNDS = 200
 
@@ -101,7 +103,8 @@ def prepare(work: Work, wanted: Iterable[str] | None = None) -> Contest:
     """
     torch.compiler.reset()  # each size is compiled by itself, and a function only so many times
     make = _layer_run if work.op == "qat_linear" else _elementwise_run
-    with work.grad_mode():
+    with work.grad_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of the age of its own functions
         run_of = make(work)
         expected = tensors(run_of(REFERENCE)())
         contest = Contest(work)
@@ -193,7 +196,8 @@ def _reason(error: Exception) -> str:
 def measure(contest: Contest, *, seconds: float = 3.0) -> Result:
     """Times the providers in turns, in another order each round, so that a busy moment of the machine hits all.
 
-    A turn is one call that does not count and then as many as take about 2 ms. The ratio is taken round by round.
+    A turn is as many calls as take about 2 ms, after one that does not count (not where a call takes 50 ms, and caches
+    no longer matter). The ratio is taken round by round.
 
     Args:
         contest: the providers; the baseline has to be among them.
@@ -208,14 +212,14 @@ def measure(contest: Contest, *, seconds: float = 3.0) -> Result:
     gc.disable()
     try:
         with work.grad_mode():
-            calls = {name: _calls_per_turn(run, work.device) for name, run in contest.runs.items()}
+            turns = {name: _turn_of(run, work.device) for name, run in contest.runs.items()}
             end = time.perf_counter() + seconds
             for round_ in range(MOST_ROUNDS):
                 if round_ >= LEAST_ROUNDS and time.perf_counter() > end:
                     break
                 shuffle(order)
                 for name in order:
-                    times[name].append(turn(contest.runs[name], calls[name], work.device))
+                    times[name].append(turns[name]())
     finally:
         if collecting:
             gc.enable()
@@ -236,14 +240,18 @@ def measure(contest: Contest, *, seconds: float = 3.0) -> Result:
     return Result(work, tuple(timings), dict(contest.skipped))
 
 
-def _calls_per_turn(run: Run, device: str) -> int:
-    fastest = min(turn(run, 1, device) for _ in range(3))
-    return max(1, min(5000, round(TURN / fastest)))
+def _turn_of(run: Run, device: str) -> Callable[[], float]:
+    """The turn of a provider, as long as its calls ask for."""
+    if (once := _turn(run, 1, 0, device)) < LONG_CALL:
+        once = min(_turn(run, 1, 1, device) for _ in range(3))
+    calls = max(1, min(5000, round(TURN / once)))
+    return partial(_turn, run, calls, 1 if once < LONG_CALL else 0, device)
 
 
-def turn(run: Run, calls: int, device: str) -> float:
-    """Seconds of one call, after one that does not count."""
-    run()
+def _turn(run: Run, calls: int, uncounted: int, device: str) -> float:
+    """Seconds of one call."""
+    for _ in range(uncounted):
+        run()
     _wait(device)
     start = time.perf_counter()
     for _ in range(calls):

@@ -80,12 +80,15 @@ def show(table: Table) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
+    console = Console()
     view = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
     for index, text in enumerate(table.header):
-        view.add_column(text, justify="right" if index else "left")
+        view.add_column(text, justify="right" if index else "left", no_wrap=not index)
+    broad = max(map(len, plain(table).splitlines()[2:])) + 2 * len(table.header) <= console.width
     for row in table.rows:
-        view.add_row(*row, style="bold" if row[0] == OURS else None)
-    Console().print(view)
+        cells = row if broad else [cell.replace(" (", "\n(") for cell in row]
+        view.add_row(*cells, style="bold" if row[0] == OURS else None)
+    console.print(view)
 
 
 def plain(table: Table) -> str:

@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 REPORT ?= report
 DEMO_ARGS ?= --data digits
 TEST_ARGS ?=
-BENCH_ARGS ?= --benchmark-max-time=0.3 --benchmark-columns=median,iqr,rounds,iterations
+BENCH_ARGS ?= -rs --benchmark-max-time=0.3 --benchmark-columns=median,iqr,rounds,iterations
 SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,fake_quantize fake_quantize_affine choose_qparams \
                     quantize dequantize qat_linear errors))
 SANITIZE_ARGS ?= -k "not compile"

@@ -31,6 +31,20 @@ QATFAST_INLINE To bits_as(const void* from) {
   return to;
 }
 
+// Integers to integers, halving or doubling their size a step: GCC takes a larger one element by element.
+template <class To, int N, class From>
+QATFAST_INLINE Vec<To, N> integers_as(Vec<From, N> v) {
+  if constexpr (sizeof(To) < sizeof(From) / 2) {
+    using Half = std::conditional_t<sizeof(From) == 8, int32_t, int16_t>;
+    return integers_as<To, N, Half>(__builtin_convertvector(v, Vec<Half, N>));
+  } else if constexpr (sizeof(To) > sizeof(From) * 2) {
+    using Double = std::conditional_t<std::is_signed_v<From>, int16_t, uint16_t>;
+    return integers_as<To, N, Double>(__builtin_convertvector(v, Vec<Double, N>));
+  } else {
+    return __builtin_convertvector(v, Vec<To, N>);
+  }
+}
+
 // A vector of elements of T at p, as C.
 template <class T, class C>
 QATFAST_INLINE V<C> load(const void* p) {
@@ -55,7 +69,7 @@ QATFAST_INLINE V<C> load(const void* p) {
     return wide;
 #endif
   } else { // integers
-    return __builtin_convertvector(__builtin_convertvector((bits_as<Vec<T, N>>(p)), Vec<int32_t, N>), V<C>);
+    return __builtin_convertvector((integers_as<int32_t, N, T>(bits_as<Vec<T, N>>(p))), V<C>);
   }
 }
 
@@ -93,7 +107,7 @@ QATFAST_INLINE void store(void* p, V<C> v) {
     store_half<N>(p, narrow);
 #endif
   } else {
-    const auto narrow = __builtin_convertvector(__builtin_convertvector(v, Vec<int32_t, N>), Vec<T, N>);
+    const auto narrow = integers_as<T, N, int32_t>(__builtin_convertvector(v, Vec<int32_t, N>));
     std::memcpy(p, &narrow, sizeof(narrow));
   }
 }
@@ -233,7 +247,8 @@ void fake_quantize_inside_loop(const T* x, T* y, uint8_t* inside, int64_t n, con
   with_grid(grids, [&](auto at) {
     map<T, T, C>(x, y, n, [&](V<C> v, int64_t i, int64_t m) {
       const auto grid = at.at(i, m).grid;
-      const auto narrow = __builtin_convertvector(passes_gradient(v, grid), Vec<int8_t, lanes<C>>);
+      using Lane = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
+      const auto narrow = integers_as<int8_t, lanes<C>, Lane>(passes_gradient(v, grid));
       std::memcpy(inside + i, &narrow, m);
       return fake_quantize(v, grid);
     });
@@ -263,15 +278,23 @@ void dequantize_loop(const Q* q, T* y, int64_t n, const Grids<compute_t<T>>& gri
 }
 
 template <class U>
+QATFAST_INLINE Vec<U, 8> masked(Vec<U, 8> grad, uint8_t mask) {
+  const Vec<U, 8> bit = {1, 2, 4, 8, 16, 32, 64, 128};
+  return grad & static_cast<Vec<U, 8>>(((Vec<U, 8>{} + mask) & bit) != 0);
+}
+
+template <class U>
 void mask_loop(const U* grad, const uint8_t* mask, U* to, int64_t n) {
-  using Bits = Vec<U, 8>;
-  const Bits bit = {1, 2, 4, 8, 16, 32, 64, 128};
-  for (int64_t i = 0; i < n; i += 8) {
-    const auto size = (n - i < 8 ? n - i : 8) * sizeof(U);
-    Bits value = {};
-    std::memcpy(&value, grad + i, size);
-    const Bits kept = value & static_cast<Bits>(((Bits{} + mask[i / 8]) & bit) != 0);
-    std::memcpy(to + i, &kept, size);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const auto kept = masked<U>(bits_as<Vec<U, 8>>(grad + i), mask[i / 8]);
+    std::memcpy(to + i, &kept, sizeof(kept));
+  }
+  if (i < n) {
+    Vec<U, 8> value = {};
+    std::memcpy(&value, grad + i, (n - i) * sizeof(U));
+    const auto kept = masked<U>(value, mask[i / 8]);
+    std::memcpy(to + i, &kept, (n - i) * sizeof(U));
   }
 }
 

@@ -269,9 +269,13 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
+        ctx.has_inside = inputs[2] is not None
+        if ctx.has_inside:  # else nothing is kept, and backward may run again
+            ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if not ctx.has_inside:
+            return grad, None, None
         (inside,) = ctx.saved_tensors
-        return grad if inside is None else torch.where(inside, grad, 0), None, None
+        return torch.where(inside, grad, 0), None, None

@@ -6,10 +6,11 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
+
+#include <vector>
 
 namespace qatfast::autograd {
 
@@ -59,6 +60,14 @@ struct FakeQuantizeAffineBackwardNode : Function<FakeQuantizeAffineBackwardNode>
   }
 };
 
+std::vector<c10::SymInt> contiguous_strides(c10::SymIntArrayRef sizes) {
+  std::vector<c10::SymInt> strides(sizes.size(), 1);
+  for (auto d = static_cast<int64_t>(sizes.size()) - 2; d >= 0; --d) {
+    strides[d] = strides[d + 1] * sizes[d + 1].max(1);
+  }
+  return strides;
+}
+
 struct FakeQuantizeAffineNode : Function<FakeQuantizeAffineNode> {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& scale,
       const Variable& zero_point, int64_t quant_min, int64_t quant_max, at::IntArrayRef granularity) {
@@ -68,8 +77,7 @@ struct FakeQuantizeAffineNode : Function<FakeQuantizeAffineNode> {
         op::fake_quantize_affine_forward(input, scale, zero_point, quant_min, quant_max, granularity);
     ctx->save_for_backward({mask});
     const bool by_rows = Granularity{static_cast<Granularity::Kind>(granularity[0])}.by_rows();
-    const auto in_mask_order = by_rows ? at::empty_like(input, at::MemoryFormat::Contiguous) : output;
-    ctx->saved_data["stride"] = in_mask_order.sym_strides();
+    ctx->saved_data["stride"] = by_rows ? contiguous_strides(input.sym_sizes()) : output.sym_strides().vec();
     return output;
   }
 

@@ -1,5 +1,6 @@
 """What is kept for backward, and how much is allocated on the way."""
 
+import functools
 import gc
 import math
 
@@ -137,12 +138,20 @@ def test_a_backward_of_fake_quantize_allocates_nothing(kernels):
     assert sum(allocated) <= 1024
 
 
-def test_fake_quantize_affine_allocates_its_output_and_the_bits(kernels):
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerToken(), PerGroup(50)], ids=str
+)
+def test_fake_quantize_affine_allocates_its_output_and_the_bits(kernels, granularity):
     x = cases.normal((1000, 200), requires_grad=True)
-    grid = cases.grid((1000, 200), PerTensor())
-    assert peak(lambda: fake_quantize_affine(x, *grid)) <= bytes_of(x) + x.numel() // 8 + PAGE
+    grid = cases.grid((1000, 200), granularity)
+    forward = functools.partial(fake_quantize_affine, x, *grid, granularity=granularity)
+    assert peak(forward) <= bytes_of(x) + x.numel() // 8 + PAGE
     with torch.no_grad():
-        assert peak(lambda: fake_quantize_affine(x, *grid)) <= bytes_of(x) + PAGE
+        assert peak(forward) <= bytes_of(x) + PAGE
+    upstream = cases.normal((1000, 200), seed=1)
+    y = forward()
+    backward = functools.partial(torch.autograd.grad, y, x, upstream, retain_graph=True)
+    assert peak(backward) <= bytes_of(x) + PAGE
 
 
 @SHAPES

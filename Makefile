@@ -64,7 +64,7 @@ $(VENV)/.asked: FORCE
 $(VENV)/.version: FORCE
 	$(call remember,$(VERSION))
 $(VENV)/.switches: FORCE
-	$(call remember,$(foreach v,CXX FORCE_CUDA QATFAST_NO_EXT QATFAST_DEBUG QATFAST_SANITIZE,$(call given,$(v))))
+	$(call remember,$(foreach v,CXX FORCE_CUDA TORCH_CUDA_ARCH_LIST CUDA_HOME QATFAST_NO_EXT QATFAST_DEBUG QATFAST_SANITIZE,$(call given,$(v))))
 
 # This stamp names the installed torch, and so keeps the other packages from replacing it.
 $(VENV)/.torch: $(VENV)/.asked

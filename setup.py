@@ -1,11 +1,12 @@
 """Builds the extension qatfast._C, and writes qatfast/_build.json: what was built, with what, and if not, why not.
 
-Everything else about the package is in pyproject.toml. Read from the environment: CXX, MAX_JOBS, QATFAST_NO_EXT=1,
-QATFAST_DEBUG=1, QATFAST_SANITIZE=address|undefined|thread.
+Everything else about the package is in pyproject.toml. Read from the environment: CXX, MAX_JOBS, FORCE_CUDA=1|0,
+TORCH_CUDA_ARCH_LIST, CUDA_HOME, QATFAST_NO_EXT=1, QATFAST_DEBUG=1, QATFAST_SANITIZE=address|undefined|thread.
 """
 
 import json
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -17,6 +18,24 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
+
+def find_cuda_home():
+    """The CUDA toolkit: CUDA_HOME, or what nvcc names (which may be a wrapper outside of it), or the usual place."""
+    if os.environ.get("CUDA_HOME"):
+        return Path(os.environ["CUDA_HOME"])
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        words = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+        listing = subprocess.run(words, capture_output=True, text=True, check=False).stderr
+        top = re.search(r"^#\$ TOP=(.*)$", listing, re.MULTILINE)
+        return Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
+    return Path("/usr/local/cuda")
+
+
+cuda_home = find_cuda_home()
+if (cuda_home / "bin" / "nvcc").is_file():
+    os.environ["CUDA_HOME"] = str(cuda_home)  # torch reads it when it is imported
+
 # An isolated build (plain `pip install .`) sees no installed package, but the kernels must be compiled against the
 # torch that they will run with: the target environment's. Its folders come last, so the build's own tools win.
 sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
@@ -24,7 +43,7 @@ if sys.prefix == sys.base_prefix:  # inside a virtual environment the user's own
     sys.path.append(site.getusersitepackages())
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, include_paths
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
@@ -58,15 +77,34 @@ def why_no_kernels(compiler):
     return "" if torch else NO_TORCH
 
 
+def why_no_cuda():
+    """Why no CUDA kernels are built; empty if they are."""
+    if os.environ.get("FORCE_CUDA") == "0":
+        return "FORCE_CUDA was 0 when qatfast was built"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    nvcc = cuda_home / "bin" / "nvcc"
+    if not nvcc.is_file():
+        return f"no CUDA toolkit was found when qatfast was built (nvcc on PATH, or CUDA_HOME; looked in {cuda_home})"
+    banner = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", banner)
+    if not release:
+        return f"{nvcc} does not run"
+    if release[1] != torch.version.cuda.split(".")[0]:
+        return f"torch {torch.__version__} is for CUDA {torch.version.cuda}, and nvcc is {release[1]}.{release[2]}"
+    return ""
+
+
+def architectures():
+    """TORCH_CUDA_ARCH_LIST, or what this torch itself is built for, the newest as PTX too for later devices."""
+    built_for = re.findall(r"\bsm_(\d+)(\d)\b", torch._C._cuda_getArchFlags() or "")
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(map(".".join, built_for)) + "+PTX"
+
+
 debug = switch("QATFAST_DEBUG")
 sanitize = os.environ.get("QATFAST_SANITIZE", "")
 if sanitize and sanitize not in SANITIZERS:
     sys.exit(f"qatfast: QATFAST_SANITIZE={sanitize}: expected one of {', '.join(SANITIZERS)}, or unset.")
-if switch("FORCE_CUDA"):
-    sys.exit(
-        "qatfast: FORCE_CUDA is set, but this release has no CUDA kernels: CUDA tensors run through the PyTorch "
-        "reference. Unset FORCE_CUDA."
-    )
 
 compiler = find_compiler()
 reason = why_no_kernels(compiler)
@@ -77,7 +115,14 @@ record = {
     "compiler": "",
     "debug": debug,
     "sanitize": sanitize,
+    "cuda": False,
+    "cuda_reason": reason or why_no_cuda(),
+    "cuda_architectures": "",
 }
+if switch("FORCE_CUDA") and record["cuda_reason"]:
+    sys.exit(
+        f"qatfast: FORCE_CUDA is set, but {record['cuda_reason']}. Unset FORCE_CUDA to build for CPUs only."
+    )
 extensions = []
 if not reason:
     os.environ["CXX"] = compiler  # torch would take c++, which may be the one that is missing
@@ -94,16 +139,28 @@ if not reason:
     if sanitize:
         link_flags.append(f"-fsanitize={SANITIZERS[sanitize]}")
         compile_flags += [*link_flags, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g"]
+    patterns = ["*.cpp", "cpu/*.cpp", "cuda/plan.cpp"]  # the plan is host arithmetic, tested without CUDA too
+    # A flag, so that another torch in the same place makes every object anew: its headers' times do not count.
+    macros = [("QATFAST_TORCH_VERSION", f'"{torch.__version__}"')]
+    kind = CppExtension
+    if not record["cuda_reason"]:
+        kind = CUDAExtension
+        patterns += ["cuda/*.cpp", "cuda/*.cu"]
+        macros.append(("QATFAST_CUDA", "1"))
+        record["cuda"] = True
+        record["cuda_architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
     extensions.append(
-        CppExtension(
+        kind(
             "qatfast._C",
-            sorted(str(p) for d in ("csrc", "csrc/cpu") for p in Path(d).glob("*.cpp")),
+            sorted({str(path) for pattern in patterns for path in Path("csrc").glob(pattern)}),
             include_dirs=[str(Path("csrc").resolve())],
-            # A flag, so that another torch in the same place makes every object anew: its headers' times do not count.
-            define_macros=[("QATFAST_TORCH_VERSION", f'"{torch.__version__}"')],
-            extra_compile_args={"cxx": compile_flags},
+            define_macros=macros,
+            extra_compile_args={
+                "cxx": compile_flags,
+                "nvcc": ["-O3", "--fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"],
+            },
             extra_link_args=link_flags,
-            depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),
+            depends=sorted(str(p) for pattern in ("*.h", "*.cuh") for p in Path("csrc").rglob(pattern)),
         )
     )
 

@@ -35,24 +35,48 @@ struct FakeQuantizeTask {
   QuantSpec spec;
 };
 
-namespace cpu {
-
-void fake_quantize(const FakeQuantizeTask& task);
+// What every device implements, each with its loops or kernels; `cuda` is there in a build with CUDA only.
+using FakeQuantizeLauncher = void(const FakeQuantizeTask& task);
 
 // `mask` gets one bit an element in memory order, where the gradient passes; undefined: it is not wanted.
-void fake_quantize_affine(
+using FakeQuantizeAffineLauncher = void(
     const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, const QParams& qparams, Layout layout);
 // `to` is `grad` where the bit is set and zero elsewhere; both lie in the mask's order.
-void fake_quantize_affine_backward(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& to);
+using FakeQuantizeAffineBackwardLauncher = void(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& to);
 
-void choose_qparams(const at::Tensor& x, const QuantSpec& spec, const at::Tensor& scale, const at::Tensor& zero_point);
+using ChooseQParamsLauncher = void(
+    const at::Tensor& x, const QuantSpec& spec, const at::Tensor& scale, const at::Tensor& zero_point);
 
-void quantize(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout);
-
-void dequantize(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout);
+// quantize and dequantize
+using ConvertLauncher = void(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout);
 
 // The weight and the bias of one layer before its product; together, so that a device can share one launch.
-void qat_linear(c10::ArrayRef<FakeQuantizeTask> weight_and_bias);
+using QATLinearLauncher = void(c10::ArrayRef<FakeQuantizeTask> weight_and_bias);
+
+#define QATFAST_LAUNCHERS(device)                                   \
+  namespace device {                                                \
+  FakeQuantizeLauncher fake_quantize;                               \
+  FakeQuantizeAffineLauncher fake_quantize_affine;                  \
+  FakeQuantizeAffineBackwardLauncher fake_quantize_affine_backward; \
+  ChooseQParamsLauncher choose_qparams;                             \
+  ConvertLauncher quantize;                                         \
+  ConvertLauncher dequantize;                                       \
+  QATLinearLauncher qat_linear;                                     \
+  }
+
+QATFAST_LAUNCHERS(cpu)
+QATFAST_LAUNCHERS(cuda)
+
+#undef QATFAST_LAUNCHERS
+
+// The launcher for the device of `x`.
+#ifdef QATFAST_CUDA
+#define QATFAST_ON(x, launcher) ((x).is_cuda() ? cuda::launcher : cpu::launcher)
+#else
+#define QATFAST_ON(x, launcher) cpu::launcher
+#endif
+
+namespace cpu {
 
 // "AVX512", "AVX2" or "baseline".
 const char* instruction_set();

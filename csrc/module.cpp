@@ -1,5 +1,6 @@
 // The Python module: direct entry points, which go through the dispatcher but save eager callers the overhead of
 // torch.ops, and what the kernels run on.
+#include "cuda/plan.h"
 #include "kernels.h"
 #include "ops.h"
 
@@ -22,20 +23,40 @@ auto direct(qatfast::op::Operator<Name, Result(Args...)> op) {
   };
 }
 
-// Whether all arguments are plain dense CPU tensors, and no mode or functorch transform must see the call.
+#ifdef QATFAST_CUDA
+constexpr bool has_cuda = true;
+#else
+constexpr bool has_cuda = false;
+#endif
+
+// Whether all arguments are plain dense tensors on a device with kernels, and no mode or functorch transform must see
+// the call.
 PyObject* takes(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     if (!THPVariable_CheckExact(args[i])) {
       Py_RETURN_FALSE;
     }
     const auto& tensor = THPVariable_Unpack(args[i]);
-    if (!tensor.is_cpu() || tensor.layout() != at::kStrided || tensor.is_nested()) {
+    if (!(tensor.is_cpu() || (has_cuda && tensor.is_cuda())) || tensor.layout() != at::kStrided || tensor.is_nested()) {
       Py_RETURN_FALSE;
     }
   }
   const bool watched = at::impl::torch_function_mode_enabled() ||
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
   return PyBool_FromLong(!watched);
+}
+
+// How the CUDA kernels divide a tensor, for tests without a device.
+pybind11::dict cuda_plan(int64_t outer, int64_t blocks, int64_t inner, int64_t item_size, bool quantizes,
+    int64_t multiprocessors, int64_t shared_memory, bool cooperative) {
+  using namespace pybind11::literals;
+  const qatfast::cuda::DeviceLimits device{multiprocessors, shared_memory, multiprocessors, cooperative};
+  const auto plan = qatfast::cuda::plan_of({outer, blocks, inner}, item_size, quantizes, device);
+  return pybind11::dict("columns"_a = plan.columns, "threads"_a = plan.threads, "width"_a = plan.width,
+      "tiles"_a = plan.tiles, "team"_a = plan.team, "tile_blocks"_a = plan.tile_blocks,
+      "units_per_run"_a = plan.units_per_run, "grid"_a = plan.grid, "cached"_a = plan.cached,
+      "shared_bytes"_a = plan.shared_bytes, "barrier"_a = plan.barrier, "launches"_a = plan.launches(),
+      "partials"_a = plan.partials());
 }
 
 PyMethodDef methods[] = {
@@ -59,5 +80,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, std::nullopt);
       });
   PyModule_AddFunctions(m.ptr(), methods);
+  m.attr("has_cuda") = has_cuda;
+  m.def("cuda_plan", &cuda_plan);
   m.def("instruction_set", &qatfast::cpu::instruction_set);
 }

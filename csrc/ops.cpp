@@ -231,7 +231,7 @@ Tensor writable(const Tensor& x, const Tensor& from) {
 Tensor fake_quantized(const Tensor& x, const QuantSpec& spec) {
   const auto from = as_blocks(x, spec.granularity);
   const auto to = writable(x, from);
-  cpu::fake_quantize({from, to, spec});
+  QATFAST_ON(x, fake_quantize)({from, to, spec});
   return laid_out_like(x, to, spec.granularity);
 }
 
@@ -267,7 +267,7 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_either(const Tensor& input, cons
   const auto from = as_blocks(input, granularity);
   const auto to = writable(input, from);
   const auto mask = keep_mask ? at::empty({(input.numel() + 7) / 8}, input.options().dtype(at::kByte)) : Tensor();
-  cpu::fake_quantize_affine(from, to, mask, qparams, layout_of(from, granularity));
+  QATFAST_ON(input, fake_quantize_affine)(from, to, mask, qparams, layout_of(from, granularity));
   return {laid_out_like(input, to, granularity), mask};
 }
 
@@ -295,7 +295,7 @@ Tensor fake_quantize_affine_backward_kernel(const Tensor& grad, const Tensor& ma
   TORCH_CHECK_VALUE(
       to.is_non_overlapping_and_dense(), op, ": expected the strides of a dense tensor, got ", tuple(stride));
   const bool same_order = grad.strides() == stride;
-  cpu::fake_quantize_affine_backward(same_order ? grad : to.copy_(grad), mask, to);
+  QATFAST_ON(grad, fake_quantize_affine_backward)(same_order ? grad : to.copy_(grad), mask, to);
   return to;
 }
 
@@ -308,7 +308,7 @@ std::tuple<Tensor, Tensor> choose_qparams_kernel(
   const auto shape = qparams_shape(input, spec.granularity);
   const auto scale = at::empty(shape, input.options().dtype(compute_dtype(input.scalar_type())));
   const auto zero_point = at::empty(shape, input.options().dtype(at::kInt));
-  cpu::choose_qparams(as_blocks(input, spec.granularity), spec, scale, zero_point);
+  QATFAST_ON(input, choose_qparams)(as_blocks(input, spec.granularity), spec, scale, zero_point);
   return {scale, zero_point};
 }
 
@@ -324,7 +324,7 @@ Tensor quantize_kernel(const Tensor& input, const Tensor& scale, const Tensor& z
   const auto dtype = quantized_dtype(quant_min, quant_max);
   const auto from = as_blocks(input, granularity);
   const auto to = at::empty_like(from, from.options().dtype(dtype));
-  cpu::quantize(from, to, qparams, layout_of(from, granularity));
+  QATFAST_ON(input, quantize)(from, to, qparams, layout_of(from, granularity));
   return laid_out_like(input, to, granularity);
 }
 
@@ -341,7 +341,7 @@ Tensor dequantize_kernel(
   const auto qparams = checked_qparams(op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output");
   const auto from = as_blocks(input, granularity);
   const auto to = at::empty_like(from, from.options().dtype(dtype));
-  cpu::dequantize(from, to, qparams, layout_of(from, granularity));
+  QATFAST_ON(input, dequantize)(from, to, qparams, layout_of(from, granularity));
   return laid_out_like(input, to, granularity);
 }
 
@@ -369,7 +369,7 @@ std::tuple<Tensor, Tensor> qat_linear_forward_kernel(const Tensor& input, const 
   };
   const auto w_hat = add_parameter("weight", weight, weight_spec);
   const auto b_hat = bias ? add_parameter("bias", *bias, bias_spec) : Tensor();
-  cpu::qat_linear(parameters);
+  QATFAST_ON(input, qat_linear)(parameters);
 
   const auto w_product = as_dtype(w_hat, product_dtype);
   const auto b_product = bias ? std::optional<Tensor>(as_dtype(b_hat, product_dtype)) : std::nullopt;
@@ -378,7 +378,7 @@ std::tuple<Tensor, Tensor> qat_linear_forward_kernel(const Tensor& input, const 
   if (const auto spec = checked_spec(op, output_spec)) {
     check_blocks("qat_linear: output", y, spec->granularity);
     y = as_blocks(y, spec->granularity);
-    cpu::fake_quantize({y, y, *spec});
+    QATFAST_ON(y, fake_quantize)({y, y, *spec});
   }
   return {y, weight_spec.empty() ? at::empty({0}, w_product.options()) : w_product};
 }
@@ -388,6 +388,19 @@ Tensor qat_linear_kernel(const Tensor& input, const Tensor& weight, const std::o
     std::optional<at::ScalarType> dtype) {
   return std::get<0>(
       qat_linear_forward_kernel(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype));
+}
+
+// The same for every device: what differs is behind QATFAST_ON.
+void register_kernels(torch::Library& m) {
+  m.impl("fake_quantize", fake_quantize_kernel);
+  m.impl("fake_quantize_affine", fake_quantize_affine_kernel);
+  m.impl("fake_quantize_affine_forward", fake_quantize_affine_forward_kernel);
+  m.impl("fake_quantize_affine_backward", fake_quantize_affine_backward_kernel);
+  m.impl("choose_qparams", choose_qparams_kernel);
+  m.impl("quantize", quantize_kernel);
+  m.impl("dequantize", dequantize_kernel);
+  m.impl("qat_linear", qat_linear_kernel);
+  m.impl("qat_linear_forward", qat_linear_forward_kernel);
 }
 
 } // namespace
@@ -434,16 +447,18 @@ TORCH_LIBRARY(qatfast, m) {
 }
 
 TORCH_LIBRARY_IMPL(qatfast, CPU, m) {
-  m.impl("fake_quantize", fake_quantize_kernel);
-  m.impl("fake_quantize_affine", fake_quantize_affine_kernel);
-  m.impl("fake_quantize_affine_forward", fake_quantize_affine_forward_kernel);
-  m.impl("fake_quantize_affine_backward", fake_quantize_affine_backward_kernel);
-  m.impl("choose_qparams", choose_qparams_kernel);
-  m.impl("quantize", quantize_kernel);
-  m.impl("dequantize", dequantize_kernel);
-  m.impl("qat_linear", qat_linear_kernel);
-  m.impl("qat_linear_forward", qat_linear_forward_kernel);
+  register_kernels(m);
 }
+
+#ifdef QATFAST_CUDA
+TORCH_LIBRARY_IMPL(qatfast, CUDA, m) {
+  register_kernels(m);
+}
+
+TORCH_LIBRARY_IMPL(qatfast, AutocastCUDA, m) {
+  m.impl("qat_linear", autograd::qat_linear_under_autocast);
+}
+#endif
 
 TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
   m.impl("fake_quantize", autograd::fake_quantize);

@@ -115,13 +115,14 @@ def qparam_tensors(
     if not isinstance(scale, Tensor):
         if isinstance(scale, int) and scale.bit_length() > 1023:
             raise ValueError(f"{op}: expected scale to be positive and finite, got {scale}")
-        scale = torch.tensor(scale, dtype=compute_dtype(dtype), device=input.device)
+        # full, not tensor: a copy from the host would wait for a device
+        scale = torch.full((), scale, dtype=compute_dtype(dtype), device=input.device)
     if not isinstance(zero_point, Tensor):
         if not quant_min <= zero_point <= quant_max:
             raise ValueError(
                 f"{op}: expected zero_point to be from {quant_min} to {quant_max}, got {zero_point}"
             )
-        zero_point = torch.tensor(zero_point, dtype=torch.int32, device=input.device)
+        zero_point = torch.full((), zero_point, dtype=torch.int32, device=input.device)
     return scale, zero_point
 
 

@@ -61,7 +61,8 @@ def reason() -> str:
 def route(*tensors: Any) -> Any:
     """Where the operators for these tensors are: the extension, ``torch.ops.qatfast``, or None for the reference.
 
-    The kernels take dense CPU tensors outside of functorch transforms, in which a C++ autograd Function has no part.
+    The kernels take dense CPU (and, where they were built, CUDA) tensors outside of functorch transforms, in which a
+    C++ autograd Function has no part.
     The extension's direct entry points save the overhead of torch.ops, which tracers and tensor subclasses must see.
     """
     if extension is None:
@@ -72,18 +73,33 @@ def route(*tensors: Any) -> Any:
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_nested:
             return None  # the reference's checks say what is wrong
-        if not tensor.is_cpu:
+        if not (tensor.is_cpu or (tensor.is_cuda and extension.has_cuda)):
             _warn_of_device(tensor.device.type)
             return None
     return None if torch._C._are_functorch_transforms_active() else torch.ops.qatfast
 
 
+def why_no_cuda() -> str:
+    """Why there are no CUDA kernels and what to do about it; empty if they are loaded."""
+    if extension is None:
+        return _reason
+    if extension.has_cuda:
+        return ""
+    return f"{build_record()['cuda_reason']}. Install qatfast again with a torch and an nvcc of one CUDA version."
+
+
 def _warn_of_device(device: str) -> None:
-    if device != "meta":
-        _warn_once(
-            f"qatfast has no compiled kernels for {device} tensors in this release and computes them in plain "
-            "PyTorch, slowly, with the same results. Nothing to install; CPU tensors use the kernels."
-        )
+    if device == "meta":
+        return
+    cause = (
+        f" ({why_no_cuda()})"
+        if device == "cuda"
+        else ": nothing to install; CPU and CUDA tensors use kernels."
+    )
+    _warn_once(
+        f"qatfast has no compiled kernels for {device} tensors and computes them in plain PyTorch, slowly, with the "
+        f"same results{cause}"
+    )
 
 
 def _warn_once(message: str) -> None:
@@ -98,11 +114,11 @@ def info() -> dict[str, str]:
     from . import __version__
 
     record = build_record()
-    cuda = "no CUDA kernels in this release; CUDA tensors use the reference"
-    if torch.cuda.is_available():
-        cuda = f"{torch.cuda.get_device_name()}, torch CUDA {torch.version.cuda}; {cuda}"
-    else:
-        cuda = f"no device (torch CUDA {torch.version.cuda or 'none'}); {cuda}"
+    kernels = (
+        f"kernels for {record['cuda_architectures']}" if not why_no_cuda() else f"no kernels: {why_no_cuda()}"
+    )
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    cuda = f"{device}, torch CUDA {torch.version.cuda or 'none'}; {kernels}"
     return {
         "qatfast": __version__,
         "torch": torch.__version__,

@@ -379,7 +379,9 @@ def why_no_kernels(device: str) -> str:
     """Empty where the kernels serve tensors on ``device``."""
     if kernels.extension is None:
         return f"kernels are not loaded: {kernels.reason()}"
-    return "" if device == "cpu" else f"there are no kernels for {device} tensors"
+    if device == "cpu" or (device == "cuda" and kernels.extension.has_cuda):
+        return ""
+    return f"there are no kernels for {device} tensors"
 
 
 def bits(x: Tensor) -> Tensor:

@@ -18,7 +18,16 @@ from qatfast import kernels
 
 ROOT = Path(__file__).parent.parent
 RECORD_KEYS = {"torch", "kernels", "reason", "compiler", "debug", "sanitize"}
-SWITCHES = ("CXX", "FORCE_CUDA", "QATFAST_NO_EXT", "QATFAST_DEBUG", "QATFAST_SANITIZE", "PYTHONPATH")
+RECORD_KEYS |= {"cuda", "cuda_reason", "cuda_architectures"}
+SWITCHES = (
+    "CXX",
+    "CUDA_HOME",
+    "FORCE_CUDA",
+    "QATFAST_NO_EXT",
+    "QATFAST_DEBUG",
+    "QATFAST_SANITIZE",
+    "PYTHONPATH",
+)
 
 needs_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs in the source tree only")
 
@@ -150,8 +159,8 @@ def test_one_warning_says_why_there_are_no_kernels(package, record, said):
             "QATFAST_SANITIZE=memory: expected one of address, undefined, thread",
         ),
         (
-            {"FORCE_CUDA": "1"},
-            "this release has no CUDA kernels: CUDA tensors run through the PyTorch reference",
+            {"FORCE_CUDA": "1", "CUDA_HOME": "/nowhere"},
+            "FORCE_CUDA is set, but " + ("no CUDA toolkit was found" if torch.version.cuda else "torch"),
         ),
         ({"CXX": "no-such-c++"}, "CXX=no-such-c++: no such compiler"),
     ],

@@ -115,7 +115,7 @@ def test_second_derivatives_are_those_of_the_surrogate(ops, config, shape, bias,
     def derivatives(function):
         first = torch.autograd.grad(function(*operands), inputs, upstream, create_graph=True)
         loss = sum(
-            gradient.mul(cases.normal(tuple(gradient.shape), torch.float64, seed=8)).sum()
+            gradient.mul(cases.normal(tuple(gradient.shape), torch.float64, seed=8, device=device)).sum()
             for gradient in first
         )
         loss = loss + sum(gradient.pow(2).sum() for gradient in first)

@@ -1,0 +1,131 @@
+#include "blocks.cuh"
+#include "fused.h"
+#include "launch.h"
+
+#include <ATen/ops/empty.h>
+
+#include <array>
+#include <cstdlib>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace qatfast::cuda {
+namespace {
+
+// QATFAST_CUDA_COOPERATIVE=0: two launches in place of a grid barrier, as on a device that has none.
+bool barrier_is_wanted() {
+  const auto* value = std::getenv("QATFAST_CUDA_COOPERATIVE");
+  return !value || std::string(value) != "0";
+}
+
+template <class T>
+DeviceLimits measured_limits(int device) {
+  const auto kernel = fake_quantize_kernel<T>;
+  cudaFuncAttributes attributes;
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  DeviceLimits limits;
+  limits.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  limits.shared_memory =
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - static_cast<int64_t>(attributes.sharedSizeBytes);
+  limits.cooperative = attribute(cudaDevAttrCooperativeLaunch, device) != 0;
+  C10_CUDA_CHECK(cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_memory)));
+  int a_multiprocessor = 0;
+  C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      &a_multiprocessor, kernel, max_threads, static_cast<size_t>(limits.shared_memory)));
+  limits.resident = limits.multiprocessors * std::max(a_multiprocessor, 1);
+  return limits;
+}
+
+// Of the current device, asked once.
+template <class T>
+DeviceLimits limits_of(int device) {
+  static std::mutex mutex;
+  static std::vector<std::optional<DeviceLimits>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known.size() <= static_cast<size_t>(device)) {
+    known.resize(device + 1);
+  }
+  if (!known[device]) {
+    known[device] = measured_limits<T>(device);
+  }
+  auto limits = *known[device];
+  limits.cooperative = limits.cooperative && barrier_is_wanted();
+  return limits;
+}
+
+template <class T>
+BlockTask block_task(const FusedTask& task, const Plan& plan) {
+  const auto distance = [](const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16;
+  };
+  const void* from = task.from.const_data_ptr();
+  void* to = task.to.defined() ? task.to.mutable_data_ptr() : nullptr;
+  return {plan, from, to, task.scale.defined() ? task.scale.mutable_data_ptr() : nullptr,
+      task.zero_point.defined() ? task.zero_point.mutable_data_ptr<int32_t>() : nullptr, nullptr, task.spec.quant_min(),
+      task.spec.quant_max(), task.spec.symmetric, distance(from) == distance(to)};
+}
+
+template <class T>
+void launch(c10::ArrayRef<FusedTask> tasks) {
+  const auto& first = tasks[0];
+  const auto device = first.from.device().index();
+  const auto limits = limits_of<T>(device);
+  const auto layout = [&](size_t i) {
+    return layout_of(tasks[i].from, tasks[i].spec.granularity);
+  };
+  std::array<Plan, 2> plans;
+  if (tasks.size() == 2) {
+    plans = plan_of_two({layout(0), layout(1)}, sizeof(T), limits);
+  } else {
+    plans[0] = plan_of(layout(0), sizeof(T), first.to.defined(), limits);
+  }
+  BlockLaunch launch{};
+  launch.second = plans[0].grid;
+  launch.barrier = plans[0].barrier;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    launch.tasks[i] = block_task<T>(tasks[i], plans[i]);
+  }
+  at::Tensor partials; // freed in stream order
+  if (plans[0].team > 1) {
+    using C = compute_t<T>;
+    partials = at::empty({plans[0].partials()}, first.from.options().dtype(c10::CppTypeToScalarType<C>::value));
+    launch.tasks[0].partials = partials.mutable_data_ptr();
+  }
+  const auto run = [&](Phases phases, int64_t grid) {
+    launch.phases = phases;
+    void* arguments[] = {&launch};
+    const auto* kernel = reinterpret_cast<const void*>(fake_quantize_kernel<T>);
+    const dim3 blocks(static_cast<unsigned>(grid)), threads(plans[0].threads);
+    const auto shared = static_cast<size_t>(plans[0].shared_bytes);
+    const auto stream = c10::cuda::getCurrentCUDAStream(device);
+    C10_CUDA_CHECK(launch.barrier ? cudaLaunchCooperativeKernel(kernel, blocks, threads, arguments, shared, stream)
+                                  : cudaLaunchKernel(kernel, blocks, threads, arguments, shared, stream));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  if (plans[0].launches() == 1) {
+    run(both, plans[0].grid + plans[1].grid);
+  } else {
+    run(range, plans[0].grid + plans[1].grid);
+    run(apply, plans[0].grid);
+  }
+}
+
+} // namespace
+
+void launch_fused(c10::ArrayRef<FusedTask> tasks) {
+  const c10::cuda::CUDAGuard guard(tasks[0].from.device());
+  with_float_type(tasks[0].from.scalar_type(), [&](auto type) {
+    launch<decltype(type)>(tasks);
+  });
+}
+
+void fake_quantize(const FakeQuantizeTask& task) {
+  if (task.from.numel() > 0) {
+    launch_fused(FusedTask{task.from, task.to, task.spec, {}, {}});
+  }
+}
+
+} // namespace qatfast::cuda

@@ -1,0 +1,131 @@
+// Kernels for given grids: each thread handles one unit of neighbouring elements at a time, wherever its blocks end.
+#pragma once
+
+#include "../kernels.h"
+#include "units.cuh"
+
+namespace qatfast::cuda {
+
+constexpr int given_threads = 256;
+
+template <class C>
+struct GivenGrid {
+  C zero_point;
+  Grid<C> grid;
+};
+
+// Scale and zero point of every element of a tensor.
+template <class C>
+struct GivenGrids {
+  const C* scale;
+  const int32_t* zero_point;
+  C quant_min;
+  C quant_max;
+  Layout layout;
+
+  __device__ __forceinline__ GivenGrid<C> of_block(int64_t block) const {
+    const C zero = static_cast<C>(zero_point[block]);
+    return {zero, {scale[block], quant_min - zero, quant_max - zero}};
+  }
+
+  // f(i, grid) for the elements begin + i of a unit of N.
+  template <int N, class F>
+  __device__ __forceinline__ void for_each(int64_t begin, int count, const GivenGrid<C>& only, F f) const {
+    if (layout.blocks == 1) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        f(i, only);
+      }
+      return;
+    }
+    int64_t run;
+    if (begin <= 0xFFFFFFFF && layout.inner <= 0xFFFFFFFF) { // half the time where 32 bits hold them
+      run = static_cast<uint32_t>(begin) / static_cast<uint32_t>(layout.inner);
+    } else {
+      run = begin / layout.inner;
+    }
+    int64_t left = (run + 1) * layout.inner - begin;
+    int64_t block = run % layout.blocks;
+    auto grid = of_block(block);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (left == 0 && i < count) {
+        left = layout.inner;
+        block = block + 1 == layout.blocks ? 0 : block + 1;
+        grid = of_block(block);
+      }
+      --left;
+      f(i, grid);
+    }
+  }
+};
+
+template <class C>
+GivenGrids<C> grids_of(const QParams& qparams, const Layout& layout) {
+  return {qparams.scale.const_data_ptr<C>(), qparams.zero_point.const_data_ptr<int32_t>(),
+      static_cast<C>(qparams.quant_min), static_cast<C>(qparams.quant_max), layout};
+}
+
+// f(first element, count) for every unit of N elements; whole warps come, with count <= 0 past the end.
+template <int N, class F>
+__device__ __forceinline__ void for_each_unit(int64_t numel, F f) {
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  const int lane = threadIdx.x % 32;
+  for (int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x - lane; first * N < numel; first += stride) {
+    const int64_t begin = (first + lane) * N;
+    f(begin, static_cast<int>(numel - begin < N ? (numel > begin ? numel - begin : 0) : N));
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ Unit<T, N> load(const T* from, int count, bool aligned) {
+  if (aligned && count == N) {
+    return *reinterpret_cast<const Unit<T, N>*>(from);
+  }
+  Unit<T, N> unit{};
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i < count) {
+      unit.at[i] = from[i];
+    }
+  }
+  return unit;
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store(T* to, const Unit<T, N>& unit, int count, bool aligned) {
+  if (aligned && count == N) {
+    return store_whole(to, unit);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i < count) {
+      to[i] = unit.at[i];
+    }
+  }
+}
+
+// A mask has one bit an element: threads whose units share a byte hand their bits to the first of them.
+template <int N>
+constexpr int units_a_byte = N < 8 ? 8 / N : 1;
+
+template <int N>
+__device__ __forceinline__ void store_mask(uint8_t* mask, int64_t begin, int count, unsigned bits) {
+  for (int offset = 1; offset < units_a_byte<N>; offset *= 2) {
+    bits |= __shfl_down_sync(0xFFFFFFFF, bits, offset) << (offset * N);
+  }
+  if (begin % 8 == 0 && count > 0) {
+    mask[begin / 8] = static_cast<uint8_t>(bits);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ unsigned load_mask(const uint8_t* mask, int64_t begin, int count) {
+  unsigned bits = begin % 8 == 0 && count > 0 ? mask[begin / 8] : 0;
+  if (N < 8) {
+    bits = __shfl_sync(0xFFFFFFFF, bits, threadIdx.x % 32 / units_a_byte<N> * units_a_byte<N>);
+  }
+  return bits >> (begin % 8);
+}
+
+} // namespace qatfast::cuda

@@ -1,0 +1,103 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace qatfast::cuda {
+namespace {
+
+constexpr int64_t unit_size = 16; // bytes of the widest access
+constexpr int64_t warp = 32;
+constexpr int64_t memory_line = 128; // bytes that a warp should read at a time
+constexpr int64_t waves = 8;         // thread blocks of few_threads a multiprocessor that keep it busy
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+int64_t power_of_two_from(int64_t n) {
+  int64_t power = 1;
+  while (power < n) {
+    power *= 2;
+  }
+  return power;
+}
+
+// What one thread does for a tile, in pieces: 16-byte units, or single elements of a column.
+struct Work {
+  int64_t a_pass; // pieces that one thread block of max_threads handles at a time
+  int64_t pieces;
+  int64_t piece_size;
+  int64_t held; // pieces that a thread keeps in registers
+
+  int64_t passes(int64_t team, int64_t threads) const {
+    const int64_t at_a_time = a_pass * threads / max_threads;
+    return divide_up(divide_up(pieces, team), std::max<int64_t>(1, at_a_time));
+  }
+};
+
+// Whole thread blocks for a tile: a small one for a small tile, a team of large ones where there are too few tiles to
+// fill the device; and shared memory for what registers do not hold.
+void choose_threads(Plan& plan, const Work& work, bool quantizes, const DeviceLimits& device) {
+  plan.threads = work.passes(1, few_threads) <= work.held ? few_threads : max_threads;
+  plan.width = plan.threads;
+  const bool idle = plan.tiles * 2 <= device.resident;
+  if (idle && work.passes(1, max_threads) > work.held) {
+    const int64_t most = device.resident / plan.tiles;
+    plan.team = std::clamp<int64_t>(work.passes(1, max_threads) / 2, 1, most); // two passes are worth a thread block
+    plan.barrier = plan.team > 1 && device.cooperative;
+  }
+  if (quantizes && (plan.team == 1 || plan.barrier)) {
+    const int64_t room = device.shared_memory / (max_threads / plan.threads) / (work.piece_size * plan.threads);
+    plan.cached = std::clamp<int64_t>(work.passes(plan.team, plan.threads) - work.held, 0, room);
+    plan.shared_bytes = plan.cached * work.piece_size * plan.threads;
+  }
+  const int64_t most = device.multiprocessors * waves * few_threads / plan.threads;
+  plan.grid = plan.team > 1 ? plan.tiles * plan.team : std::min(plan.tiles, most);
+}
+
+} // namespace
+
+Plan plan_of(const Layout& layout, int64_t item_size, bool quantizes, const DeviceLimits& device) {
+  Plan plan;
+  plan.layout = layout;
+  const int64_t lanes = unit_size / item_size;
+  plan.units_per_run = layout.inner == 0 ? 0 : (layout.inner + lanes - 2) / lanes + 1;
+  plan.columns = layout.outer > 1 && layout.blocks > 1 && layout.inner * item_size < memory_line;
+  if (plan.columns) {
+    const int64_t wanted = divide_up(memory_line, layout.inner * item_size);
+    plan.tile_blocks = std::min(layout.blocks, wanted);
+    plan.tiles = divide_up(layout.blocks, plan.tile_blocks);
+    const int64_t width = plan.tile_blocks * layout.inner;
+    // few_threads / width rows at a time, and no fewer in a larger thread block
+    const Work work{few_threads / width * (max_threads / few_threads), layout.outer, item_size, held_elements};
+    choose_threads(plan, work, quantizes, device);
+    return plan;
+  }
+  plan.tiles = layout.blocks;
+  const int64_t units = layout.outer * plan.units_per_run;
+  if (units <= warp * held_units && (layout.blocks > 1 || units <= warp)) {
+    plan.width = static_cast<int>(std::min(warp, power_of_two_from(units)));
+    plan.grid = std::min(divide_up(plan.tiles * plan.width, plan.threads), device.multiprocessors * waves);
+    return plan;
+  }
+  choose_threads(plan, {max_threads, units, unit_size, held_units}, quantizes, device);
+  return plan;
+}
+
+std::array<Plan, 2> plan_of_two(const std::array<Layout, 2>& layouts, int64_t item_size, const DeviceLimits& device) {
+  // the second is a bias: rarely more than one thread block's work
+  DeviceLimits rest = device;
+  rest.resident = std::max<int64_t>(1, device.resident - 1);
+  auto first = plan_of(layouts[0], item_size, true, rest);
+  DeviceLimits one{1, 0, 1, false};
+  auto second = plan_of(layouts[1], item_size, true, one);
+  second.cached = second.shared_bytes = 0;
+  if (second.width > warp) {
+    second.width = first.threads;
+  }
+  second.threads = first.threads;
+  second.grid = std::min<int64_t>(second.grid, 1);
+  return {first, second};
+}
+
+} // namespace qatfast::cuda

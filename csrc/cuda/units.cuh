@@ -1,0 +1,85 @@
+// 16-byte pieces of memory and their conversion: what every kernel reads and writes with.
+#pragma once
+
+#include "../quant_math.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace qatfast::cuda {
+
+// float16 and bfloat16 compute in float.
+template <class T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+constexpr int lanes = 16 / sizeof(T);
+
+// N elements that are read or written at once where the pointer allows it.
+template <class T, int N = lanes<T>>
+struct alignas(N * sizeof(T)) Unit {
+  T at[N];
+};
+
+template <class To, class From>
+__device__ __forceinline__ To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// One access of 2 to 16 bytes. An intrinsic, since the compiler would take a plain store apart to merge it with the
+// one for single elements.
+template <class T, int N>
+__device__ __forceinline__ void store_whole(T* to, const Unit<T, N>& unit) {
+  constexpr int size = N * sizeof(T);
+  using Word = std::conditional_t<size == 16, uint4,
+      std::conditional_t<size == 8, uint2,
+          std::conditional_t<size == 4, unsigned int, std::conditional_t<size == 2, unsigned short, unsigned char>>>>;
+  __stwb(reinterpret_cast<Word*>(to), bits_as<Word>(unit));
+}
+
+// Two values rounded once, half to even, to T; what underflows in T is 0.0, never -0.0.
+template <class T>
+__device__ __forceinline__ uint32_t rounded_pair(float a, float b) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, c10::Half>) {
+    pair = bits_as<uint32_t>(__floats2half2_rn(a, b));
+  } else {
+    pair = bits_as<uint32_t>(__floats2bfloat162_rn(a, b));
+  }
+  pair = (pair & 0xFFFF) == 0x8000 ? pair & 0xFFFF0000 : pair;
+  return pair >> 16 == 0x8000 ? pair & 0xFFFF : pair;
+}
+
+// A unit of T of which `values` are the elements.
+template <class T, class C, int N>
+__device__ __forceinline__ Unit<T, N> narrowed(const C (&values)[N]) {
+  Unit<T, N> unit;
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      const auto pair = bits_as<Unit<T, 2>>(rounded_pair<T>(values[i], values[i + 1]));
+      unit.at[i] = pair.at[0];
+      unit.at[i + 1] = pair.at[1];
+    }
+  } else if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      unit.at[i] = bits_as<Unit<T, 2>>(rounded_pair<T>(values[i], 0)).at[0];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      unit.at[i] = values[i];
+    }
+  }
+  return unit;
+}
+
+} // namespace qatfast::cuda

@@ -81,6 +81,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       });
   PyModule_AddFunctions(m.ptr(), methods);
   m.attr("has_cuda") = has_cuda;
-  m.def("cuda_plan", &cuda_plan);
+  using pybind11::arg;
+  m.def("cuda_plan", &cuda_plan, arg("outer"), arg("blocks"), arg("inner"), arg("item_size"), arg("quantizes"),
+      arg("multiprocessors"), arg("shared_memory"), arg("cooperative"));
   m.def("instruction_set", &qatfast::cpu::instruction_set);
 }

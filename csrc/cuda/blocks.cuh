@@ -445,8 +445,11 @@ __device__ __forceinline__ void quantize_tiles(
     } else {
       const BlockUnits<T> units{from, to, layout, tile, plan.units_per_run, task.aligned_alike};
       const int64_t count = layout.outer * plan.units_per_run;
-      quantize_units<T>(task, units, count * member / plan.team, count * (member + 1) / plan.team, threadIdx.x, phases,
-          cache, [&](const Range<C>& range) {
+      const auto start_of = [&](int64_t member) { // whole warps, so that no two thread blocks share a memory sector
+        return member == plan.team ? count : count / 32 * member / plan.team * 32;
+      };
+      quantize_units<T>(
+          task, units, start_of(member), start_of(member + 1), threadIdx.x, phases, cache, [&](const Range<C>& range) {
             const auto keys = range.keys();
             return together({warp_max(keys.below, 32), warp_max(keys.above, 32)}, 0, threadIdx.x % 32 == 0);
           });

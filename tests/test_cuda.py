@@ -1,0 +1,322 @@
+"""What the operators cost on a CUDA device, and what CUDA adds: streams, graphs, autocast, modules that move.
+
+Values, gradients and errors on a device are those of every other test: ``pytest --device cuda``.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cases
+import counted
+from qatfast import (
+    FakeQuantize,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QATConfig,
+    QATLinear,
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    fake_quantize_affine,
+    qat_linear,
+    quantize,
+    reference,
+)
+
+
+@pytest.fixture(autouse=True)
+def on_a_device(device, kernels):
+    if device != "cuda":
+        pytest.skip("runs with --device cuda")
+
+
+counts_bytes = pytest.mark.skipif(not counted.SIMULATED, reason="only a simulated device counts bytes and waits")
+
+# (shape, granularity): from one thread block to more than the chip of 16 multiprocessors holds
+ON_CHIP = [
+    ((1000,), PerTensor()),
+    ((300_007,), PerTensor()),
+    ((64, 4096), PerToken()),
+    ((256, 512), PerGroup(32)),
+    ((200, 20_000), PerChannel(0)),
+    ((64, 16, 28, 28), PerChannel(1)),
+    ((8192, 64), PerChannel(1)),
+    ((64, 128, 3, 3), PerChannel(1)),
+]
+LARGER = [((3_000_001,), PerTensor()), ((2, 1_500_000), PerChannel(0)), ((700_000, 5), PerChannel(1))]
+WORKSPACE = 144 * 1024  # ends of ranges that thread blocks hand each other: of 64 columns, 16 times 16
+DTYPES = pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+
+
+def ours(counts):
+    """Every kernel of the call is one of ours."""
+    assert all("qatfast" in kernel for kernel in counts.kernels), counts.kernels
+    return len(counts.kernels)
+
+
+def waits_for_nothing(counts):
+    assert counts.host_syncs in (0, None)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape, granularity", ON_CHIP + LARGER, ids=cases.name)
+def test_fake_quantize_is_one_launch(shape, granularity, dtype):
+    x = cases.normal(shape, dtype, device="cuda")
+    counts = counted.counted(lambda: fake_quantize(x, granularity=granularity))
+    assert ours(counts) == 1
+    waits_for_nothing(counts)
+    expected = reference.fake_quantize(x.cpu(), granularity=granularity)
+    assert torch.equal(cases.bits(counts.result), cases.bits(expected))
+
+
+@counts_bytes
+@DTYPES
+@pytest.mark.parametrize("shape, granularity", ON_CHIP, ids=cases.name)
+def test_fake_quantize_reads_once_what_fits_on_the_chip(shape, granularity, dtype):
+    x = cases.normal(shape, dtype, device="cuda")
+    if dtype == torch.float64 and x.nbytes > 4 << 20:
+        x = x[: len(x) // 4].contiguous()
+    counts = counted.counted(lambda: fake_quantize(x, granularity=granularity))
+    assert x.nbytes <= counts.read <= x.nbytes + WORKSPACE
+    assert x.nbytes <= counts.written <= x.nbytes + WORKSPACE
+
+
+@counts_bytes
+@pytest.mark.parametrize("shape, granularity", LARGER, ids=cases.name)
+def test_fake_quantize_reads_at_most_twice(shape, granularity):
+    x = cases.normal(shape, device="cuda")
+    counts = counted.counted(lambda: fake_quantize(x, granularity=granularity))
+    assert x.nbytes < counts.read <= 2 * x.nbytes + WORKSPACE
+    assert counts.written <= x.nbytes + WORKSPACE
+
+
+@counts_bytes
+@DTYPES
+@pytest.mark.parametrize("offset", [0, 1, 5])
+def test_accesses_are_16_bytes_wide_but_at_the_ends(dtype, offset):
+    buffer = cases.normal((20_000,), dtype, device="cuda")
+    x = buffer[offset:]
+    counts = counted.counted(lambda: fake_quantize(x))
+    (launch,) = counts.launches
+    others = sum(number for width, number in launch["load_widths"].items() if width != "16")
+    assert others <= 2 * 16 + 2 * launch["grid"][0] ** 2  # a head, a tail and the ends of ranges
+    if offset == 0:
+        others = sum(number for width, number in launch["store_widths"].items() if width != "16")
+        assert others <= 2 * 16 + 2 * launch["grid"][0]
+
+
+@pytest.mark.parametrize("shape, granularity", ON_CHIP, ids=cases.name)
+def test_the_backward_of_a_dynamic_fake_quantize_is_no_kernel(shape, granularity):
+    x = cases.normal(shape, device="cuda", requires_grad=True)
+    y, upstream = fake_quantize(x, granularity=granularity), torch.ones(shape, device="cuda")
+    counts = counted.counted(lambda: torch.autograd.grad(y, x, upstream, retain_graph=True))
+    assert counts.kernels == []
+
+
+@DTYPES
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerToken(), PerGroup(64)], ids=str)
+def test_fake_quantize_affine_is_one_launch_each_way(granularity, dtype):
+    shape = (128, 512)
+    x = cases.normal(shape, dtype, device="cuda", requires_grad=True)
+    grid = cases.grid(shape, granularity, dtype, device="cuda")
+    forward = counted.counted(lambda: fake_quantize_affine(x, *grid, granularity=granularity))
+    upstream = cases.normal(shape, dtype, seed=1, device="cuda")
+    backward = counted.counted(lambda: torch.autograd.grad(forward.result, x, upstream, retain_graph=True))
+    assert ours(forward) == ours(backward) == 1
+    waits_for_nothing(forward)
+    waits_for_nothing(backward)
+    if counted.SIMULATED:
+        mask = x.numel() // 8
+        # scales are read from the cache again and again: only distinct sectors come from memory
+        assert forward.launches[0]["unique_read_sectors"] * 32 <= x.nbytes + 16 * grid.scale.numel() + 64
+        assert forward.written == x.nbytes + mask
+        assert backward.read == x.nbytes + mask
+        assert backward.written == x.nbytes
+
+
+@pytest.mark.parametrize("shape, granularity", ON_CHIP + LARGER, ids=cases.name)
+def test_choose_qparams_is_one_launch_and_one_read(shape, granularity):
+    x = cases.normal(shape, device="cuda")
+    counts = counted.counted(lambda: choose_qparams(x, granularity=granularity))
+    assert ours(counts) == 1
+    waits_for_nothing(counts)
+    if counted.SIMULATED:
+        assert x.nbytes <= counts.read <= x.nbytes + WORKSPACE
+
+
+@DTYPES
+def test_quantize_and_dequantize_are_one_launch_each(dtype):
+    x = cases.normal((128, 512), dtype, device="cuda")
+    grid = cases.grid(x.shape, PerTensor(), dtype, device="cuda")
+    there = counted.counted(lambda: quantize(x, *grid))
+    back = counted.counted(lambda: dequantize(there.result, *grid[:2], dtype=dtype))
+    assert ours(there) == ours(back) == 1
+    waits_for_nothing(there)
+    waits_for_nothing(back)
+    if counted.SIMULATED:
+        assert there.launches[0]["unique_read_sectors"] * 32 <= x.nbytes + 64
+        assert there.written == x.numel()
+        assert back.launches[0]["unique_read_sectors"] * 32 <= x.numel() + 64
+        assert back.written == x.nbytes
+
+
+def test_python_numbers_as_scales_wait_for_nothing():
+    x = cases.normal((1000,), device="cuda")
+    waits_for_nothing(counted.counted(lambda: fake_quantize_affine(x, 0.1, 3, 0, 255)))
+
+
+@pytest.mark.parametrize("shape", [(32, 64, 64), (8, 300, 500)], ids=str)
+def test_a_layer_is_two_launches_beside_its_product(shape):
+    batch, inputs, outputs = shape
+    x, weight, bias = cases.linear(((batch,), inputs, outputs), device="cuda", requires_grad=True)
+    config = QATConfig.tutorial()
+    forward = counted.counted(lambda: qat_linear(x, weight, bias, config=config))
+    assert sum("qatfast" in kernel for kernel in forward.kernels) == 2
+    waits_for_nothing(forward)
+    if counted.SIMULATED:
+        tensors = (weight, bias, forward.result)
+        assert forward.read <= sum(t.nbytes for t in tensors) + WORKSPACE
+        assert forward.written <= sum(t.nbytes for t in tensors) + WORKSPACE
+    upstream = cases.normal((batch, outputs), seed=9, device="cuda")
+    backward = counted.counted(
+        lambda: torch.autograd.grad(forward.result, [x, weight, bias], upstream, retain_graph=True)
+    )
+    assert not [kernel for kernel in backward.kernels if "qatfast" in kernel]
+    waits_for_nothing(backward)
+
+
+def test_allocations_are_the_output_and_a_few_bytes():
+    x = cases.normal((300_000,), device="cuda")
+    fake_quantize(x)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = fake_quantize(x)
+    assert torch.cuda.max_memory_allocated() - before <= y.nbytes + 16 * 1024
+
+
+def test_every_launch_is_on_the_current_stream():
+    x = cases.normal((100_000,), device="cuda", requires_grad=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    calls = [call for op in cases.OPS for call in cases.calls(op, device="cuda")]
+
+    def everything():
+        with torch.cuda.stream(stream):
+            fake_quantize(x)
+            for call in calls:
+                call.through(cases.IMPLEMENTATIONS["public"])
+
+    counts = counted.counted(everything)
+    stream.synchronize()
+    assert sum("qatfast" in kernel for kernel in counts.kernels) >= len(calls)
+    assert all(launch["stream"] != 0 for launch in counts.launches)
+
+
+def test_a_graph_can_capture_and_replay_it():
+    x = cases.normal((100_000,), device="cuda")
+    fake_quantize(x)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        fake_quantize(x), choose_qparams(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fake_quantize(x)
+        scale, _ = choose_qparams(x, 4)
+    x.copy_(cases.normal((100_000,), seed=5))
+    graph.replay()
+    assert torch.equal(y.cpu(), reference.fake_quantize(x.cpu()))
+    assert torch.equal(scale.cpu(), reference.choose_qparams(x.cpu(), 4)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=cases.name)
+def test_autocast(dtype):
+    x, weight, bias = cases.linear(((8,), 32, 16), device="cuda", requires_grad=True)
+    with torch.autocast("cuda", dtype):
+        y = qat_linear(x, weight, bias)
+    y.float().sum().backward()
+    assert y.dtype == dtype
+    assert weight.grad.dtype == torch.float32
+    product = F.linear(x.to(dtype), fake_quantize(weight).to(dtype), fake_quantize(bias).to(dtype))
+    torch.testing.assert_close(y, fake_quantize(product), rtol=0, atol=0.2)
+
+
+def test_modules_move_between_devices():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(FakeQuantize(), QATLinear(10, 64), torch.nn.ReLU(), QATLinear(64, 2))
+    x = cases.normal((32, 10))
+    on_cpu = model(x)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.to("cuda")
+    torch.testing.assert_close(model(x.cuda()).cpu(), on_cpu, rtol=1e-4, atol=1e-4)
+    model.load_state_dict(state)
+    model.to("cpu").load_state_dict(model.to("cuda").state_dict())
+    assert torch.equal(model.to("cpu")(x), on_cpu)
+
+
+def test_twenty_steps_of_training_have_the_weights_of_the_cpu():
+    """Losses are close (products round differently); from equal weights the quantized ones are equal, bit for bit."""
+
+    def network(device):
+        torch.manual_seed(0)
+        layers = [FakeQuantize(), QATLinear(10, 64), torch.nn.ReLU(), QATLinear(64, 64), torch.nn.ReLU(), QATLinear(64, 2)]
+        return torch.nn.Sequential(*layers).to(device)
+
+    there, here = network("cuda"), network("cpu")
+    optimizers = [torch.optim.Adam(model.parameters(), 1e-3) for model in (there, here)]
+    x = cases.normal((32, 10))
+    target = (x.sum(1) > 0).long()
+    for _ in range(20):
+        for ours, theirs in zip(there.parameters(), here.parameters(), strict=True):
+            assert torch.equal(fake_quantize(ours).cpu(), fake_quantize(ours.cpu()))
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-4)
+        losses = []
+        for model, optimizer in zip((there, here), optimizers, strict=True):
+            at = next(model.parameters()).device
+            loss = F.cross_entropy(model(x.to(at)), target.to(at))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert abs(losses[0] - losses[1]) < 1e-3
+
+
+WITHOUT_A_BARRIER = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch, cases, counted
+from qatfast import *
+for shape, granularity in (((300_007,), PerTensor()), ((3, 100_001), PerToken()), ((60_000, 5), PerChannel(1))):
+    for dtype in cases.FLOATS:
+        x = cases.normal(shape, dtype, device="cuda")
+        counts = counted.counted(lambda: fake_quantize(x, granularity=granularity))
+        assert sum("qatfast" in kernel for kernel in counts.kernels) == 2, counts.kernels
+        expected = reference.fake_quantize(x.cpu(), granularity=granularity)
+        assert torch.equal(cases.bits(counts.result), cases.bits(expected))
+        found, expected = choose_qparams(x, granularity=granularity), reference.choose_qparams(x.cpu(), granularity=granularity)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected))
+w, b = cases.normal((300, 500), device="cuda"), cases.normal((300,), device="cuda")
+y = qat_linear(torch.zeros(2, 500, device="cuda"), w, b, config=QATConfig(output=None))
+assert torch.equal(y[0].cpu(), reference.fake_quantize(b.cpu()))
+print("fine")
+"""
+
+
+def test_without_a_grid_barrier_two_launches_give_the_same_bits():
+    script = WITHOUT_A_BARRIER.format(tests=os.path.dirname(__file__))
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"QATFAST_CUDA_COOPERATIVE": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout == "fine\n", run.stdout + run.stderr

@@ -1,0 +1,92 @@
+"""How the CUDA kernels divide a tensor: host arithmetic, tested without a device and for any size."""
+
+import math
+
+import pytest
+
+H100 = {"multiprocessors": 132, "shared_memory": 232448 - 2048, "cooperative": True}
+SMALL = {"multiprocessors": 2, "shared_memory": 64 * 1024, "cooperative": True}
+ALONE = {"multiprocessors": 132, "shared_memory": 232448 - 2048, "cooperative": False}
+HELD_UNITS, HELD_ELEMENTS = 8, 16  # csrc/cuda/plan.h
+REGISTERS = 16 * HELD_UNITS  # bytes that a thread keeps in registers
+
+# (outer, blocks, inner): per tensor, rows, channels inside, channels last, one channel, huge ones
+LAYOUTS = [
+    (1, 1, 1),
+    (1, 1, 4097),
+    (1, 1, 1 << 20),
+    (1, 1, 3 << 31),
+    (1, 100_000, 32),
+    (1, 3 << 31, 1),
+    (1, 64, 4096),
+    (1, 3, 5 << 30),
+    (256, 64, 49),
+    (8, 3, 1 << 30),
+    (4096, 64, 1),
+    (3 << 30, 3, 1),
+    (64, 128, 9),
+    (1, 7, 0),
+]
+LIMITS = pytest.mark.parametrize("limits", [H100, SMALL, ALONE], ids=["H100", "small", "no cooperative launch"])
+
+
+@pytest.fixture
+def plan(kernels):
+    return lambda layout, item_size=4, quantizes=True, **limits: kernels.cuda_plan(
+        *layout, item_size, quantizes, **(limits or H100)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("item_size", [2, 4, 8])
+@pytest.mark.parametrize("quantizes", [True, False])
+@LIMITS
+def test_it_fits_the_device_and_covers_the_tensor(plan, layout, item_size, quantizes, limits):
+    p = plan(layout, item_size, quantizes, **limits)
+    outer, blocks, inner = layout
+    assert p["threads"] in (128, 512)
+    assert 1 <= p["grid"] < 2**31
+    assert 0 <= p["shared_bytes"] <= limits["shared_memory"]
+    assert p["tiles"] * p["tile_blocks"] >= blocks > (p["tiles"] - 1) * p["tile_blocks"]
+    assert p["width"] == p["threads"] or (p["width"] <= 32 and p["width"] & (p["width"] - 1) == 0)
+    if p["team"] > 1:
+        assert p["grid"] == p["tiles"] * p["team"] <= limits["multiprocessors"]  # all resident: they wait
+        assert p["barrier"] == limits["cooperative"]
+        assert p["partials"] == p["grid"] * p["tile_blocks"] * 2
+    assert p["launches"] == (2 if p["team"] > 1 and not limits["cooperative"] else 1)
+    if p["columns"]:
+        assert p["tile_blocks"] * inner <= 128
+    else:
+        lanes = 16 // item_size
+        touched = max((start + inner - 1) // lanes + 1 for start in range(lanes)) if inner else 0
+        assert p["units_per_run"] == touched
+
+
+@pytest.mark.parametrize("item_size", [2, 4, 8])
+def test_what_fits_on_the_chip_is_kept_there(plan, item_size):
+    a_block = 512 * REGISTERS + H100["shared_memory"] // (512 * 16) * 512 * 16
+    fits = plan((1, 1, 132 * a_block // item_size - 132 * 512 * 16), item_size)
+    assert fits["barrier"] and fits["team"] == 132
+    units = math.ceil(fits["units_per_run"] / fits["team"])
+    assert units <= (HELD_UNITS + fits["cached"]) * fits["threads"]
+    larger = plan((1, 1, 2 * 132 * a_block // item_size), item_size)
+    assert larger["units_per_run"] / larger["team"] > (HELD_UNITS + larger["cached"]) * larger["threads"]
+
+
+def test_small_work_takes_no_barrier(plan):
+    for size in (1, 1000, 512 * HELD_UNITS * 4 - 8):
+        p = plan((1, 1, size))
+        assert (p["grid"], p["team"], p["barrier"], p["shared_bytes"]) == (1, 1, False, 0)
+
+
+def test_rows_share_a_thread_block_or_have_their_own(plan):
+    assert plan((1, 1000, 4))["width"] == 2  # a row can touch two windows of 16 bytes
+    assert plan((1, 1000, 128))["width"] == 32
+    assert plan((1, 1000, 4096))["width"] == 512
+    assert plan((1, 1000, 2048))["width"] == 128
+
+
+def test_nothing_is_kept_where_only_the_range_is_wanted(plan):
+    for layout in LAYOUTS:
+        p = plan(layout, quantizes=False)
+        assert (p["cached"], p["shared_bytes"]) == (0, 0)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import cases
+import counted
 from qatfast import (
     FakeQuantize,
     PerChannel,
@@ -133,6 +134,7 @@ def test_a_training_step_of_a_network(config, device):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(counted.SIMULATED, reason="a simulated device does not run what Triton compiles")
 def test_inductor(device):
     model, x = network(device), cases.normal((7, 16), device=device)
     grid = cases.grid((7, 4), PerChannel(0), quant_range=(0, 15), device=device)

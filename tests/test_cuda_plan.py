@@ -27,7 +27,9 @@ LAYOUTS = [
     (64, 128, 9),
     (1, 7, 0),
 ]
-LIMITS = pytest.mark.parametrize("limits", [H100, SMALL, ALONE], ids=["H100", "small", "no cooperative launch"])
+LIMITS = pytest.mark.parametrize(
+    "limits", [H100, SMALL, ALONE], ids=["H100", "small", "no cooperative launch"]
+)
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def plan(kernels):
 @LIMITS
 def test_it_fits_the_device_and_covers_the_tensor(plan, layout, item_size, quantizes, limits):
     p = plan(layout, item_size, quantizes, **limits)
-    outer, blocks, inner = layout
+    _, blocks, inner = layout
     assert p["threads"] in (128, 512)
     assert 1 <= p["grid"] < 2**31
     assert 0 <= p["shared_bytes"] <= limits["shared_memory"]

@@ -1,26 +1,77 @@
 // The Python module: direct entry points, which go through the dispatcher but save eager callers the overhead of
-// torch.ops, and what the kernels run on.
+// torch.ops (and, as METH_FASTCALL, that of pybind11), and what the kernels run on.
 #include "cuda/plan.h"
 #include "kernels.h"
 #include "ops.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/SmallVector.h>
+#include <c10/util/irange.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_numbers.h>
+
+#include <tuple>
+#include <utility>
 
 namespace {
 
-// The GIL is released while the operator runs; C++ errors arrive as their Python types.
-template <class Name, class Result, class... Args>
-auto direct(qatfast::op::Operator<Name, Result(Args...)> op) {
-  return [op](Args... args) -> Result {
-    HANDLE_TH_ERRORS
-    pybind11::gil_scoped_release no_gil;
-    return op(args...);
-    END_HANDLE_TH_ERRORS_PYBIND
+// An argument as Python gives it; one that is missing at the end is None.
+template <class Arg>
+struct Argument {
+  pybind11::detail::make_caster<Arg> caster;
+
+  explicit Argument(PyObject* given) {
+    TORCH_CHECK_TYPE(caster.load(given, true), "expected another type, got ", Py_TYPE(given)->tp_name);
+  }
+  operator Arg() {
+    return pybind11::detail::cast_op<Arg>(caster);
+  }
+};
+
+// torch's own caster asks of each integer whether it is a tensor: 10,000 instructions for the four specs of a layer.
+template <>
+struct Argument<at::IntArrayRef> {
+  c10::SmallVector<int64_t, 4> integers;
+
+  explicit Argument(PyObject* given) {
+    TORCH_CHECK_TYPE(PyTuple_Check(given), "expected a tuple of integers, got ", Py_TYPE(given)->tp_name);
+    for (const auto i : c10::irange(PyTuple_GET_SIZE(given))) {
+      integers.push_back(THPUtils_unpackLong(PyTuple_GET_ITEM(given, i)));
+    }
+  }
+  operator at::IntArrayRef() const {
+    return integers;
+  }
+};
+
+template <class Name, class Result, class... Args, size_t... I>
+PyObject* call(qatfast::op::Operator<Name, Result(Args...)> op, PyObject* const* args, Py_ssize_t count,
+    std::index_sequence<I...>) {
+  const auto given = [&](size_t i) {
+    return static_cast<Py_ssize_t>(i) < count ? args[i] : Py_None;
   };
+  std::tuple<Argument<Args>...> arguments{given(I)...};
+  auto result = [&] {
+    pybind11::gil_scoped_release no_gil;
+    return op(static_cast<Args>(std::get<I>(arguments))...);
+  }();
+  return pybind11::cast(std::move(result)).release().ptr();
+}
+
+template <class Name, class Result, class... Args>
+PyObject* call(qatfast::op::Operator<Name, Result(Args...)> op, PyObject* const* args, Py_ssize_t count) {
+  return call(op, args, count, std::index_sequence_for<Args...>{});
+}
+
+// The GIL is released while the operator runs; C++ errors arrive as their Python types.
+template <const auto& op>
+PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return call(op, args, count);
+  END_HANDLE_TH_ERRORS
 }
 
 #ifdef QATFAST_CUDA
@@ -59,26 +110,28 @@ pybind11::dict cuda_plan(int64_t outer, int64_t blocks, int64_t inner, int64_t i
       "partials"_a = plan.partials());
 }
 
+using Method = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyMethodDef method(const char* name, Method* function) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+}
+
+namespace op = qatfast::op;
+
 PyMethodDef methods[] = {
-    {"takes", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(takes)), METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+    method("takes", takes),
+    method("fake_quantize", direct<op::fake_quantize>),
+    method("fake_quantize_affine", direct<op::fake_quantize_affine>),
+    method("choose_qparams", direct<op::choose_qparams>),
+    method("quantize", direct<op::quantize>),
+    method("dequantize", direct<op::dequantize>),
+    method("qat_linear", direct<op::qat_linear>),
+    {nullptr, nullptr, 0, nullptr},
+};
 
 } // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  namespace op = qatfast::op;
-  m.def("fake_quantize", direct(op::fake_quantize));
-  m.def("fake_quantize_affine", direct(op::fake_quantize_affine));
-  m.def("choose_qparams", direct(op::choose_qparams));
-  m.def("quantize", direct(op::quantize));
-  m.def("dequantize", direct(op::dequantize));
-  m.def("qat_linear",
-      [](const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-          at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec,
-          at::IntArrayRef output_spec) {
-        return direct(op::qat_linear)(
-            input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, std::nullopt);
-      });
   PyModule_AddFunctions(m.ptr(), methods);
   m.attr("has_cuda") = has_cuda;
   using pybind11::arg;

@@ -68,7 +68,7 @@ def route(*tensors: Any) -> Any:
     if extension is None:
         _warn_once(f"qatfast runs without its compiled kernels, slowly, with the same results: {_reason}")
         return None
-    if not torch.compiler.is_compiling() and extension.takes(*tensors):
+    if not torch.compiler.is_dynamo_compiling() and extension.takes(*tensors):
         return extension
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_nested:

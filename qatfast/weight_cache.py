@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from .config import QATConfig
 from .functional import fake_quantize, qat_linear
 
-# The layers inside a block, each with the state its quantized weight was made from and that weight.
-_cached: WeakKeyDictionary[nn.Module, tuple[Any, Tensor] | None] = WeakKeyDictionary()
+# The layers inside a block, which holds them, each with the state its quantized weight was made from and that weight.
+_cached: dict[nn.Module, tuple[Any, Tensor] | None] = {}
 
 
 @contextmanager
@@ -61,7 +60,7 @@ def cached_weights(module: nn.Module) -> Iterator[nn.Module]:
 def serves(layer: nn.Module) -> bool:
     """Whether ``layer`` is in a block; tracers and functorch transforms must not leave their tensors in a cache."""
     return (
-        len(_cached) > 0
+        bool(_cached)
         and layer in _cached
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import cases
 import oracle
@@ -125,6 +126,19 @@ def test_second_derivatives_are_those_of_the_surrogate(ops, config, shape, bias,
     theirs = derivatives(lambda *operands: surrogate(*operands, config))
     for derivative, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(derivative, expected, rtol=1e-11, atol=1e-11)
+
+
+@CONFIGS
+def test_tangents_pass_through_backward(ops, config, device):
+    operands = cases.linear(((5,), 16, 6), torch.float64, device=device, requires_grad=True)
+    upstream, tangent = (cases.normal((5, 6), torch.float64, seed=seed, device=device) for seed in (7, 8))
+    with forward_ad.dual_level():
+        y = ops.qat_linear(*operands, config=config)
+        gradients = torch.autograd.grad(y, operands, forward_ad.make_dual(upstream, tangent))
+        tangents = [forward_ad.unpack_dual(gradient).tangent for gradient in gradients]
+    expected = torch.autograd.grad(ops.qat_linear(*operands, config=config), operands, tangent)
+    for ours, theirs in zip(tangents, expected, strict=True):  # backward is linear
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @CONFIGS

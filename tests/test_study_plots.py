@@ -91,6 +91,14 @@ def test_accuracy_over_bits():
     np.testing.assert_allclose(heights, [2 * spread[2].std, 2 * spread[8].std])
 
 
+def test_percentages_beside_the_axis_are_the_positions_of_its_ticks():
+    for low, high in ((0.7, 0.895), (0.94, 0.96), (0.1, 0.98)):
+        figures = {"ptq": {2: Spread.of([low]), 8: Spread.of([high])}}
+        (axes,) = plot_accuracy_over_bits(figures, None).axes
+        for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True):
+            assert float(label.get_text().rstrip("%").replace("−", "-")) == pytest.approx(100 * tick)
+
+
 def test_layer_errors():
     errors = [
         LayerError(model, bits, layer, 1 / bits, 2 / bits)

@@ -32,7 +32,7 @@ LIMITS = (
     "scale per output channel and clip outliers, which helps PTQ at few bits.",
     "Quantized models are simulated in float32 on the integer grid; no integer device ran them.",
     "Learning rates and epochs were not tuned for any model, and fine-tuned models had the epochs of FP32 and as many "
-    "again; 'FP32, trained on' is the fair one to compare them with.",
+    "again; 'FP32, trained longer' is the fair one to compare them with.",
     "Each interval holds for its own sentence. Of twenty differences that are only chance, about one is outside its "
     "95 % interval.",
 )

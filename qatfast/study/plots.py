@@ -163,7 +163,9 @@ def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: S
             )
         axes.set_xticks(range(len(widths)), [str(width) for width in widths])
         _show_percent(axes)
-        axes.set(xlabel="bits", title="Test accuracy (mean ± standard deviation)")
+        repeated = any(spread.std is not None for by_bits in figures.values() for spread in by_bits.values())
+        title = f"Test accuracy ({'mean ± standard deviation' if repeated else 'one seed'})"
+        axes.set(xlabel="bits", title=title)
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from qatfast import __version__
+
 INTERRUPTED = 130
 BAD_DATA = 1
 BAD_ARGUMENT = 2
@@ -78,6 +80,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"qatfast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, help: str, run: Callable[[argparse.Namespace], int], epilog: str = "") -> _Parser:
@@ -153,7 +156,10 @@ def _visualize(options: argparse.Namespace) -> int:
     def run() -> int:
         from qatfast.study import visualize_quantization
 
-        options.out.mkdir(parents=True, exist_ok=True)
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            return _say("visualize", f"--out: {options.out}: is a file; name a folder", BAD_ARGUMENT)
         for bits in dict.fromkeys(options.bits):
             path = options.out / f"quantization_{bits}bit.png"
             visualize_quantization(bits, seed=options.seed, path=path)

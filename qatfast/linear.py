@@ -66,13 +66,14 @@ bias=affine per tensor, output=affine per tensor)
         """A QATLinear on the parameters of ``linear`` themselves, with its training mode, device and dtype.
 
         Raises:
-            TypeError: ``linear`` is no nn.Linear.
+            TypeError: ``linear`` is no nn.Linear, or its weight or bias is computed from other parameters.
             ValueError: as the constructor.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 f"QATLinear.from_float: expected linear to be an nn.Linear, got {type(linear).__name__}"
             )
+        _check_own_parameters("QATLinear.from_float", linear)
         has_bias = linear.bias is not None
         layer = cls(
             linear.in_features, linear.out_features, has_bias, device="meta", num_bits=num_bits, config=config
@@ -80,7 +81,12 @@ bias=affine per tensor, output=affine per tensor)
         return _share(linear, layer)
 
     def to_float(self) -> nn.Linear:
-        """An nn.Linear on the parameters themselves (raw, not quantized), with the training mode, device and dtype."""
+        """An nn.Linear on the parameters themselves (raw, not quantized), with the training mode, device and dtype.
+
+        Raises:
+            TypeError: weight or bias is computed from other parameters.
+        """
+        _check_own_parameters("QATLinear.to_float", self)
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         return _share(self, linear)
 
@@ -130,6 +136,17 @@ def _check_parameters(config: QATConfig, in_features: int, out_features: int, bi
             raise ValueError(
                 f"QATLinear: expected {features} to be divisible by group_size={group_size} of config.{name}, got "
                 f"{size}; write a group_size that divides {size}"
+            )
+
+
+def _check_own_parameters(op: str, linear: nn.Linear) -> None:
+    """Pruning and parametrizations make a tensor from other parameters at each call; it cannot be shared."""
+    for name in ("weight", "bias"):
+        if not isinstance(getattr(linear, name), nn.Parameter | None):
+            raise TypeError(
+                f"{op}: expected {name} to be an nn.Parameter, got a tensor computed from other parameters; call "
+                "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove first, or apply "
+                "these to the new layer"
             )
 
 

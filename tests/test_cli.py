@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+import qatfast as qatfast_package
 from qatfast import cli, kernels
 
 # SIGINT may be ignored where the suite runs in the background, and children inherit that
@@ -218,6 +219,11 @@ def test_a_missing_extra_is_one_line(capsys, monkeypatch):
     )
 
 
+def test_version(capsys):
+    assert exit_code("--version") == 0
+    assert capsys.readouterr().out == f"qatfast {qatfast_package.__version__}\n"
+
+
 def test_info(capsys):
     assert exit_code("info") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -242,8 +248,10 @@ def test_visualize(tmp_path, monkeypatch, capsys):
     for word in ("scale", "zero point", "levels", "mean abs error", "max abs error"):
         assert printed.count(f"\n{word} ") + printed.startswith(word) == 2
     (tmp_path / "file").write_text("")
-    assert exit_code("visualize", "--out", "file") == 1
-    assert capsys.readouterr().err == "qatfast visualize: file: File exists\n"
+    assert exit_code("visualize", "--out", "file") == 2
+    assert capsys.readouterr().err == "qatfast visualize: --out: file: is a file; name a folder\n"
+    assert exit_code("visualize", "--out", "file/below") == 1
+    assert capsys.readouterr().err == "qatfast visualize: file/below: Not a directory\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["visualize", "--help"]])

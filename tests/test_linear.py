@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import cases
@@ -137,6 +138,22 @@ def test_from_float_and_to_float_share_the_parameters(bias):
     assert not back.training
     assert (back.in_features, back.out_features) == (16, 6)
     assert QATLinear.from_float(nn.Linear(16, 6), config=QATConfig.int8()).training
+
+
+def pruned(layer):
+    return nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.parametrize("compute", [pruned, nn.utils.parametrizations.weight_norm])
+def test_computed_weights_train_but_cannot_be_shared(compute):
+    layer = compute(small())
+    layer(torch.ones(2, 16)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    message = "expected weight to be an nn.Parameter, got a tensor computed from other parameters"
+    with pytest.raises(TypeError, match=f"QATLinear.to_float: {message}"):
+        layer.to_float()
+    with pytest.raises(TypeError, match=f"QATLinear.from_float: {message}"):
+        QATLinear.from_float(compute(nn.Linear(16, 6)))
 
 
 def test_from_float_draws_no_random_number():
@@ -295,3 +312,20 @@ def test_the_output_lies_on_its_grid():
     y = small(num_bits=3)(cases.normal((50, 16)))
     assert y.unique().numel() <= 8
     cases.assert_same(fake_quantize(y.detach(), 3), y)
+
+
+def test_a_transformer_layer_in_evaluation_needs_its_fast_path_switched_off():
+    """The README says so; if torch learns to call the layers, its limitation can go."""
+    plain = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    quantized = copy.deepcopy(plain)
+    quantized.linear1 = QATLinear.from_float(quantized.linear1, num_bits=2)
+    x = cases.normal((2, 5, 16))
+    with torch.no_grad():
+        expected = quantized.linear1(x)
+        assert not torch.allclose(expected, plain.linear1(x), atol=1e-3)
+        assert torch.allclose(quantized(x), plain(x), atol=1e-5)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            assert not torch.allclose(quantized(x), plain(x), atol=1e-3)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)

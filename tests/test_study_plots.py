@@ -85,10 +85,20 @@ def test_accuracy_over_bits():
     spread = {8: Spread.of([0.9, 0.92]), 2: Spread.of([0.5, 0.6])}
     (axes,) = plot_accuracy_over_bits({"ptq": spread, "qat_finetuned": spread}, Spread.of([0.95])).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["2", "8"]
+    assert "mean ± standard deviation" in axes.get_title("left")
     middle, _, (bars,) = axes.containers[0]
     np.testing.assert_allclose(np.asarray(middle.get_ydata(), float), [0.55, 0.91])
     heights = [segment[1][1] - segment[0][1] for segment in bars.get_segments()]
     np.testing.assert_allclose(heights, [2 * spread[2].std, 2 * spread[8].std])
+
+
+def test_percentages_beside_the_axis_are_the_positions_of_its_ticks():
+    for low, high in ((0.7, 0.895), (0.94, 0.96), (0.1, 0.98)):
+        figures = {"ptq": {2: Spread.of([low]), 8: Spread.of([high])}}
+        (axes,) = plot_accuracy_over_bits(figures, None).axes
+        assert axes.get_title("left") == "Test accuracy (one seed)"
+        for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True):
+            assert float(label.get_text().rstrip("%").replace("−", "-")) == pytest.approx(100 * tick)
 
 
 def test_layer_errors():

@@ -304,8 +304,9 @@ def test_folders_that_cannot_be_a_report(tmp_path, monkeypatch):
         ReportFolder(tmp_path / "file" / "report")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(FolderError, match="current folder"):
-        ReportFolder(".")
+    for folder in (".", "..", "/"):
+        with pytest.raises(FolderError, match="current folder or holds it"):
+            ReportFolder(folder)
 
 
 def test_an_error_leaves_the_earlier_report(tmp_path):

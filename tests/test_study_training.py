@@ -1,7 +1,10 @@
 """The study's networks and their training."""
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from qatfast import FakeQuantize, QATLinear
@@ -11,9 +14,12 @@ from qatfast.study import (
     count_parameters,
     evaluate_model,
     generate_dataset,
+    progress,
     train_model,
 )
-from qatfast.study.training import one_thread, seeded
+from qatfast.study.names import TITLES
+from qatfast.study.progress import StudyBar
+from qatfast.study.training import Epoch, one_thread, seeded
 
 DATA = generate_dataset(400)
 
@@ -135,3 +141,16 @@ def test_only_dynamic_ranges_make_the_batch_matter():
 def test_without_a_terminal_training_says_nothing(capfd):
     train_model(ThreeLayerNet(), DATA, epochs=1)
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_bars_fit_into_80_columns(monkeypatch):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system=None, width=80)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    name = f"{max(TITLES.values(), key=len)}, 16 bits, seed 42"
+    with StudyBar(560, 20) as bar:
+        bar.training(name)(Epoch(7, 0.5, 0.5, 0.125, 0.75))
+    shown = screen.getvalue()
+    for words in (name, "1/560", " 7/20", "loss 0.125", "accuracy 75.0%", "-:--:-- left"):
+        assert words in shown
+    assert "…" not in shown

@@ -193,14 +193,11 @@ def load_npz(path: Path, target: str) -> Samples:
     Raises:
         DataError: an array is missing or wrong; the message names it.
     """
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise DataError(f"{path}: is not an .npz archive; save features and labels with numpy.savez")
     try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise DataError(f"{path}: is a single array; save features and labels with numpy.savez")
-        with archive:
+        with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except DataError:
-        raise
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: is not an .npz archive of plain arrays ({_first_line(error)})") from error
     if target not in arrays:
@@ -276,7 +273,7 @@ def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     except csv.Error as error:
         raise DataError(f"{path}: is not a CSV table ({_first_line(error)})") from error
     if len(rows) < 2:
-        raise DataError(f"{path}: has {len(rows)} lines; a header and at least one row are needed")
+        raise DataError(f"{path}: expected a header and at least one row, got {len(rows)} line(s)")
     return [name.strip() for name in rows[0][1]], rows[1:]
 
 

@@ -74,25 +74,21 @@ class ReportFolder:
 
 def check_replaceable(folder: Path) -> None:
     """Raises FolderError unless ``folder`` is not there, empty, or holds an earlier report's files and no others."""
-    if folder == Path.cwd():
-        raise FolderError(f"{folder}: is the current folder; name one inside it, or a new one")
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise FolderError(f"{folder}: is the current folder or holds it; name a new folder")
     if not folder.exists():
         return
     if not folder.is_dir():
         raise FolderError(f"{folder}: is a file; name a new folder, an empty one or an earlier report's")
     report = _report(folder)
     known = {"results.json", *report["files"]} if report else set()
-    strange = sorted(
-        name
-        for path in folder.rglob("*")
-        if (name := path.relative_to(folder).as_posix()) not in known
-        and (path.is_symlink() or not path.is_dir())
-    )
-    if strange:
-        raise FolderError(
-            f"{folder}: holds files that are not a report's ({strange[0]}); name a new folder, an empty one or an "
-            "earlier report's"
-        )
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if name not in known and (path.is_symlink() or not path.is_dir()):
+            raise FolderError(
+                f"{folder}: holds files that are not a report's ({name}); name a new folder, an empty one or an "
+                "earlier report's"
+            )
 
 
 def _report(folder: Path) -> dict[str, Any]:

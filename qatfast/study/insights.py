@@ -108,7 +108,7 @@ def _baseline(study: Study, accuracy: Spread) -> Insight:
         else "one seed, so how much chance there is in it is not measured"
     )
     text = (
-        f"FP32 classifies {accuracy.mean:.1%} of the test samples right ({spread}). "
+        f"FP32 classifies {100 * accuracy.mean:.1f}% of the test samples right ({spread}). "
         f"One of the {study.test_samples} test samples is {100 / study.test_samples:.2f} points."
     )
     return Insight("baseline", FLOAT_BITS, accuracy.mean, None, True, text)
@@ -118,7 +118,8 @@ def _longer(study: Study) -> list[Insight]:
     difference = _compare(study, ("fp32_longer", FLOAT_BITS), ("fp32", FLOAT_BITS))
     if difference is None:
         return []
-    more = f"FP32, trained for {study.settings.epochs} more epochs, as fine-tuning does,"
+    epochs = study.settings.epochs
+    more = f"FP32, trained for {epochs} more epoch{'s' if epochs > 1 else ''}, as fine-tuning does,"
     if difference.clear:
         text = f"{more} {'gains' if difference.mean > 0 else 'loses'} {_points(difference)} points."
     else:
@@ -217,4 +218,5 @@ def _points(difference: Difference) -> str:
 
 def _signed(difference: Difference, sign: int = 1) -> str:
     """``+0.2 ± 0.6``."""
-    return f"{100 * sign * difference.mean:+.1f} ±\N{NO-BREAK SPACE}{100 * difference.margin:.1f}"
+    mean = round(100 * sign * difference.mean, 1) + 0.0  # -0.0 becomes 0.0
+    return f"{mean:+.1f} ±\N{NO-BREAK SPACE}{100 * difference.margin:.1f}"

@@ -7,7 +7,7 @@ FLOAT_BITS = 32
 
 TITLES = {
     "fp32": "FP32",
-    "fp32_longer": "FP32, trained on",
+    "fp32_longer": "FP32, trained longer",
     "ptq_weights": "PTQ, weights only",
     "ptq": "PTQ, weights + activations",
     "qat_scratch": "QAT from scratch",

@@ -39,7 +39,7 @@ thead th { color: var(--muted); font-size: .88rem; }
 th[scope=row], thead th:first-child { padding-left: 0; }
 th[scope=row], .words { text-align: left; }
 td:last-child, th:last-child { padding-right: 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: .8rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: .8rem; }
 .figures.one { max-width: 40rem; }
 figure { margin: .4rem 0; min-width: 0; }
 figure img { width: 100%; height: auto; display: block; }

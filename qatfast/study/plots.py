@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor, nn
 
 from qatfast import choose_qparams
@@ -25,6 +25,9 @@ from .training import History
 
 GRID_LEVELS = 16
 """A grid of at most so many levels is drawn into the weight plots."""
+
+PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
+"""A share as a percentage with the decimals that it has: rounded ones would make even ticks look uneven."""
 
 
 def plot_signal(signal: SignalError) -> Figure:
@@ -87,7 +90,7 @@ def plot_training_history(histories: History | Mapping[str, History]) -> Figure:
                 )
         above.set(title="Cross entropy (nats)", ylim=(0, None))
         below.set(title="Accuracy", xlabel="epoch")
-        below.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _show_percent(below)
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles = above.get_legend_handles_labels()[0]
         handles.append(Line2D([], [], color=INK, linestyle=":", linewidth=1.2, label="on training samples"))
@@ -159,8 +162,10 @@ def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: S
                 label=TITLES.get(name, name),
             )
         axes.set_xticks(range(len(widths)), [str(width) for width in widths])
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set(xlabel="bits", title="Test accuracy (mean ± standard deviation)")
+        _show_percent(axes)
+        repeated = any(spread.std is not None for by_bits in figures.values() for spread in by_bits.values())
+        title = f"Test accuracy ({'mean ± standard deviation' if repeated else 'one seed'})"
+        axes.set(xlabel="bits", title=title)
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -196,7 +201,7 @@ def plot_layer_errors(errors: Sequence[LayerError], figure_name: str, title: str
         handles += [Line2D([], [], color=INK, label=layer, **looks[layer]) for layer in layers]
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+        axes.yaxis.set_major_formatter(PERCENT)
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(range(len(widths)), [str(width) for width in widths])
         axes.set(xlabel="bits", title=title)
@@ -212,6 +217,12 @@ def _by_model_and_layer(
     for error in errors:
         found.setdefault((error.model, error.layer), {})[error.bits] = getattr(error, figure_name)
     return found
+
+
+def _show_percent(axes: Axes) -> None:
+    """Percentages beside the y axis, at steps of 1, 2 or 5."""
+    axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(PERCENT)
 
 
 def _plot_weights(layer: str, num_bits: int, panels: Mapping[str, tuple[Tensor, Tensor | None]]) -> Figure:

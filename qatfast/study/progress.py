@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 if TYPE_CHECKING:
     from .training import Epoch
@@ -15,10 +16,21 @@ if TYPE_CHECKING:
 OnEpoch = Callable[["Epoch"], None]
 
 
-def _bar(console: Console) -> Progress:
-    return Progress(
+class _Bars(Progress):
+    """Progress bars below a line that says what is under way, so that the figures fit into 80 columns."""
+
+    heading = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.heading:
+            yield Text(self.heading, no_wrap=True, overflow="ellipsis")
+        yield self.make_tasks_table(self.tasks)
+
+
+def _bar(console: Console) -> _Bars:
+    return _Bars(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
@@ -42,7 +54,7 @@ def training_bar(epochs: int) -> Iterator[OnEpoch]:
 
 
 class StudyBar:
-    """A bar for all epochs of the study, with a second one for the training under way.
+    """A bar for all epochs of the study, with a second one for the training under way and its name above.
 
     Args:
         total: epochs of all trainings together.
@@ -51,7 +63,7 @@ class StudyBar:
 
     def __init__(self, total: int, epochs: int) -> None:
         self._bar = _bar(Console(stderr=True))
-        self._whole: TaskID = self._bar.add_task("whole study, epochs", total=total, figures="")
+        self._whole: TaskID = self._bar.add_task("whole study", total=total, figures="")
         self._epochs = epochs
         self._now: TaskID | None = None
 
@@ -66,10 +78,13 @@ class StudyBar:
         """Begins the bar of one training; the result shows its epochs."""
         if self._now is not None:
             self._bar.remove_task(self._now)
-        now = self._now = self._bar.add_task(f"{name}, epoch", total=self._epochs, figures="")
+        self._bar.heading = name
+        now = self._now = self._bar.add_task("epoch", total=self._epochs, figures="")
 
         def show(epoch: Epoch) -> None:
             self._bar.update(now, completed=epoch.number, figures=_figures(epoch))
             self._bar.advance(self._whole)
+            if self._bar.finished:
+                self._bar.heading = "trained; measuring the time of a training step"
 
         return show

@@ -32,7 +32,7 @@ LIMITS = (
     "scale per output channel and clip outliers, which helps PTQ at few bits.",
     "Quantized models are simulated in float32 on the integer grid; no integer device ran them.",
     "Learning rates and epochs were not tuned for any model, and fine-tuned models had the epochs of FP32 and as many "
-    "again; 'FP32, trained on' is the fair one to compare them with.",
+    "again; 'FP32, trained longer' is the fair one to compare them with.",
     "Each interval holds for its own sentence. Of twenty differences that are only chance, about one is outside its "
     "95 % interval.",
 )
@@ -128,15 +128,18 @@ def _header(study: Study, results: dict[str, Any]) -> str:
     settings = study.settings
     layers = " → ".join(str(size) for size in results["network"]["layers"])
     epochs = "one epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
-    seeds = "one seed" if settings.seeds == 1 else f"{settings.seeds} seeds"
+    seeds = (
+        "one seed"
+        if settings.seeds == 1
+        else f"{settings.seeds} seeds: each seed is another split, other first weights and another order"
+    )
     parts = [
         f"<header>\n<h1>{page.escape(_title(study))}</h1>",
         page.paragraph(
             f"A network of three linear layers ({layers}, {study.parameters:,} parameters) is trained in 32-bit floats "
             "(FP32), put on grids of few bits afterwards (post-training quantization, PTQ), and trained on these grids "
             f"(quantization-aware training, QAT). {study.train_samples:,} samples for training, "
-            f"{study.test_samples:,} for testing, {epochs} a training, {seeds}: each seed is another "
-            "split, other first weights and another order."
+            f"{study.test_samples:,} for testing, {epochs} a training, {seeds}."
         ),
     ]
     parts += [page.paragraph(item["text"]) for item in results["insights"] if item["kind"] == "threshold"]
@@ -244,8 +247,10 @@ def _accuracy_plots(study: Study) -> Iterator[Plot]:
     yield Plot(
         "accuracy_over_bits",
         plot_accuracy_over_bits(ordered, base),
-        f"Test accuracy over bits. FP32: {base.mean:.1%}. {'; '.join(words)}.",
-        "Mean over the seeds; the bars and the band reach one standard deviation to either side.",
+        f"Test accuracy over bits. FP32: {100 * base.mean:.1f}%. {'; '.join(words)}.",
+        "Mean over the seeds; the bars and the band reach one standard deviation to either side."
+        if study.settings.seeds > 1
+        else "One seed: how much chance there is in it is not measured.",
     )
 
 

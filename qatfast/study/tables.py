@@ -103,7 +103,7 @@ def time_table(study: Study) -> Table:
             titles[entry.model],
             _milliseconds(entry.seconds),
             f"{entry.ratio:.2f}",
-            "" if entry.model == "fp32" else " to ".join(f"{ratio:.2f}" for ratio in entry.quartiles),
+            "" if entry.model == "fp32" else "–".join(f"{ratio:.2f}" for ratio in entry.quartiles),
         )
         for entry in study.step_times
     ]
@@ -172,12 +172,9 @@ def _bytes(size: int | None, fp32: int | None) -> str:
 def _percent(values: dict[int, float]) -> str:
     if not values:
         return ""
-    spread = Spread.of([100 * value for value in values.values()])
-    return (
-        f"{spread.mean:.1f}"
-        if spread.std is None
-        else f"{spread.mean:.1f} ±\N{NO-BREAK SPACE}{spread.std:.1f}"
-    )
+    spread = Spread.of(list(values.values()))
+    mean = f"{100 * spread.mean:.1f}"
+    return mean if spread.std is None else f"{mean} ±\N{NO-BREAK SPACE}{100 * spread.std:.1f}"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -98,11 +98,11 @@ PyObject* takes(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // How the CUDA kernels divide a tensor, for tests without a device.
-pybind11::dict cuda_plan(int64_t outer, int64_t blocks, int64_t inner, int64_t item_size, bool quantizes,
-    int64_t multiprocessors, int64_t shared_memory, bool cooperative) {
+pybind11::dict cuda_plan(int64_t outer, int64_t blocks, int64_t inner, int64_t item_size, int64_t skipped,
+    bool quantizes, int64_t multiprocessors, int64_t shared_memory, bool cooperative) {
   using namespace pybind11::literals;
   const qatfast::cuda::DeviceLimits device{multiprocessors, shared_memory, multiprocessors, cooperative};
-  const auto plan = qatfast::cuda::plan_of({outer, blocks, inner}, item_size, quantizes, device);
+  const auto plan = qatfast::cuda::plan_of({{outer, blocks, inner}, item_size, skipped}, quantizes, device);
   return pybind11::dict("columns"_a = plan.columns, "threads"_a = plan.threads, "width"_a = plan.width,
       "tiles"_a = plan.tiles, "team"_a = plan.team, "tile_blocks"_a = plan.tile_blocks,
       "units_per_run"_a = plan.units_per_run, "grid"_a = plan.grid, "cached"_a = plan.cached,
@@ -135,7 +135,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   PyModule_AddFunctions(m.ptr(), methods);
   m.attr("has_cuda") = has_cuda;
   using pybind11::arg;
-  m.def("cuda_plan", &cuda_plan, arg("outer"), arg("blocks"), arg("inner"), arg("item_size"), arg("quantizes"),
-      arg("multiprocessors"), arg("shared_memory"), arg("cooperative"));
+  m.def("cuda_plan", &cuda_plan, arg("outer"), arg("blocks"), arg("inner"), arg("item_size"), arg("skipped"),
+      arg("quantizes"), arg("multiprocessors"), arg("shared_memory"), arg("cooperative"));
   m.def("instruction_set", &qatfast::cpu::instruction_set);
 }

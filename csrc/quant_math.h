@@ -71,20 +71,19 @@ QATFAST_FORMULA T widen_hi(T hi, T x) {
 }
 
 // Scale of a block with finite values in [lo, hi], lo <= 0 <= hi; at least the smallest normal number.
-QATFAST_FORMULA T choose_scale(T lo, T hi, int64_t quant_min, int64_t quant_max, bool symmetric) {
+QATFAST_FORMULA T choose_scale(T lo, T hi, T quant_min, T quant_max, bool symmetric) {
   constexpr T eps = std::numeric_limits<T>::min();
-  const T steps = static_cast<T>(symmetric ? quant_max : quant_max - quant_min);
+  const T steps = symmetric ? quant_max : quant_max - quant_min;
   const T width = symmetric ? widen_hi(hi, -lo) : hi - lo;
   const T scale = width <= std::numeric_limits<T>::max() ? width / steps : hi / steps - lo / steps;
   return scale > eps ? scale : eps;
 }
 
-QATFAST_FORMULA int32_t choose_zero_point(T lo, T scale, int64_t quant_min, int64_t quant_max, bool symmetric) {
+QATFAST_FORMULA int32_t choose_zero_point(T lo, T scale, T quant_min, T quant_max, bool symmetric) {
   if (symmetric) {
     return 0;
   }
-  const T zero_point = static_cast<T>(quant_min) - round_half_even(lo / scale);
-  return static_cast<int32_t>(clamp(zero_point, static_cast<T>(quant_min), static_cast<T>(quant_max)));
+  return static_cast<int32_t>(clamp(quant_min - round_half_even(lo / scale), quant_min, quant_max));
 }
 
 // clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point: the ends are integers, so that clamping

@@ -7,8 +7,7 @@ import pytest
 H100 = {"multiprocessors": 132, "shared_memory": 232448 - 2048, "cooperative": True}
 SMALL = {"multiprocessors": 2, "shared_memory": 64 * 1024, "cooperative": True}
 ALONE = {"multiprocessors": 132, "shared_memory": 232448 - 2048, "cooperative": False}
-HELD_UNITS, HELD_ELEMENTS = 8, 16  # csrc/cuda/plan.h
-REGISTERS = 16 * HELD_UNITS  # bytes that a thread keeps in registers
+HELD_UNITS = {2: 6, 4: 6, 8: 4}  # of 16 bytes, that a thread keeps in registers, by size of an element
 
 # (outer, blocks, inner): per tensor, rows, channels inside, channels last, one channel, huge ones
 LAYOUTS = [
@@ -34,8 +33,8 @@ LIMITS = pytest.mark.parametrize(
 
 @pytest.fixture
 def plan(kernels):
-    return lambda layout, item_size=4, quantizes=True, **limits: kernels.cuda_plan(
-        *layout, item_size, quantizes, **(limits or H100)
+    return lambda layout, item_size=4, quantizes=True, skipped=0, **limits: kernels.cuda_plan(
+        *layout, item_size, skipped, quantizes, **(limits or H100)
     )
 
 
@@ -45,8 +44,8 @@ def plan(kernels):
 @LIMITS
 def test_it_fits_the_device_and_covers_the_tensor(plan, layout, item_size, quantizes, limits):
     p = plan(layout, item_size, quantizes, **limits)
-    _, blocks, inner = layout
-    assert p["threads"] in (128, 512)
+    outer, blocks, inner = layout
+    assert p["threads"] in (128, 256, 512)
     assert 1 <= p["grid"] < 2**31
     assert 0 <= p["shared_bytes"] <= limits["shared_memory"]
     assert p["tiles"] * p["tile_blocks"] >= blocks > (p["tiles"] - 1) * p["tile_blocks"]
@@ -60,31 +59,38 @@ def test_it_fits_the_device_and_covers_the_tensor(plan, layout, item_size, quant
         assert p["tile_blocks"] * inner <= 128
     else:
         lanes = 16 // item_size
-        touched = max((start + inner - 1) // lanes + 1 for start in range(lanes)) if inner else 0
-        assert p["units_per_run"] == touched
+        starts = {(run * inner) % lanes for run in range(min(outer * blocks, lanes))} if inner else {}
+        assert p["units_per_run"] >= max(((start + inner - 1) // lanes + 1 for start in starts), default=0)
+        assert p["units_per_run"] <= inner // lanes + 2
 
 
 @pytest.mark.parametrize("item_size", [2, 4, 8])
 def test_what_fits_on_the_chip_is_kept_there(plan, item_size):
-    a_block = 512 * REGISTERS + H100["shared_memory"] // (512 * 16) * 512 * 16
+    a_block = 512 * 16 * HELD_UNITS[item_size] + H100["shared_memory"] // (512 * 16) * 512 * 16
     fits = plan((1, 1, 132 * a_block // item_size - 132 * 512 * 16), item_size)
     assert fits["barrier"] and fits["team"] == 132
     units = math.ceil(fits["units_per_run"] / fits["team"])
-    assert units <= (HELD_UNITS + fits["cached"]) * fits["threads"]
+    assert units <= (HELD_UNITS[item_size] + fits["cached"]) * fits["threads"]
     larger = plan((1, 1, 2 * 132 * a_block // item_size), item_size)
-    assert larger["units_per_run"] / larger["team"] > (HELD_UNITS + larger["cached"]) * larger["threads"]
+    assert (
+        larger["units_per_run"] / larger["team"]
+        > (HELD_UNITS[item_size] + larger["cached"]) * larger["threads"]
+    )
 
 
 def test_small_work_takes_no_barrier(plan):
-    for size in (1, 1000, 512 * HELD_UNITS * 4 - 8):
+    for size in (1, 1000, 512 * HELD_UNITS[4] * 4 - 8):
         p = plan((1, 1, size))
         assert (p["grid"], p["team"], p["barrier"], p["shared_bytes"]) == (1, 1, False, 0)
 
 
 def test_rows_share_a_thread_block_or_have_their_own(plan):
-    assert plan((1, 1000, 4))["width"] == 2  # a row can touch two windows of 16 bytes
-    assert plan((1, 1000, 128))["width"] == 32
-    assert plan((1, 1000, 4096))["width"] == 512
+    assert plan((1, 1000, 8))["width"] == 1  # two units of 16 bytes a thread
+    assert plan((1, 1000, 8), skipped=1)["width"] == 2  # each row touches three
+    assert plan((1, 1000, 9))["width"] == 2
+    assert plan((1, 1000, 32))["width"] == 4
+    assert plan((1, 1000, 256))["width"] == 32
+    assert plan((1, 1000, 4096))["width"] == 256
     assert plan((1, 1000, 2048))["width"] == 128
 
 

@@ -8,7 +8,7 @@ template <class T>
 void fake_quantize_rows(const T* x, T* y, const Layout& layout, const QuantSpec& spec) {
   using C = compute_t<T>;
   const auto& loops = chosen().loops<T>();
-  const auto min = spec.quant_min(), max = spec.quant_max();
+  const auto min = static_cast<C>(spec.quant_min()), max = static_cast<C>(spec.quant_max());
   at::parallel_for(0, layout.blocks, std::max<int64_t>(1, grain / layout.inner), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const auto offset = block * layout.inner;
@@ -16,8 +16,7 @@ void fake_quantize_rows(const T* x, T* y, const Layout& layout, const QuantSpec&
       loops.range(x + offset, layout.inner, &lo, &hi, false);
       const C scale = choose_scale(lo, hi, min, max, spec.symmetric);
       const int32_t zero_point = choose_zero_point(lo, scale, min, max, spec.symmetric);
-      loops.fake_quantize(
-          x + offset, y + offset, layout.inner, {&scale, &zero_point, static_cast<C>(min), static_cast<C>(max), false});
+      loops.fake_quantize(x + offset, y + offset, layout.inner, {&scale, &zero_point, min, max, false});
     }
   });
 }

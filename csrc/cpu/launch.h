@@ -99,7 +99,7 @@ void choose_qparams_of_blocks(
     const T* x, const Layout& layout, const QuantSpec& spec, compute_t<T>* scale, int32_t* zero_point) {
   using C = compute_t<T>;
   const auto& loops = chosen().loops<T>();
-  const auto min = spec.quant_min(), max = spec.quant_max();
+  const auto min = static_cast<C>(spec.quant_min()), max = static_cast<C>(spec.quant_max());
   const auto choose = [&](int64_t block, C lo, C hi) {
     scale[block] = choose_scale(lo, hi, min, max, spec.symmetric);
     zero_point[block] = choose_zero_point(lo, scale[block], min, max, spec.symmetric);

@@ -16,8 +16,8 @@ struct BlockTask {
   void* scale; // null: not wanted
   int32_t* zero_point;
   void* partials; // of a team: [thread block][block of the tile][lo, hi]
-  int64_t quant_min;
-  int64_t quant_max;
+  int32_t quant_min;
+  int32_t quant_max;
   bool symmetric;
   bool aligned_alike; // from and to are at the same distance from a 16-byte boundary
 };
@@ -95,8 +95,9 @@ struct QParam {
   __device__ __forceinline__ QParam(const RangeKeys<C>& keys, const BlockTask& task) {
     const C lo = C(0) - bits_as<C>(keys.below);
     const C hi = bits_as<C>(keys.above);
-    grid.scale = choose_scale(lo, hi, task.quant_min, task.quant_max, task.symmetric);
-    zero_point = choose_zero_point(lo, grid.scale, task.quant_min, task.quant_max, task.symmetric);
+    const C quant_min = task.quant_min, quant_max = task.quant_max;
+    grid.scale = choose_scale(lo, hi, quant_min, quant_max, task.symmetric);
+    zero_point = choose_zero_point(lo, grid.scale, quant_min, quant_max, task.symmetric);
     grid.lo = static_cast<C>(task.quant_min - zero_point);
     grid.hi = static_cast<C>(task.quant_max - zero_point);
   }
@@ -118,37 +119,60 @@ struct BlockUnits {
   int64_t block;
   int64_t units_per_run;
   bool aligned_alike;
+  int skipped; // elements of the first window of the first run that are not ours
+
+  __device__ __forceinline__ BlockUnits(const BlockTask& task, int64_t block)
+      : from(static_cast<const T*>(task.from)),
+        to(static_cast<T*>(task.to)),
+        layout(task.plan.layout),
+        block(block),
+        units_per_run(task.plan.units_per_run),
+        aligned_alike(task.aligned_alike) {
+    from += block * layout.inner;
+    to += block * layout.inner;
+    skipped = distance(from);
+  }
+
+  // Elements from the 16-byte boundary before it.
+  static __device__ __forceinline__ int distance(const T* pointer) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T) % lanes<T>);
+  }
 
   struct Place {
-    int64_t start; // of the window, in elements; the elements [first, last) of it are ours
-    int first;
-    int last;
+    int64_t start;  // of the window, in elements
+    int64_t before; // elements of the run before the window: negative at its start
+    int64_t left;   // elements of the run from the window's start on
+
+    __device__ __forceinline__ bool is_whole() const {
+      return before >= 0 && left >= lanes<T>;
+    }
+    __device__ __forceinline__ bool has(int i) const {
+      return before + i >= 0 && i < left;
+    }
   };
 
   __device__ __forceinline__ Place place(int64_t unit) const {
-    int64_t run = 0;
-    if (layout.outer > 1) {
-      run = unit <= 0xFFFFFFFF ? static_cast<uint32_t>(unit) / static_cast<uint32_t>(units_per_run)
-                               : unit / units_per_run; // half the time where 32 bits hold it
+    if (layout.outer == 1) {
+      const int64_t before = unit * lanes<T> - skipped;
+      return {before, before, layout.inner - before};
     }
-    const int64_t begin = (run * layout.blocks + block) * layout.inner;
-    const int skipped = static_cast<int>((reinterpret_cast<uintptr_t>(from + begin) / sizeof(T)) % lanes<T>);
-    const int64_t offset = (unit - run * units_per_run) * lanes<T> - skipped;
-    const int64_t left = layout.inner - offset;
-    return {
-        begin + offset, offset < 0 ? skipped : 0, left < lanes<T> ? static_cast<int>(left < 0 ? 0 : left) : lanes<T>};
+    const int64_t run = unit <= 0xFFFFFFFF ? static_cast<uint32_t>(unit) / static_cast<uint32_t>(units_per_run)
+                                           : unit / units_per_run; // half the time where 32 bits hold it
+    const int64_t begin = run * layout.blocks * layout.inner;
+    const int64_t before = (unit - run * units_per_run) * lanes<T> - distance(from + begin);
+    return {begin + before, before, layout.inner - before};
   }
 
   // What is not ours is 0, which widens no range.
   __device__ __forceinline__ uint4 load(int64_t unit) const {
     const auto at = place(unit);
-    if (at.first == 0 && at.last == lanes<T>) {
+    if (at.is_whole()) {
       return *reinterpret_cast<const uint4*>(from + at.start);
     }
     Unit<T> some{};
 #pragma unroll
     for (int i = 0; i < lanes<T>; ++i) {
-      if (at.first <= i && i < at.last) {
+      if (at.has(i)) {
         some.at[i] = from[at.start + i];
       }
     }
@@ -157,12 +181,12 @@ struct BlockUnits {
 
   __device__ __forceinline__ void store(int64_t unit, const Unit<T>& values) const {
     const auto at = place(unit);
-    if (aligned_alike && at.first == 0 && at.last == lanes<T>) {
+    if (aligned_alike && at.is_whole()) {
       return store_whole(to + at.start, values);
     }
 #pragma unroll
     for (int i = 0; i < lanes<T>; ++i) {
-      if (at.first <= i && i < at.last) {
+      if (at.has(i)) {
         to[at.start + i] = values.at[i];
       }
     }
@@ -244,22 +268,25 @@ template <class T, class Ready>
 __device__ __forceinline__ void quantize_units(const BlockTask& task, const BlockUnits<T>& units, int64_t begin,
     int64_t end, int lane, Phases phases, uint4* cache, Ready ready) {
   using C = compute_t<T>;
-  constexpr int batch = 3; // loads on their way at a time, beside those of the other threads
+  constexpr int held_units = cuda::held_units(sizeof(T));
+  constexpr int batch = 4; // loads on their way at a time, beside those of the other threads
   const int width = task.plan.width;
   int64_t first = begin + lane;
   const int64_t rest = first + int64_t{held_units} * width;
   const int64_t uncached = rest + (phases == both ? task.plan.cached : 0) * width;
+  const int mine = static_cast<int>(end - first < held_units * width ? end - first : held_units * width);
   uint4 held[held_units];
 #pragma unroll
   for (int k = 0; k < held_units; ++k) {
-    const int64_t unit = first + k * width;
-    held[k] = unit < end ? units.load(unit) : uint4{};
+    held[k] = k * width < mine ? units.load(first + k * width) : uint4{};
   }
   Range<C> range;
   if (phases & Phases::range) {
 #pragma unroll
     for (int k = 0; k < held_units; ++k) {
-      widen_by_unit<T>(range, held[k]);
+      if (k * width < mine) { // as rows are short, most threads hold fewer
+        widen_by_unit<T>(range, held[k]);
+      }
     }
     uint4* slot = cache + threadIdx.x;
     for (int64_t unit = rest; unit < end; unit += batch * width) {
@@ -296,9 +323,8 @@ __device__ __forceinline__ void quantize_units(const BlockTask& task, const Bloc
   }
 #pragma unroll
   for (int k = 0; k < held_units; ++k) {
-    const int64_t at = first + k * width;
-    if (at < end) {
-      units.store(at, quantized_unit<T>(held[k], grid));
+    if (k * width < mine) {
+      units.store(first + k * width, quantized_unit<T>(held[k], grid));
     }
   }
 }
@@ -322,7 +348,9 @@ __device__ __forceinline__ void quantize_column(const BlockTask& task, const T* 
   if (phases & Phases::range) {
 #pragma unroll
     for (int k = 0; k < held_elements; ++k) {
-      range.widen_by(static_cast<C>(held[k]));
+      if (row + k * step < end) {
+        range.widen_by(static_cast<C>(held[k]));
+      }
     }
     T* slot = cache + threadIdx.x;
     for (int64_t at = rest; at < end; at += step) {
@@ -373,8 +401,7 @@ __device__ __forceinline__ void quantize_small_blocks(const BlockTask& task, int
   for (int64_t first = thread_block * at_a_time; first < plan.tiles; first += plan.grid * at_a_time) {
     const int64_t block = first + threadIdx.x / width;
     const int64_t count = block < plan.tiles ? plan.layout.outer * plan.units_per_run : 0;
-    const BlockUnits<T> units{static_cast<const T*>(task.from), static_cast<T*>(task.to), plan.layout, block,
-        plan.units_per_run, task.aligned_alike};
+    const BlockUnits<T> units(task, block);
     quantize_units<T>(task, units, 0, count, lane, both, nullptr, [&](const Range<C>& range) {
       const auto keys = range.keys();
       const QParam<C> qparam({warp_max(keys.below, width), warp_max(keys.above, width)}, task);
@@ -443,7 +470,7 @@ __device__ __forceinline__ void quantize_tiles(
             return together(range.keys(), static_cast<int>(column / layout.inner), works);
           });
     } else {
-      const BlockUnits<T> units{from, to, layout, tile, plan.units_per_run, task.aligned_alike};
+      const BlockUnits<T> units(task, tile);
       const int64_t count = layout.outer * plan.units_per_run;
       const auto start_of = [&](int64_t member) { // whole warps, so that no two thread blocks share a memory sector
         return member == plan.team ? count : count / 32 * member / plan.team * 32;

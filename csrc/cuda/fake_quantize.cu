@@ -64,8 +64,9 @@ BlockTask block_task(const FusedTask& task, const Plan& plan) {
   const void* from = task.from.const_data_ptr();
   void* to = task.to.defined() ? task.to.mutable_data_ptr() : nullptr;
   return {plan, from, to, task.scale.defined() ? task.scale.mutable_data_ptr() : nullptr,
-      task.zero_point.defined() ? task.zero_point.mutable_data_ptr<int32_t>() : nullptr, nullptr, task.spec.quant_min(),
-      task.spec.quant_max(), task.spec.symmetric, distance(from) == distance(to)};
+      task.zero_point.defined() ? task.zero_point.mutable_data_ptr<int32_t>() : nullptr, nullptr,
+      static_cast<int32_t>(task.spec.quant_min()), static_cast<int32_t>(task.spec.quant_max()), task.spec.symmetric,
+      distance(from) == distance(to)};
 }
 
 template <class T>
@@ -73,14 +74,16 @@ void launch(c10::ArrayRef<FusedTask> tasks) {
   const auto& first = tasks[0];
   const auto device = first.from.device().index();
   const auto limits = limits_of<T>(device);
-  const auto layout = [&](size_t i) {
-    return layout_of(tasks[i].from, tasks[i].spec.granularity);
+  const auto shape = [&](size_t i) {
+    const auto& x = tasks[i].from;
+    const auto skipped = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 / sizeof(T);
+    return Shape{layout_of(x, tasks[i].spec.granularity), sizeof(T), static_cast<int64_t>(skipped)};
   };
   std::array<Plan, 2> plans;
   if (tasks.size() == 2) {
-    plans = plan_of_two({layout(0), layout(1)}, sizeof(T), limits);
+    plans = plan_of_two({shape(0), shape(1)}, limits);
   } else {
-    plans[0] = plan_of(layout(0), sizeof(T), first.to.defined(), limits);
+    plans[0] = plan_of(shape(0), first.to.defined(), limits);
   }
   BlockLaunch launch{};
   launch.second = plans[0].grid;

@@ -22,6 +22,14 @@ int64_t power_of_two_from(int64_t n) {
   return power;
 }
 
+// 16-byte windows that a run of `inner` elements touches; the most of all runs, if they start at different places.
+int64_t windows_of_a_run(const Shape& shape) {
+  const auto& layout = shape.layout;
+  const int64_t lanes = unit_size / shape.item_size;
+  const bool alike = layout.outer * layout.blocks == 1 || layout.inner % lanes == 0;
+  return layout.inner == 0 ? 0 : divide_up((alike ? shape.skipped : lanes - 1) + layout.inner, lanes);
+}
+
 // What one thread does for a tile, in pieces: 16-byte units, or single elements of a column.
 struct Work {
   int64_t a_pass; // pieces that one thread block of max_threads handles at a time
@@ -38,7 +46,10 @@ struct Work {
 // Whole thread blocks for a tile: a small one for a small tile, a team of large ones where there are too few tiles to
 // fill the device; and shared memory for what registers do not hold.
 void choose_threads(Plan& plan, const Work& work, bool quantizes, const DeviceLimits& device) {
-  plan.threads = work.passes(1, few_threads) <= work.held ? few_threads : max_threads;
+  plan.threads = few_threads;
+  while (plan.threads < max_threads && work.passes(1, plan.threads) > work.held) {
+    plan.threads *= 2;
+  }
   plan.width = plan.threads;
   const bool idle = plan.tiles * 2 <= device.resident;
   if (idle && work.passes(1, max_threads) > work.held) {
@@ -57,11 +68,12 @@ void choose_threads(Plan& plan, const Work& work, bool quantizes, const DeviceLi
 
 } // namespace
 
-Plan plan_of(const Layout& layout, int64_t item_size, bool quantizes, const DeviceLimits& device) {
+Plan plan_of(const Shape& shape, bool quantizes, const DeviceLimits& device) {
+  const auto& layout = shape.layout;
+  const auto item_size = shape.item_size;
   Plan plan;
   plan.layout = layout;
-  const int64_t lanes = unit_size / item_size;
-  plan.units_per_run = layout.inner == 0 ? 0 : (layout.inner + lanes - 2) / lanes + 1;
+  plan.units_per_run = windows_of_a_run(shape);
   plan.columns = layout.outer > 1 && layout.blocks > 1 && layout.inner * item_size < memory_line;
   if (plan.columns) {
     const int64_t wanted = divide_up(memory_line, layout.inner * item_size);
@@ -75,22 +87,23 @@ Plan plan_of(const Layout& layout, int64_t item_size, bool quantizes, const Devi
   }
   plan.tiles = layout.blocks;
   const int64_t units = layout.outer * plan.units_per_run;
-  if (units <= warp * held_units && (layout.blocks > 1 || units <= warp)) {
-    plan.width = static_cast<int>(std::min(warp, power_of_two_from(units)));
+  if (units <= warp * held_units(item_size) && (layout.blocks > 1 || units <= warp)) {
+    // two units a thread: the reduction and the scale cost as much as quantizing some elements
+    plan.width = static_cast<int>(std::min(warp, power_of_two_from(divide_up(units, 2))));
     plan.grid = std::min(divide_up(plan.tiles * plan.width, plan.threads), device.multiprocessors * waves);
     return plan;
   }
-  choose_threads(plan, {max_threads, units, unit_size, held_units}, quantizes, device);
+  choose_threads(plan, {max_threads, units, unit_size, held_units(item_size)}, quantizes, device);
   return plan;
 }
 
-std::array<Plan, 2> plan_of_two(const std::array<Layout, 2>& layouts, int64_t item_size, const DeviceLimits& device) {
+std::array<Plan, 2> plan_of_two(const std::array<Shape, 2>& shapes, const DeviceLimits& device) {
   // the second is a bias: rarely more than one thread block's work
   DeviceLimits rest = device;
   rest.resident = std::max<int64_t>(1, device.resident - 1);
-  auto first = plan_of(layouts[0], item_size, true, rest);
-  DeviceLimits one{1, 0, 1, false};
-  auto second = plan_of(layouts[1], item_size, true, one);
+  auto first = plan_of(shapes[0], true, rest);
+  const DeviceLimits one{1, 0, 1, false};
+  auto second = plan_of(shapes[1], true, one);
   second.cached = second.shared_bytes = 0;
   if (second.width > warp) {
     second.width = first.threads;

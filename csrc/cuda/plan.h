@@ -12,8 +12,10 @@ namespace qatfast::cuda {
 constexpr int max_threads = 512;
 constexpr int few_threads = 128;
 // What a thread keeps of its block in registers between finding the range and quantizing.
-constexpr int held_units = 8;     // of 16 bytes
-constexpr int held_elements = 16; // of a column
+constexpr int held_units(int64_t item_size) { // of 16 bytes; a division of doubles needs registers itself
+  return item_size == 8 ? 4 : 6;
+}
+constexpr int held_elements = 12; // of a column
 // Channels whose ranges a thread block reduces at a time.
 constexpr int max_tile_columns = 128;
 
@@ -49,11 +51,18 @@ struct Plan {
   }
 };
 
-// `item_size`: bytes an element. `quantizes`: false where only the ranges are wanted, so that nothing is kept.
-Plan plan_of(const Layout& layout, int64_t item_size, bool quantizes, const DeviceLimits& device);
+// A tensor as a plan sees it.
+struct Shape {
+  Layout layout;
+  int64_t item_size; // bytes an element
+  int64_t skipped;   // elements from the 16-byte boundary before its first one
+};
+
+// `quantizes`: false where only the ranges are wanted, so that nothing is kept.
+Plan plan_of(const Shape& shape, bool quantizes, const DeviceLimits& device);
 
 // Two tensors in one launch, the larger first: the second gets a few thread blocks of the same shape beside the
 // first's.
-std::array<Plan, 2> plan_of_two(const std::array<Layout, 2>& layouts, int64_t item_size, const DeviceLimits& device);
+std::array<Plan, 2> plan_of_two(const std::array<Shape, 2>& shapes, const DeviceLimits& device);
 
 } // namespace qatfast::cuda

@@ -71,17 +71,18 @@ def test_the_direct_entry_has_it(kernels, op):
 
 
 @OPS
-@pytest.mark.parametrize("place", ["csrc/cpu/{}.cpp", "tests/test_{}.py", "benchmarks/bench_{}.py"])
+@pytest.mark.parametrize("place", ["csrc/cpu/{}.cpp", "csrc/cuda/{}.c*", "tests/test_{}.py", "benchmarks/bench_{}.py"])
 def test_it_has_its_files(op, place):
     if place.startswith("benchmarks") and not (ROOT / "benchmarks").is_dir():
         pytest.skip("the benchmarks are not here")
-    assert (ROOT / place.format(op)).is_file()
+    assert list(ROOT.glob(place.format(op)))
 
 
 @OPS
-def test_no_other_cpu_file_is_an_operator_of_another_name(op):
-    files = {path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if not path.stem.startswith("loops")}
-    assert files <= {*cases.OPS, "instruction_set"}
+def test_no_other_file_of_a_device_is_an_operator_of_another_name(op):
+    files = {path.stem for path in (ROOT / "csrc").glob("c*/*.c*") if not path.stem.startswith("loops")}
+    shared = {"instruction_set", "plan"} | {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cuh")}
+    assert files <= {*cases.OPS, *shared}
 
 
 @OPS

@@ -204,7 +204,7 @@ def _one_line_errors(command: str, run: Callable[[], int]) -> int:
         from qatfast.study.data import DataError
         from qatfast.study.folder import FolderError
     except ModuleNotFoundError as error:
-        if "qatfast[study]" not in str(error):
+        if "qatfast.study needs" not in str(error):
             raise
         return _say(command, str(error), BAD_DATA)
     try:

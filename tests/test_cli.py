@@ -215,7 +215,7 @@ def test_a_missing_extra_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else object())
     assert exit_code("compare") == 1
     assert (
-        capsys.readouterr().err == "qatfast compare: qatfast.study needs rich: pip install 'qatfast[study]'\n"
+        capsys.readouterr().err == "qatfast compare: qatfast.study needs rich: pip install matplotlib scikit-learn rich\n"
     )
 
 

@@ -1,6 +1,6 @@
 """The study: a network in FP32, after PTQ and after QAT, on the same data, with a report.
 
-It needs matplotlib, scikit-learn and rich: ``pip install 'qatfast[study]'``.
+It needs matplotlib, scikit-learn and rich: the extra ``study``.
 """
 
 from . import extra  # noqa: F401  (first: it says what to install)

@@ -5,5 +5,5 @@ from importlib.util import find_spec
 for _module in ("matplotlib", "sklearn", "rich"):
     if find_spec(_module) is None:
         raise ModuleNotFoundError(
-            f"qatfast.study needs {_module}: pip install 'qatfast[study]'", name=_module
+            f"qatfast.study needs {_module}: pip install matplotlib scikit-learn rich", name=_module
         )

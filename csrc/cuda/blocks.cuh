@@ -270,6 +270,7 @@ __device__ __forceinline__ void quantize_units(const BlockTask& task, const Bloc
   using C = compute_t<T>;
   constexpr int held_units = cuda::held_units(sizeof(T));
   constexpr int batch = 4; // loads on their way at a time, beside those of the other threads
+  constexpr int pair = 2; // the same while the held units take registers and stores follow
   const int width = task.plan.width;
   int64_t first = begin + lane;
   const int64_t rest = first + int64_t{held_units} * width;
@@ -310,16 +311,23 @@ __device__ __forceinline__ void quantize_units(const BlockTask& task, const Bloc
     return;
   }
   forget(first); // or the addresses of the held units would live in registers from their loads to their stores
-  const int64_t left = end - 1 - rest;
-  int64_t unit = left < 0 ? -1 : rest + left / width * width;
-  for (; unit >= uncached; unit -= width) {
-    units.store(unit, quantized_unit<T>(units.load(unit), grid));
-  }
-  if (left >= 0) {
-    const uint4* slot = cache + threadIdx.x + (unit - rest) / width * blockDim.x;
-    for (; unit >= rest; unit -= width, slot -= blockDim.x) {
-      units.store(unit, quantized_unit<T>(*slot, grid));
+  const int64_t last = rest > end - 1 ? rest - width : rest + (end - 1 - rest) / width * width;
+  for (int64_t unit = last; unit >= uncached; unit -= pair * width) {
+    uint4 some[pair];
+#pragma unroll
+    for (int k = 0; k < pair; ++k) {
+      some[k] = unit - k * width >= uncached ? units.load(unit - k * width) : uint4{};
     }
+#pragma unroll
+    for (int k = 0; k < pair; ++k) {
+      if (unit - k * width >= uncached) {
+        units.store(unit - k * width, quantized_unit<T>(some[k], grid));
+      }
+    }
+  }
+  const uint4* slot = cache + threadIdx.x;
+  for (int64_t unit = rest; unit <= last && unit < uncached; unit += width, slot += blockDim.x) {
+    units.store(unit, quantized_unit<T>(*slot, grid));
   }
 #pragma unroll
   for (int k = 0; k < held_units; ++k) {

@@ -23,7 +23,7 @@ ready = $(VENV)/.extra-$(1) $(VENV)/.built
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # the recipes share one environment
-.PHONY: help demo test bench lint format sanitize clean FORCE
+.PHONY: help demo test bench lint format sanitize mutants clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ format: $(call ready,lint)  ## put all files into the project's style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+mutants: $(call ready,test)  ## seed mistakes in the CUDA kernels, expect a test to fail for each (TORCH="torch==2.14.*")
+	$(PY) tests/mutants.py
 
 sanitize: $(call ready,test) sanitize-address sanitize-undefined  ## run the operator tests under ASan and UBSan
 

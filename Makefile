@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 REPORT ?= report
 DEMO_ARGS ?= --data digits
 TEST_ARGS ?=
+DEVICE ?= cpu
 BENCH_ARGS ?= -rs --benchmark-max-time=0.3 --benchmark-columns=median,iqr,rounds,iterations
 SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,fake_quantize fake_quantize_affine choose_qparams \
                     quantize dequantize qat_linear errors))
@@ -22,11 +23,11 @@ ready = $(VENV)/.extra-$(1) $(VENV)/.built
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # the recipes share one environment
-.PHONY: help demo test bench lint format sanitize clean FORCE
+.PHONY: help demo test bench lint format sanitize mutants clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON, VENV, TORCH, REPORT, DEMO_ARGS, TEST_ARGS, BENCH_ARGS (PYTHON counts when $(VENV) is made)"
+	@echo "Variables: PYTHON, VENV, TORCH, REPORT, DEMO_ARGS, TEST_ARGS, DEVICE, BENCH_ARGS (PYTHON counts when $(VENV) is made)"
 
 demo: $(call ready,study)  ## train FP32, PTQ and QAT on handwritten digits; write report/index.html
 	$(PY) -m qatfast.cli compare --out $(REPORT) $(DEMO_ARGS)
@@ -34,9 +35,9 @@ demo: $(call ready,study)  ## train FP32, PTQ and QAT on handwritten digits; wri
 test: $(call ready,test)  ## run the whole suite (TEST_ARGS="-x -k linear")
 	$(PY) -m pytest $(TEST_ARGS)
 
-bench: $(call ready,bench)  ## measure against other implementations; rewrite benchmarks/RESULTS.md
-	$(PY) -m pytest benchmarks $(BENCH_ARGS)
-	$(PY) benchmarks/results.py
+bench: $(call ready,bench)  ## measure against other implementations; rewrite benchmarks/RESULTS.md (DEVICE=cuda)
+	$(PY) -m pytest benchmarks --device $(DEVICE) $(BENCH_ARGS)
+	$(PY) benchmarks/results.py --device $(DEVICE)
 
 lint: $(call ready,lint)  ## check style and types
 	$(PY) -m ruff check .
@@ -48,6 +49,9 @@ format: $(call ready,lint)  ## put all files into the project's style
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+mutants: $(call ready,test)  ## seed mistakes in the CUDA kernels, expect a test to fail for each (TORCH="torch==2.14.*")
+	$(PY) tests/mutants.py
 
 sanitize: $(call ready,test) sanitize-address sanitize-undefined  ## run the operator tests under ASan and UBSan
 

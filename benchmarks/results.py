@@ -2,12 +2,15 @@
 
 python benchmarks/results.py                 measures, minutes
 python benchmarks/results.py a.json b.json   the same tables from these files, of one machine
+python benchmarks/results.py --device cuda   on a CUDA device, into RESULTS.cuda.md
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+
+import torch
 
 from qatfast.bench import Result, table
 from qatfast.bench.command import run
@@ -25,7 +28,8 @@ READING = """Each cell is the ratio to the row that is 1.0, then the time of one
 one process in turns, in another order each round; a turn is about 2 ms of calls, or one call if that takes longer,
 after one call that does not count (not where a call takes 50 ms). Both figures are medians over the rounds, the ratio
 taken round by round, so a ratio need not be the quotient of two times to the last digit. Ratios near 1 move by some
-percent from run to run; times depend on the machine.
+percent from run to run; times depend on the machine. On a CUDA device events time each call, whose L2 cache is full of
+other data, and a turn is the median of its calls.
 
 - **max error**: the largest difference from the reference, as a share of the largest value, over all columns. Formulas
   differ next to ties, by one step of 255. `qatfast` has to equal the reference in every bit, values and gradients, or
@@ -155,16 +159,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="default: RESULTS.md beside this file")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    parser.add_argument("--out", type=Path, help="default: RESULTS.md, or RESULTS.cuda.md, beside this file")
     args = parser.parse_args()
+    cuda = args.device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
+    out = args.out or (RESULTS.with_suffix(".cuda.md") if cuda else RESULTS)
     if args.files:
         record = joined([json.loads(file.read_text(encoding="utf-8")) for file in args.files])
         record["command"] = "qatfast bench --full --op OP --json OP.json; python benchmarks/results.py *.json"
     else:
-        record = as_json(run(OPS))
-        record["command"] = "python benchmarks/results.py"
-    args.out.write_text(text(record), encoding="utf-8")
-    print(f"wrote {args.out.name}", file=sys.stderr)
+        record = as_json(run(OPS, device=args.device))
+        record["command"] = "python benchmarks/results.py" + (" --device cuda" if cuda else "")
+    out.write_text(text(record), encoding="utf-8")
+    print(f"wrote {out.name}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +152,29 @@ def test_a_ratio_is_taken_round_by_round(monkeypatch):
     assert result.timing("clone").ratio == 1.0
     assert (result.timing(OURS).ratio, result.timing(OURS).quartiles) == (1.5, (1.5, 1.5))
     assert result.timing("nobody") is None
+
+
+def test_everything_is_timed_on_the_device(device):
+    prepared = bench.prepare(small("fake_quantize", device=device), ["clone", OURS])
+    result = bench.measure(prepared, seconds=0)
+    assert [timing.provider for timing in result.timings] == ["clone", OURS]
+    assert all(timing.seconds > 0 for timing in result.timings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_cuda_device_the_benchmarks_say_so(results_script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["results.py", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        results_script.main()
+    assert capsys.readouterr().err.endswith("--device cuda: torch finds no CUDA device here\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", str(BENCHMARKS), "--device", "cuda"],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        run.returncode == 4 and run.stderr.strip() == "ERROR: --device cuda: torch finds no CUDA device here"
+    )
 
 
 def timed(op="fake_quantize", **changes):

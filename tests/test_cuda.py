@@ -25,6 +25,7 @@ from qatfast import (
     dequantize,
     fake_quantize,
     fake_quantize_affine,
+    functional,
     qat_linear,
     quantize,
     reference,
@@ -53,7 +54,7 @@ ON_CHIP = [
     ((8192, 64), PerChannel(1)),
     ((64, 128, 3, 3), PerChannel(1)),
 ]
-LARGER = [((3_000_001,), PerTensor()), ((2, 1_500_000), PerChannel(0)), ((700_000, 5), PerChannel(1))]
+LARGER = [((3_000_001,), PerTensor()), ((2, 1_500_000), PerChannel(0)), ((700_003, 5), PerChannel(1))]
 WORKSPACE = 144 * 1024  # ends of ranges that thread blocks hand each other: of 64 columns, 16 times 16
 DTYPES = pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
 
@@ -168,6 +169,20 @@ def test_quantize_and_dequantize_are_one_launch_each(dtype):
         assert there.written == x.numel()
         assert back.launches[0]["unique_read_sectors"] * 32 <= x.numel() + 64
         assert back.written == x.nbytes
+
+
+def test_given_ranges_for_more_elements_than_the_threads_of_a_device_take_at_a_time():
+    x = cases.normal((3_000_001,), device="cuda")
+    grid = cases.grid(x.shape, PerTensor(), x.dtype, device="cuda")
+
+    def everything(functions, x, scale, zero_point, *ends):
+        leaf = x.clone().requires_grad_()
+        y = functions.fake_quantize_affine(leaf, scale, zero_point, *ends)
+        q = functions.quantize(x, scale, zero_point, *ends)
+        return y.detach(), *torch.autograd.grad(y, leaf, x), q, functions.dequantize(q, scale, zero_point)
+
+    expected = everything(reference, x.cpu(), grid[0].cpu(), grid[1].cpu(), *grid[2:])
+    cases.assert_all_same(everything(functional, x, *grid), expected)
 
 
 def test_python_numbers_as_scales_wait_for_nothing():

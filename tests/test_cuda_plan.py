@@ -78,6 +78,14 @@ def test_what_fits_on_the_chip_is_kept_there(plan, item_size):
     )
 
 
+@pytest.mark.parametrize("size", [1 << 31, 1 << 33, 3 << 34, 1 << 45], ids=str)
+def test_a_huge_tensor_keeps_every_multiprocessor_busy(plan, size):
+    p = plan((1, 1, size))
+    assert (p["grid"], p["team"], p["width"], p["threads"]) == (132, 132, 512, 512)
+    rows = plan((1, 3, size))
+    assert (rows["grid"], rows["team"], rows["threads"]) == (132, 44, 512)
+
+
 def test_small_work_takes_no_barrier(plan):
     for size in (1, 1000, 512 * HELD_UNITS[4] * 4 - 8):
         p = plan((1, 1, size))

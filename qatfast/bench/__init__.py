@@ -5,6 +5,7 @@ providers.py    who does it: qatfast, its reference, the same compiled, the tuto
 layers.py       the same for the linear layer, with other packages where they are installed
 tutorial.py     fake quantization as tutorials write it
 contest.py      the check against the reference, and the timer
+device.py       the timer on a CUDA device
 table.py        the results as text
 machine.py      what they were measured on
 command.py      the command line

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import device as device_time
 from . import layers, providers
 from .providers import OURS, REFERENCE
 from .works import Work, works
@@ -197,7 +198,8 @@ def measure(contest: Contest, *, seconds: float = 3.0) -> Result:
     """Times the providers in turns, in another order each round, so that a busy moment of the machine hits all.
 
     A turn is as many calls as take about 2 ms, after one that does not count (not where a call takes 50 ms, and caches
-    no longer matter). The ratio is taken round by round.
+    no longer matter). The ratio is taken round by round. On a CUDA device a turn is the median of its calls, each timed
+    by events and with a cold L2 cache.
 
     Args:
         contest: the providers; the baseline has to be among them.
@@ -252,14 +254,9 @@ def _turn(run: Run, calls: int, uncounted: int, device: str) -> float:
     """Seconds of one call."""
     for _ in range(uncounted):
         run()
-    _wait(device)
+    if torch.device(device).type == "cuda":
+        return statistics.median(device_time.seconds(run, calls, device))
     start = time.perf_counter()
     for _ in range(calls):
         run()
-    _wait(device)
     return (time.perf_counter() - start) / calls
-
-
-def _wait(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)

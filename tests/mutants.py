@@ -1,0 +1,271 @@
+"""Seeded mistakes in the CUDA kernels: each is built in a copy of the tree, where a test has to find it.
+
+python tests/mutants.py [WORD ...]      all of them, or those with one of the words in their name; about a minute each
+
+Needs nvcc, a CUDA build of torch, and the simulator: CUDASIM names its folder (default: ../shared/cudasim).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDASIM = Path(os.environ.get("CUDASIM") or ROOT.parent / "shared" / "cudasim").resolve()
+PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "qatfast", "tests")
+PATIENCE = 600  # seconds for the tests of one mutant
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str  # in csrc
+    old: str  # found there exactly once
+    new: str
+    tests: str  # pytest's words
+    strict: bool = False  # races and reads of uninitialized memory are errors
+
+
+BUDGET = "tests/test_cuda.py::test_fake_quantize_is_one_launch"
+AFFINE = "tests/test_fake_quantize_affine.py tests/test_cuda.py"
+# Mutants of one file follow each other: it is compiled once for each, and once more to mend it.
+MUTANTS = (
+    Mutant(
+        "a 32-bit index in the plan",
+        "cuda/plan.cpp",
+        "const int64_t units = layout.outer * plan.units_per_run;",
+        "const int64_t units = static_cast<int32_t>(layout.outer * plan.units_per_run);",
+        "tests/test_cuda_plan.py",
+    ),
+    Mutant(
+        "no grid barrier",
+        "cuda/blocks.cuh",
+        "        if (barrier) {\n          cooperative_groups::this_grid().sync();\n        }\n",
+        "",
+        f"{BUDGET} -k 300007",
+        strict=True,
+    ),
+    Mutant(
+        "the other tensor's thread blocks leave before the grid barrier",
+        "cuda/blocks.cuh",
+        "if (launch.barrier && task.plan.team == 1) {",
+        "if (false) {",
+        "tests/test_cuda.py -k a_layer_is_two_launches",
+    ),
+    Mutant(
+        "no __syncthreads after the reduction",
+        "cuda/blocks.cuh",
+        "      __syncthreads();\n      const QParam<C> qparam(shared[index], task);",
+        "      const QParam<C> qparam(shared[index], task);",
+        f"{BUDGET} -k 'float32 and PerToken'",
+        strict=True,
+    ),
+    Mutant(
+        "no __syncthreads between two tiles",
+        "cuda/blocks.cuh",
+        "    __syncthreads(); // the tile before is done with\n",
+        "",
+        f"{BUDGET} -k 'float32 and 200'",
+        strict=True,
+    ),
+    Mutant(
+        "infinities and NaN enter the range",
+        "cuda/blocks.cuh",
+        "    x = finite_or_zero(x);\n",
+        "",
+        "tests/test_special_values.py",
+    ),
+    Mutant(
+        "every member of a team writes the first member's partial range",
+        "cuda/blocks.cuh",
+        "partials[member * task.plan.tile_blocks + i] = shared[i];",
+        "partials[i] = shared[i];",
+        f"{BUDGET} -k 300007",
+    ),
+    Mutant(
+        "all teams share the first one's partial ranges",
+        "cuda/blocks.cuh",
+        "static_cast<RangeKeys<C>*>(task.partials) + tile * plan.team * plan.tile_blocks",
+        "static_cast<RangeKeys<C>*>(task.partials)",
+        f"{BUDGET} -k 'float32 and PerChannel'",
+    ),
+    Mutant(
+        "what lies outside of a run widens its range",
+        "cuda/blocks.cuh",
+        "    Unit<T> some{};\n",
+        "    Unit<T> some;\n    for (T& x : some.at) {\n      x = T(100.f);\n    }\n",
+        "tests/test_fake_quantize.py",
+    ),
+    Mutant(
+        "the last unit is missing",
+        "cuda/blocks.cuh",
+        "int64_t unit = left < 0 ? -1 : rest + left / width * width;",
+        "int64_t unit = left < width ? -1 : rest + (left / width - 1) * width;",
+        f"{BUDGET} -k 'float32 and 3000001'",
+    ),
+    Mutant(
+        "rows of a column that no team member owns",
+        "cuda/blocks.cuh",
+        "layout.outer * (member + 1) / plan.team",
+        "layout.outer / plan.team * (member + 1)",
+        f"{BUDGET} -k 'float32 and 700003'",
+    ),
+    Mutant(
+        "the default stream in place of the current one",
+        "cuda/fake_quantize.cu",
+        "const auto stream = c10::cuda::getCurrentCUDAStream(device);",
+        "const cudaStream_t stream = nullptr;",
+        "tests/test_cuda.py -k 'stream or graph'",
+    ),
+    Mutant(
+        "16-byte stores where only the input is aligned",
+        "cuda/fake_quantize.cu",
+        "distance(from) == distance(to)",
+        "true",
+        "tests/test_cuda.py -k accesses_are_16_bytes",
+    ),
+    Mutant(
+        "half types rounded towards zero",
+        "cuda/units.cuh",
+        "__floats2half2_rn(a, b)",
+        "__halves2half2(__float2half_rz(a), __float2half_rz(b))",
+        "tests/test_fake_quantize.py -k float16",
+    ),
+    Mutant(
+        "the last element is not stored",
+        "cuda/given.cuh",
+        "    if (i < count) {\n      to[i] = unit.at[i];",
+        "    if (i + 1 < count) {\n      to[i] = unit.at[i];",
+        "tests/test_quantize.py",
+    ),
+    Mutant(
+        "no second round of the grid of thread blocks",
+        "cuda/given.cuh",
+        "const int64_t stride = int64_t{gridDim.x} * blockDim.x;",
+        "const int64_t stride = numel;",
+        "tests/test_cuda.py -k given_ranges",
+    ),
+    Mutant(
+        "the bits of a mask in the wrong order",
+        "cuda/fake_quantize_affine.cu",
+        "passes_gradient(x, given.grid)) << i",
+        "passes_gradient(x, given.grid)) << (N - 1 - i)",
+        AFFINE,
+    ),
+    Mutant(
+        "< for <= in the gradient's mask",
+        "quant_math.h",
+        "(nearest <= grid.hi)",
+        "(nearest < grid.hi)",
+        AFFINE,
+    ),
+    Mutant(
+        "halves rounded up, not to even",
+        "quant_math.h",
+        "return (x + magic) - magic;",
+        """const T half = T{} + scalar_t<T>(0.5);
+  const T nearest = (x + magic) - magic;
+  return x - nearest == half ? nearest + half + half : nearest;""",
+        "tests/test_fake_quantize.py",
+    ),
+)
+
+
+def run(words: list[str] | str, folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    """A command in the copy, its output as one text."""
+    return subprocess.run(
+        words,
+        shell=isinstance(words, str),
+        cwd=folder,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+def build(folder: Path) -> None:
+    words = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    made = run(
+        words, folder, TORCH_CUDA_ARCH_LIST="9.0+PTX", NVCC_APPEND_FLAGS="--no-compress", FORCE_CUDA="1"
+    )
+    if made.returncode:
+        sys.exit(f"mutants.py: the build failed\n{made.stdout}")
+
+
+def failure(folder: Path, tests: str, strict: bool) -> str | None:
+    """The first test that fails; None where all pass."""
+    options = "--strict" if strict else ""
+    command = (
+        f"{sys.executable} -m cudasim {options} -- "
+        f"{sys.executable} -m pytest -qx --tb=no -p no:cacheprovider --device cuda {tests}"
+    )
+    try:
+        done = run(command, folder, PYTHONPATH=os.pathsep.join([str(CUDASIM), str(folder)]))
+    except subprocess.TimeoutExpired:
+        return f"no end within {PATIENCE} s"
+    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode == 0:
+        return None
+    if done.returncode == 1 and failed:
+        return failed[1]
+    sys.exit(f"mutants.py: neither passed nor failed: {command}\n{done.stdout}")
+
+
+def patched(text: str, mutant: Mutant) -> str:
+    if (found := text.count(mutant.old)) != 1:
+        sys.exit(f"mutants.py: {mutant.name}: csrc/{mutant.file} has {found} times, not once:\n{mutant.old}")
+    return text.replace(mutant.old, mutant.new)
+
+
+def why_not() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not shutil.which("nvcc"):
+        return "there is no nvcc on PATH"
+    if not (CUDASIM / "cudasim").is_dir():
+        return f"there is no simulator in {CUDASIM} (CUDASIM names another folder)"
+    return ""
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    mutants = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    if reason := why_not():
+        print(f"SKIPPED: no mutant was built or tested: {reason}.")
+        return 0
+    texts = {file: (ROOT / "csrc" / file).read_text() for file in {mutant.file for mutant in MUTANTS}}
+    for mutant in MUTANTS:  # all, before the first minute is spent
+        patched(texts[mutant.file], mutant)
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in PARTS:
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy2
+            copy(ROOT / part, folder / part)
+        build(folder)
+        for tests, strict in dict.fromkeys((mutant.tests, mutant.strict) for mutant in mutants):
+            if broken := failure(folder, tests, strict):
+                sys.exit(f"mutants.py: {broken} fails without a mutant")
+        print("| mutant | file | caught by |\n| --- | --- | --- |", flush=True)
+        for mutant in mutants:
+            file = folder / "csrc" / mutant.file
+            file.write_text(patched(texts[mutant.file], mutant))
+            build(folder)
+            caught = failure(folder, mutant.tests, mutant.strict)
+            file.write_text(texts[mutant.file])  # a new time: the next build compiles it again
+            survivors += caught is None
+            by = f"{caught}{' (strict)' if mutant.strict else ''}" if caught else "**nothing**"
+            print(f"| {mutant.name} | {mutant.file} | {by} |", flush=True)
+    print(f"{len(mutants)} mutants, {survivors} survived")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

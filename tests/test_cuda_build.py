@@ -1,0 +1,19 @@
+"""The CUDA kernels as machine code: no spills, no warnings, small."""
+
+import pytest
+
+import ptxas
+
+MOST_BYTES = 3 << 20
+
+
+@pytest.mark.slow
+def test_no_spills_no_warnings_and_below_3_mb(tmp_path):
+    if reason := ptxas.why_not():
+        pytest.skip(reason)
+    cubins = ptxas.cubins(tmp_path)
+    kernels = [kernel for cubin in cubins for kernel in cubin.kernels]
+    assert len(kernels) >= 4 * len(ptxas.SOURCES) - 1  # a kernel an op and dtype; the backward has one a size
+    assert not [kernel for kernel in kernels if kernel.spills]
+    assert not [line for cubin in cubins for line in cubin.warnings]
+    assert sum(cubin.size for cubin in cubins) < MOST_BYTES

@@ -70,8 +70,8 @@ may be slower than the device.
   axis, also of rows and groups as channels; by its source five launches, and 13 bytes an element per tensor, 17 per
   channel: the range, the moving average, the scale, the values, the mask), else its module or operator of that name;
   "–" where it has none, or none that runs on the simulated device. The **tutorial** formula is
-  `qatfast.bench.tutorial`. Any other operator counts as one launch that reads its arguments and writes its results once,
-  which is the least it can be.
+  `qatfast.bench.tutorial`. Any other operator counts as one launch that reads its arguments and writes its results
+  once, which is the least it can be.
 - A time is for the whole call. All counts are those of an H100 with {multiprocessors} multiprocessors; an RTX 4090
   (128, with less shared memory) reads more of a tensor beyond some 20 MB twice.
 """

@@ -102,8 +102,8 @@ MUTANTS = (
     Mutant(
         "the last unit is missing",
         "cuda/blocks.cuh",
-        "int64_t unit = left < 0 ? -1 : rest + left / width * width;",
-        "int64_t unit = left < width ? -1 : rest + (left / width - 1) * width;",
+        "rest - width : rest + (end - 1 - rest) / width * width;",
+        "rest - width : rest + (end - 1 - rest) / width * width - width;",
         f"{BUDGET} -k 'float32 and 3000001'",
     ),
     Mutant(

@@ -71,7 +71,9 @@ def test_the_direct_entry_has_it(kernels, op):
 
 
 @OPS
-@pytest.mark.parametrize("place", ["csrc/cpu/{}.cpp", "csrc/cuda/{}.c*", "tests/test_{}.py", "benchmarks/bench_{}.py"])
+@pytest.mark.parametrize(
+    "place", ["csrc/cpu/{}.cpp", "csrc/cuda/{}.c*", "tests/test_{}.py", "benchmarks/bench_{}.py"]
+)
 def test_it_has_its_files(op, place):
     if place.startswith("benchmarks") and not (ROOT / "benchmarks").is_dir():
         pytest.skip("the benchmarks are not here")

@@ -270,7 +270,7 @@ __device__ __forceinline__ void quantize_units(const BlockTask& task, const Bloc
   using C = compute_t<T>;
   constexpr int held_units = cuda::held_units(sizeof(T));
   constexpr int batch = 4; // loads on their way at a time, beside those of the other threads
-  constexpr int pair = 2; // the same while the held units take registers and stores follow
+  constexpr int pair = 2;  // the same while the held units take registers and stores follow
   const int width = task.plan.width;
   int64_t first = begin + lane;
   const int64_t rest = first + int64_t{held_units} * width;

@@ -4,6 +4,9 @@
 #include "layout.h"
 #include "quant_math.h"
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
 namespace qatfast {
 
 // How one tensor is quantized by its own range.
@@ -34,6 +37,21 @@ struct FakeQuantizeTask {
   at::Tensor to;
   QuantSpec spec;
 };
+
+// f(T{}) with the C++ type of a floating dtype; the op has checked that it is one.
+template <class F>
+void with_float_type(at::ScalarType dtype, F f) {
+  switch (dtype) {
+    case at::kFloat:
+      return f(float{});
+    case at::kDouble:
+      return f(double{});
+    case at::kHalf:
+      return f(c10::Half{});
+    default:
+      return f(c10::BFloat16{});
+  }
+}
 
 // What every device implements, each with its loops or kernels; `cuda` is there in a build with CUDA only.
 using FakeQuantizeLauncher = void(const FakeQuantizeTask& task);

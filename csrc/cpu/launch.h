@@ -14,21 +14,6 @@ namespace qatfast::cpu {
 
 constexpr int64_t grain = 32768; // elements that are worth a thread, as in ATen
 
-// f(T{}) with the C++ type of a floating dtype; the op has checked that it is one.
-template <class F>
-void with_float_type(at::ScalarType dtype, F f) {
-  switch (dtype) {
-    case at::kFloat:
-      return f(float{});
-    case at::kDouble:
-      return f(double{});
-    case at::kHalf:
-      return f(c10::Half{});
-    default:
-      return f(c10::BFloat16{});
-  }
-}
-
 // f(Q{}) with the C++ type of an 8 or 16-bit integer dtype.
 template <class F>
 void with_integer_type(at::ScalarType dtype, F f) {

@@ -1,4 +1,4 @@
-// What the CUDA launchers share: the dtype switch, the device's limits, grids of thread blocks.
+// What the CUDA launchers share: the device's limits, grids of thread blocks.
 #pragma once
 
 #include "../kernels.h"
@@ -11,21 +11,6 @@
 #include <algorithm>
 
 namespace qatfast::cuda {
-
-// f(T{}) with the C++ type of a floating dtype; the op has checked that it is one.
-template <class F>
-void with_float_type(at::ScalarType dtype, F f) {
-  switch (dtype) {
-    case at::kFloat:
-      return f(float{});
-    case at::kDouble:
-      return f(double{});
-    case at::kHalf:
-      return f(c10::Half{});
-    default:
-      return f(c10::BFloat16{});
-  }
-}
 
 inline int64_t attribute(cudaDeviceAttr which, int device) {
   int value = 0;

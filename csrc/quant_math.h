@@ -7,6 +7,7 @@
 
 #include <c10/macros/Macros.h>
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -36,6 +37,17 @@ struct Grid {
   T lo; // quant_min - zero_point
   T hi; // quant_max - zero_point
 };
+
+// A float grid that divides in three multiplications, for a scale that has_reciprocal.
+template <class T>
+struct ReciprocalGrid : Grid<T> {
+  T reciprocal; // 1 / scale, rounded
+};
+
+// Whether nothing that matters overflows or underflows in divide() by this scale.
+C10_HOST_DEVICE static inline bool has_reciprocal(float scale) {
+  return 0x1p-96f <= scale && scale <= 0x1p96f;
+}
 
 C10_HOST_DEVICE static inline int64_t quant_min_of(int64_t num_bits, bool symmetric) {
   return symmetric ? -((int64_t{1} << (num_bits - 1)) - 1) : 0;
@@ -86,25 +98,52 @@ QATFAST_FORMULA int32_t choose_zero_point(T lo, T scale, T quant_min, T quant_ma
   return static_cast<int32_t>(clamp(quant_min - round_half_even(lo / scale), quant_min, quant_max));
 }
 
-// clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point: the ends are integers, so that clamping
-// first gives the same number, and rounding sees small ones only.
-QATFAST_FORMULA T step_of(T x, Grid<T> grid) {
-  return round_half_even(clamp(x / grid.scale, grid.lo, grid.hi));
+// a * b + c, rounded once. The CPU has its own for vectors, and only where the instruction set has one.
+C10_HOST_DEVICE static inline float fused_multiply_add(float a, float b, float c) {
+  return std::fma(a, b, c);
 }
 
-QATFAST_FORMULA T fake_quantize(T x, Grid<T> grid) {
+// x / scale, correctly rounded: a product within two units in the last place, then its exact remainder. What is left is
+// too small to cross a midpoint between two floats: a quotient comes so near to one for few pairs of significands, and
+// tests/division.cpp tries them all. (Markstein 1990 has the theorem for a first product within one unit.)
+QATFAST_FORMULA T divide(T x, T scale, T reciprocal) {
+  const T quotient = x * reciprocal;
+  return fused_multiply_add(fused_multiply_add(-quotient, scale, x), reciprocal, quotient);
+}
+
+// round(x / scale), clamped to [lo, hi]: the ends are integers, so that clamping first gives the same number, and
+// rounding sees small ones only.
+QATFAST_FORMULA T nearest_step(T x, T lo, T hi, Grid<T> grid) {
+  return round_half_even(clamp(x / grid.scale, lo, hi));
+}
+
+// Clamped before the division: an end times scale, rounded, is less than half a step off, and infinities are gone.
+QATFAST_FORMULA T nearest_step(T x, T lo, T hi, ReciprocalGrid<T> grid) {
+  return round_half_even(divide(clamp(x, lo * grid.scale, hi * grid.scale), grid.scale, grid.reciprocal));
+}
+
+// clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point
+template <class T, class G>
+C10_HOST_DEVICE static inline T step_of(T x, G grid) {
+  return nearest_step(x, grid.lo, grid.hi, grid);
+}
+
+template <class T, class G>
+C10_HOST_DEVICE static inline T fake_quantize(T x, G grid) {
   return step_of(x, grid) * grid.scale;
 }
 
-// quant_min <= round(x / scale) + zero_point <= quant_max: one step beyond an end is out, as everything further is.
-// All ones (a vector: in each such lane) or true; false for NaN.
-QATFAST_FORMULA auto passes_gradient(T x, Grid<T> grid) {
-  const T nearest = round_half_even(clamp(x / grid.scale, grid.lo - 1, grid.hi + 1));
-  return (grid.lo <= nearest) & (nearest <= grid.hi);
+// The same, and whether quant_min <= round(x / scale) + zero_point <= quant_max: one step beyond an end is out, as
+// everything further is. All ones (a vector: in each such lane) or true; false for NaN.
+template <class T, class G>
+C10_HOST_DEVICE static inline auto fake_quantize_inside(T x, G grid) {
+  const T step = nearest_step(x, grid.lo - 1, grid.hi + 1, grid);
+  return std::pair(clamp(step, grid.lo, grid.hi) * grid.scale, (grid.lo <= step) & (step <= grid.hi));
 }
 
 // As a float that holds an integer; NaN gives zero_point.
-QATFAST_FORMULA T quantize(T x, T zero_point, Grid<T> grid) {
+template <class T, class G>
+C10_HOST_DEVICE static inline T quantize(T x, T zero_point, G grid) {
   const T step = step_of(x, grid);
   return (step == step ? step : T{}) + zero_point;
 }

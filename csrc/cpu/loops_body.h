@@ -2,12 +2,24 @@
 // QATFAST_VECTOR_BYTES and the compiler's target before. Internal linkage throughout: code for one instruction set
 // must never be linked into another's. Ends of runs go through padded buffers, so that there is no scalar twin.
 
-#include "../quant_math.h"
-
 #include <cstring>
 
 #define QATFAST_INLINE static inline __attribute__((always_inline))
 #define QATFAST_MEMBER inline __attribute__((always_inline))
+
+namespace qatfast {
+#if QATFAST_VECTOR_BYTES == 64
+QATFAST_INLINE __m512 fused_multiply_add(__m512 a, __m512 b, __m512 c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+#elif QATFAST_VECTOR_BYTES == 32
+QATFAST_INLINE __m256 fused_multiply_add(__m256 a, __m256 b, __m256 c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+#endif
+} // namespace qatfast
+
+#include "../quant_math.h"
 
 namespace qatfast::cpu {
 namespace {
@@ -134,14 +146,10 @@ QATFAST_INLINE void store_some(T* p, V<C> v, int64_t n) {
 }
 
 // zero_point and grid of a vector of elements from i on: the same for all, or each its own.
-template <class C>
+template <class C, class G>
 struct SameGrid {
   V<C> zero_point;
-  Grid<V<C>> grid;
-
-  explicit SameGrid(const Grids<C>& g)
-      : zero_point(V<C>{} + static_cast<C>(g.zero_point[0])),
-        grid{V<C>{} + g.scale[0], g.quant_min - zero_point, g.quant_max - zero_point} {}
+  G grid;
 
   QATFAST_MEMBER SameGrid at(int64_t, int64_t) const {
     return *this;
@@ -175,13 +183,26 @@ QATFAST_INLINE void map(const From* from, To* to, int64_t n, F f) {
   }
 }
 
+template <class C>
+QATFAST_INLINE SameGrid<C, Grid<V<C>>> same_grid(const Grids<C>& grids) {
+  const V<C> zero_point = V<C>{} + static_cast<C>(grids.zero_point[0]);
+  return {zero_point, {V<C>{} + grids.scale[0], grids.quant_min - zero_point, grids.quant_max - zero_point}};
+}
+
 template <class C, class F>
 QATFAST_INLINE void with_grid(const Grids<C>& grids, F f) {
   if (grids.each) {
-    f(EachGrid<C>{grids});
-  } else {
-    f(SameGrid<C>(grids));
+    return f(EachGrid<C>{grids});
   }
+  const auto same = same_grid(grids);
+#if QATFAST_VECTOR_BYTES >= 32 // there is a fused multiply-add
+  if constexpr (std::is_same_v<C, float>) {
+    if (has_reciprocal(grids.scale[0])) {
+      return f(SameGrid<C, ReciprocalGrid<V<C>>>{same.zero_point, {same.grid, V<C>{} + 1 / grids.scale[0]}});
+    }
+  }
+#endif
+  f(same);
 }
 
 template <class C>
@@ -248,9 +269,10 @@ void fake_quantize_inside_loop(const T* x, T* y, uint8_t* inside, int64_t n, con
     map<T, T, C>(x, y, n, [&](V<C> v, int64_t i, int64_t m) {
       const auto grid = at.at(i, m).grid;
       using Lane = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
-      const auto narrow = integers_as<int8_t, lanes<C>, Lane>(passes_gradient(v, grid));
+      const auto [value, passes] = fake_quantize_inside(v, grid);
+      const auto narrow = integers_as<int8_t, lanes<C>, Lane>(passes);
       std::memcpy(inside + i, &narrow, m);
-      return fake_quantize(v, grid);
+      return value;
     });
   });
 }
@@ -269,12 +291,13 @@ void quantize_loop(const T* x, Q* q, int64_t n, const Grids<compute_t<T>>& grids
 template <class T, class Q>
 void dequantize_loop(const Q* q, T* y, int64_t n, const Grids<compute_t<T>>& grids) {
   using C = compute_t<T>;
-  with_grid(grids, [&](auto at) {
+  const auto loop = [&](auto at) {
     map<Q, T, C>(q, y, n, [&](V<C> v, int64_t i, int64_t m) {
       const auto found = at.at(i, m);
       return dequantize(v, found.zero_point, found.grid.scale);
     });
-  });
+  };
+  grids.each ? loop(EachGrid<C>{grids}) : loop(same_grid(grids));
 }
 
 template <class U>

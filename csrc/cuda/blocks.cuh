@@ -89,7 +89,7 @@ __device__ __forceinline__ unsigned int warp_max(unsigned int key, int width) {
 
 template <class C>
 struct QParam {
-  Grid<C> grid;
+  ReciprocalGrid<C> grid;
   int32_t zero_point;
 
   __device__ __forceinline__ QParam(const RangeKeys<C>& keys, const BlockTask& task) {
@@ -100,6 +100,7 @@ struct QParam {
     zero_point = choose_zero_point(lo, grid.scale, quant_min, quant_max, task.symmetric);
     grid.lo = static_cast<C>(task.quant_min - zero_point);
     grid.hi = static_cast<C>(task.quant_max - zero_point);
+    grid.reciprocal = reciprocal_of(grid.scale);
   }
 
   __device__ __forceinline__ void write(const BlockTask& task, int64_t block) const {
@@ -208,13 +209,15 @@ __device__ __forceinline__ void widen_by_unit(Range<C>& range, uint4 bits) {
 }
 
 template <class T, class C>
-__device__ __forceinline__ Unit<T> quantized_unit(uint4 bits, const Grid<C>& grid) {
+__device__ __forceinline__ Unit<T> quantized_unit(uint4 bits, const ReciprocalGrid<C>& either) {
   const auto unit = bits_as<Unit<T>>(bits);
   C values[lanes<T>];
+  with_fastest(either, [&](const auto& grid) {
 #pragma unroll
-  for (int i = 0; i < lanes<T>; ++i) {
-    values[i] = fake_quantize(static_cast<C>(unit.at[i]), grid);
-  }
+    for (int i = 0; i < lanes<T>; ++i) {
+      values[i] = fake_quantize(static_cast<C>(unit.at[i]), grid);
+    }
+  });
   return narrowed<T>(values);
 }
 
@@ -306,7 +309,7 @@ __device__ __forceinline__ void quantize_units(const BlockTask& task, const Bloc
       }
     }
   }
-  const Grid<C> grid = ready(range);
+  const ReciprocalGrid<C> grid = ready(range);
   if (!(phases & Phases::apply) || !task.to) {
     return;
   }
@@ -370,12 +373,15 @@ __device__ __forceinline__ void quantize_column(const BlockTask& task, const T* 
       range.widen_by(static_cast<C>(x));
     }
   }
-  const Grid<C> grid = ready(range);
+  const ReciprocalGrid<C> either = ready(range);
   if (!(phases & Phases::apply) || !task.to) {
     return;
   }
   const auto store = [&](int64_t at, T x) {
-    const C value[1] = {fake_quantize(static_cast<C>(x), grid)};
+    C value[1];
+    with_fastest(either, [&](const auto& grid) {
+      value[0] = fake_quantize(static_cast<C>(x), grid);
+    });
     to[at * stride] = narrowed<T>(value).at[0];
   };
   forget(row);
@@ -437,7 +443,7 @@ __device__ __forceinline__ void quantize_tiles(
     const Reduction<C> reduction{
         task, shared, static_cast<RangeKeys<C>*>(task.partials) + tile * plan.team * plan.tile_blocks, member};
     // every thread comes here, and gets the grid of the tile's block `index`
-    const auto together = [&](RangeKeys<C> keys, int index, bool contributes) -> Grid<C> {
+    const auto together = [&](RangeKeys<C> keys, int index, bool contributes) -> ReciprocalGrid<C> {
       if (phases & Phases::range) {
         reduction.clear();
         if (contributes) {

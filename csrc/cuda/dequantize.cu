@@ -11,16 +11,16 @@ __global__ void __launch_bounds__(given_threads) dequantize_kernel(
     const Q* from, T* to, int64_t numel, bool is_signed, bool aligned, GivenGrids<compute_t<T>> grids) {
   using C = compute_t<T>;
   constexpr int N = lanes<T>;
-  const auto only = grids.of_block(0);
+  const auto only = grids.only();
   for_each_unit<N>(numel, [&](int64_t begin, int count) {
     if (count == 0) {
       return;
     }
     const auto unit = load<Q, N>(from + begin, count, aligned);
     C values[N];
-    grids.template for_each<N>(begin, count, only, [&](int i, const GivenGrid<C>& given) {
+    grids.template for_each<N>(begin, count, only, [&](int i, C zero_point, const auto& grid) {
       const int32_t q = is_signed ? static_cast<std::make_signed_t<Q>>(unit.at[i]) : unit.at[i];
-      values[i] = qatfast::dequantize(static_cast<C>(q), given.zero_point, given.grid.scale);
+      values[i] = qatfast::dequantize(static_cast<C>(q), zero_point, grid.scale);
     });
     store<T, N>(to + begin, narrowed<T>(values), count, aligned);
   });

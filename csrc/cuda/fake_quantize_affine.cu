@@ -11,16 +11,17 @@ __global__ void __launch_bounds__(given_threads) fake_quantize_affine_kernel(
     const T* from, T* to, uint8_t* mask, int64_t numel, bool aligned, GivenGrids<compute_t<T>> grids) {
   using C = compute_t<T>;
   constexpr int N = lanes<T>;
-  const auto only = grids.of_block(0);
+  const auto only = grids.only();
   for_each_unit<N>(numel, [&](int64_t begin, int count) {
     const auto unit = load<T, N>(from + begin, count, aligned);
     C values[N] = {};
     unsigned bits = 0;
     if (count > 0) {
-      grids.template for_each<N>(begin, count, only, [&](int i, const GivenGrid<C>& given) {
+      grids.template for_each<N>(begin, count, only, [&](int i, C zero_point, const auto& grid) {
         const C x = static_cast<C>(unit.at[i]);
-        values[i] = fake_quantize(x, given.grid);
-        bits |= static_cast<unsigned>(i < count && passes_gradient(x, given.grid)) << i;
+        const auto [value, passes] = fake_quantize_inside(x, grid);
+        values[i] = value;
+        bits |= static_cast<unsigned>(i < count && passes) << i;
       });
     }
     store<T, N>(to + begin, narrowed<T>(values), count, aligned);

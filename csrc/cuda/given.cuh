@@ -11,7 +11,7 @@ constexpr int given_threads = 256;
 template <class C>
 struct GivenGrid {
   C zero_point;
-  Grid<C> grid;
+  ReciprocalGrid<C> grid;
 };
 
 // Scale and zero point of every element of a tensor.
@@ -23,19 +23,21 @@ struct GivenGrids {
   C quant_max;
   Layout layout;
 
-  __device__ __forceinline__ GivenGrid<C> of_block(int64_t block) const {
-    const C zero = static_cast<C>(zero_point[block]);
-    return {zero, {scale[block], quant_min - zero, quant_max - zero}};
+  __device__ __forceinline__ GivenGrid<C> only() const {
+    const C zero = static_cast<C>(zero_point[0]);
+    return {zero, {{scale[0], quant_min - zero, quant_max - zero}, reciprocal_of(scale[0])}};
   }
 
-  // f(i, grid) for the elements begin + i of a unit of N.
+  // f(i, zero_point, grid) for the elements begin + i of a unit of N.
   template <int N, class F>
   __device__ __forceinline__ void for_each(int64_t begin, int count, const GivenGrid<C>& only, F f) const {
     if (layout.blocks == 1) {
+      with_fastest(only.grid, [&](const auto& grid) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        f(i, only);
-      }
+        for (int i = 0; i < N; ++i) {
+          f(i, only.zero_point, grid);
+        }
+      });
       return;
     }
     int64_t run;
@@ -46,16 +48,24 @@ struct GivenGrids {
     }
     int64_t left = (run + 1) * layout.inner - begin;
     int64_t block = run % layout.blocks;
-    auto grid = of_block(block);
+    const auto zero_of_block = [&] {
+      return static_cast<C>(zero_point[block]);
+    };
+    C zero = zero_of_block();
+    const auto grid_of_block = [&]() -> Grid<C> {
+      return {scale[block], quant_min - zero, quant_max - zero};
+    };
+    auto grid = grid_of_block();
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (left == 0 && i < count) {
         left = layout.inner;
         block = block + 1 == layout.blocks ? 0 : block + 1;
-        grid = of_block(block);
+        zero = zero_of_block();
+        grid = grid_of_block();
       }
       --left;
-      f(i, grid);
+      f(i, zero, grid);
     }
   }
 };

@@ -11,15 +11,15 @@ __global__ void __launch_bounds__(given_threads)
     quantize_kernel(const T* from, Q* to, int64_t numel, bool aligned, GivenGrids<compute_t<T>> grids) {
   using C = compute_t<T>;
   constexpr int N = lanes<T>;
-  const auto only = grids.of_block(0);
+  const auto only = grids.only();
   for_each_unit<N>(numel, [&](int64_t begin, int count) {
     if (count == 0) {
       return;
     }
     const auto unit = load<T, N>(from + begin, count, aligned);
     Unit<Q, N> integers;
-    grids.template for_each<N>(begin, count, only, [&](int i, const GivenGrid<C>& given) {
-      const C q = qatfast::quantize(static_cast<C>(unit.at[i]), given.zero_point, given.grid);
+    grids.template for_each<N>(begin, count, only, [&](int i, C zero_point, const auto& grid) {
+      const C q = qatfast::quantize(static_cast<C>(unit.at[i]), zero_point, grid);
       integers.at[i] = static_cast<Q>(static_cast<int32_t>(q));
     });
     store<Q, N>(to + begin, integers, count, aligned);

@@ -33,6 +33,25 @@ __device__ __forceinline__ To bits_as(From from) {
   return to;
 }
 
+// f(grid) with the grid that divides fastest: a reciprocal of 0 stands for none.
+template <class C, class F>
+__device__ __forceinline__ void with_fastest(const ReciprocalGrid<C>& grid, F f) {
+  if constexpr (std::is_same_v<C, float>) {
+    if (grid.reciprocal != 0) {
+      return f(grid);
+    }
+  }
+  f(static_cast<const Grid<C>&>(grid));
+}
+
+template <class C>
+__device__ __forceinline__ C reciprocal_of(C scale) {
+  if constexpr (std::is_same_v<C, float>) {
+    return has_reciprocal(scale) ? 1 / scale : 0;
+  }
+  return 0;
+}
+
 // One access of 2 to 16 bytes. An intrinsic, since the compiler would take a plain store apart to merge it with the
 // one for single elements.
 template <class T, int N>

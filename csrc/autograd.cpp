@@ -1,11 +1,12 @@
 // One autograd Function for each differentiable operator. They call operators, never kernels, so that fake tensors,
 // torch.compile and the profiler see everything, and so that gradients have gradients.
-#include "layout.h"
+#include "integer_product.h"
 #include "ops.h"
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -180,6 +181,72 @@ struct QATLinearNode : Function<QATLinearNode> {
   }
 };
 
+// `value` with the gradient of input `index` of the node that runs now, of which no more is kept than its place in the
+// graph: a variable without elements stands there.
+Tensor in_place_of_input(const Tensor& value, uint32_t index) {
+  const auto stand_in = at::empty({0}, value.options());
+  torch::autograd::impl::set_gradient_edge(stand_in, torch::autograd::get_current_node()->next_edge(index));
+  return StraightThroughNode::apply(stand_in, value);
+}
+
+// The same layer on integers, with the same gradients. Kept: the input's integers, from which x_hat is made again, and
+// the weight itself, from which w_hat is.
+struct QATLinearIntegersNode : Function<QATLinearIntegersNode> {
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
+      const std::optional<Variable>& bias, at::TensorList weight_integers, at::IntArrayRef input_spec,
+      at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
+      std::optional<at::ScalarType> dtype) {
+    ctx->set_materialize_grads(false);
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto [output, values, scale, zero_point] = op::qat_linear_integers_forward(
+        input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, dtype);
+    const bool needs_input = weight.requires_grad();
+    const auto kept_if = [](bool wanted, const Variable& x) {
+      return wanted ? x : Variable();
+    };
+    variable_list kept = {kept_if(needs_input, values), kept_if(needs_input, scale), kept_if(needs_input, zero_point),
+        kept_if(input.requires_grad(), weight)};
+    if (bias) {
+      kept.emplace_back(); // nothing to keep of it but that there is one
+    }
+    ctx->save_for_backward(std::move(kept));
+    ctx->saved_data["weight_spec"] = weight_spec;
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(12); // the weight's integers, given or not, have places
+    if (!grads[0].defined()) {
+      return result;
+    }
+    const auto saved = ctx->get_saved_variables(); // may run hooks, which need autograd
+    const auto below = below_autograd_unless_needed(grads[0]);
+    const auto& values = saved[0];
+    const auto& weight = saved[3];
+    const auto dtype = grads[0].scalar_type();
+    const auto dy = as_rows(grads[0]);
+    if (ctx->needs_input_grad(0)) {
+      const auto spec = ctx->saved_data["weight_spec"].toIntVector();
+      const auto w_hat = op::fake_quantize(weight, spec[0], spec[1] != 0, at::IntArrayRef(spec).slice(2));
+      result[0] = at::matmul(grads[0], as_dtype(w_hat, dtype));
+    }
+    if (ctx->needs_input_grad(1)) {
+      auto x_hat = op::qat_linear_input(values, saved[1], saved[2], dtype);
+      if (!below && ctx->needs_input_grad(0)) {
+        auto shape = grads[0].sym_sizes().vec();
+        shape.back() = values.sym_size(1);
+        x_hat = as_rows(in_place_of_input(x_hat.view_symint(shape), 0));
+      }
+      result[1] = at::mm(dy.t(), x_hat);
+    }
+    const bool has_bias = saved.size() == 5;
+    if (has_bias && ctx->needs_input_grad(2)) {
+      result[2] = dy.sum(0);
+    }
+    return result;
+  }
+};
+
 } // namespace
 
 Tensor fake_quantize(const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
@@ -231,28 +298,63 @@ Tensor qat_linear(const Tensor& input, const Tensor& weight, const std::optional
     at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
     std::optional<at::ScalarType> dtype) {
   if (wants_gradient(input) || wants_gradient(weight) || (bias && wants_gradient(*bias))) {
+    if (multiplies_integers(weight, input_spec, weight_spec)) {
+      return QATLinearIntegersNode::apply(
+          input, weight, bias, at::TensorList(), input_spec, weight_spec, bias_spec, output_spec, dtype);
+    }
     return QATLinearNode::apply(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return op::qat_linear(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
 }
 
-// The quantizers see the tensors as they are; what they give is cast for the product. An input that stays in float is
-// cast here, so that backward keeps it in the smaller type. Autocast leaves float64 alone.
-Tensor qat_linear_under_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
-    std::optional<at::ScalarType> dtype) {
-  const auto device = input.device().type();
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+Tensor qat_linear_integers(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::TensorList weight_integers, at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec,
+    at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype) {
+  if (wants_gradient(input) || wants_gradient(weight) || (bias && wants_gradient(*bias))) {
+    return QATLinearIntegersNode::apply(
+        input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, dtype);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op::qat_linear_integers(
+      input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, dtype);
+}
+
+namespace {
+
+// The dtype of the product under autocast; none where a tensor is float64, which autocast leaves alone.
+std::optional<at::ScalarType> product_dtype(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
   const auto is_castable = [](const Tensor& x) {
     return x.is_floating_point() && x.scalar_type() != at::kDouble;
   };
   if (!is_castable(input) || !is_castable(weight) || (bias && !is_castable(*bias))) {
-    return op::qat_linear(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
+    return std::nullopt;
   }
-  const auto product = at::autocast::get_autocast_dtype(device);
-  const auto x = input_spec.empty() ? at::autocast::cached_cast(product, input, device) : input;
-  return op::qat_linear(x, weight, bias, input_spec, weight_spec, bias_spec, output_spec, product);
+  return at::autocast::get_autocast_dtype(input.device().type());
+}
+
+} // namespace
+
+// The quantizers see the tensors as they are; what they give is cast for the product. An input that stays in float is
+// cast here, so that backward keeps it in the smaller type.
+Tensor qat_linear_under_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
+    std::optional<at::ScalarType> dtype) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto product = product_dtype(input, weight, bias);
+  const auto x =
+      product && input_spec.empty() ? at::autocast::cached_cast(*product, input, input.device().type()) : input;
+  return op::qat_linear(x, weight, bias, input_spec, weight_spec, bias_spec, output_spec, product ? product : dtype);
+}
+
+Tensor qat_linear_integers_under_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::TensorList weight_integers, at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec,
+    at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto product = product_dtype(input, weight, bias);
+  return op::qat_linear_integers(
+      input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, product ? product : dtype);
 }
 
 } // namespace qatfast::autograd

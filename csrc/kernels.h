@@ -68,6 +68,32 @@ using ChooseQParamsLauncher = void(
 // quantize and dequantize
 using ConvertLauncher = void(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout);
 
+// A matrix on integer grids, as the integer product takes it.
+struct IntegerRows {
+  at::Tensor values;     // (rows, columns) int8, q less `shift`
+  at::Tensor scale;      // (rows,) of the compute dtype; NaN where the row holds a NaN
+  at::Tensor zero_point; // (rows,) int32, less `shift`
+  at::Tensor steps;      // (rows,) int64: the sum of q - zero_point
+
+  // What takes the grid of at most 8 bits into int8.
+  static int64_t shift(const QuantSpec& spec) {
+    return spec.quant_max() > 127 ? 128 : 0;
+  }
+};
+
+// `x` is a contiguous matrix; its blocks are its rows, or all of it.
+using IntegerRowsLauncher = void(const at::Tensor& x, const QuantSpec& spec, const IntegerRows& to);
+
+// The outputs y (rows, out_features) of the rows of x, from the products (rows, out_features) int32 of the values.
+struct ProductTask {
+  at::Tensor products;
+  IntegerRows x;
+  IntegerRows weight;
+  at::Tensor bias; // of the compute dtype, or undefined
+  at::Tensor y;
+};
+using IntegerOutputsLauncher = void(const ProductTask& task);
+
 // The weight and the bias of one layer before its product; together, so that a device can share one launch.
 using QATLinearLauncher = void(c10::ArrayRef<FakeQuantizeTask> weight_and_bias);
 
@@ -80,6 +106,8 @@ using QATLinearLauncher = void(c10::ArrayRef<FakeQuantizeTask> weight_and_bias);
   ConvertLauncher quantize;                                         \
   ConvertLauncher dequantize;                                       \
   QATLinearLauncher qat_linear;                                     \
+  IntegerRowsLauncher integer_rows;                                 \
+  IntegerOutputsLauncher integer_outputs;                           \
   }
 
 QATFAST_LAUNCHERS(cpu)

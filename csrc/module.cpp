@@ -47,6 +47,23 @@ struct Argument<at::IntArrayRef> {
   }
 };
 
+template <>
+struct Argument<at::TensorList> {
+  c10::SmallVector<at::Tensor, 4> tensors;
+
+  explicit Argument(PyObject* given) {
+    TORCH_CHECK_TYPE(PyTuple_Check(given), "expected a tuple of tensors, got ", Py_TYPE(given)->tp_name);
+    for (const auto i : c10::irange(PyTuple_GET_SIZE(given))) {
+      PyObject* const tensor = PyTuple_GET_ITEM(given, i);
+      TORCH_CHECK_TYPE(THPVariable_Check(tensor), "expected a tuple of tensors, got a ", Py_TYPE(tensor)->tp_name);
+      tensors.push_back(THPVariable_Unpack(tensor));
+    }
+  }
+  operator at::TensorList() const {
+    return tensors;
+  }
+};
+
 template <class Name, class Result, class... Args, size_t... I>
 PyObject* call(qatfast::op::Operator<Name, Result(Args...)> op, PyObject* const* args, Py_ssize_t count,
     std::index_sequence<I...>) {
@@ -126,6 +143,8 @@ PyMethodDef methods[] = {
     method("quantize", direct<op::quantize>),
     method("dequantize", direct<op::dequantize>),
     method("qat_linear", direct<op::qat_linear>),
+    method("qat_linear_weight", direct<op::qat_linear_weight>),
+    method("qat_linear_integers", direct<op::qat_linear_integers>),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -2,7 +2,9 @@
 // Checks say the words of qatfast/checks.py.
 #include "ops.h"
 
+#include "integer_product.h"
 #include "kernels.h"
+#include "memory.h"
 
 #include <ATen/core/enum_tag.h>
 #include <ATen/ops/empty.h>
@@ -225,7 +227,7 @@ Tensor laid_out_like(const Tensor& x, const Tensor& values, Granularity granular
 
 // from -> to, so that `to` may be written: `from` itself where it is a copy already.
 Tensor writable(const Tensor& x, const Tensor& from) {
-  return from.is_same(x) ? at::empty_like(x) : from;
+  return from.is_same(x) ? with_large_pages(at::empty_like(x)) : from;
 }
 
 Tensor fake_quantized(const Tensor& x, const QuantSpec& spec) {
@@ -291,7 +293,7 @@ Tensor fake_quantize_affine_backward_kernel(const Tensor& grad, const Tensor& ma
       " of shape ", tuple(mask.sizes()));
   TORCH_CHECK_VALUE(static_cast<int64_t>(stride.size()) == grad.dim(), op, ": expected ", grad.dim(), " strides, got ",
       tuple(stride));
-  const auto to = at::empty_strided(grad.sizes(), stride, grad.options());
+  const auto to = with_large_pages(at::empty_strided(grad.sizes(), stride, grad.options()));
   TORCH_CHECK_VALUE(
       to.is_non_overlapping_and_dense(), op, ": expected the strides of a dense tensor, got ", tuple(stride));
   const bool same_order = grad.strides() == stride;
@@ -323,7 +325,7 @@ Tensor quantize_kernel(const Tensor& input, const Tensor& scale, const Tensor& z
       checked_qparams(op, input, scale, zero_point, quant_min, quant_max, granularity, input.scalar_type(), "input");
   const auto dtype = quantized_dtype(quant_min, quant_max);
   const auto from = as_blocks(input, granularity);
-  const auto to = at::empty_like(from, from.options().dtype(dtype));
+  const auto to = with_large_pages(at::empty_like(from, from.options().dtype(dtype)));
   QATFAST_ON(input, quantize)(from, to, qparams, layout_of(from, granularity));
   return laid_out_like(input, to, granularity);
 }
@@ -340,7 +342,7 @@ Tensor dequantize_kernel(
   check_blocks(op, input, granularity);
   const auto qparams = checked_qparams(op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output");
   const auto from = as_blocks(input, granularity);
-  const auto to = at::empty_like(from, from.options().dtype(dtype));
+  const auto to = with_large_pages(at::empty_like(from, from.options().dtype(dtype)));
   QATFAST_ON(input, dequantize)(from, to, qparams, layout_of(from, granularity));
   return laid_out_like(input, to, granularity);
 }
@@ -373,7 +375,6 @@ std::tuple<Tensor, Tensor> qat_linear_forward_kernel(const Tensor& input, const 
 
   const auto w_product = as_dtype(w_hat, product_dtype);
   const auto b_product = bias ? std::optional<Tensor>(as_dtype(b_hat, product_dtype)) : std::nullopt;
-  // the float formula, for every config; a config on integer grids has the same place for an integer product
   auto y = at::linear(as_dtype(x_hat, product_dtype), w_product, b_product);
   if (const auto spec = checked_spec(op, output_spec)) {
     check_blocks("qat_linear: output", y, spec->granularity);
@@ -383,11 +384,103 @@ std::tuple<Tensor, Tensor> qat_linear_forward_kernel(const Tensor& input, const 
   return {y, weight_spec.empty() ? at::empty({0}, w_product.options()) : w_product};
 }
 
+bool is_row(const Tensor& x, at::ScalarType dtype, int64_t size) {
+  return x.scalar_type() == dtype && x.dim() == 1 && x.size(0) == size && x.is_contiguous();
+}
+
+IntegerRows integer_weight(const Tensor& weight, at::IntArrayRef code) {
+  const auto spec = checked_spec("qat_linear", code);
+  TORCH_CHECK_VALUE(weight.dim() == 2 && spec && is_integer_weight(*spec, weight.size(1)),
+      "qat_linear: expected a weight spec of at most 8 bits per tensor or per row, got ", tuple(code), " for shape ",
+      tuple(weight.sizes()));
+  return integer_rows(weight, *spec);
+}
+
+IntegerRows given_integer_weight(at::TensorList integers, const Tensor& weight) {
+  TORCH_CHECK_VALUE(
+      integers.size() == 4, "qat_linear: expected the 4 tensors of qat_linear_weight, got ", integers.size());
+  for (const auto& integer : integers) {
+    check_device("qat_linear", "weight_integers", integer, weight);
+  }
+  const auto rows = weight.size(0);
+  TORCH_CHECK_VALUE(integers[0].scalar_type() == at::kChar && integers[0].sizes() == weight.sizes() &&
+          integers[0].is_contiguous() && is_row(integers[1], compute_dtype(weight.scalar_type()), rows) &&
+          is_row(integers[2], at::kInt, rows) && is_row(integers[3], at::kLong, rows),
+      "qat_linear: expected weight_integers as qat_linear_weight gives them for this weight");
+  return {integers[0], integers[1], integers[2], integers[3]};
+}
+
+// No integers given: they are made of the weight.
+std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_integers_forward_kernel(const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& bias, at::TensorList weight_integers, at::IntArrayRef input_code,
+    at::IntArrayRef weight_code, at::IntArrayRef bias_code, at::IntArrayRef output_code,
+    std::optional<at::ScalarType> dtype) {
+  constexpr auto op = "qat_linear";
+  check_linear(op, input, weight, bias, dtype.has_value());
+  const auto input_spec = checked_spec(op, input_code);
+  TORCH_CHECK_VALUE(input_spec && is_integer_input(*input_spec), op,
+      ": expected an input spec of at most 8 bits per tensor or per token, got ", tuple(input_code));
+  const auto product_dtype = dtype.value_or(input.scalar_type());
+  const auto compute = compute_dtype(input.scalar_type());
+
+  const auto w =
+      weight_integers.empty() ? integer_weight(weight, weight_code) : given_integer_weight(weight_integers, weight);
+  at::DimVector shape(input.sizes());
+  shape.back() = weight.size(0);
+  const auto rows = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
+  const auto x = integer_rows(input.dim() == 2 ? input : input.reshape({rows, input.size(-1)}), *input_spec);
+  Tensor b_hat;
+  if (bias) {
+    const auto spec = checked_spec(op, bias_code);
+    if (spec) {
+      check_blocks("qat_linear: bias", *bias, spec->granularity);
+    }
+    b_hat = as_dtype(spec ? fake_quantized(*bias, *spec) : *bias, compute).contiguous();
+  }
+  const auto output_spec = checked_spec(op, output_code);
+  auto y = integer_product(x, w, b_hat, output_spec ? compute : product_dtype).view(shape);
+  if (output_spec) {
+    check_blocks("qat_linear: output", y, output_spec->granularity);
+    QATFAST_ON(y, fake_quantize)({y, y, *output_spec});
+    y = as_dtype(y, product_dtype);
+  }
+  return {y, x.values, x.scale, x.zero_point};
+}
+
+Tensor qat_linear_integers_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::TensorList weight_integers, at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec,
+    at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype) {
+  return std::get<0>(qat_linear_integers_forward_kernel(
+      input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, dtype));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_weight_kernel(const Tensor& weight, at::IntArrayRef weight_spec) {
+  check_float("qat_linear", "weight", weight);
+  const auto integers = integer_weight(weight, weight_spec);
+  return {integers.values, integers.scale, integers.zero_point, integers.steps};
+}
+
 Tensor qat_linear_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
     at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
     std::optional<at::ScalarType> dtype) {
+  if (multiplies_integers(weight, input_spec, weight_spec)) {
+    return qat_linear_integers_kernel(input, weight, bias, {}, input_spec, weight_spec, bias_spec, output_spec, dtype);
+  }
   return std::get<0>(
       qat_linear_forward_kernel(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype));
+}
+
+// x_hat, once more from its integers; a row that held a NaN is NaN.
+Tensor qat_linear_input_kernel(
+    const Tensor& values, const Tensor& scale, const Tensor& zero_point, at::ScalarType dtype) {
+  constexpr auto op = "qat_linear_input";
+  const auto rows = values.dim() == 2 ? values.size(0) : -1;
+  TORCH_CHECK_VALUE(rows >= 0 && values.scalar_type() == at::kChar && values.is_contiguous() &&
+          is_row(scale, compute_dtype(dtype), rows) && is_row(zero_point, at::kInt, rows),
+      op, ": expected the values, scale and zero_point of the layer's forward");
+  const auto to = with_large_pages(at::empty_like(values, values.options().dtype(dtype)));
+  QATFAST_ON(values, dequantize)(values, to, {scale, zero_point, -128, 127}, {1, rows, values.size(1)});
+  return to;
 }
 
 // The same for every device: what differs is behind QATFAST_ON.
@@ -401,6 +494,10 @@ void register_kernels(torch::Library& m) {
   m.impl("dequantize", dequantize_kernel);
   m.impl("qat_linear", qat_linear_kernel);
   m.impl("qat_linear_forward", qat_linear_forward_kernel);
+  m.impl("qat_linear_weight", qat_linear_weight_kernel);
+  m.impl("qat_linear_integers", qat_linear_integers_kernel);
+  m.impl("qat_linear_integers_forward", qat_linear_integers_forward_kernel);
+  m.impl("qat_linear_input", qat_linear_input_kernel);
 }
 
 } // namespace
@@ -444,6 +541,23 @@ TORCH_LIBRARY(qatfast, m) {
       "qat_linear_forward(Tensor input, Tensor weight, Tensor? bias, int[] input_spec, int[] weight_spec, "
       "int[] bias_spec, int[] output_spec, *, ScalarType? dtype=None) -> (Tensor output, Tensor weight_hat)",
       tags);
+
+  // The same layer on integers. Those of the weight once, for any number of calls:
+  m.def(
+      "qat_linear_weight(Tensor weight, int[] weight_spec) "
+      "-> (Tensor values, Tensor scale, Tensor zero_point, Tensor steps)",
+      tags);
+  m.def(
+      "qat_linear_integers(Tensor input, Tensor weight, Tensor? bias, Tensor[] weight_integers, int[] input_spec, "
+      "int[] weight_spec, int[] bias_spec, int[] output_spec, *, ScalarType? dtype=None) -> Tensor",
+      tags);
+  // values, scale and zero_point: the input's integers
+  m.def(
+      "qat_linear_integers_forward(Tensor input, Tensor weight, Tensor? bias, Tensor[] weight_integers, "
+      "int[] input_spec, int[] weight_spec, int[] bias_spec, int[] output_spec, *, ScalarType? dtype=None) "
+      "-> (Tensor output, Tensor values, Tensor scale, Tensor zero_point)",
+      tags);
+  m.def("qat_linear_input(Tensor values, Tensor scale, Tensor zero_point, ScalarType dtype) -> Tensor", tags);
 }
 
 TORCH_LIBRARY_IMPL(qatfast, CPU, m) {
@@ -457,6 +571,7 @@ TORCH_LIBRARY_IMPL(qatfast, CUDA, m) {
 
 TORCH_LIBRARY_IMPL(qatfast, AutocastCUDA, m) {
   m.impl("qat_linear", autograd::qat_linear_under_autocast);
+  m.impl("qat_linear_integers", autograd::qat_linear_integers_under_autocast);
 }
 #endif
 
@@ -468,10 +583,12 @@ TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
   m.impl("quantize", autograd::quantize);
   m.impl("dequantize", autograd::dequantize);
   m.impl("qat_linear", autograd::qat_linear);
+  m.impl("qat_linear_integers", autograd::qat_linear_integers);
 }
 
 TORCH_LIBRARY_IMPL(qatfast, AutocastCPU, m) {
   m.impl("qat_linear", autograd::qat_linear_under_autocast);
+  m.impl("qat_linear_integers", autograd::qat_linear_integers_under_autocast);
 }
 
 } // namespace qatfast

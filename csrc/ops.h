@@ -39,6 +39,21 @@ using QATLinearForward = std::tuple<Tensor, Tensor>(const Tensor& input, const T
     const std::optional<Tensor>& bias, at::IntArrayRef input_spec, at::IntArrayRef weight_spec,
     at::IntArrayRef bias_spec, at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype);
 
+// The integers of a weight, as IntegerRows has them.
+using QATLinearWeight = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor& weight, at::IntArrayRef weight_spec);
+
+using QATLinearIntegers = Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::TensorList weight_integers, at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec,
+    at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype);
+
+using QATLinearIntegersForward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& bias, at::TensorList weight_integers, at::IntArrayRef input_spec,
+    at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
+    std::optional<at::ScalarType> dtype);
+
+using QATLinearInput = Tensor(
+    const Tensor& values, const Tensor& scale, const Tensor& zero_point, at::ScalarType dtype);
+
 // x itself where it has that dtype: even an empty conversion costs a small layer a percent.
 inline Tensor as_dtype(const Tensor& x, at::ScalarType dtype) {
   return x.scalar_type() == dtype ? x : x.to(dtype);
@@ -73,6 +88,10 @@ QATFAST_OPERATOR(quantize, Quantize);
 QATFAST_OPERATOR(dequantize, Dequantize);
 QATFAST_OPERATOR(qat_linear, QATLinear);
 QATFAST_OPERATOR(qat_linear_forward, QATLinearForward);
+QATFAST_OPERATOR(qat_linear_weight, QATLinearWeight);
+QATFAST_OPERATOR(qat_linear_integers, QATLinearIntegers);
+QATFAST_OPERATOR(qat_linear_integers_forward, QATLinearIntegersForward);
+QATFAST_OPERATOR(qat_linear_input, QATLinearInput);
 
 #undef QATFAST_OPERATOR
 
@@ -88,6 +107,8 @@ Quantize quantize;
 Dequantize dequantize;
 QATLinear qat_linear;
 QATLinear qat_linear_under_autocast;
+QATLinearIntegers qat_linear_integers;
+QATLinearIntegers qat_linear_integers_under_autocast;
 
 } // namespace autograd
 } // namespace qatfast

@@ -84,18 +84,17 @@ QATFAST_FORMULA T widen_hi(T hi, T x) {
 
 // Scale of a block with finite values in [lo, hi], lo <= 0 <= hi; at least the smallest normal number.
 QATFAST_FORMULA T choose_scale(T lo, T hi, T quant_min, T quant_max, bool symmetric) {
-  constexpr T eps = std::numeric_limits<T>::min();
+  using Limits = std::numeric_limits<scalar_t<T>>;
+  const T eps = T{} + Limits::min();
   const T steps = symmetric ? quant_max : quant_max - quant_min;
   const T width = symmetric ? widen_hi(hi, -lo) : hi - lo;
-  const T scale = width <= std::numeric_limits<T>::max() ? width / steps : hi / steps - lo / steps;
+  const T scale = width <= Limits::max() ? width / steps : hi / steps - lo / steps;
   return scale > eps ? scale : eps;
 }
 
-QATFAST_FORMULA int32_t choose_zero_point(T lo, T scale, T quant_min, T quant_max, bool symmetric) {
-  if (symmetric) {
-    return 0;
-  }
-  return static_cast<int32_t>(clamp(quant_min - round_half_even(lo / scale), quant_min, quant_max));
+// As a float that holds an integer.
+QATFAST_FORMULA T choose_zero_point(T lo, T scale, T quant_min, T quant_max, bool symmetric) {
+  return symmetric ? T{} : clamp(quant_min - round_half_even(lo / scale), quant_min, quant_max);
 }
 
 // a * b + c, rounded once. The CPU has its own for vectors, and only where the instruction set has one.
@@ -113,43 +112,48 @@ QATFAST_FORMULA T divide(T x, T scale, T reciprocal) {
 
 // round(x / scale), clamped to [lo, hi]: the ends are integers, so that clamping first gives the same number, and
 // rounding sees small ones only.
-QATFAST_FORMULA T nearest_step(T x, T lo, T hi, Grid<T> grid) {
+QATFAST_FORMULA T nearest_step(T x, T lo, T hi, const Grid<T>& grid) {
   return round_half_even(clamp(x / grid.scale, lo, hi));
 }
 
 // Clamped before the division: an end times scale, rounded, is less than half a step off, and infinities are gone.
-QATFAST_FORMULA T nearest_step(T x, T lo, T hi, ReciprocalGrid<T> grid) {
+QATFAST_FORMULA T nearest_step(T x, T lo, T hi, const ReciprocalGrid<T>& grid) {
   return round_half_even(divide(clamp(x, lo * grid.scale, hi * grid.scale), grid.scale, grid.reciprocal));
 }
 
 // clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point
 template <class T, class G>
-C10_HOST_DEVICE static inline T step_of(T x, G grid) {
+C10_HOST_DEVICE static inline T step_of(T x, const G& grid) {
   return nearest_step(x, grid.lo, grid.hi, grid);
 }
 
 template <class T, class G>
-C10_HOST_DEVICE static inline T fake_quantize(T x, G grid) {
+C10_HOST_DEVICE static inline T fake_quantize(T x, const G& grid) {
   return step_of(x, grid) * grid.scale;
 }
 
 // The same, and whether quant_min <= round(x / scale) + zero_point <= quant_max: one step beyond an end is out, as
 // everything further is. All ones (a vector: in each such lane) or true; false for NaN.
 template <class T, class G>
-C10_HOST_DEVICE static inline auto fake_quantize_inside(T x, G grid) {
+C10_HOST_DEVICE static inline auto fake_quantize_inside(T x, const G& grid) {
   const T step = nearest_step(x, grid.lo - 1, grid.hi + 1, grid);
   return std::pair(clamp(step, grid.lo, grid.hi) * grid.scale, (grid.lo <= step) & (step <= grid.hi));
 }
 
 // As a float that holds an integer; NaN gives zero_point.
 template <class T, class G>
-C10_HOST_DEVICE static inline T quantize(T x, T zero_point, G grid) {
+C10_HOST_DEVICE static inline T quantize(T x, T zero_point, const G& grid) {
   const T step = step_of(x, grid);
   return (step == step ? step : T{}) + zero_point;
 }
 
 QATFAST_FORMULA T dequantize(T q, T zero_point, T scale) {
   return (q - zero_point) * scale;
+}
+
+// One output of the integer product: `sum` is the exact sum rounded to T, `scale` that of input times weight.
+QATFAST_FORMULA T integer_product(T sum, T scale, T bias) {
+  return sum * scale + bias;
 }
 
 } // namespace qatfast

@@ -165,6 +165,18 @@ class QATConfig:
                 raise TypeError(f"QATConfig: expected {name} to be a QuantSpec or None, got {spec!r}")
         object.__setattr__(self, "codes", tuple(_code(spec) for spec in specs.values()))
 
+    def multiplies_integers(self, in_features: int) -> bool:
+        """Whether a layer multiplies integers: its input is quantized per tensor or per token and its weight per tensor
+        or per output channel (its rows, however that is spelled), both to at most 8 bits.
+        """
+        if self.input is None or self.weight is None or max(self.input.num_bits, self.weight.num_bits) > 8:
+            return False
+        weight = self.weight.granularity
+        is_row_as_group = isinstance(weight, PerGroup) and weight.group_size == in_features
+        return self.input.granularity in (PerTensor(), PerToken()) and (
+            is_row_as_group or weight in (PerTensor(), PerChannel(0), PerChannel(-2), PerToken())
+        )
+
     @classmethod
     def tutorial(cls, num_bits: int = 8) -> QATConfig:
         """Weight, bias and output, affine, per tensor: what tutorials teach, and the default."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -390,6 +391,31 @@ def _register_fakes() -> None:
         output = layer_output(input, weight, bias, dtype=dtype)
         weight_hat = weight.new_empty(weight.shape if weight_spec else (0,), dtype=output.dtype)
         return output, weight_hat
+
+    def rows_of(matrix: Tensor, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            matrix.new_empty((rows, matrix.shape[-1]), dtype=torch.int8),
+            matrix.new_empty((rows,), dtype=checks.compute_dtype(matrix.dtype)),
+            matrix.new_empty((rows,), dtype=torch.int32),
+        )
+
+    @fake("qatfast::qat_linear_weight")
+    def _(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = weight.shape[0]
+        return *rows_of(weight, rows), weight.new_empty((rows,), dtype=torch.int64)
+
+    fake("qatfast::qat_linear_integers", layer_output)
+
+    @fake("qatfast::qat_linear_integers_forward")
+    def _(
+        input: Tensor, weight: Tensor, bias: Tensor | None, *_: Any, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = layer_output(input, weight, bias, dtype=dtype)
+        return output, *rows_of(input, math.prod(input.shape[:-1]))
+
+    @fake("qatfast::qat_linear_input")
+    def _(values: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(values, dtype=dtype)
 
 
 if kernels.extension is not None:

@@ -124,8 +124,15 @@ def qat_linear(
     x_hat = _by_spec(op, "input", input, config.input)
     w_hat = _by_spec(op, "weight", weight, config.weight)
     b_hat = None if bias is None else _by_spec(op, "bias", bias, config.bias)
-    # the float formula, for every config; a config on integer grids has the same place for an integer product
-    return _by_spec(op, "output", F.linear(x_hat, w_hat, b_hat), config.output)
+    product = F.linear(x_hat, w_hat, b_hat)
+    if not config.multiplies_integers(weight.shape[1]):
+        return _by_spec(op, "output", product, config.output)
+    assert config.input is not None and config.weight is not None
+    y = _integer_product(input.detach(), config.input, weight.detach(), config.weight)
+    if b_hat is not None:
+        y = y + b_hat.detach()
+    y = _by_spec(op, "output", y, config.output)
+    return _StraightThrough.apply(product, y.to(product.dtype), None)
 
 
 def quantized_dtype(quant_min: int, quant_max: int) -> torch.dtype:
@@ -145,6 +152,25 @@ def _by_spec(op: str, name: str, tensor: Tensor, spec: QuantSpec | None) -> Tens
         return tensor
     checks.blocks(f"{op}: {name}", tensor.shape, spec.granularity)
     return fake_quantize(tensor, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
+
+
+def _integer_product(x: Tensor, x_spec: QuantSpec, weight: Tensor, weight_spec: QuantSpec) -> Tensor:
+    """``sum((q_x - zero_point_x) * (q_w - zero_point_w)) * (scale_x * scale_w)``, the sum exact in float64."""
+    x_steps, x_scale = _steps(x, x_spec)
+    weight_steps, weight_scale = _steps(weight, weight_spec)
+    total = x_steps @ weight_steps.t() + 0.0  # never -0.0
+    return total.to(x_scale.dtype) * (x_scale * weight_scale.squeeze(-1))
+
+
+def _steps(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """``q - zero_point`` in float64, NaN where ``x`` is; the scale of each row, or of all, as a column."""
+    quant_min, quant_max, granularity = spec.quant_min, spec.quant_max, spec.granularity
+    scale, zero_point = _choose_qparams(x, quant_min, quant_max, spec.symmetric, granularity)
+    blocks = _to_blocks(x.to(scale.dtype), granularity)
+    of_block, zero = _broadcast(scale, blocks, granularity), _broadcast(zero_point, blocks, granularity)
+    q = torch.clamp(torch.round(blocks / of_block) + zero, quant_min, quant_max)
+    column = scale.reshape(1) if isinstance(granularity, PerTensor) else scale.reshape(*x.shape[:-1], 1)
+    return (q - zero).reshape(x.shape).to(torch.float64), column
 
 
 def _check_dynamic(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .config import QATConfig
 from .functional import fake_quantize, qat_linear
 
-# The layers inside a block, which holds them, each with the state its quantized weight was made from and that weight.
-_cached: dict[nn.Module, tuple[Any, Tensor] | None] = {}
+# The layers inside a block, which holds them, each with the weight, its state, and what was made from them.
+_cached: dict[nn.Module, tuple[Tensor, Any, Any] | None] = {}
 
 
 @contextmanager
@@ -72,11 +73,27 @@ def linear(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None,
     spec = config.weight
     if spec is None or weight.is_inference():  # no version counter
         return qat_linear(input, weight, bias, config=config)
-    state = (weight, weight._version, torch.is_grad_enabled() and weight.requires_grad)
+    if config.multiplies_integers(weight.shape[-1]):
+        ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
+        if ops is None:
+            return qat_linear(input, weight, bias, config=config)
+        codes = config.codes
+        integers = _once(layer, weight, False, lambda: ops.qat_linear_weight(weight, codes[1]))
+        return ops.qat_linear_integers(input, weight, bias, integers, *codes)
+    wants_gradient = torch.is_grad_enabled() and weight.requires_grad
+    weight_hat = _once(
+        layer,
+        weight,
+        wants_gradient,
+        lambda: fake_quantize(weight, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity),
+    )
+    return qat_linear(input, weight_hat, bias, config=dataclasses.replace(config, weight=None))
+
+
+def _once(layer: nn.Module, weight: Tensor, wants_gradient: bool, make: Callable[[], Any]) -> Any:
+    """What ``make`` gave for the weight as it is, made now where the layer has none."""
     entry = _cached[layer]
-    if entry is None or entry[0][0] is not weight or entry[0][1:] != state[1:]:
-        weight_hat = fake_quantize(
-            weight, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity
-        )
-        entry = _cached[layer] = (state, weight_hat)
-    return qat_linear(input, entry[1], bias, config=dataclasses.replace(config, weight=None))
+    state = (weight._version, wants_gradient)
+    if entry is None or entry[0] is not weight or entry[1] != state:
+        entry = _cached[layer] = (weight, state, make())
+    return entry[2]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import cases
-from qatfast import PerChannel, PerGroup, PerTensor, PerToken
+from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec
 
 SIZES = (
     *range(1, 71),
@@ -36,6 +36,19 @@ BLOCKS = (
     ((40, 7, 5), PerChannel(-1)),
 )
 OFFSETS = (1, 3, 5)
+# Of layers that multiply integers (rows, in_features, out_features): around vectors; more than one block of products.
+LAYERS = (
+    *((5, inputs, 67) for inputs in (1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65, 130, 1027)),
+    *((17, 48, outputs) for outputs in (*range(1, 20), 31, 32, 33, 70)),
+    *((rows, 130, 33) for rows in (1, 2, 3, 16, 17, 33, 64, 129, 1000)),
+    (3, 33026, 19),
+    (33001, 5, 64),
+)
+LAYER_CONFIGS = (
+    QATConfig.int8(),
+    QATConfig(QuantSpec(8, granularity=PerToken()), QuantSpec(7), QuantSpec(8), None),
+    QATConfig(QuantSpec(5, True, PerToken()), QuantSpec(8, False, PerToken()), None, QuantSpec(8)),
+)
 
 
 def inputs(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Any]]:
@@ -98,6 +111,20 @@ def results(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str,
         yield f"fake_quantize_affine {label}", y
         (gradient,) = torch.autograd.grad(y, leaf, x.flatten().flip(0).view(x.shape))
         yield f"fake_quantize_affine gradient {label}", gradient
+    yield from layers(ops, dtype, least)
+
+
+def layers(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """What layers that multiply integers give, where they have at least ``least`` outputs."""
+    for rows, inputs, outputs in LAYERS:
+        if rows * outputs < least:
+            continue
+        input, weight, bias = cases.linear(((rows,), inputs, outputs), dtype)
+        if rows > 1:
+            input[-1] = cases.mixed((inputs,), dtype)
+        for config in LAYER_CONFIGS if rows < 2000 else LAYER_CONFIGS[:1]:
+            y = ops.qat_linear(input, weight, None if outputs % 3 == 0 else bias, config=config)
+            yield f"qat_linear {cases.name(dtype)} {rows}x{inputs}x{outputs} {config}", y
 
 
 def digest(x: Tensor) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qatfast import PerChannel, PerGroup, PerTensor
+from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec
 
 
 class Format(NamedTuple):
@@ -250,3 +250,58 @@ def fake_quantize_affine_array(
         y = q * scale + x.dtype.type(0)
     integer = np.where(np.isnan(x), zero_point, q + zero_point)
     return np.where(np.isnan(x), x, y), integer.astype(np.int32)
+
+
+def multiplies_integers(config: QATConfig, in_features: int) -> bool:
+    """Whether the layer is the integer product: where it is not, it is the float formula."""
+    if config.input is None or config.weight is None:
+        return False
+    if config.input.num_bits > 8 or config.weight.num_bits > 8:
+        return False
+    if config.input.granularity not in (PerTensor(), PerToken()):
+        return False
+    index, _ = block_of_each_element((3, max(in_features, 1)), config.weight.granularity)
+    return bool((index == index[:, :1]).all())  # a block is a row, or several
+
+
+def steps_array(x: Tensor, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(the integers less the zero point, of each row the scale and whether it has a NaN); a block is a row, or all."""
+    dtype = _compute(x.dtype)
+    values = x.detach().cpu().to(dtype).numpy()
+    ends = quant_range(spec.num_bits, spec.symmetric)
+    steps = np.zeros(values.shape, dtype=np.int64)
+    scales = np.zeros(len(values), dtype=values.dtype)
+    is_one_block = spec.granularity == PerTensor()
+    for rows in [slice(None)] if is_one_block else [slice(row, row + 1) for row in range(len(values))]:
+        finite = values[rows][np.isfinite(values[rows])]
+        of_block = [float(finite.min(initial=0)), float(finite.max(initial=0))]
+        scale, zero_point = choose_scalar(of_block, spec.num_bits, spec.symmetric, dtype)
+        scales[rows] = float(scale)
+        _, q = fake_quantize_affine_array(values[rows], scales.dtype.type(float(scale)), zero_point, *ends)
+        steps[rows] = q - zero_point
+    return steps, scales, np.isnan(values).any(1)
+
+
+def integer_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The layer that multiplies integers; ``dtype`` is that of the result, if it is not the input's."""
+    assert config.input is not None and config.weight is not None
+    compute = _compute(input.dtype)
+    matrix = input.detach().reshape(math.prod(input.shape[:-1]), input.shape[-1])
+    x, x_scale, x_nan = steps_array(matrix, config.input)
+    w, w_scale, w_nan = steps_array(weight, config.weight)
+    total = (x @ w.T).astype(x_scale.dtype)  # from int64: one rounding
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        y = total * (x_scale[:, None] * w_scale)
+        if bias is not None:
+            y = y + fake_quantize_by_spec(bias, config.bias).to(compute).numpy()
+    y[x_nan], y[:, w_nan] = np.nan, np.nan
+    result = torch.from_numpy(y).reshape(*input.shape[:-1], weight.shape[0])
+    return round_array(fake_quantize_by_spec(result, config.output).numpy(), dtype or input.dtype)
+
+
+def fake_quantize_by_spec(x: Tensor, spec: QuantSpec | None) -> Tensor:
+    if spec is None:
+        return x.detach().cpu()
+    return fake_quantize(x, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)

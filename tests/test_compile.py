@@ -97,10 +97,23 @@ def test_qat_linear(config, device):
     assert_compiles(lambda *operands: functional.qat_linear(*operands, config=config), *operands)
 
 
+EITHER = pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8()], ids=["tutorial", "int8"])
+
+
+@EITHER
 @pytest.mark.parametrize("shape", [((), 16, 6), ((2, 3), 16, 6), ((0,), 16, 6)], ids=cases.name)
-def test_qat_linear_shapes_without_a_bias(shape, device):
+def test_qat_linear_shapes_without_a_bias(config, shape, device):
     input, weight, _ = cases.linear(shape, device=device, bias=False, requires_grad=True)
-    assert_compiles(lambda input, weight: functional.qat_linear(input, weight), input, weight)
+    assert_compiles(lambda *operands: functional.qat_linear(*operands, config=config), input, weight)
+
+
+@EITHER
+def test_qat_linear_under_autocast(config, device):
+    def function(*operands):
+        with torch.autocast(device, torch.bfloat16):
+            return functional.qat_linear(*operands, config=config)
+
+    assert_compiles(function, *cases.linear(((5,), 16, 6), device=device, requires_grad=True))
 
 
 def network(device="cpu", config=None):
@@ -170,9 +183,10 @@ def test_one_graph_serves_every_batch_size(granularity, device):
     assert count.frame_count == 1
 
 
-def test_one_graph_of_a_layer_serves_every_batch_size(device):
+@EITHER
+def test_one_graph_of_a_layer_serves_every_batch_size(config, device):
     count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    model = network(device)
+    model = network(device, config)
     dynamic = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
     for rows in (5, 8, 33):
         x = cases.normal((rows, 16), device=device)
@@ -196,9 +210,10 @@ def test_a_given_grid_with_every_batch_size(device):
         cases.assert_same(gradient, torch.autograd.grad(function(x).sum(), x)[0])
 
 
+@EITHER
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_export(dynamic):
-    model, x = network().eval(), cases.normal((7, 16))
+def test_export(dynamic, config):
+    model, x = network(config=config).eval(), cases.normal((7, 16))
     shapes = ({0: torch.export.Dim("batch", min=2)},) if dynamic else None
     exported = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
     torch.testing.assert_close(exported(x), model(x))
@@ -207,8 +222,9 @@ def test_export(dynamic):
         torch.testing.assert_close(exported(x), model(x))
 
 
-def test_an_exported_graph_holds_the_layer_as_one_operator(kernels):
-    graph = torch.export.export(network().eval(), (cases.normal((7, 16)),)).graph
+@EITHER
+def test_an_exported_graph_holds_the_layer_as_one_operator(kernels, config):
+    graph = torch.export.export(network(config=config).eval(), (cases.normal((7, 16)),)).graph
     targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     assert targets.count("qatfast.qat_linear.default") == 2
     assert targets.count("qatfast.fake_quantize.default") == 1

@@ -64,6 +64,39 @@ def test_the_codes_of_a_config():
     assert QATConfig.weight_only(3, 16).codes == ((), (3, 0, 2, 16), (), ())
 
 
+@pytest.mark.parametrize(
+    "input, weight, expected",
+    [
+        (QuantSpec(8), QuantSpec(8), True),
+        (QuantSpec(2, True, PerToken()), QuantSpec(2, True, PerToken()), True),
+        (QuantSpec(8), QuantSpec(8, granularity=PerChannel(0)), True),
+        (QuantSpec(8), QuantSpec(8, granularity=PerChannel(-2)), True),
+        (QuantSpec(8), QuantSpec(8, granularity=PerGroup(6)), True),
+        (QuantSpec(8), QuantSpec(8, granularity=PerGroup(3)), False),
+        (QuantSpec(8), QuantSpec(8, granularity=PerGroup(12)), False),
+        (QuantSpec(8), QuantSpec(8, granularity=PerChannel(1)), False),
+        (QuantSpec(8), QuantSpec(8, granularity=PerChannel(-1)), False),
+        (QuantSpec(8, granularity=PerGroup(6)), QuantSpec(8), False),
+        (QuantSpec(8, granularity=PerChannel(0)), QuantSpec(8), False),
+        (QuantSpec(9), QuantSpec(8), False),
+        (QuantSpec(8), QuantSpec(9), False),
+        (None, QuantSpec(8), False),
+        (QuantSpec(8), None, False),
+    ],
+    ids=str,
+)
+def test_which_layers_multiply_integers(input, weight, expected):
+    for others in (QuantSpec(16), None):
+        config = QATConfig(input, weight, others, others)
+        assert config.multiplies_integers(6) is expected
+
+
+def test_the_recipe_that_multiplies_integers():
+    assert QATConfig.int8().multiplies_integers(100)
+    assert not QATConfig.tutorial().multiplies_integers(100)
+    assert not QATConfig.weight_only(8, 100).multiplies_integers(100)
+
+
 def test_words():
     assert str(QuantSpec(4, symmetric=True, granularity=PerGroup(32))) == "4-bit symmetric per group of 32"
     assert str(QuantSpec(8, granularity=PerChannel(-1))) == "8-bit affine per channel -1"

@@ -1,5 +1,6 @@
 """What is not legal: the type and the words of each error, that no argument changes, that nothing crashes."""
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -214,6 +215,17 @@ def linear():
         yield bad(op, ValueError, words, config=config)
 
 
+def integer_linear():
+    """A layer on integers says the words of any other."""
+    for case in linear():
+        if "config" not in case.arguments:
+            yield case._replace(arguments={**case.arguments, "config": QATConfig.int8()})
+    for name, size in (("bias", 3), ("output", 3)):
+        config = dataclasses.replace(QATConfig.int8(), **{name: QuantSpec(granularity=PerGroup(4))})
+        words = f"{name}: expected the last dimension to be divisible by group_size=4, got {size}"
+        yield bad("qat_linear", ValueError, words, config=config)
+
+
 def others():
     for op in ("fake_quantize_affine", "quantize"):
         yield from floats_only(op)
@@ -244,6 +256,7 @@ TABLE = [
     *given("dequantize"),
     *others(),
     *linear(),
+    *integer_linear(),
 ]
 NAMES = [
     f"{case.op}-{case.message.removeprefix(case.op + ': ').removeprefix('expected ')}"[:90] for case in TABLE
@@ -308,10 +321,87 @@ def test_granularities_that_do_not_exist(kernels, code):
 )
 @pytest.mark.parametrize("position", range(4))
 def test_specs_that_do_not_exist(kernels, code, position):
-    specs = [(), (), (), ()]
-    specs[position] = code
-    with pytest.raises(ValueError, match="qat_linear"):
-        torch.ops.qatfast.qat_linear(x(4, 6), x(3, 6), x(3), *specs)
+    for config in ((), (), (), ()), QATConfig.int8().codes:
+        specs = list(config)
+        specs[position] = code
+        with pytest.raises(ValueError, match="qat_linear"):
+            torch.ops.qatfast.qat_linear(x(4, 6), x(3, 6), x(3), *specs)
+
+
+def integers(*, rows=3, columns=6, dtype=torch.float32, **changes):
+    """The integers of a weight but for ``changes``."""
+    kinds = {"scale": dtype, "zero_point": torch.int32, "steps": torch.int64}
+    right = {name: x(rows, dtype=kind) for name, kind in kinds.items()}
+    return list({"values": x(rows, columns, dtype=torch.int8), **right, **changes}.values())
+
+
+WEIGHT_INTEGERS = "expected weight_integers as qat_linear_weight gives them for this weight"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (integers()[:3], "expected the 4 tensors of qat_linear_weight, got 3"),
+        (integers(rows=4), WEIGHT_INTEGERS),
+        (integers(columns=5), WEIGHT_INTEGERS),
+        (integers(dtype=torch.float64), WEIGHT_INTEGERS),
+        (integers(values=x(3, 6, dtype=torch.uint8)), WEIGHT_INTEGERS),
+        (integers(values=x(6, 3, dtype=torch.int8).t()), WEIGHT_INTEGERS),
+        (integers(scale=x(3, 1)), WEIGHT_INTEGERS),
+        (integers(scale=x(6)[::2]), WEIGHT_INTEGERS),
+        (integers(zero_point=x(3, dtype=torch.int64)), WEIGHT_INTEGERS),
+        (integers(zero_point=x(dtype=torch.int32)), WEIGHT_INTEGERS),
+        (integers(steps=x(2, dtype=torch.int64)), WEIGHT_INTEGERS),
+        (integers(steps=x(3, dtype=torch.int32)), WEIGHT_INTEGERS),
+    ],
+)
+def test_integers_of_another_weight_crash_nothing(kernels, given, message):
+    for operator in (torch.ops.qatfast.qat_linear_integers, torch.ops.qatfast.qat_linear_integers_forward):
+        with pytest.raises(ValueError, match=f"qat_linear: {message}"):
+            operator(x(4, 6), x(3, 6), x(3), given, *QATConfig.int8().codes)
+
+
+@pytest.mark.parametrize(
+    "code", [(), (9, 0, 0, 0), (8, 0, 1, 1), (8, 0, 1, -1), (8, 0, 2, 3), (8, 0, 2, 12)], ids=str
+)
+def test_the_integer_product_takes_no_other_specs(kernels, code):
+    operators, specs = torch.ops.qatfast, QATConfig.int8().codes
+    words = "qat_linear: expected a weight spec of at most 8 bits per tensor or per row, got "
+    for shape in ((3, 6), (6,)):
+        with pytest.raises(ValueError, match=words):
+            operators.qat_linear_weight(x(*shape), code)
+    with pytest.raises(ValueError, match=words):
+        operators.qat_linear_integers(x(4, 6), x(3, 6), None, [], specs[0], code, (), ())
+    words = "qat_linear: expected an input spec of at most 8 bits per tensor or per token, got "
+    with pytest.raises(ValueError, match=words):
+        operators.qat_linear_integers(x(4, 6), x(3, 6), None, [], code, specs[1], (), ())
+
+
+def test_the_weight_of_the_integer_product_is_a_float_matrix(kernels):
+    code = QATConfig.int8().codes[1]
+    with pytest.raises(TypeError, match=f"qat_linear: expected weight {FLOAT_RULE}, got int8"):
+        torch.ops.qatfast.qat_linear_weight(x(3, 6, dtype=torch.int8), code)
+    for shape in ((6,), (), (2, 3, 6)):
+        with pytest.raises(ValueError, match="qat_linear: expected a weight"):
+            torch.ops.qatfast.qat_linear_weight(x(*shape), code)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        integers(values=x(18, dtype=torch.int8)),
+        integers(values=x(3, 6, dtype=torch.uint8)),
+        integers(values=x(6, 3, dtype=torch.int8).t()),
+        integers(scale=x(4)),
+        integers(scale=x(3, dtype=torch.float64)),
+        integers(zero_point=x(4, dtype=torch.int32)),
+        integers(zero_point=x(3, dtype=torch.int64)),
+    ],
+)
+def test_wrong_integers_of_an_input_crash_nothing(kernels, given):
+    words = "qat_linear_input: expected the values, scale and zero_point of the layer's forward"
+    with pytest.raises(ValueError, match=words):
+        torch.ops.qatfast.qat_linear_input(*given[:3], torch.float32)
 
 
 @pytest.mark.parametrize(

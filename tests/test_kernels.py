@@ -94,6 +94,21 @@ def test_every_instruction_set_gives_the_same_bits(kernels, expected, capability
     assert [label for label in known if found[label] != known[label]] == []
 
 
+@pytest.mark.parametrize("instructions", ["SSE41", "AVX2", "AVX512_CORE"])
+def test_a_library_that_saturates_changes_no_integer_product(kernels, instructions):
+    """Without VNNI, oneDNN may add pairs of products in 16 bits."""
+    code = (
+        "import cases, digests, json, torch;"
+        "results = digests.layers(cases.IMPLEMENTATIONS['public'], torch.float32);"
+        "print(json.dumps({label: digests.digest(value) for label, value in results}))"
+    )
+    found = json.loads(run(["-c", code], ONEDNN_MAX_CPU_ISA=instructions))
+    layers = digests.layers(cases.IMPLEMENTATIONS["reference"], torch.float32)
+    known = {label: digests.digest(value) for label, value in layers}
+    assert len(known) > 100
+    assert [label for label in known if found[label] != known[label]] == []
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_environment_chooses_the_instruction_set(kernels, capability):
     if torch.backends.cpu.get_cpu_capability() != "AVX512":

@@ -1,5 +1,6 @@
 """What is kept for backward, and how much is allocated on the way."""
 
+import contextlib
 import functools
 import gc
 import math
@@ -11,6 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import cases
+import oracle
 from qatfast import (
     PerChannel,
     PerGroup,
@@ -19,6 +21,7 @@ from qatfast import (
     QATConfig,
     QATLinear,
     QuantSpec,
+    cached_weights,
     fake_quantize,
     fake_quantize_affine,
     functional,
@@ -96,19 +99,54 @@ def test_qat_linear_keeps_input_weight_and_quantized_weight_at_most(kernels, sha
     storages, _ = kept(lambda: functional.qat_linear(*operands, config=config))
     own = {tensor.untyped_storage().data_ptr() for tensor in operands[:2]}
     extra = sum(size for address, size in storages.items() if address not in own)
+    if oracle.multiplies_integers(config, shape[1]):
+        assert extra == integers_of(operands.input)
+        assert sum(storages.values()) == bytes_of(operands.weight) + extra
+        return
     limit = bytes_of(operands.weight) if config.weight is not None else 0
     limit += bytes_of(operands.input) if config.input is not None else 0
     assert extra <= limit
     assert sum(storages.values()) <= bytes_of(operands.input, operands.weight) + limit
 
 
-def test_qat_linear_keeps_only_what_the_wanted_gradients_need(kernels):
+def integers_of(input):
+    """One byte an element; a scale and a zero point a row."""
+    return input.numel() + 8 * input.shape[:-1].numel()
+
+
+@pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8()], ids=["tutorial", "int8"])
+def test_qat_linear_keeps_only_what_the_wanted_gradients_need(kernels, config):
     input, weight, bias = cases.linear(((256,), 512, 384))
-    for wanted, limit in ((bias, 0), (weight, bytes_of(input)), (input, 2 * bytes_of(weight))):
+    of_input, of_weight = bytes_of(input), 2 * bytes_of(weight)
+    if config == QATConfig.int8():
+        of_input, of_weight = integers_of(input), bytes_of(weight)
+    for wanted, limit in ((bias, 0), (weight, of_input), (input, of_weight)):
         wanted.requires_grad_()
-        storages, _ = kept(lambda: functional.qat_linear(input, weight, bias))
+        storages, y = kept(lambda: functional.qat_linear(input, weight, bias, config=config))
+        assert y.requires_grad
         assert sum(storages.values()) <= limit
         wanted.requires_grad_(False)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
+@pytest.mark.parametrize(
+    "shape, share", [(((32,), 64, 64), 0.35), (((256,), 1024, 1024), 0.3)], ids=cases.name
+)
+def test_integers_are_less_than_the_input_of_nn_linear(kernels, shape, share, cached):
+    """The weight is there anyway: beside it, a layer on integers keeps a quarter and the grids."""
+    leading, inputs, outputs = shape
+    x = cases.normal((*leading, inputs), requires_grad=True)
+    linear = nn.Linear(inputs, outputs)
+    layer = QATLinear.from_float(linear, config=QATConfig.int8())
+
+    def beside_the_weight(module):
+        storages, _ = kept(lambda: module(x))
+        address = linear.weight.untyped_storage().data_ptr()
+        assert address in storages
+        return sum(storages.values()) - storages[address]
+
+    with cached_weights(layer) if cached else contextlib.nullcontext():
+        assert 0 < beside_the_weight(layer) <= share * beside_the_weight(linear)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name)
@@ -156,7 +194,9 @@ def test_fake_quantize_affine_allocates_its_output_and_the_bits(kernels, granula
 
 @SHAPES
 @pytest.mark.parametrize(
-    "config", [QATConfig.tutorial(), QATConfig.weight_only(4, 32)], ids=["tutorial", "weight_only"]
+    "config",
+    [QATConfig.tutorial(), QATConfig.weight_only(4, 32), QATConfig.int8()],
+    ids=["tutorial", "weight_only", "int8"],
 )
 def test_the_peak_of_a_step_is_that_of_nn_linear_and_the_weight(kernels, shape, config):
     leading, inputs, outputs = shape
@@ -172,7 +212,10 @@ def test_the_peak_of_a_step_is_that_of_nn_linear_and_the_weight(kernels, shape, 
     def peak_of_a_step(module):
         return peak(lambda: module(x).backward(gradient), forget_gradients)
 
-    assert peak_of_a_step(layer) <= peak_of_a_step(linear) + bytes_of(linear.weight) + 64 * 1024
+    more = bytes_of(linear.weight)
+    if oracle.multiplies_integers(config, inputs):  # backward makes the quantized input again
+        more += bytes_of(x)
+    assert peak_of_a_step(layer) <= peak_of_a_step(linear) + more + 64 * 1024
 
 
 def test_a_forward_without_gradients_allocates_the_output_and_the_quantized_tensors(kernels):
@@ -184,7 +227,7 @@ def test_a_forward_without_gradients_allocates_the_output_and_the_quantized_tens
 
 def test_nothing_is_leaked(kernels):
     x = cases.normal((50, 64), requires_grad=True)
-    layer = QATLinear(64, 64)
+    layer = nn.Sequential(QATLinear(64, 64), QATLinear(64, 64, config=QATConfig.int8()))
 
     def live():
         gc.collect()

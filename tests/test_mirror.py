@@ -29,7 +29,15 @@ def test_there_are_no_others():
     assert {name for name in public if vars(functional)[name].__module__ == "qatfast.functional"} == set(
         cases.OPS
     )
-    internal = {"fake_quantize_affine_forward", "fake_quantize_affine_backward", "qat_linear_forward"}
+    internal = {
+        "fake_quantize_affine_forward",
+        "fake_quantize_affine_backward",
+        "qat_linear_forward",
+        "qat_linear_weight",
+        "qat_linear_integers",
+        "qat_linear_integers_forward",
+        "qat_linear_input",
+    }
     assert set(schemas()) == {*cases.OPS, *internal}
 
 

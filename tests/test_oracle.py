@@ -9,6 +9,7 @@ import torch
 
 import cases
 import oracle
+from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
@@ -80,3 +81,64 @@ def test_values_worked_out_by_hand():
     assert y[5].isnan()
     assert y[6:].tolist() == [2.0, -1.0]
     assert oracle.inside(x, torch.tensor(1.0), torch.tensor(1), 0, 3).tolist() == [True] * 5 + [False] * 3
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+@pytest.mark.parametrize("granularity", [PerTensor(), PerToken()], ids=str)
+def test_the_integer_layer_is_that_of_fractions(dtype, granularity):
+    input, weight, bias = cases.linear(((3,), 9, 4), dtype)
+    input[0, 2] = math.inf
+    specs = QuantSpec(8, granularity=granularity), QuantSpec(5, symmetric=True, granularity=granularity)
+    y = oracle.integer_linear(input, weight, bias, QATConfig(*specs, bias=QuantSpec(3), output=None))
+    grids = []
+    for x, spec in zip((input, weight), specs, strict=True):
+        ends = oracle.quant_range(spec.num_bits, spec.symmetric)
+        scale, zero_point = oracle.choose_qparams(
+            x, spec.num_bits, symmetric=spec.symmetric, granularity=granularity
+        )
+        q = oracle.quantize(x, scale, zero_point, *ends, granularity=granularity)
+        rows = (len(x),)
+        grids.append((q.tolist(), scale.expand(rows).tolist(), zero_point.expand(rows).tolist()))
+    (x_q, x_scale, x_zero), (w_q, w_scale, w_zero) = grids
+    biases = oracle.fake_quantize(bias, 3).tolist()
+    compute = cases.compute_dtype(dtype)
+    for i in range(3):
+        for j in range(4):
+            total = sum((a - x_zero[i]) * (b - w_zero[j]) for a, b in zip(x_q[i], w_q[j], strict=True))
+            scale = oracle.rounded(Fraction(x_scale[i]) * Fraction(w_scale[j]), compute)
+            product = oracle.rounded(oracle.rounded(Fraction(total), compute) * scale, compute)
+            exact = oracle.rounded(oracle.rounded(product + Fraction(biases[j]), compute), dtype)
+            assert y[i, j].item() == exact
+
+
+def test_the_integer_layer_is_the_float_formula_of_exact_numbers():
+    """Steps of 1 and 1/4, worked out by hand: 255 * 3 / 4 - 20 / 4 - 1."""
+    x, weight = torch.tensor([[255.0, -0.0, 20.0]]), torch.tensor([[0.75, -31.0, -0.25], [0.0, 31.75, 0.0]])
+    config = QATConfig(QuantSpec(8), QuantSpec(8, symmetric=True), None, None)
+    y = oracle.integer_linear(x, weight, torch.tensor([-1.0, -0.0]), config)
+    cases.assert_same(y, torch.tensor([[185.25, 0.0]]))
+    x[0, 1], weight[1, 0] = math.nan, math.nan
+    assert oracle.integer_linear(x, weight, None, config).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "granularity, expected",
+    [
+        (PerTensor(), True),
+        (PerToken(), True),
+        (PerChannel(0), True),
+        (PerChannel(-2), True),
+        (PerChannel(1), False),
+        (PerChannel(-1), False),
+        (PerGroup(6), True),
+        (PerGroup(3), False),
+    ],
+    ids=str,
+)
+def test_which_weights_have_a_grid_a_row(granularity, expected):
+    weight = QuantSpec(8, granularity=granularity)
+    assert oracle.multiplies_integers(QATConfig(QuantSpec(8), weight), 6) == expected
+    assert not oracle.multiplies_integers(QATConfig(QuantSpec(9), weight), 6)
+    assert not oracle.multiplies_integers(QATConfig(QuantSpec(8), QuantSpec(9)), 6)
+    assert not oracle.multiplies_integers(QATConfig(None, weight), 6)
+    assert not oracle.multiplies_integers(QATConfig(QuantSpec(8, granularity=PerGroup(6)), weight), 6)

@@ -1,3 +1,7 @@
+import functools
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +10,17 @@ from torch.autograd import forward_ad
 
 import cases
 import oracle
-from qatfast import PerGroup, QATConfig, QuantSpec, fake_quantize, qat_linear
+from qatfast import (
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QATConfig,
+    QuantSpec,
+    fake_quantize,
+    functional,
+    qat_linear,
+)
 
 torch_ops = cases.IMPLEMENTATIONS["torch.ops"]
 
@@ -28,9 +42,50 @@ def quantized(x, spec):
 
 
 def formula(input, weight, bias, config):
-    """The contract written out on the public quantizer, and torch's own product."""
+    """The contract written out: on integers the oracle, else the public quantizer and torch's own product."""
+    if oracle.multiplies_integers(config, weight.shape[1]):
+        return oracle.integer_linear(input, weight, bias, config)
+    return float_formula(input, weight, bias, config)
+
+
+def float_formula(input, weight, bias, config):
     hats = [quantized(input, config.input), quantized(weight, config.weight), quantized(bias, config.bias)]
     return quantized(F.linear(*hats), config.output)
+
+
+# Of every granularity that multiplies integers, with every number of bits, some of them with bias and output.
+INTEGER_CONFIGS = [
+    QATConfig(
+        QuantSpec(2 + index % 7, symmetric=x_symmetric, granularity=x),
+        QuantSpec(8 - index % 6, symmetric=w_symmetric, granularity=weight),
+        (None, QuantSpec(8), QuantSpec(5, symmetric=True, granularity=PerChannel(0)))[index % 3],
+        (None, QuantSpec(6), None, QuantSpec(4, symmetric=True, granularity=PerToken()))[index % 4],
+    )
+    for index, (x, weight, x_symmetric, w_symmetric) in enumerate(
+        itertools.product(
+            (PerTensor(), PerToken()),
+            (PerTensor(), PerChannel(0), PerChannel(-2), PerToken(), PerGroup(19)),
+            (False, True),
+            (False, True),
+        )
+    )
+]
+# Just outside: the float formula.
+FLOAT_CONFIGS = [
+    QATConfig(x, weight, None, None)
+    for x, weight in (
+        (QuantSpec(9), QuantSpec(8)),
+        (QuantSpec(8), QuantSpec(9, symmetric=True)),
+        (QuantSpec(8, granularity=PerGroup(8)), QuantSpec(8)),
+        (QuantSpec(8, granularity=PerGroup(16)), QuantSpec(8, granularity=PerToken())),
+        (QuantSpec(8, granularity=PerChannel(0)), QuantSpec(8)),
+        (QuantSpec(8), QuantSpec(8, granularity=PerChannel(1))),
+        (QuantSpec(8), QuantSpec(8, granularity=PerChannel(-1))),
+        (QuantSpec(8), QuantSpec(8, granularity=PerGroup(8))),
+        (QuantSpec(8), None),
+        (None, QuantSpec(8)),
+    )
+]
 
 
 def straight_through(x, spec):
@@ -87,6 +142,154 @@ def test_an_exact_product_gives_the_oracles_numbers(ops, dtype, output, device):
         else oracle.fake_quantize(product, output.num_bits, symmetric=output.symmetric)
     )
     cases.assert_same(ops.qat_linear(*operands, config=config), expected)
+
+
+def assert_layers_are_the_oracles(ops, operands, configs, device, **options):
+    for config, (input, weight, bias) in itertools.product(configs, operands):
+        assert oracle.multiplies_integers(config, weight.shape[1])
+        expected = oracle.integer_linear(input, weight, bias, config)
+        on_device = [None if x is None else x.to(device) for x in (input, weight, bias)]
+        try:
+            cases.assert_same(ops.qat_linear(*on_device, config=config), expected)
+        except AssertionError as error:
+            raise AssertionError(f"{tuple(input.shape)}, {tuple(weight.shape)}, {config}: {error}") from None
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+def test_integers_give_the_oracles_numbers(ops, dtype, device):
+    operands = [cases.linear(((7,), 19, 5), dtype), cases.linear(((2, 3), 19, 1), dtype, bias=False)]
+    assert_layers_are_the_oracles(ops, operands, INTEGER_CONFIGS, device)
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_integers_of_special_values(ops, dtype, bias, device):
+    """NaN takes its row or its column, infinities saturate, denormals are on a grid of normal steps."""
+    rows = [cases.mixed((size, 19), dtype, seed=size) for size in (12, 11)]
+    rows[0][:3], rows[1][:3] = 0.0, torch.nan  # whole rows
+    rows[0][4:7], rows[1][4:7] = cases.normal((3, 19), dtype), cases.normal((3, 19), dtype, seed=1)
+    rows[0][5, 3], rows[1][5, 3] = -math.inf, math.inf
+    operands = (*rows, cases.mixed((11,), dtype, seed=6) if bias else None)
+    assert_layers_are_the_oracles(ops, [operands], INTEGER_CONFIGS[::3], device)
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+def test_scales_whose_product_is_beyond_the_floats(ops, dtype, device):
+    """As IEEE has it: products that are 0.0, -0.0, infinite, and NaN where no step meets an infinite scale."""
+    info = torch.finfo(cases.compute_dtype(dtype))
+    info = info if dtype != torch.float16 else torch.finfo(dtype)
+    x, weight, bias = cases.linear(((6,), 19, 5), dtype)
+    x[2], weight[3] = 0, 0
+    operands = [
+        ((x / 16 * exponent).to(dtype), (weight / 16 * exponent).to(dtype), bias_)
+        for exponent in (info.max, info.tiny * 4096, math.sqrt(info.tiny))
+        for bias_ in (bias, None)
+    ]
+    assert_layers_are_the_oracles(ops, operands, INTEGER_CONFIGS[:20:3], device)
+    if dtype in (torch.float32, torch.float64):
+        config = QATConfig(QuantSpec(8), QuantSpec(8), None, None)
+        y = ops.qat_linear(*(x.to(device) for x in operands[1][:2]), config=config)
+        assert y[2].isnan().all()
+        assert y.isinf().any()
+        y = ops.qat_linear(*(x.to(device) for x in operands[3][:2]), config=config)
+        assert (y == 0).all()
+        assert y.signbit().any()
+        assert not y[2].signbit().any()
+
+
+def test_no_step_is_never_minus_zero(ops, device):
+    weight = -cases.normal((6, 16), device=device).abs()
+    for config in (QATConfig.int8(), QATConfig(QuantSpec(2), QuantSpec(8), None, None)):
+        y = ops.qat_linear(torch.tensor(-0.0, device=device).expand(3, 16), weight, config=config)
+        cases.assert_same(y, torch.zeros(3, 6))
+        y = ops.qat_linear(
+            torch.zeros(3, 16, device=device), weight, torch.full_like(weight[:, 0], -0.0), config=config
+        )
+        cases.assert_same(y, torch.zeros(3, 6))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ((1,), 1, 1),
+        ((), 1, 1),
+        ((9,), 1, 5),
+        ((1,), 1, 70),
+        ((1,), 67, 1),
+        ((), 19, 3),
+        ((40,), 2, 1),
+        ((33,), 64, 48),
+        ((3, 1, 2), 200, 33),
+        ((0,), 19, 5),
+        ((2, 0), 19, 5),
+        ((4,), 0, 5),
+        ((4,), 19, 0),
+        ((0,), 0, 0),
+    ],
+    ids=cases.name,
+)
+def test_integers_of_every_shape(ops, shape, device):
+    configs = [
+        QATConfig(
+            QuantSpec(8, granularity=x), QuantSpec(8, symmetric=symmetric, granularity=weight), None, output
+        )
+        for x, weight, symmetric, output in (
+            (PerTensor(), PerChannel(0), True, None),
+            (PerToken(), PerTensor(), False, None),
+            (PerToken(), PerGroup(max(shape[1], 1)), False, QuantSpec(8)),
+        )
+    ]
+    operands = [cases.linear(shape), cases.linear(shape, torch.bfloat16, bias=False)]
+    assert_layers_are_the_oracles(ops, operands, configs, device)
+
+
+@pytest.mark.parametrize("in_features", [33025, 33026, 100_000])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerToken()], ids=str)
+def test_sums_at_and_beyond_32_bits(ops, in_features, granularity, device):
+    """Every element is at an end of its grid, so that the sums are the largest there are."""
+    x = torch.ones(5, in_features)
+    x[1], x[2, 1::2], x[3, ::3] = -1, -1, 0
+    x[4, -1] = -128 / 127
+    weight = torch.cat([x[:3], x[4:]])
+    operands = [(x, -weight, cases.normal((4,)))]
+    # of one sign 0 is an end, and 1 is 255 steps away
+    operands += [(x.abs() * a, weight.abs() * b, None) for a, b in ((1, 1), (1, -1), (-1, -1))]
+    operands += [tuple(tensor.double() for tensor in operands[0])]
+    affine, symmetric = QuantSpec(8, False, granularity), QuantSpec(8, True, granularity)
+    configs = [QATConfig(*specs, None, None) for specs in ((affine, affine), (affine, symmetric))]
+    assert_layers_are_the_oracles(ops, operands, configs, device)
+    x, weight, _ = operands[1]
+    y = ops.qat_linear(x[1:2].to(device), weight[:1].to(device), config=configs[0])
+    assert y.item() == pytest.approx(in_features, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shape, granularity",
+    [(((33001,), 5, 64), PerTensor()), (((3, 200), 17, 4099), PerToken())],
+    ids=cases.name,
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_more_outputs_than_one_block_of_products(kernels, threads, shape, granularity, count):
+    threads(count)
+    operands = cases.linear(shape, torch.bfloat16 if count == 1 else torch.float32)
+    config = QATConfig(QuantSpec(8, granularity=granularity), QuantSpec(7), None, None)
+    assert_layers_are_the_oracles(functional, [operands], [config], "cpu")
+
+
+@pytest.mark.parametrize("config", FLOAT_CONFIGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name)
+def test_just_outside_it_is_the_float_formula(ops, config, dtype, device):
+    operands = cases.linear(((5,), 16, 6), dtype, device=device)
+    cases.assert_same(ops.qat_linear(*operands, config=config), float_formula(*operands, config))
+
+
+def test_the_two_formulas_differ(ops, device):
+    """Or no test would see which of them a config takes."""
+    operands = cases.linear(((5,), 16, 6), device=device)
+    for config in (QATConfig.int8(), cases.CONFIGS["per_token"]):
+        y, other = ops.qat_linear(*operands, config=config), float_formula(*operands, config)
+        assert not torch.equal(y, other)
+        torch.testing.assert_close(y, other, rtol=1e-5, atol=1e-5)
 
 
 @CONFIGS
@@ -155,10 +358,18 @@ def test_gradients_of_some_of_the_tensors(ops, config, wanted, device):
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
-def test_gradients_keep_dtype(ops, dtype, device):
+@pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8()], ids=["tutorial", "int8"])
+def test_gradients_keep_dtype(ops, config, dtype, device):
     operands = cases.linear(((5,), 16, 6), dtype, device=device, requires_grad=True)
-    ops.qat_linear(*operands).sum().backward()
-    assert [operand.grad.dtype for operand in operands] == [dtype] * 3
+    y = ops.qat_linear(*operands, config=config)
+    upstream = cases.normal((5, 6), dtype, seed=7, device=device)
+    gradients = torch.autograd.grad(y, list(operands), upstream)
+    expected = torch.autograd.grad(surrogate(*operands, config), list(operands), upstream)
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(
+            gradient, other, rtol=4 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps
+        )
 
 
 def test_no_gradient_is_asked_for_where_no_tensor_does(ops, device):
@@ -186,16 +397,21 @@ def test_strides_change_neither_values_nor_gradients(ops, config, layout, device
 
     expected = run(*operands)
     moved_bias = cases.LAYOUTS["offset_3"][0](operands.bias)
-    for one, other in zip(
-        run(place(operands.input), place(operands.weight), moved_bias), expected, strict=True
-    ):
+    moved = run(place(operands.input), place(operands.weight), moved_bias)
+    if oracle.multiplies_integers(config, 16):
+        cases.assert_same(moved[0], expected[0])
+    for one, other in zip(moved, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
-def test_expanded_input_and_weight(ops, device):
+@pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8()], ids=["tutorial", "int8"])
+def test_expanded_input_and_weight(ops, config, device):
     input = cases.normal((1, 16), device=device).expand(5, 16)
     weight = cases.normal((1, 16), seed=1, device=device).expand(6, 16)
-    cases.assert_same(ops.qat_linear(input, weight), ops.qat_linear(input.clone(), weight.clone()))
+    cases.assert_same(
+        ops.qat_linear(input, weight, config=config),
+        ops.qat_linear(input.clone(), weight.clone(), config=config),
+    )
 
 
 @CONFIGS
@@ -217,15 +433,38 @@ def test_arguments_are_left_alone(ops, config, device):
         cases.assert_same(operand, copy)
 
 
-@pytest.mark.parametrize("written", ["weight", "input"])
-def test_a_tensor_written_between_forward_and_backward_is_the_error_of_nn_linear(kernels, written, device):
-    for function in (F.linear, qat_linear, torch_ops.qat_linear):
+@pytest.mark.parametrize(
+    "written, config",
+    [("weight", QATConfig()), ("input", QATConfig()), ("weight", QATConfig.int8())],
+    ids=["weight", "input", "weight-int8"],
+)
+def test_a_tensor_written_between_forward_and_backward_is_the_error_of_nn_linear(
+    kernels, written, config, device
+):
+    for function in (
+        F.linear,
+        functools.partial(qat_linear, config=config),
+        functools.partial(torch_ops.qat_linear, config=config),
+    ):
         operands = cases.linear(((5,), 16, 6), device=device, requires_grad=True)
         y = function(*operands)
         with torch.no_grad():
             getattr(operands, written).add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+
+
+def test_the_input_of_integers_may_be_written_before_backward(kernels, device):
+    """Its integers are kept, not the tensor."""
+    gradients = []
+    for written in (False, True):
+        operands = cases.linear(((5,), 16, 6), device=device, requires_grad=True)
+        y = qat_linear(*operands, config=QATConfig.int8())
+        with torch.no_grad():
+            operands.input.add_(3 * written)
+        gradients.append(torch.autograd.grad(y.sum(), list(operands)))
+    for one, other in zip(*gradients, strict=True):
+        cases.assert_same(one, other)
 
 
 def test_a_second_backward_is_the_error_of_nn_linear(ops, device):
@@ -236,9 +475,10 @@ def test_a_second_backward_is_the_error_of_nn_linear(ops, device):
             y.backward()
 
 
-def test_retained_graphs_give_the_same_twice(ops, device):
+@pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8()], ids=["tutorial", "int8"])
+def test_retained_graphs_give_the_same_twice(ops, config, device):
     operands = cases.linear(((5,), 16, 6), device=device, requires_grad=True)
-    y = ops.qat_linear(*operands).sum()
+    y = ops.qat_linear(*operands, config=config).sum()
     once = torch.autograd.grad(y, list(operands), retain_graph=True)
     twice = torch.autograd.grad(y, list(operands))
     for first, second in zip(once, twice, strict=True):
@@ -277,6 +517,39 @@ def test_opcheck(kernels, config, requires_grad):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=cases.name)
 @pytest.mark.parametrize("shape", [((), 16, 6), ((2, 3), 16, 6), ((0,), 16, 6)], ids=cases.name)
-def test_opcheck_of_dtypes_and_shapes(kernels, dtype, shape):
+@pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8()], ids=["tutorial", "int8"])
+def test_opcheck_of_dtypes_and_shapes(kernels, config, dtype, shape):
     operands = cases.linear(shape, dtype, requires_grad=True, bias=shape != ((2, 3), 16, 6))
-    torch.library.opcheck(torch.ops.qatfast.qat_linear.default, (*operands, *QATConfig().codes))
+    torch.library.opcheck(torch.ops.qatfast.qat_linear.default, (*operands, *config.codes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=cases.name)
+@pytest.mark.parametrize(
+    "shape", [((5,), 16, 6), ((), 16, 6), ((2, 3), 16, 6), ((0,), 16, 6)], ids=cases.name
+)
+def test_opcheck_of_the_operators_of_the_integer_product(kernels, dtype, shape):
+    config = cases.CONFIGS["per_token"]
+    operators = torch.ops.qatfast
+    operands = cases.linear(shape, dtype, bias=shape != ((2, 3), 16, 6))
+    weight_spec = config.codes[1]
+    torch.library.opcheck(operators.qat_linear_weight.default, (operands.weight, weight_spec))
+    integers = list(operators.qat_linear_weight(operands.weight, weight_spec))
+    for given in ([], integers):
+        arguments = (*operands, given, *config.codes)
+        torch.library.opcheck(operators.qat_linear_integers_forward.default, arguments)
+        torch.library.opcheck(operators.qat_linear_integers.default, arguments)
+        leaves = [x if x is None else x.detach().requires_grad_() for x in operands]
+        torch.library.opcheck(operators.qat_linear_integers.default, (*leaves, given, *config.codes))
+    _, *input_integers = operators.qat_linear_integers_forward(*operands, integers, *config.codes)
+    torch.library.opcheck(operators.qat_linear_input.default, (*input_integers, dtype))
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+@pytest.mark.parametrize("config", INTEGER_CONFIGS[::7], ids=str)
+def test_what_is_kept_of_the_input_is_its_fake_quantization(kernels, config, dtype, device):
+    input, weight, bias = cases.linear(((2, 3), 19, 6), dtype, device=device)
+    input[1, 0, 3] = torch.inf
+    _, *integers = torch.ops.qatfast.qat_linear_integers_forward(input, weight, bias, [], *config.codes)
+    assert integers[0].dtype == torch.int8
+    x_hat = torch.ops.qatfast.qat_linear_input(*integers, dtype)
+    cases.assert_same(x_hat.view_as(input), quantized(input, config.input))

@@ -7,6 +7,7 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev, vjp, vmap
 
 import cases
+import oracle
 from qatfast import (
     FakeQuantize,
     PerChannel,
@@ -14,11 +15,17 @@ from qatfast import (
     PerToken,
     QATConfig,
     QATLinear,
+    QuantSpec,
     fake_quantize,
     functional,
 )
 
 CONFIGS = pytest.mark.parametrize("config", cases.CONFIGS.values(), ids=cases.CONFIGS)
+EITHER = pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8()], ids=["tutorial", "int8"])
+
+
+def is_integer(config):
+    return oracle.multiplies_integers(config, 16)
 
 
 @pytest.mark.parametrize("op", cases.OPS[:5])
@@ -72,12 +79,24 @@ def test_vmap_of_a_layer_over_inputs_and_over_weights(config, device):
     def layer(input, weight):
         return functional.qat_linear(input, weight, bias, config=config)
 
+    same = cases.assert_same if is_integer(config) else torch.testing.assert_close
     loop = torch.stack([layer(one, weight) for one in inputs])
-    torch.testing.assert_close(vmap(layer, in_dims=(0, None))(inputs, weight), loop)
+    same(vmap(layer, in_dims=(0, None))(inputs, weight), loop)
     loop = torch.stack([layer(input, one) for one in weights])
-    torch.testing.assert_close(vmap(layer, in_dims=(None, 0))(input, weights), loop)
+    same(vmap(layer, in_dims=(None, 0))(input, weights), loop)
     loop = torch.stack([layer(*pair) for pair in zip(inputs, weights, strict=True)])
-    torch.testing.assert_close(vmap(layer)(inputs, weights), loop)
+    same(vmap(layer)(inputs, weights), loop)
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+@pytest.mark.parametrize("leading", [(), (2, 3)], ids=cases.name)
+@pytest.mark.parametrize("config", [QATConfig.int8(), cases.CONFIGS["per_token"]], ids=["int8", "per_token"])
+def test_vmap_of_integers_gives_the_oracles_numbers(config, leading, dtype, device):
+    samples = [cases.linear((leading, 16, 6), dtype, seed=seed) for seed in range(3)]
+    stacked = [torch.stack(tensors).to(device) for tensors in zip(*samples, strict=True)]
+    expected = [oracle.integer_linear(*sample, config) for sample in samples]
+    y = vmap(lambda *operands: functional.qat_linear(*operands, config=config))(*stacked)
+    cases.assert_same(y, torch.stack(expected))
 
 
 @pytest.mark.parametrize("op", ["fake_quantize", "fake_quantize_affine"])
@@ -131,21 +150,24 @@ def test_gradients_of_a_layer_a_sample(config, device):
             torch.testing.assert_close(a_sample[name][index], parameter.grad)
 
 
-def test_the_hessian_of_a_layer_is_that_of_the_surrogate(device):
-    input, weight, bias = cases.linear(((3,), 4, 2), torch.float64, device=device)
+@CONFIGS
+def test_the_hessian_of_a_layer_is_that_of_the_surrogate(config, device):
+    input, weight, bias = cases.linear(((3,), 8, 6), torch.float64, device=device)
 
-    def straight_through(x):
-        return x + (fake_quantize(x) - x).detach()
+    def straight_through(x, spec):
+        return x + (by_spec(x, spec) - x).detach()
 
-    def ours(weight):
-        return functional.qat_linear(input, weight, bias).pow(3).sum()
+    def ours(input, weight):
+        return functional.qat_linear(input, weight, bias, config=config).pow(3).sum()
 
-    def surrogate(weight):
-        return (
-            straight_through(F.linear(input, straight_through(weight), straight_through(bias))).pow(3).sum()
-        )
+    def surrogate(input, weight):
+        hats = map(straight_through, (input, weight, bias), (config.input, config.weight, config.bias))
+        return straight_through(F.linear(*hats), config.output).pow(3).sum()
 
-    torch.testing.assert_close(jacrev(jacrev(ours))(weight), jacrev(jacrev(surrogate))(weight))
+    def hessians(function):
+        return jacrev(jacrev(function, (0, 1)), (0, 1))(input, weight)
+
+    torch.testing.assert_close(hessians(ours), hessians(surrogate))
 
 
 def test_torch_autograd_functional_agrees(device):
@@ -155,25 +177,25 @@ def test_torch_autograd_functional_agrees(device):
     torch.autograd.functional.jacobian(fake_quantize, x, vectorize=True)
 
 
+def by_spec(x, spec):
+    if spec is None:
+        return x
+    return fake_quantize(x, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.name)
 @CONFIGS
-def test_autocast_casts_what_the_quantizers_give(config, dtype, device):
-    """The quantizers see float32 tensors with their own grids; the product and the output are in the smaller type."""
+def test_autocast_casts_what_the_quantizers_give(ops, config, dtype, device):
+    """The quantizers see float32 tensors with their own grids; the product and the output are in the smaller type. On
+    integers only the result is."""
     operands = cases.linear(((5,), 16, 6), device=device, requires_grad=True)
-
-    def quantized(x, spec):
-        return (
-            x
-            if spec is None
-            else fake_quantize(x, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
-        )
-
     specs = (config.input, config.weight, config.bias)
-    hats = [quantized(operand, spec).to(dtype) for operand, spec in zip(operands, specs, strict=True)]
-    expected = quantized(F.linear(*hats), config.output)
+    hats = [by_spec(operand, spec).to(dtype) for operand, spec in zip(operands, specs, strict=True)]
+    expected = by_spec(F.linear(*hats), config.output)
     with torch.autocast(device, dtype):
-        y = functional.qat_linear(*operands, config=config)
-    cases.assert_same(y, expected)
+        y = ops.qat_linear(*operands, config=config)
+    numbers = oracle.integer_linear(*operands, config, dtype) if is_integer(config) else expected
+    cases.assert_same(y, numbers)
     upstream = cases.normal((5, 6), dtype, seed=4, device=device)
     theirs = torch.autograd.grad(expected, list(operands), upstream)
     ours = torch.autograd.grad(y, list(operands), upstream)
@@ -199,11 +221,27 @@ def test_autocast_takes_mixed_operands(device):
     cases.assert_same(y, expected)
 
 
-def test_autocast_leaves_float64_alone(device):
+def test_autocast_takes_mixed_operands_for_integers(ops, device):
+    """Each is quantized as it is, in float32."""
+    input, weight, bias = cases.linear(((5,), 16, 6), device=device)
+    config = QATConfig(QuantSpec(8), QuantSpec(8), QuantSpec(8), QuantSpec(6))
+    for operands in (
+        (input.bfloat16(), weight, bias),
+        (input, weight.half(), bias),
+        (input, weight, bias.half()),
+    ):
+        with torch.autocast(device, torch.bfloat16):
+            y = ops.qat_linear(*operands, config=config)
+        expected = oracle.integer_linear(*operands, config, torch.bfloat16)
+        cases.assert_same(y, expected)
+
+
+@EITHER
+def test_autocast_leaves_float64_alone(config, device):
     operands = cases.linear(((5,), 16, 6), torch.float64, device=device)
-    expected = functional.qat_linear(*operands)
+    expected = functional.qat_linear(*operands, config=config)
     with torch.autocast(device, torch.bfloat16):
-        cases.assert_same(functional.qat_linear(*operands), expected)
+        cases.assert_same(functional.qat_linear(*operands, config=config), expected)
     with torch.autocast(device, torch.bfloat16, enabled=False):
         assert functional.qat_linear(*cases.linear(((5,), 16, 6), device=device)).dtype == torch.float32
 
@@ -231,7 +269,8 @@ def test_checkpointing_gives_the_same_gradients(device):
     from torch.utils.checkpoint import checkpoint
 
     torch.manual_seed(0)
-    model = nn.Sequential(QATLinear(16, 12), nn.ReLU(), QATLinear(12, 4)).to(device)
+    layers = QATLinear(16, 12), nn.ReLU(), QATLinear(12, 4, config=QATConfig.int8())
+    model = nn.Sequential(*layers).to(device)
     x = cases.normal((7, 16), device=device)
 
     def gradients(forward):

@@ -9,15 +9,12 @@ void fake_quantize_rows(const T* x, T* y, const Layout& layout, const QuantSpec&
   using C = compute_t<T>;
   const auto& loops = chosen().loops<T>();
   const auto min = static_cast<C>(spec.quant_min()), max = static_cast<C>(spec.quant_max());
-  at::parallel_for(0, layout.blocks, std::max<int64_t>(1, grain / layout.inner), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const auto offset = block * layout.inner;
-      C lo = 0, hi = 0;
-      loops.range(x + offset, layout.inner, &lo, &hi, false);
-      const C scale = choose_scale(lo, hi, min, max, spec.symmetric);
-      const int32_t zero_point = choose_zero_point(lo, scale, min, max, spec.symmetric);
-      loops.fake_quantize(x + offset, y + offset, layout.inner, {&scale, &zero_point, min, max, false});
-    }
+  for_each_tile(layout.blocks, layout.inner, [&](int64_t first, int64_t rows) {
+    const T* from = x + first * layout.inner;
+    C scale[tile_rows];
+    int32_t zero_point[tile_rows];
+    loops.choose_qparams(from, rows, layout.inner, {min, max, spec.symmetric}, scale, zero_point);
+    loops.fake_quantize_rows(from, y + first * layout.inner, rows, layout.inner, {scale, zero_point, min, max, false});
   });
 }
 

@@ -12,7 +12,8 @@
 
 namespace qatfast::cpu {
 
-constexpr int64_t grain = 32768; // elements that are worth a thread, as in ATen
+constexpr int64_t grain = 32768;  // elements that are worth a thread, as in ATen
+constexpr int64_t tile_rows = 64; // at most
 
 // f(Q{}) with the C++ type of an 8 or 16-bit integer dtype.
 template <class F>
@@ -73,6 +74,18 @@ void map_with_grids(const Layout& layout, const Grids<C>& grids, F loop) {
   });
 }
 
+// f(first row, rows) for all rows in parallel, a tile of them at a time that stays in cache between two loops over it.
+template <class F>
+void for_each_tile(int64_t rows, int64_t columns, F f) {
+  const int64_t grain_rows = std::max<int64_t>(1, grain / std::max<int64_t>(1, columns));
+  const int64_t tile = std::clamp<int64_t>(4096 / std::max<int64_t>(1, columns), 1, tile_rows);
+  at::parallel_for(0, rows, grain_rows, [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin += tile) {
+      f(begin, std::min(tile, end - begin));
+    }
+  });
+}
+
 // Whether every block is one run of memory, and none needs to be split among threads.
 inline bool are_whole_rows(const Layout& layout) {
   return layout.outer == 1 && (layout.blocks >= at::get_num_threads() || layout.numel() <= grain);
@@ -85,19 +98,12 @@ void choose_qparams_of_blocks(
   using C = compute_t<T>;
   const auto& loops = chosen().loops<T>();
   const auto min = static_cast<C>(spec.quant_min()), max = static_cast<C>(spec.quant_max());
-  const auto choose = [&](int64_t block, C lo, C hi) {
-    scale[block] = choose_scale(lo, hi, min, max, spec.symmetric);
-    zero_point[block] = choose_zero_point(lo, scale[block], min, max, spec.symmetric);
-  };
   const auto n = layout.numel();
   if (are_whole_rows(layout)) {
     const auto blocks_a_task = std::max<int64_t>(1, grain / std::max<int64_t>(1, layout.inner));
     at::parallel_for(0, layout.blocks, blocks_a_task, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        C lo = 0, hi = 0;
-        loops.range(x + block * layout.inner, layout.inner, &lo, &hi, false);
-        choose(block, lo, hi);
-      }
+      loops.choose_qparams(x + begin * layout.inner, end - begin, layout.inner, {min, max, spec.symmetric},
+          scale + begin, zero_point + begin);
     });
     return;
   }
@@ -122,7 +128,8 @@ void choose_qparams_of_blocks(
       lo[block] = widen_lo(lo[block], lo[task * layout.blocks + block]);
       hi[block] = widen_hi(hi[block], hi[task * layout.blocks + block]);
     }
-    choose(block, lo[block], hi[block]);
+    scale[block] = choose_scale(lo[block], hi[block], min, max, spec.symmetric);
+    zero_point[block] = static_cast<int32_t>(choose_zero_point(lo[block], scale[block], min, max, spec.symmetric));
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 namespace qatfast::cpu {
 
@@ -27,6 +28,27 @@ struct Grids {
   }
 };
 
+// One row of an integer product: sum of (q_x - zero_point) (q_w - zero_point) over in_features, from the products of
+// q_x and q_w, is products[j] - input_zero_point * weight_sum[j] - input_steps * weight_zero_point[j], modulo 2^32.
+template <class C>
+struct ProductRow {
+  C input_scale;
+  int32_t input_zero_point;
+  int32_t input_steps;              // sum of q_x - zero_point
+  const C* weight_scale;            // [j], as the others
+  const int32_t* weight_zero_point; // or null: all are 0
+  const int32_t* weight_sum;        // of q_w
+  const C* bias;                    // or null
+};
+
+// How a range becomes a grid.
+template <class C>
+struct RangeSpec {
+  C quant_min;
+  C quant_max;
+  bool symmetric;
+};
+
 // To and from one 8 or 16-bit integer type Q.
 template <class T, class Q>
 struct IntegerLoops {
@@ -40,13 +62,28 @@ struct FloatLoops {
   using C = compute_t<T>;
   // Widens the range in lo[0], hi[0] by n values, or (each) lo[i], hi[i] by one value each.
   void (*range)(const T* x, int64_t n, C* lo, C* hi, bool each);
+  // Scale and zero point of each of `rows` runs of n values.
+  void (*choose_qparams)(const T* x, int64_t rows, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
   void (*fake_quantize)(const T* x, T* y, int64_t n, const Grids<C>& grids);
+  // Row by row of n values, each on its own grid.
+  void (*fake_quantize_rows)(const T* x, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
   // Also sets inside[i] to nonzero where the gradient passes.
   void (*fake_quantize_inside)(const T* x, T* y, uint8_t* inside, int64_t n, const Grids<C>& grids);
 };
 
+// What the integer product needs beside the product itself.
+template <class T>
+struct ProductLoops {
+  using C = compute_t<T>;
+  // Rows of n values, each on its own grid, as int8; the sum of its steps (q - zero_point); a scale of NaN for a row
+  // that holds a NaN.
+  void (*integers)(const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<C>& grids, C* scale, int64_t* steps);
+  void (*outputs)(const int32_t* products, T* y, int64_t n, const ProductRow<C>& row);
+};
+
 template <class T>
 struct Loops : FloatLoops<T>,
+               ProductLoops<T>,
                IntegerLoops<T, int8_t>,
                IntegerLoops<T, uint8_t>,
                IntegerLoops<T, int16_t>,

@@ -57,6 +57,44 @@ QATFAST_INLINE Vec<To, N> integers_as(Vec<From, N> v) {
   }
 }
 
+// 8 or 16-bit integers at p as a vector of 32-bit ones. (GCC would convert each half and join them.)
+template <class T>
+QATFAST_INLINE auto widened(const void* p) {
+  using Wide = std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>;
+  constexpr int N = lanes<float>;
+#if QATFAST_VECTOR_BYTES == 64
+  __m512i wide;
+  if constexpr (sizeof(T) == 1) {
+    const auto narrow = bits_as<__m128i>(p);
+    wide = std::is_signed_v<T> ? _mm512_cvtepi8_epi32(narrow) : _mm512_cvtepu8_epi32(narrow);
+  } else {
+    const auto narrow = bits_as<__m256i>(p);
+    wide = std::is_signed_v<T> ? _mm512_cvtepi16_epi32(narrow) : _mm512_cvtepu16_epi32(narrow);
+  }
+  return bits_as<Vec<Wide, N>>(&wide);
+#else
+  return integers_as<Wide, N, T>(bits_as<Vec<T, N>>(p));
+#endif
+}
+
+// The low 8 or 16 bits of 32-bit integers.
+template <class T, class From>
+QATFAST_INLINE Vec<T, lanes<float>> narrowed(From integers) {
+#if QATFAST_VECTOR_BYTES == 64
+  const auto wide = bits_as<__m512i>(&integers);
+  if constexpr (sizeof(T) == 1) {
+    const auto narrow = _mm512_cvtepi32_epi8(wide);
+    return bits_as<Vec<T, 16>>(&narrow);
+  } else {
+    const auto narrow = _mm512_cvtepi32_epi16(wide);
+    return bits_as<Vec<T, 16>>(&narrow);
+  }
+#else
+  using Element = scalar_t<From>;
+  return integers_as<T, lanes<float>, Element>(integers);
+#endif
+}
+
 // A vector of elements of T at p, as C.
 template <class T, class C>
 QATFAST_INLINE V<C> load(const void* p) {
@@ -64,7 +102,7 @@ QATFAST_INLINE V<C> load(const void* p) {
   if constexpr (std::is_same_v<T, C>) {
     return bits_as<V<C>>(p);
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const auto wide = __builtin_convertvector((bits_as<Vec<uint16_t, N>>(p)), Vec<uint32_t, N>) << 16;
+    const auto wide = widened<uint16_t>(p) << 16;
     return bits_as<V<C>>(&wide);
   } else if constexpr (std::is_same_v<T, c10::Half>) {
 #if QATFAST_VECTOR_BYTES == 64
@@ -80,22 +118,25 @@ QATFAST_INLINE V<C> load(const void* p) {
     }
     return wide;
 #endif
-  } else { // integers
+  } else if constexpr (std::is_same_v<C, float> && sizeof(T) < 4) { // integers
+    return __builtin_convertvector(widened<T>(p), V<C>);
+  } else {
     return __builtin_convertvector((integers_as<int32_t, N, T>(bits_as<Vec<T, N>>(p))), V<C>);
   }
 }
 
-// 16-bit floats by their bits; -0.0 becomes 0.0.
+// 16-bit floats by their bits; of a quantized value -0.0 becomes 0.0.
 template <int N>
-QATFAST_INLINE void store_half(void* p, Vec<uint16_t, N> bits) {
+QATFAST_INLINE void store_half(void* p, Vec<uint16_t, N> bits, bool is_quantized) {
   const Vec<uint16_t, N> zero = {};
-  bits = bits == 0x8000 ? zero : bits;
+  bits = is_quantized && bits == 0x8000 ? zero : bits;
   std::memcpy(p, &bits, sizeof(bits));
 }
 
-// Rounds once, half to even, to T; what underflows in T is 0.0, never -0.0. Integer types get values that they hold.
+// Rounds once, half to even, to T; a quantized value that underflows in T is 0.0, never -0.0. Integer types get values
+// that they hold.
 template <class T, class C>
-QATFAST_INLINE void store(void* p, V<C> v) {
+QATFAST_INLINE void store(void* p, V<C> v, bool is_quantized = true) {
   constexpr int N = lanes<C>;
   if constexpr (std::is_same_v<T, C>) {
     std::memcpy(p, &v, sizeof(v));
@@ -103,24 +144,30 @@ QATFAST_INLINE void store(void* p, V<C> v) {
     const auto bits = bits_as<Vec<uint32_t, N>>(&v);
     const auto rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     const Vec<uint32_t, N> quiet_nan = Vec<uint32_t, N>{} + 0x7FC0;
-    store_half<N>(p, __builtin_convertvector((v == v ? rounded : quiet_nan), Vec<uint16_t, N>));
+    store_half<N>(p, narrowed<uint16_t>(v == v ? rounded : quiet_nan), is_quantized);
   } else if constexpr (std::is_same_v<T, c10::Half>) {
 #if QATFAST_VECTOR_BYTES == 64
     const auto narrow = _mm512_cvtps_ph(bits_as<__m512>(&v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    store_half<N>(p, bits_as<Vec<uint16_t, N>>(&narrow));
+    store_half<N>(p, bits_as<Vec<uint16_t, N>>(&narrow), is_quantized);
 #elif QATFAST_VECTOR_BYTES == 32
     const auto narrow = _mm256_cvtps_ph(bits_as<__m256>(&v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    store_half<N>(p, bits_as<Vec<uint16_t, N>>(&narrow));
+    store_half<N>(p, bits_as<Vec<uint16_t, N>>(&narrow), is_quantized);
 #else
     Vec<uint16_t, N> narrow;
     for (int i = 0; i < N; ++i) {
       narrow[i] = c10::Half(static_cast<float>(v[i])).x;
     }
-    store_half<N>(p, narrow);
+    store_half<N>(p, narrow, is_quantized);
 #endif
   } else {
-    const auto narrow = integers_as<T, N, int32_t>(__builtin_convertvector(v, Vec<int32_t, N>));
-    std::memcpy(p, &narrow, sizeof(narrow));
+    const auto integers = __builtin_convertvector(v, Vec<int32_t, N>);
+    if constexpr (std::is_same_v<C, float> && sizeof(T) < 4) {
+      const auto narrow = narrowed<T>(integers);
+      std::memcpy(p, &narrow, sizeof(narrow));
+    } else {
+      const auto narrow = integers_as<T, N, int32_t>(integers);
+      std::memcpy(p, &narrow, sizeof(narrow));
+    }
   }
 }
 
@@ -136,12 +183,12 @@ QATFAST_INLINE V<C> load_some(const T* p, int64_t n) {
 }
 
 template <class T, class C>
-QATFAST_INLINE void store_some(T* p, V<C> v, int64_t n) {
+QATFAST_INLINE void store_some(T* p, V<C> v, int64_t n, bool is_quantized = true) {
   if (n == lanes<C>) {
-    return store<T, C>(p, v);
+    return store<T, C>(p, v, is_quantized);
   }
   unsigned char padded[lanes<C> * sizeof(T)];
-  store<T, C>(padded, v);
+  store<T, C>(padded, v, is_quantized);
   std::memcpy(p, padded, n * sizeof(T));
 }
 
@@ -151,7 +198,7 @@ struct SameGrid {
   V<C> zero_point;
   G grid;
 
-  QATFAST_MEMBER SameGrid at(int64_t, int64_t) const {
+  QATFAST_MEMBER const SameGrid& at(int64_t, int64_t) const {
     return *this;
   }
 };
@@ -190,10 +237,7 @@ QATFAST_INLINE SameGrid<C, Grid<V<C>>> same_grid(const Grids<C>& grids) {
 }
 
 template <class C, class F>
-QATFAST_INLINE void with_grid(const Grids<C>& grids, F f) {
-  if (grids.each) {
-    return f(EachGrid<C>{grids});
-  }
+QATFAST_INLINE void with_same_grid(const Grids<C>& grids, F f) {
   const auto same = same_grid(grids);
 #if QATFAST_VECTOR_BYTES >= 32 // there is a fused multiply-add
   if constexpr (std::is_same_v<C, float>) {
@@ -205,51 +249,136 @@ QATFAST_INLINE void with_grid(const Grids<C>& grids, F f) {
   f(same);
 }
 
-template <class C>
-struct Range {
-  V<C> lo = V<C>{};
-  V<C> hi = V<C>{};
+template <class C, class F>
+QATFAST_INLINE void with_grid(const Grids<C>& grids, F f) {
+  grids.each ? f(EachGrid<C>{grids}) : with_same_grid(grids, f);
+}
 
-  QATFAST_MEMBER void widen(V<C> x) {
-    x = finite_or_zero(x);
-    lo = widen_lo(lo, x);
-    hi = widen_hi(hi, x);
+// f over all lanes.
+template <class E, int N, class F>
+QATFAST_INLINE E reduce(Vec<E, N> v, F f) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    using Half = Vec<E, N / 2>;
+    return reduce<E, N / 2>(f(bits_as<Half>(&v), bits_as<Half>(reinterpret_cast<const char*>(&v) + sizeof(Half))), f);
+  }
+}
+
+// The range over the finite values, in floats.
+template <class T>
+void filtered_range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
+  using C = compute_t<T>;
+  constexpr int N = lanes<C>;
+  V<C> least = {}, most = {};
+  for (int64_t i = 0; i < n; i += N) {
+    const V<C> v = finite_or_zero(load_some<T, C>(x + i, n - i < N ? n - i : N));
+    least = widen_lo(least, v);
+    most = widen_hi(most, v);
+  }
+  for (int lane = 0; lane < N; ++lane) {
+    *lo = widen_lo(*lo, static_cast<C>(least[lane]));
+    *hi = widen_hi(*hi, static_cast<C>(most[lane]));
+  }
+}
+
+template <class T>
+using bits_t = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+
+// A float as an integer: of positive ones the largest signed is the largest, of negative ones the largest unsigned is
+// the least; infinities and NaN lie beyond. Two operations a vector, and half types need no conversion.
+template <class T>
+struct RangeBits {
+  using U = bits_t<T>;
+  using I = std::make_signed_t<U>;
+  static constexpr int N = QATFAST_VECTOR_BYTES / sizeof(T);
+  Vec<U, N> below = {};
+  Vec<I, N> above = {};
+
+  QATFAST_MEMBER void widen(const void* x) {
+    const auto u = bits_as<Vec<U, N>>(x);
+    const auto i = bits_as<Vec<I, N>>(x);
+    below = u > below ? u : below;
+    above = i > above ? i : above;
+  }
+  QATFAST_MEMBER void widen(const RangeBits& other) {
+    below = other.below > below ? other.below : below;
+    above = other.above > above ? other.above : above;
   }
 };
+
+template <class T>
+QATFAST_INLINE void range_of_run(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
+  using C = compute_t<T>;
+  using Bits = RangeBits<T>;
+  constexpr int N = Bits::N;
+  Bits a, b, c, d; // four, to hide the latency
+  int64_t i = 0;
+  for (; i + 4 * N <= n; i += 4 * N) {
+    a.widen(x + i);
+    b.widen(x + i + N);
+    c.widen(x + i + 2 * N);
+    d.widen(x + i + 3 * N);
+  }
+  for (; i + N <= n; i += N) {
+    a.widen(x + i);
+  }
+  if (i < n) {
+    unsigned char padded[N * sizeof(T)] = {};
+    std::memcpy(padded, x + i, (n - i) * sizeof(T));
+    b.widen(padded);
+  }
+  a.widen(b);
+  c.widen(d);
+  a.widen(c);
+  const auto most = [](auto p, auto q) {
+    return p > q ? p : q;
+  };
+  const auto below = reduce<typename Bits::U, N>(a.below, most);
+  const auto above = static_cast<typename Bits::U>(reduce<typename Bits::I, N>(a.above, most));
+  constexpr auto sign = static_cast<typename Bits::U>(typename Bits::U{1} << (8 * sizeof(T) - 1));
+  const C least = below >= sign ? static_cast<C>(bits_as<T>(&below)) : C(0);
+  const C largest = static_cast<C>(bits_as<T>(&above));
+  if (least - least != 0 || largest - largest != 0) {
+    return filtered_range(x, n, lo, hi);
+  }
+  *lo = widen_lo(*lo, least);
+  *hi = widen_hi(*hi, largest);
+}
 
 template <class T>
 void range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi, bool each) {
   using C = compute_t<T>;
   constexpr int N = lanes<C>;
-  if (each) {
-    for (int64_t i = 0; i < n; i += N) {
-      const auto m = n - i < N ? n - i : N;
-      const V<C> v = finite_or_zero(load_some<T, C>(x + i, m));
-      store_some<C, C>(lo + i, widen_lo(load_some<C, C>(lo + i, m), v), m);
-      store_some<C, C>(hi + i, widen_hi(load_some<C, C>(hi + i, m), v), m);
+  if (!each) {
+    return range_of_run(x, n, lo, hi);
+  }
+  for (int64_t i = 0; i < n; i += N) {
+    const auto m = n - i < N ? n - i : N;
+    const V<C> v = finite_or_zero(load_some<T, C>(x + i, m));
+    store_some<C, C>(lo + i, widen_lo(load_some<C, C>(lo + i, m), v), m);
+    store_some<C, C>(hi + i, widen_hi(load_some<C, C>(hi + i, m), v), m);
+  }
+}
+
+template <class T>
+void choose_qparams_loop(const T* x, int64_t rows, int64_t n, const RangeSpec<compute_t<T>>& spec, compute_t<T>* scale,
+    int32_t* zero_point) {
+  using C = compute_t<T>;
+  constexpr int N = lanes<C>;
+  for (int64_t row = 0; row < rows; row += N) {
+    const auto m = rows - row < N ? rows - row : N;
+    C lo[N] = {}, hi[N] = {};
+    for (int64_t i = 0; i < m; ++i) {
+      range_of_run(x + (row + i) * n, n, lo + i, hi + i);
     }
-    return;
+    const V<C> quant_min = V<C>{} + spec.quant_min, quant_max = V<C>{} + spec.quant_max;
+    const auto least = bits_as<V<C>>(lo);
+    const V<C> chosen = choose_scale(least, bits_as<V<C>>(hi), quant_min, quant_max, spec.symmetric);
+    store_some<C, C>(scale + row, chosen, m);
+    const V<C> zero = choose_zero_point(least, chosen, quant_min, quant_max, spec.symmetric);
+    store_some<int32_t, C>(zero_point + row, zero, m);
   }
-  Range<C> a, b, c, d; // four, to hide the latency of min and max
-  int64_t i = 0;
-  for (; i + 4 * N <= n; i += 4 * N) {
-    a.widen(load<T, C>(x + i));
-    b.widen(load<T, C>(x + i + N));
-    c.widen(load<T, C>(x + i + 2 * N));
-    d.widen(load<T, C>(x + i + 3 * N));
-  }
-  for (; i < n; i += N) {
-    a.widen(i + N <= n ? load<T, C>(x + i) : load_some<T, C>(x + i, n - i));
-  }
-  const V<C> least = widen_lo(widen_lo(a.lo, b.lo), widen_lo(c.lo, d.lo));
-  const V<C> most = widen_hi(widen_hi(a.hi, b.hi), widen_hi(c.hi, d.hi));
-  C lowest = *lo, highest = *hi;
-  for (int lane = 0; lane < N; ++lane) {
-    lowest = widen_lo(lowest, static_cast<C>(least[lane]));
-    highest = widen_hi(highest, static_cast<C>(most[lane]));
-  }
-  *lo = lowest;
-  *hi = highest;
 }
 
 template <class T>
@@ -267,11 +396,15 @@ void fake_quantize_inside_loop(const T* x, T* y, uint8_t* inside, int64_t n, con
   using C = compute_t<T>;
   with_grid(grids, [&](auto at) {
     map<T, T, C>(x, y, n, [&](V<C> v, int64_t i, int64_t m) {
-      const auto grid = at.at(i, m).grid;
-      using Lane = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
+      const auto& grid = at.at(i, m).grid;
       const auto [value, passes] = fake_quantize_inside(v, grid);
-      const auto narrow = integers_as<int8_t, lanes<C>, Lane>(passes);
-      std::memcpy(inside + i, &narrow, m);
+      if constexpr (std::is_same_v<C, float>) {
+        const auto narrow = narrowed<int8_t>(passes);
+        std::memcpy(inside + i, &narrow, m);
+      } else {
+        const auto narrow = integers_as<int8_t, lanes<C>, int64_t>(passes);
+        std::memcpy(inside + i, &narrow, m);
+      }
       return value;
     });
   });
@@ -282,7 +415,7 @@ void quantize_loop(const T* x, Q* q, int64_t n, const Grids<compute_t<T>>& grids
   using C = compute_t<T>;
   with_grid(grids, [&](auto at) {
     map<T, Q, C>(x, q, n, [&](V<C> v, int64_t i, int64_t m) {
-      const auto found = at.at(i, m);
+      const auto& found = at.at(i, m);
       return quantize(v, found.zero_point, found.grid);
     });
   });
@@ -293,11 +426,94 @@ void dequantize_loop(const Q* q, T* y, int64_t n, const Grids<compute_t<T>>& gri
   using C = compute_t<T>;
   const auto loop = [&](auto at) {
     map<Q, T, C>(q, y, n, [&](V<C> v, int64_t i, int64_t m) {
-      const auto found = at.at(i, m);
+      const auto& found = at.at(i, m);
       return dequantize(v, found.zero_point, found.grid.scale);
     });
   };
   grids.each ? loop(EachGrid<C>{grids}) : loop(same_grid(grids));
+}
+
+template <class T>
+void fake_quantize_rows_loop(const T* x, T* y, int64_t rows, int64_t n, const Grids<compute_t<T>>& grids) {
+  using C = compute_t<T>;
+  for (int64_t row = 0; row < rows; ++row) {
+    with_same_grid(grids.from(row, false), [&](auto same) {
+      map<T, T, C>(x + row * n, y + row * n, n, [&](V<C> v, int64_t, int64_t) {
+        return fake_quantize(v, same.grid);
+      });
+    });
+  }
+}
+
+template <class T>
+void integers_loop(const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<compute_t<T>>& grids,
+    compute_t<T>* scale, int64_t* steps) {
+  using C = compute_t<T>;
+  constexpr int N = lanes<C>;
+  constexpr int64_t chunk = int64_t{1} << 20; // a lane's sum of this many steps fits in 32 bits
+  for (int64_t row = 0; row < rows; ++row, x += n, q += n) {
+    int64_t sum = 0;
+    bool is_finite = true;
+    with_same_grid(grids.from(row, false), [&](auto same) {
+      for (int64_t start = 0; start < n; start += chunk) {
+        Vec<int32_t, N> sums = {};
+        V<C> not_finite = {}; // NaN where a lane has seen a NaN or an infinity
+        map<T, int8_t, C>(x + start, q + start, n - start < chunk ? n - start : chunk, [&](V<C> v, int64_t, int64_t) {
+          not_finite += v - v;
+          const V<C> step = quantize(v, V<C>{}, same.grid); // 0 in the lanes past the end
+          sums += __builtin_convertvector(step, Vec<int32_t, N>);
+          return step + same.zero_point;
+        });
+        const auto plus = [](auto p, auto q) {
+          return p + q;
+        };
+        sum += reduce<int32_t, N>(sums, plus);
+        is_finite &= reduce<C, N>(not_finite, plus) == 0;
+      }
+    });
+    bool has_nan = false;
+    for (int64_t i = 0; i < n && !is_finite; ++i) {
+      has_nan |= x[i] != x[i];
+    }
+    steps[row] = sum;
+    scale[row] = has_nan ? std::numeric_limits<C>::quiet_NaN() : grids.scale[row];
+  }
+}
+
+template <class T>
+void outputs_loop(const int32_t* products, T* y, int64_t n, const ProductRow<compute_t<T>>& row) {
+  using C = compute_t<T>;
+  constexpr int N = lanes<C>;
+  const auto loop = [&](auto affine, auto biased) {
+    const auto one = [&](int64_t j, int64_t m) {
+      const auto integers = [&](const int32_t* from) {
+        Vec<int32_t, N> to = {};
+        std::memcpy(&to, from + j, m * sizeof(int32_t));
+        return to;
+      };
+      auto sum = integers(products) - row.input_zero_point * integers(row.weight_sum);
+      if (affine) {
+        sum -= row.input_steps * integers(row.weight_zero_point);
+      }
+      const V<C> scale = row.input_scale * load_some<C, C>(row.weight_scale + j, m);
+      const V<C> bias = biased ? load_some<C, C>(row.bias + j, m) : -V<C>{}; // -0.0 changes nothing
+      return integer_product(__builtin_convertvector(sum, V<C>), scale, bias);
+    };
+    int64_t j = 0;
+    for (; j + N <= n; j += N) {
+      store<T, C>(y + j, one(j, N), false);
+    }
+    if (j < n) {
+      store_some<T, C>(y + j, one(j, n - j), n - j, false);
+    }
+  };
+  using Yes = std::true_type;
+  using No = std::false_type;
+  if (row.weight_zero_point) {
+    row.bias ? loop(Yes{}, Yes{}) : loop(Yes{}, No{});
+  } else {
+    row.bias ? loop(No{}, Yes{}) : loop(No{}, No{});
+  }
 }
 
 template <class U>
@@ -328,8 +544,10 @@ constexpr IntegerLoops<T, Q> integer_loops() {
 
 template <class T>
 constexpr Loops<T> all_loops() {
-  return {{range<T>, fake_quantize_loop<T>, fake_quantize_inside_loop<T>}, integer_loops<T, int8_t>(),
-      integer_loops<T, uint8_t>(), integer_loops<T, int16_t>(), integer_loops<T, uint16_t>()};
+  return {{range<T>, choose_qparams_loop<T>, fake_quantize_loop<T>, fake_quantize_rows_loop<T>,
+              fake_quantize_inside_loop<T>},
+      {integers_loop<T>, outputs_loop<T>}, integer_loops<T, int8_t>(), integer_loops<T, uint8_t>(),
+      integer_loops<T, int16_t>(), integer_loops<T, uint16_t>()};
 }
 
 constexpr InstructionSet instruction_set_named(const char* name) {

@@ -1,0 +1,159 @@
+#include "integer_product.h"
+
+#include "memory.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/_int_mm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+namespace qatfast {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t int32_features = 33025; // 255 * 255 times as many fit in 32 bits
+constexpr int64_t slice = 65536;          // -128 * -128 times as many, too, even if a library shifts one of them by 128
+constexpr int64_t block_bytes = 8 << 20;  // of products: still in cache when they become outputs
+constexpr int64_t least_rows = 512;       // below, a product spends its time on packing the weight again
+
+void multiply_in_float64(const Tensor& products, const Tensor& x, const Tensor& weight) {
+  products.copy_(at::mm(x.to(at::kDouble), weight.to(at::kDouble).t()));
+}
+
+// cuBLASLt wants more than 16 rows, and multiples of 8 elsewhere.
+void multiply_padded(const Tensor& products, const Tensor& x, const Tensor& weight) {
+  const auto rows = x.size(0), features = x.size(1), outputs = weight.size(0);
+  const auto up = [](int64_t size) {
+    return (8 - size % 8) % 8;
+  };
+  const auto padded = [](const Tensor& matrix, int64_t more_columns, int64_t more_rows) {
+    return more_columns + more_rows == 0 ? matrix : at::constant_pad_nd(matrix, {0, more_columns, 0, more_rows});
+  };
+  const auto result = at::_int_mm(
+      padded(x, up(features), std::max<int64_t>(0, 17 - rows)), padded(weight, up(features), up(outputs)).t());
+  products.copy_(result.narrow(0, 0, rows).narrow(1, 0, outputs));
+}
+
+// Whether the library multiplies the largest integers exactly: on processors without VNNI it may saturate in 16 bits.
+bool is_exact_on_cpu() {
+  for (const int64_t rows : {1, 33}) {
+    for (const int64_t features : {3, 64, 200}) {
+      for (const int left : {-128, 127}) {
+        for (const int right : {-128, 127}) {
+          const auto x = at::full({rows, features}, left, at::kChar);
+          const auto weight = at::full({48, features}, right, at::kChar);
+          if (!at::_int_mm(x, weight.t()).eq(left * right * features).all().item<bool>()) {
+            return false;
+          }
+        }
+      }
+    }
+  }
+  return true;
+}
+
+// products = x @ weight.T, int8 to int32, exact for at most `slice` columns.
+void multiply(const Tensor& products, const Tensor& x, const Tensor& weight) {
+  if (x.size(1) == 0) {
+    products.zero_();
+  } else if (x.is_cuda()) {
+    multiply_padded(products, x, weight);
+  } else if (static const bool exact = is_exact_on_cpu(); exact) {
+    auto result = products;
+    // of one column, the transpose has strides that the library takes for others
+    at::_int_mm_out(result, x, x.size(1) == 1 ? weight.view({1, weight.size(0)}) : weight.t());
+  } else {
+    multiply_in_float64(products, x, weight);
+  }
+}
+
+// The same arithmetic in int64, where 32 bits may not hold the sums; slow and rare.
+Tensor wide_product(const IntegerRows& x, const IntegerRows& weight, const Tensor& bias, at::ScalarType dtype) {
+  const auto features = x.values.size(1);
+  auto sum = at::zeros({x.values.size(0), weight.values.size(0)}, x.steps.options());
+  const auto products = at::empty(sum.sizes(), x.zero_point.options());
+  for (int64_t begin = 0; begin < features; begin += slice) {
+    const auto count = std::min(slice, features - begin);
+    multiply(
+        products, x.values.narrow(1, begin, count).contiguous(), weight.values.narrow(1, begin, count).contiguous());
+    sum += products;
+  }
+  const auto column = [](const Tensor& of_rows) {
+    return of_rows.unsqueeze(1);
+  };
+  sum -= column(x.zero_point) * (weight.steps + weight.zero_point.to(at::kLong) * features);
+  sum -= column(x.steps) * weight.zero_point;
+  auto y = sum.to(x.scale.scalar_type()) * (column(x.scale) * weight.scale);
+  if (bias.defined()) {
+    y += bias;
+  }
+  return y.to(dtype);
+}
+
+bool is_rows(const QuantSpec& spec, int64_t columns) {
+  const auto& [kind, argument] = spec.granularity;
+  return kind == Granularity::per_token || (kind == Granularity::per_channel && (argument == 0 || argument == -2)) ||
+      (kind == Granularity::per_group && argument == columns);
+}
+
+} // namespace
+
+bool is_integer_input(const QuantSpec& spec) {
+  const auto kind = spec.granularity.kind;
+  return spec.num_bits <= 8 && (kind == Granularity::per_tensor || kind == Granularity::per_token);
+}
+
+bool is_integer_weight(const QuantSpec& spec, int64_t in_features) {
+  return spec.num_bits <= 8 && (spec.granularity.kind == Granularity::per_tensor || is_rows(spec, in_features));
+}
+
+bool multiplies_integers(const Tensor& weight, at::IntArrayRef input_spec, at::IntArrayRef weight_spec) {
+  const auto spec = [](at::IntArrayRef code) {
+    return QuantSpec{code[0], code[1] != 0, {static_cast<Granularity::Kind>(code[2]), code[3]}};
+  };
+  return input_spec.size() == 4 && weight_spec.size() == 4 && weight.dim() == 2 && is_integer_input(spec(input_spec)) &&
+      is_integer_weight(spec(weight_spec), weight.size(1));
+}
+
+IntegerRows integer_rows(const Tensor& matrix, const QuantSpec& spec) {
+  const auto rows = matrix.size(0);
+  const auto options = matrix.options();
+  IntegerRows result = {with_large_pages(at::empty(matrix.sizes(), options.dtype(at::kChar))),
+      at::empty({rows}, options.dtype(matrix.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)),
+      at::empty({rows}, options.dtype(at::kInt)), at::empty({rows}, options.dtype(at::kLong))};
+  if (rows > 0) {
+    QATFAST_ON(matrix, integer_rows)(matrix.contiguous(), spec, result);
+  }
+  return result;
+}
+
+Tensor integer_product(const IntegerRows& x, const IntegerRows& weight, const Tensor& bias, at::ScalarType dtype) {
+  const auto rows = x.values.size(0), outputs = weight.values.size(0);
+  const auto y = with_large_pages(at::empty({rows, outputs}, x.scale.options().dtype(dtype)));
+  if (y.numel() == 0) {
+    return y;
+  }
+  if (x.values.size(1) > int32_features) {
+    return wide_product(x, weight, bias, dtype);
+  }
+  const auto at_once = std::min(rows, std::max(least_rows, block_bytes / (4 * outputs)));
+  const auto products = at::empty({at_once, outputs}, x.zero_point.options());
+  for (int64_t begin = 0; begin < rows; begin += at_once) {
+    const auto count = std::min(at_once, rows - begin);
+    const auto part = [&](const Tensor& of_rows) {
+      return count == rows ? of_rows : of_rows.narrow(0, begin, count);
+    };
+    const auto sums = count == at_once ? products : products.narrow(0, 0, count);
+    const IntegerRows some = {part(x.values), part(x.scale), part(x.zero_point), part(x.steps)};
+    multiply(sums, some.values, weight.values);
+    QATFAST_ON(y, integer_outputs)({sums, some, weight, bias, part(y)});
+  }
+  return y;
+}
+
+} // namespace qatfast

@@ -8,7 +8,8 @@ REPORT ?= report
 DEMO_ARGS ?= --data digits
 TEST_ARGS ?=
 DEVICE ?= cpu
-BENCH_ARGS ?= -rs --benchmark-max-time=0.3 --benchmark-columns=median,iqr,rounds,iterations
+# --seconds 0.1: a quick look
+BENCH_ARGS ?= -rs --benchmark-columns=median,iqr,rounds
 SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,fake_quantize fake_quantize_affine choose_qparams \
                     quantize dequantize qat_linear errors))
 SANITIZE_ARGS ?= -k "not compile"
@@ -36,8 +37,9 @@ test: $(call ready,test)  ## run the whole suite (TEST_ARGS="-x -k linear")
 	$(PY) -m pytest $(TEST_ARGS)
 
 bench: $(call ready,bench)  ## measure against other implementations; rewrite benchmarks/RESULTS.md (DEVICE=cuda)
-	$(PY) -m pytest benchmarks --device $(DEVICE) $(BENCH_ARGS)
-	$(PY) benchmarks/results.py --device $(DEVICE)
+	@mkdir -p .benchmarks
+	$(PY) -m pytest benchmarks --device $(DEVICE) --benchmark-json .benchmarks/$(DEVICE).json $(BENCH_ARGS)
+	$(PY) benchmarks/results.py .benchmarks/$(DEVICE).json
 
 lint: $(call ready,lint)  ## check style and types
 	$(PY) -m ruff check .

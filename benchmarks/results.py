@@ -1,8 +1,6 @@
-"""Writes RESULTS.md beside this file: measures everything, or takes what ``qatfast bench --full --json FILE`` measured.
+"""Writes RESULTS.md and two pictures beside this file from what was measured.
 
-python benchmarks/results.py                 measures, minutes
-python benchmarks/results.py a.json b.json   the same tables from these files, of one machine
-python benchmarks/results.py --device cuda   on a CUDA device, into RESULTS.cuda.md
+python benchmarks/results.py a.json b.json   of one machine and device; from make bench, or qatfast bench --full --json
 """
 
 import argparse
@@ -10,19 +8,14 @@ import json
 import sys
 from pathlib import Path
 
-import torch
+from qatfast.bench import Result, plots, table, targets
+from qatfast.bench.names import BOUNDS, ONE_THREAD, OURS, REFERENCE
+from qatfast.bench.record import from_json
+from qatfast.bench.works import SUBJECTS
+from qatfast.study.figures import svg
 
-from qatfast.bench import Result, table
-from qatfast.bench.command import run
-from qatfast.bench.providers import COMPILED, OURS, REFERENCE
-from qatfast.bench.record import as_json, from_json
-from qatfast.bench.works import OPS
-
-RESULTS = Path(__file__).with_name("RESULTS.md")
-MOST_OF_CLONE = 2.5
-MOST_OF_LINEAR = 1.10
-SIZES = ("4 Ki", "64 Ki", "256 Ki", "1 Mi", "4 Mi")
-LAYERS = ("32, 64, 64", "256, 1024, 1024", "512, 4096, 4096")
+HERE = Path(__file__).parent
+PICTURES = {"fake_quantize": plots.fake_quantize_over_size, "qat_linear": plots.layer_steps}
 
 READING = """Each cell is the ratio to the row that is 1.0, then the time of one call. All providers of a column ran in
 one process in turns, in another order each round; a turn is about 2 ms of calls, or one call if that takes longer,
@@ -34,9 +27,19 @@ other data, and a turn is the median of its calls.
 - **max error**: the largest difference from the reference, as a share of the largest value, over all columns. Formulas
   differ next to ties, by one step of 255. `qatfast` has to equal the reference in every bit, values and gradients, or
   nothing is timed.
-- **forward** runs without a graph, as in evaluation. **forward + backward** adds the gradients: of the input
-  (`torch.autograd.grad`), or for the layer of input, weight and bias (`backward()` with fresh `.grad`).
-- Sizes of the layer are (batch, in_features, out_features). Inputs are normal numbers.
+- **allocated**, **kept**: bytes of one call, of the last column. Allocated is all that was asked of torch's allocator,
+  what was given back within the call too. Kept is what autograd saves for the backward, every storage once, parameters
+  apart: for the layer its input counts too, as it is an intermediate result of a larger network.
+- **share of the bandwidth**: an operator has to read its input once and write its result once. The row **triad** is
+  `a = b + 2 c`, all float32 in memory that is there, moving as many bytes, in turns with the rest; the share is its
+  time over that of qatfast. Near 100 % the operator is bound by memory, which no other code could change; far below, by
+  arithmetic or by its call. The large layers are bound by their product: **integer product alone** is `torch._int_mm`.
+- **forward**, **inference** run without a graph, as in evaluation. **forward + backward**, **training step** add the
+  gradients: of the input (`torch.autograd.grad`), or for the layer of input, weight and bias (`backward()` with fresh
+  `.grad`). **backward** is that part alone, autograd's own time included: some 15 µs, as the tutorial formula shows,
+  whose backward computes nothing. Next to it the plain clone stays what it is in the forward.
+- Sizes of the layer are (batch, in_features, out_features). Inputs are normal numbers, images channels-last.
+- **1 thread**: the same while torch has one thread.
 """
 WHO = """- **clone**, **nn.Linear**: the floor; a copy of the float tensor, the float layer.
 - **reference**: `qatfast.reference`, plain PyTorch; **compiled**: under `torch.compile(dynamic=False)`, Inductor.
@@ -44,35 +47,44 @@ WHO = """- **clone**, **nn.Linear**: the floor; a copy of the float tensor, the 
 - **aten ops**: `torch.aminmax` and `torch.fake_quantize_per_tensor_affine` or `per_channel_affine`,
   `torch.quantize_per_tensor` or `per_channel`; per token and per group as channels of a two-dimensional view.
 - **torch.ao**: `FakeQuantize` with `MovingAverageMinMaxObserver`, its fused op
-  `torch.fused_moving_avg_obs_fake_quant`, `MinMaxObserver`; `nn.qat.Linear` with the output quantized too, the bias
-  not.
-- **Brevitas**: `QuantLinear`, weight, bias and output per tensor. **torchao**: `FakeQuantizedLinear`, input per token,
-  weight per output channel, output and bias not quantized. These two quantize otherwise, so their error is larger.
+  `torch.fused_moving_avg_obs_fake_quant`, `MinMaxObserver`; `nn.qat.Linear` with the output (int8 config: the input)
+  quantized too, the bias not.
+- **Brevitas**: `QuantLinear`. Tutorial config: weight, bias and output per tensor; int8 config: input per tensor,
+  weight per output channel.
+- int8 config only: **torchao** `FakeQuantizedLinear` (input per token), **NNCF** `nncf.quantize`, **ModelOpt**
+  `INT8_DEFAULT_CFG` (needs `pip install nvidia-modelopt requests huggingface_hub`: it does not name the last two), all
+  with the weight per output channel. The ranges of Brevitas and NNCF are learnt, those of ModelOpt stay, so
+  their errors are larger.
+- **cached weights**: inside `qatfast.cached_weights`.
 """
 
 
-def text(record: dict) -> str:
+def text(record: dict, command: str) -> str:
     """RESULTS.md."""
     results = from_json(record)
     lines = [
         "# How fast",
         "",
-        "Written by `make bench` (`python benchmarks/results.py`); `qatfast bench` prints a short form.",
+        "Written by `make bench`; `qatfast bench` prints a short form.",
         "",
         "## Measured on",
         "",
         *(f"- {name}: {value}" for name, value in record["machine"].items()),
         f"- versions: {', '.join(f'{name} {value}' for name, value in record['versions'].items())}",
         f"- date: {record['date']}",
-        f"- command: `{record['command']}`",
+        f"- command: `{command}`",
         "",
         "## Targets",
         "",
-        *targets(results),
+        *verdicts(results),
         "",
         "## Where another is faster",
         "",
         *faster(results),
+        "",
+        "## One thread",
+        "",
+        *one_thread(results),
         "",
         "## How to read the tables",
         "",
@@ -83,67 +95,50 @@ def text(record: dict) -> str:
         *([f"- skipped: {line}" for line in table.skipped(results)] or ["Nobody was skipped."]),
         "",
     ]
-    for op in OPS:
-        chosen = [result for result in results if result.work.op == op]
+    for subject in SUBJECTS:
+        chosen = [result for result in results if result.work.op == subject]
         if chosen:
-            lines += [f"## {op}", "", *(table.markdown(one) for one in table.tables(chosen))]
+            lines += [f"## {subject}", "", *(table.markdown(one) for one in table.tables(chosen))]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def targets(results: list[Result]) -> list[str]:
+def verdicts(results: list[Result]) -> list[str]:
     """What was aimed at, what was measured, whether it is met."""
-    lines = ["| target | measured (quartiles) | met |", "| --- | ---: | --- |"]
-
-    def add(target: str, result: Result, limit: float) -> None:
-        ours = result.timing(OURS)
-        low, high = (table.ratio(value) for value in ours.quartiles)
-        met = "yes" if ours.ratio <= limit else "**no**"
-        lines.append(f"| {target} | {table.ratio(ours.ratio)} ({low} to {high}) | {met} |")
-
-    for result in results:
-        work = result.work
-        if (work.op, work.backward, work.table) == ("fake_quantize", False, "forward, per tensor"):
-            if work.column not in SIZES:
-                continue
-            add(f"fake_quantize {work.column}: at most {MOST_OF_CLONE}x clone", result, MOST_OF_CLONE)
-            compiled = result.timing(COMPILED)
-            if compiled is None:
-                lines.append(
-                    f"| fake_quantize {work.column}: faster than the compiled reference | not measured | – |"
-                )
-                continue
-            times = result.timing(OURS).ratio / compiled.ratio
-            lines.append(
-                f"| fake_quantize {work.column}: faster than the compiled reference | {times:.2f} of its time | "
-                f"{'yes' if times < 1 else '**no**'} |"
-            )
-        elif work.op == "qat_linear" and work.backward and work.column in LAYERS:
-            add(
-                f"QATLinear step ({work.column}): at most {MOST_OF_LINEAR:.2f}x nn.Linear",
-                result,
-                MOST_OF_LINEAR,
-            )
-    return lines
+    words = {True: "yes", False: "**no**", None: table.ABSENT}
+    rows = [(one.target, one.measured, words[one.met]) for one in targets.verdicts(results)]
+    return table.rows(("target", "measured (quartiles)", "met"), rows)
 
 
 def faster(results: list[Result]) -> list[str]:
     """A line for each provider that beats qatfast at something; the floor is not one of them."""
     lines = []
     for result in results:
-        ours = result.timing(OURS)
-        for other in result.timings:
-            if other.provider not in (OURS, REFERENCE, result.work.baseline) and other.ratio < ours.ratio:
-                lines.append(
-                    f"- {result.work}: {other.provider} {table.ratio(other.ratio)}, qatfast {table.ratio(ours.ratio)}"
-                )
+        ours = result.ratio(OURS).median
+        for other in (timing.provider for timing in result.timings):
+            aside = (REFERENCE, result.work.baseline, *BOUNDS)
+            if other.startswith(OURS) or other.removesuffix(ONE_THREAD) in aside:
+                continue
+            if (theirs := result.ratio(other).median) < ours:
+                lines.append(f"- {result.work}: {other} {table.ratio(theirs)}, qatfast {table.ratio(ours)}")
     return lines or ["Nowhere in these tables (the floor, clone or nn.Linear, apart)."]
+
+
+def one_thread(results: list[Result]) -> list[str]:
+    """How many times as long a call takes on one thread as on all."""
+    rows = [
+        (str(result.work), *(table.ratio(part.median) if part else table.ABSENT for part in parts))
+        for result in results
+        if result.work.threads
+        for parts in [[result.ratio(name + ONE_THREAD, name) for name in (result.work.baseline, OURS)]]
+    ]
+    return table.rows(("time on one thread, on all = 1.0", "the baseline", "qatfast"), rows)
 
 
 def joined(records: list[dict]) -> dict:
     """The results of several files as one."""
     first = records[0]
     for other in records[1:]:
-        for name in ("machine", "versions"):
+        for name in ("machine", "versions", "device"):
             if other[name] != first[name]:
                 sys.exit(f"results.py: the files differ in {name}: {first[name]} and {other[name]}")
     dates = sorted({record["date"] for record in records})
@@ -158,22 +153,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
-    parser.add_argument("--out", type=Path, help="default: RESULTS.md, or RESULTS.cuda.md, beside this file")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    parser.add_argument("--out", type=Path, default=HERE, help="the folder (default: that of this file)")
+    parser.add_argument("--command", default="make bench", help="what measured, for the record")
     args = parser.parse_args()
-    cuda = args.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no CUDA device here")
-    out = args.out or (RESULTS.with_suffix(".cuda.md") if cuda else RESULTS)
-    if args.files:
-        record = joined([json.loads(file.read_text(encoding="utf-8")) for file in args.files])
-        record["command"] = "qatfast bench --full --op OP --json OP.json; python benchmarks/results.py *.json"
-    else:
-        record = as_json(run(OPS, device=args.device))
-        record["command"] = "python benchmarks/results.py" + (" --device cuda" if cuda else "")
-    out.write_text(text(record), encoding="utf-8")
-    print(f"wrote {out.name}", file=sys.stderr)
+    files = [json.loads(file.read_text(encoding="utf-8")) for file in args.files]
+    record = joined([file.get("qatfast", file) for file in files])
+    cuda = "" if record["device"] == "cpu" else ".cuda"
+    written = {f"RESULTS{cuda}.md": text(record, args.command)}
+    results = from_json(record)
+    for name, draw in PICTURES.items():
+        written[f"{name}{cuda}.svg"] = svg(draw(results))
+    for name, content in written.items():
+        (args.out / name).write_text(content, encoding="utf-8")
+        print(f"wrote {name}", file=sys.stderr)
 
 
 if __name__ == "__main__":

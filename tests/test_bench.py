@@ -12,73 +12,168 @@ import pytest
 import torch
 
 import cases
-from qatfast import PerToken, bench, cli, reference
-from qatfast.bench import contest, table, tutorial
+from qatfast import PerChannel, PerGroup, PerTensor, PerToken, bench, cli, reference
+from qatfast.bench import contest, importing, memory, plots, table, targets, tutorial
 from qatfast.bench.contest import names
-from qatfast.bench.providers import COMPILED, OURS, REFERENCE
+from qatfast.bench.names import (
+    BOUNDS,
+    CACHED,
+    COMPILED,
+    ONE_THREAD,
+    OURS,
+    REFERENCE,
+    TRIAD,
+    TUTORIAL,
+    TUTORIAL_LAYER,
+)
 from qatfast.bench.record import as_json, from_json
-from qatfast.bench.works import GRANULARITIES, OPS, Work, works
+from qatfast.bench.works import CONFIGS, GRANULARITIES, KI, OPS, SUBJECTS, Target, Work, works
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # one step of the 255, and the float rounding of the largest value
 ONE_STEP = 1 / 100
 # these quantize otherwise: another range, the input in place of the output, the bias not
-OTHERWISE = ("Brevitas", "torchao", "torch.ao qat.Linear")
+OTHERWISE = ("Brevitas", "torchao", "torch.ao qat.Linear", "NNCF", "ModelOpt")
 
 
 def small(op, **changes):
-    shape = (4, 16, 8) if op == "qat_linear" else (48, 64)
+    shape = {"qat_linear": (24, 16, 8), "network": (4,)}.get(op, (48, 64))
     return replace(Work(op, "forward", "small", shape), **changes)
 
 
-def eager(op):
-    """All but the compiled ones, which take seconds."""
-    return [name for name in names(op) if "compiled" not in name]
+def eager(work):
+    """All but those that compile, which takes seconds."""
+    return [name for name in names(work) if "compiled" not in name and name != "NNCF"]
 
 
 def test_every_operator_is_measured():
     assert set(OPS) == set(cases.OPS)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_the_sizes(op):
-    full, short = works(op), works(op, short=True)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_the_sizes(subject):
+    full, short = works(subject), works(subject, short=True)
     assert len(set(map(str, full))) == len(full) and short
-    if op in ("fake_quantize", "qat_linear"):
-        assert {work.shape for work in short} < {work.shape for work in full}
-        assert {work.backward for work in full} == {True, False}
-    else:
-        assert {work.granularity for work in full} == set(GRANULARITIES.values())
+    assert {str(work) for work in short} <= {str(work) for work in full}
+    if subject in OPS[:-1]:
+        assert {work.granularity for work in full} == {PerTensor(), *GRANULARITIES.values()}
+    assert any(work.targets for work in full)
+
+
+def test_another_dtype_is_held_to_nothing():
+    chosen = works("fake_quantize", dtype=torch.float64)
+    assert {work.dtype for work in chosen} == {torch.float64}
+    assert not any(work.targets for work in chosen)
+    assert len(set(map(str, chosen))) == len(chosen)
+
+
+def test_the_figures_that_the_package_is_held_to():
+    said = [
+        verdict.target
+        for subject in SUBJECTS
+        for verdict in targets.verdicts([bench.Result(work, (), {}) for work in works(subject)])
+    ]
+    for target in (
+        "fake_quantize, forward, per tensor, small: 1: at most 2 µs above clone",
+        "fake_quantize, forward, per tensor: 16 Ki: at most 1.50x the time of clone",
+        "fake_quantize, forward, per tensor, large: 64 Mi: at most 1.00x the time of reference, compiled",
+        "fake_quantize, forward, per tensor, bfloat16: 4 Mi: at most 1.60x the time of clone",
+        "fake_quantize, forward, 4 Mi elements: per group of 128: at most 1.50x the time of clone",
+        "fake_quantize_affine, backward, per tensor: 4 Mi: at most 1.30x the time of clone",
+        "choose_qparams, forward, per tensor: 4 Mi: at most 0.60x the time of clone",
+        "quantize, forward, per tensor: 4 Mi: at most 0.90x the time of clone",
+        "dequantize, forward, per tensor: 4 Mi: at most 0.90x the time of clone",
+        "qat_linear, tutorial config, training step: 32, 10, 64: at most 1.05x the time of nn.Linear",
+        "qat_linear, int8 config, training step: 8192, 768, 3072: at most 0.80x the time of nn.Linear",
+        "qat_linear, int8 config, training step: 32, 64, 64: at most 0.35x the bytes that nn.Linear keeps",
+        "qat_linear, int8 config, inference: 512, 4096, 4096: at most 0.28x the time of nn.Linear",
+        "qat_linear, int8 config, inference: 512, 4096, 4096, qatfast, cached weights: at most 0.22x the time of "
+        "nn.Linear",
+        "network, training step with Adam: batch 32: at most 1.10x the time of ThreeLayerNet",
+        "import, after torch: a fresh process: at most 100 ms",
+    ):
+        assert target in said
+    autocast = [text for text in said if "autocast" in text]
+    assert len(autocast) == 6 and sum("0.60x the bytes" in text for text in autocast) == 3
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("granularity", GRANULARITIES.values(), ids=str)
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerToken(), PerGroup(32), PerChannel(0), PerChannel(1)], ids=str
+)
 @pytest.mark.parametrize("op", cases.OPS[:-1])
 def test_providers_agree_with_the_reference(device, op, granularity, backward):
     if backward and not op.startswith("fake_quantize"):
         pytest.skip("no gradient")
     work = small(op, granularity=granularity, backward=backward, device=device)
-    prepared = bench.prepare(work, eager(op))
+    prepared = bench.prepare(work, eager(work))
     assert prepared.errors[OURS] == prepared.errors[REFERENCE] == 0
-    assert all(error <= ONE_STEP for error in prepared.errors.values()), prepared.errors
+    assert all(error is None or error <= ONE_STEP for error in prepared.errors.values()), prepared.errors
     # torch's fused op has channels along the first axis only
     assert set(prepared.skipped) <= {"torch.ao fused op"} and all(prepared.skipped.values())
 
 
+def test_providers_take_images(device):
+    work = small("fake_quantize", shape=(2, 3, 8, 8), granularity=PerChannel(1), device=device)
+    prepared = bench.prepare(work, eager(work))
+    assert all(error is None or error <= ONE_STEP for error in prepared.errors.values()), prepared.errors
+    assert {OURS, TUTORIAL, "aten ops", "torch.ao FakeQuantize"} <= set(prepared.runs)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("backward", [False, True])
-def test_layers_agree_with_the_reference(device, backward):
-    prepared = bench.prepare(small("qat_linear", backward=backward, device=device), eager("qat_linear"))
+def test_layers_agree_with_the_reference(device, backward, config):
+    work = small("qat_linear", backward=backward, device=device, config=config)
+    prepared = bench.prepare(work, eager(work))
     assert prepared.errors[OURS] == prepared.errors[REFERENCE] == 0
+    assert (CACHED in prepared.runs) is not backward
     for name, error in prepared.errors.items():
-        assert error <= (0.15 if name in OTHERWISE else ONE_STEP), name
-    assert set(prepared.skipped) <= set(OTHERWISE)
+        assert error is None or error <= (0.15 if name in OTHERWISE else ONE_STEP), name
+    assert set(prepared.skipped) <= {*OTHERWISE, *BOUNDS}
+    prepared.inside.close()
+
+
+def test_the_layer_runs_under_autocast():
+    work = small("qat_linear", backward=True, config="int8 config", autocast=True)
+    prepared = bench.prepare(work, ["nn.Linear", OURS])
+    assert all(run()[0].dtype == torch.bfloat16 for run in prepared.runs.values())
+
+
+def test_the_backward_alone_gives_the_gradients_alone():
+    for op in ("fake_quantize_affine", "qat_linear"):
+        both, alone = (
+            bench.prepare(small(op, backward=True, forward=forward), [OURS, REFERENCE])
+            for forward in (True, False)
+        )
+        for _ in range(2):
+            assert contest._same(both.runs[OURS]()[1:], alone.runs[OURS]())
+        assert alone.errors == {OURS: None, REFERENCE: None}
+    copy = bench.prepare(small("fake_quantize_affine", backward=True, forward=False), ["clone"])
+    assert isinstance(copy.runs["clone"](), torch.Tensor)
+
+
+def test_the_steps_of_the_network_agree():
+    work = small("network", backward=True)
+    prepared = bench.prepare(work)
+    assert set(prepared.runs) == set(names(work)) and prepared.errors[OURS] == 0
+    assert prepared.errors[TUTORIAL] < ONE_STEP
+    first, second = (prepared.runs[OURS]() for _ in range(2))
+    assert contest._same(first, second)
+
+
+def test_the_import_is_timed_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(importing, "CODE", "before = '{before}'; name = '{name}'; print(0.25)")
+    (work,) = works("import")
+    result = bench.measure(bench.prepare(work), seconds=0)
+    assert result.timing(OURS).seconds == 0.25 and len(result.timing(OURS).rounds) == contest.LEAST_ROUNDS
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
 @pytest.mark.parametrize("op", OPS)
 def test_every_dtype(device, op, dtype):
-    prepared = bench.prepare(small(op, dtype=dtype, device=device), eager(op))
-    assert {small(op).baseline, OURS, REFERENCE} <= set(prepared.runs)
+    work = small(op, dtype=dtype, device=device)
+    prepared = bench.prepare(work, [work.baseline, OURS, REFERENCE])
+    assert set(prepared.runs) == {work.baseline, OURS, REFERENCE}
 
 
 def test_the_compiled_reference_agrees():
@@ -88,7 +183,7 @@ def test_the_compiled_reference_agrees():
 
 
 def test_the_tutorial_formula_keeps_the_shape():
-    x = cases.normal((3, 4, 32))
+    x = cases.normal((3, 4, 128))
     for granularity in GRANULARITIES.values():
         y = tutorial.FakeQuantize.apply(x, granularity)
         assert y.shape == x.shape
@@ -136,22 +231,23 @@ def test_a_ratio_is_taken_round_by_round(monkeypatch):
     # the machine is twice as slow in every other round; qatfast takes 1.5 times as long in each of them
     rounds = {"clone": 0, OURS: 0}
 
-    def turn_of(run, device):
+    def turn_of(name, run, work):
         def turn():
-            rounds[run] += 1
-            return (1 + rounds[run] % 2) * (1.5 if run == OURS else 1.0)
+            rounds[name] += 1
+            return (1 + rounds[name] % 2) * (1.5 if name == OURS else 1.0)
 
         return turn
 
     monkeypatch.setattr(contest, "_turn_of", turn_of)
     prepared = bench.Contest(
-        small("fake_quantize"), {name: name for name in rounds}, dict.fromkeys(rounds, 0.0)
+        small("fake_quantize"), {name: int for name in rounds}, dict.fromkeys(rounds, 0.0)
     )
     result = bench.measure(prepared, seconds=0)
     assert set(rounds.values()) == {contest.LEAST_ROUNDS}
-    assert result.timing("clone").ratio == 1.0
-    assert (result.timing(OURS).ratio, result.timing(OURS).quartiles) == (1.5, (1.5, 1.5))
-    assert result.timing("nobody") is None
+    assert result.ratio("clone") == (1.0, 1.0, 1.0)
+    assert result.ratio(OURS) == (1.5, 1.5, 1.5) and result.ratio("clone", OURS).median == 1 / 1.5
+    assert result.above(OURS) == (1.0, 0.5, 1.0) and result.timing(OURS).seconds == 3.0
+    assert result.timing("nobody") is result.ratio("nobody") is result.above("nobody") is None
 
 
 def test_everything_is_timed_on_the_device(device):
@@ -161,12 +257,64 @@ def test_everything_is_timed_on_the_device(device):
     assert all(timing.seconds > 0 for timing in result.timings)
 
 
+def test_one_thread_is_one_thread_in_its_own_turn_only(monkeypatch, threads):
+    threads(2)
+    monkeypatch.setattr(contest, "_turn", lambda run, *_: run())
+    turns = [
+        contest._turn_of(name, torch.get_num_threads, small("fake_quantize"))
+        for name in (OURS, OURS + ONE_THREAD, OURS)
+    ]
+    assert [turn() for turn in turns] == [2, 1, 2]
+
+
+def test_one_thread_takes_part_where_the_work_says_so():
+    assert OURS + ONE_THREAD not in names(small("quantize"))
+    work = small("quantize", threads=True)
+    prepared = bench.prepare(work, ["clone" + ONE_THREAD, OURS + ONE_THREAD])
+    assert prepared.errors == {"clone" + ONE_THREAD: None, OURS + ONE_THREAD: 0}
+
+
+def test_where_few_take_part_the_others_are_left_out_by_name():
+    work = small("fake_quantize", few="left out here")
+    prepared = bench.prepare(work, eager(work))
+    assert set(prepared.runs) == {"clone", OURS, TUTORIAL}
+    assert set(prepared.skipped.values()) == {"left out here"} and REFERENCE in prepared.skipped
+    listed = [name for one, name in bench.contestants("fake_quantize") if one.few]
+    assert OURS in listed and "aten ops" not in listed
+
+
+def test_the_triad_moves_the_bytes_of_the_operator():
+    for op, bytes_ in {"fake_quantize": 8, "choose_qparams": 4, "quantize": 5, "dequantize": 5}.items():
+        work = small(op, shape=(192 * KI,))
+        prepared = bench.prepare(work, [TRIAD])
+        assert prepared.runs[TRIAD]().nbytes * 3 == bytes_ * 192 * KI, op
+        assert prepared.errors == {TRIAD: None}
+
+
+def test_the_bytes_of_a_layer():
+    batch, inputs, outputs = small("qat_linear").shape
+    step = bench.prepare(small("qat_linear", backward=True), ["nn.Linear", OURS, TUTORIAL_LAYER])
+    counted = {name: memory.memory(run) for name, run in step.runs.items()}
+    assert counted["nn.Linear"].kept == 4 * batch * inputs  # the input; not the weight, which is a parameter
+    assert counted[OURS].kept == counted[TUTORIAL_LAYER].kept == 4 * (batch * inputs + outputs * inputs)
+    assert counted[TUTORIAL_LAYER].allocated > counted[OURS].allocated > counted["nn.Linear"].allocated
+
+
+def test_the_bytes_of_a_call():
+    x = torch.ones(1000, requires_grad=True)
+    assert memory.memory(lambda: None) == (0, 0)
+    assert memory.memory(x.detach().clone) == (4000, 0)
+    assert memory.memory(lambda: x.exp().sum()) == (4004, 4000)
+    assert memory.memory(lambda: (x * x, x[:10] * x[5:15])).kept == 4000  # one storage
+
+
+def test_the_profiler_says_nothing(capfd):
+    memory.memory(lambda: torch.ones(3))
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_cuda_device_the_benchmarks_say_so(results_script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["results.py", "--device", "cuda"])
-    with pytest.raises(SystemExit):
-        results_script.main()
-    assert capsys.readouterr().err.endswith("--device cuda: torch finds no CUDA device here\n")
+def test_without_a_cuda_device_the_benchmarks_say_so():
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", str(BENCHMARKS), "--device", "cuda"],
         capture_output=True,
@@ -178,19 +326,30 @@ def test_without_a_cuda_device_the_benchmarks_say_so(results_script, monkeypatch
 
 
 def timed(op="fake_quantize", **changes):
-    return bench.measure(
-        bench.prepare(small(op, **changes), [small(op).baseline, OURS, REFERENCE]), seconds=0
-    )
+    return timed_at(small(op, **changes))
+
+
+def timed_at(work):
+    return bench.measure(bench.prepare(work, [work.baseline, OURS, REFERENCE]), seconds=0)
+
+
+def result(work, ratios, *, kept=None):
+    """A result with these ratios, the baseline's time 1 ms; each keeps as many bytes as its ratio says."""
+    timings = [
+        bench.Timing(name, (value * 1e-3,) * 3, 0.0, kept and memory.Memory(0, round(kept * value)))
+        for name, value in ratios.items()
+    ]
+    return bench.Result(work, tuple(timings), {})
 
 
 def test_the_tables():
     results = [timed(), timed(column="other"), timed("qat_linear")]
     first, second = table.tables(results)
-    assert first.title == "fake_quantize, forward, float32 (clone = 1.0)"
-    assert first.header == ("", "small", "other", "max error")
+    assert first.title == "fake_quantize, forward (clone = 1.0)"
+    assert first.header == ("", "small", "other", "allocated", "kept", "max error")
     assert [row[0] for row in first.rows] == ["clone", OURS, REFERENCE]
     assert first.rows[0][1].startswith("1.00x (") and first.rows[0][-1] == table.ABSENT
-    assert first.rows[1][-1] == "0"
+    assert first.rows[1][-3:] == ("12 KiB", "0 B", "0")
     assert "(nn.Linear = 1.0)" in second.title
     for text in (table.plain(first), table.markdown(first)):
         assert first.title in text and all(cell in text for row in first.rows for cell in row)
@@ -212,18 +371,45 @@ def test_numbers_are_short():
         "45.6 µs",
         "70 ns",
     ]
-    assert [table.share(x) for x in (0, 0.0039)] == ["0", "0.39 %"]
+    assert [table.share(x) for x in (0, 0.0039, float("nan"))] == ["0", "0.39 %", "NaN"]
+    assert [table.size(x) for x in (0, 1023, 1536, 2**24)] == ["0 B", "1023 B", "1.5 KiB", "16 MiB"]
+
+
+def test_a_nan_is_the_largest_error():
+    errors = (float("nan"), 0.1)
+    results = [
+        bench.Result(small("quantize"), (bench.Timing("clone", (1.0, 1.0), error),), {}) for error in errors
+    ]
+    for order in (results, results[::-1]):
+        assert table.tables(order)[0].rows[0][-1] == "NaN"
+
+
+def test_the_share_of_the_bandwidth():
+    (shown,) = table.tables([result(small("quantize"), {"clone": 1.0, OURS: 2.0, TRIAD: 0.5})])
+    assert shown.rows[-1] == ("qatfast's share of the bandwidth", "25%", *[table.ABSENT] * 3)
+
+
+def measured(index=0):
+    """Results of works that are measured, the first of an operator."""
+    chosen = [works(op)[index] for op in ("fake_quantize", "qat_linear")]
+    ratios = {"clone": 1.0, "nn.Linear": 1.0, OURS: 1.5}
+    return [result(work, {name: ratios[name] for name in (work.baseline, OURS)}, kept=100) for work in chosen]
 
 
 def test_json_and_back():
-    results = [timed(), timed("qat_linear", backward=True)]
+    results = [*measured(), timed_at(works("fake_quantize")[0])]
     record = json.loads(json.dumps(as_json(results)))
-    again = from_json(record)
-    assert [(r.work.op, r.work.table, r.work.column, r.work.backward, r.work.dtype) for r in again] == [
-        (r.work.op, r.work.table, r.work.column, r.work.backward, r.work.dtype) for r in results
-    ]
-    assert [r.timings for r in again] == [r.timings for r in results]
-    assert {"processor", "threads"} <= set(record["machine"]) and "torch" in record["versions"]
+    assert from_json(record) == results
+    assert {"processor", "threads"} <= set(record["machine"])
+    assert {"torch", "brevitas", "torchao", "nncf", "nvidia-modelopt"} <= set(record["versions"])
+
+
+def test_json_of_another_version_is_an_error():
+    record = as_json([result(small("quantize"), {"clone": 1.0})])
+    with pytest.raises(
+        ValueError, match="expected a work that this version measures, got 'quantize, forward: small'"
+    ):
+        from_json(record)
 
 
 def parse(*arguments):
@@ -233,17 +419,19 @@ def parse(*arguments):
 
 
 def test_the_command_prints_the_table(monkeypatch, capsys, tmp_path):
+    chosen = eager(small("quantize"))
     monkeypatch.setattr(bench.command, "works", lambda op, **_: [small(op)])
     monkeypatch.setattr(bench.command, "SHORT_SECONDS", 0)
-    monkeypatch.setattr(contest, "names", eager)
+    monkeypatch.setattr(contest, "names", lambda work: chosen)
     file = tmp_path / "bench.json"
     assert bench.main(parse("--op", "quantize", "quantize", "--json", str(file))) == 0
     out, err = capsys.readouterr()
-    assert "quantize, forward, float32 (clone = 1.0)" in out and "\x1b" not in out
-    for name in eager("quantize"):
+    assert "quantize, forward (clone = 1.0)" in out and "\x1b" not in out
+    for name in chosen:
         assert f"\n{name} " in out
     assert "[1/1] quantize, forward: small" in err
-    assert [entry["work"]["op"] for entry in json.loads(file.read_text())["results"]] == ["quantize"]
+    (entry,) = json.loads(file.read_text())["results"]
+    assert entry["work"] == "quantize, forward: small"
 
 
 def test_the_command_says_when_a_result_is_wrong(monkeypatch, capsys):
@@ -274,83 +462,236 @@ def test_a_wrong_argument_is_one_line(capsys, arguments, message):
     assert message in err and err.count("\n") == 1
 
 
-@pytest.fixture
-def results_script():
-    """benchmarks/results.py."""
-    if not BENCHMARKS.is_dir():
+def loaded(name):
+    """A file of the benchmarks, as a module."""
+    file = BENCHMARKS / f"{name}.py"
+    if not file.is_file():
         pytest.skip("the benchmarks are not here")
-    spec = importlib.util.spec_from_file_location("results", BENCHMARKS / "results.py")
+    spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def result(op, shown, ratios, *, group="forward, per tensor", backward=False):
-    """A result with these ratios."""
-    timings = [bench.Timing(name, 1e-3, value, (value, value), 0.0) for name, value in ratios.items()]
-    return bench.Result(small(op, table=group, column=shown, backward=backward), tuple(timings), {})
+@pytest.fixture
+def results_script():
+    """benchmarks/results.py."""
+    return loaded("results")
 
 
-def test_targets_are_judged_by_the_figures(results_script):
-    lines = results_script.targets(
-        [
-            result("fake_quantize", "4 Ki", {"clone": 1.0, OURS: 2.4, COMPILED: 3.0}),
-            result("fake_quantize", "4 Mi", {"clone": 1.0, OURS: 2.6, COMPILED: 2.0}),
-            result("fake_quantize", "32 Mi", {"clone": 1.0, OURS: 9.0, COMPILED: 2.0}),
-            result("fake_quantize", "1 Mi", {"clone": 1.0, OURS: 2.0}),
-            result("qat_linear", "32, 64, 64", {"nn.Linear": 1.0, OURS: 1.1}, group="step", backward=True),
-            result(
-                "qat_linear", "256, 1024, 1024", {"nn.Linear": 1.0, OURS: 1.2}, group="step", backward=True
-            ),
-            result("qat_linear", "32, 64, 64", {"nn.Linear": 1.0, OURS: 9.0}),
-        ]
+@pytest.mark.parametrize(
+    ("target", "ratios", "verdict"),
+    [
+        (Target(1.5), {OURS: 1.5}, ("at most 1.50x the time of clone", "1.50x", True)),
+        (Target(1.5), {OURS: 1.51}, ("at most 1.50x the time of clone", "1.51x", False)),
+        (
+            Target(1.0, of=COMPILED),
+            {OURS: 2.0, COMPILED: 2.5},
+            ("at most 1.00x the time of reference, compiled", "0.80x", True),
+        ),
+        (
+            Target(1.0, of=COMPILED),
+            {OURS: 2.0, COMPILED: 1.9},
+            ("at most 1.00x the time of reference, compiled", "1.05x", False),
+        ),
+        (
+            Target(1.0, of=COMPILED),
+            {OURS: 2.0},
+            ("at most 1.00x the time of reference, compiled", "not measured", None),
+        ),
+        (Target(2e-6, "above"), {OURS: 1.001}, ("at most 2 µs above clone", "1 µs", True)),
+        (Target(2e-6, "above"), {OURS: 1.004}, ("at most 2 µs above clone", "4 µs", False)),
+        (Target(2e-3, "seconds"), {OURS: 1.5}, ("at most 2 ms", "1.5 ms", True)),
+        (Target(0.5, "kept"), {OURS: 0.4}, ("at most 0.50x the bytes that clone keeps", "0.40x", True)),
+        (Target(0.5, "kept"), {OURS: 0.6}, ("at most 0.50x the bytes that clone keeps", "0.60x", False)),
+        (
+            Target(0.5, provider=CACHED),
+            {OURS: 1.0, CACHED: 0.4},
+            ("at most 0.50x the time of clone", "0.40x", True),
+        ),
+        (
+            Target(0.5, provider=CACHED),
+            {OURS: 0.4},
+            ("at most 0.50x the time of clone", "not measured", None),
+        ),
+    ],
+)
+def test_targets_are_judged_by_the_figures(target, ratios, verdict):
+    one = result(small("quantize", targets=(target,)), {"clone": 1.0, **ratios}, kept=1000)
+    who = f", {CACHED}" if target.provider == CACHED else ""
+    assert targets.verdicts([one]) == [(f"quantize, forward: small{who}: {verdict[0]}", *verdict[1:])]
+
+
+def test_bytes_that_were_not_counted_are_no_success():
+    one = result(small("quantize", targets=(Target(0.5, "kept"),)), {"clone": 1.0, OURS: 0.1})
+    assert targets.verdicts([one])[0].met is None
+
+
+def test_the_quartiles_are_said():
+    one = bench.Result(
+        small("quantize", targets=(Target(1.5),)),
+        (bench.Timing("clone", (1.0,) * 3), bench.Timing(OURS, (1.2, 1.4, 1.6))),
+        {},
     )
-    verdicts = [line.rsplit("|", 2)[1].strip() for line in lines[2:]]
-    assert verdicts == ["yes", "yes", "**no**", "**no**", "yes", "–", "yes", "**no**"]
-    assert "0.80 of its time" in lines[3] and "1.30 of its time" in lines[5]
+    assert targets.verdicts([one])[0].measured == "1.40x (1.20x to 1.60x)"
+
+
+def test_a_missed_target_says_no(results_script):
+    missed = result(small("quantize", targets=(Target(1.5), Target(3.0))), {"clone": 1.0, OURS: 2.0})
+    assert [line.rsplit("|", 2)[1].strip() for line in results_script.verdicts([missed])[2:]] == [
+        "**no**",
+        "yes",
+    ]
 
 
 def test_what_is_lost_is_said(results_script):
-    won = result("quantize", "4 Mi", {"clone": 1.0, OURS: 1.5, "aten op": 2.0})
-    lost = result("quantize", "4 Ki", {"clone": 1.0, OURS: 1.5, "aten op": 1.2})
+    won = result(small("quantize"), {"clone": 1.0, OURS: 1.5, TRIAD: 0.5, "aten op": 2.0})
+    lost = result(small("quantize"), {"clone": 1.0, OURS: 1.5, "aten op": 1.2})
     assert results_script.faster([won])[0].startswith("Nowhere")
-    assert results_script.faster([won, lost]) == [
-        "- quantize, forward, per tensor: 4 Ki: aten op 1.20x, qatfast 1.50x"
-    ]
+    assert results_script.faster([won, lost]) == ["- quantize, forward: small: aten op 1.20x, qatfast 1.50x"]
+
+
+def test_one_thread_next_to_all(results_script):
+    ratios = {"clone": 1.0, OURS: 2.0, "clone" + ONE_THREAD: 1.5, OURS + ONE_THREAD: 3.6}
+    lines = results_script.one_thread([result(small("quantize", threads=True), ratios), timed()])
+    assert lines[2:] == ["| quantize, forward: small | 1.50x | 1.80x |"]
 
 
 def test_the_results_are_written_from_files(results_script, tmp_path, monkeypatch):
     files = [tmp_path / "a.json", tmp_path / "b.json"]
-    for file, one in zip(files, [timed(), timed("qat_linear")], strict=True):
-        file.write_text(json.dumps(as_json([one])))
-    out = tmp_path / "RESULTS.md"
-    monkeypatch.setattr(sys, "argv", ["results.py", *map(str, files), "--out", str(out)])
+    files[0].write_text(json.dumps({"benchmarks": [], "qatfast": as_json(measured())}))
+    files[1].write_text(json.dumps(as_json(measured(-1))))
+    monkeypatch.setattr(
+        sys, "argv", ["results.py", *map(str, files), "--out", str(tmp_path), "--command", "once"]
+    )
     results_script.main()
-    text = out.read_text()
+    text = (tmp_path / "RESULTS.md").read_text()
     for heading in (
-        "## Measured on",
-        "## Targets",
-        "## Where another is faster",
-        "## fake_quantize",
-        "## qat_linear",
+        "Measured on",
+        "Targets",
+        "Where another is faster",
+        "One thread",
+        "fake_quantize",
+        "qat_linear",
     ):
-        assert f"\n{heading}\n" in text
+        assert f"\n## {heading}\n" in text
+    assert "\n- command: `once`\n" in text and "**no**" in text
     assert str(Path.home()) not in text and str(tmp_path) not in text
+    for name in ("fake_quantize", "qat_linear"):
+        assert (tmp_path / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def test_the_lines_of_the_picture():
+    ratios = {"clone": 1.0, OURS: 2.0, TUTORIAL: 3.0}
+    chosen = [work for work in works("fake_quantize") if not work.backward][::-1]
+    figure = plots.fake_quantize_over_size(result(work, ratios) for work in chosen)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
+    assert list(lines) == ["clone", OURS, TUTORIAL]
+    sizes = [x for x, _ in lines[OURS]]
+    assert sizes == sorted(set(sizes)) and (sizes[0], sizes[-1]) == (1, 64 * 2**20)
+    assert {y for _, y in lines[OURS]} == {2e-3}
+
+
+def test_the_bars_of_the_picture():
+    ratios = {"nn.Linear": 1.0, OURS: 0.8, REFERENCE: 9.0, OURS + ONE_THREAD: 2.0}
+    figure = plots.layer_steps(result(work, ratios) for work in works("qat_linear"))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        f"{config}, batch, in, out = 256, 1024, 1024" for config in CONFIGS
+    ]
+    for axes in figure.axes:
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["nn.Linear", OURS]
+        assert [bar.get_width() for bar in axes.patches] == [1.0, 0.8]
+        assert [text.get_text() for text in axes.texts] == ["1.00x", "0.80x"]
+
+
+def test_a_picture_of_nothing_is_empty():
+    assert plots.layer_steps([]).axes and plots.fake_quantize_over_size([]).axes
 
 
 def test_files_of_two_machines_do_not_mix(results_script):
-    record = as_json([timed()])
-    with pytest.raises(SystemExit, match="the files differ in machine"):
-        results_script.joined([record, {**record, "machine": {"processor": "another"}}])
+    record = as_json(measured())
+    for name in ("machine", "versions", "device"):
+        with pytest.raises(SystemExit, match=f"the files differ in {name}"):
+            results_script.joined([record, {**record, name: "another"}])
 
 
-@pytest.mark.parametrize("op", cases.OPS)
-def test_the_benchmark_files_collect(op):
-    file = BENCHMARKS / f"bench_{op}.py"
-    if not file.is_file():
-        pytest.skip("the benchmarks are not here")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    (mark,) = getattr(module, f"test_{op}").pytestmark
-    assert mark.args[1] == [(work, name) for work in works(op) for name in names(op)]
+def run_of(**medians):
+    """What pytest-benchmark writes of a group."""
+    return {
+        "benchmarks": [
+            {
+                "group": "quantize",
+                "extra_info": {"provider": name, "baseline": "clone"},
+                "stats": {"median": median},
+            }
+            for name, median in medians.items()
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("after", "status", "said"),
+    [
+        (run_of(clone=1.0, qatfast=2.19, other=9.0), 0, "nothing is slower by more than a tenth\n"),
+        (run_of(clone=1.0, qatfast=2.22), 1, "quantize: qatfast: 2.00x before, 2.22x after (+11%)\n"),
+        (run_of(clone=3.0, qatfast=6.0), 0, "nothing"),
+        (run_of(clone=0.5, qatfast=2.0), 1, "4.00x after (+100%)\n"),
+    ],
+)
+def test_a_regression_is_named(monkeypatch, capsys, tmp_path, after, status, said):
+    files = [tmp_path / name for name in ("before.json", "after.json")]
+    for file, run in zip(files, (run_of(clone=1.0, qatfast=2.0, other=1.0), after), strict=True):
+        file.write_text(json.dumps(run))
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, files)])
+    with pytest.raises(SystemExit) as ended:
+        loaded("compare").main()
+    out, err = capsys.readouterr()
+    assert ended.value.code == status and said in out and err == "1 compared, 0 in one file only\n"
+
+
+def test_runs_of_nothing_in_common_cannot_be_compared(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"benchmarks": []}))
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(file), str(file)])
+    with pytest.raises(SystemExit) as ended:
+        loaded("compare").main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("error: the files have no benchmark in common\n")
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_the_benchmark_files_collect(subject):
+    module = loaded(f"bench_{subject}")
+    (mark,) = getattr(module, f"test_{subject}").pytestmark
+    assert mark.args[1] == bench.contestants(subject)
+
+
+def test_a_benchmark_reports_what_the_contest_measured(tmp_path):
+    file = tmp_path / "run.json"
+    work = "quantize, forward, per tensor: 256 Ki"
+    subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                str(BENCHMARKS / "bench_quantize.py"),
+                "-p",
+                "no:cacheprovider",
+            ),
+            *("-k", "tensor and 256 and (qatfast or clone) and not thread", "--seconds", "0"),
+            *("--benchmark-json", str(file)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    run = json.loads(file.read_text())
+    (measured,) = from_json(run["qatfast"])
+    assert str(measured.work) == work
+    assert [timing.provider for timing in measured.timings] == ["clone", OURS]
+    for one in run["benchmarks"]:
+        timing = measured.timing(one["extra_info"]["provider"])
+        assert one["group"] == work and one["extra_info"]["baseline"] == "clone"
+        assert one["stats"]["median"] == pytest.approx(timing.seconds)
+        assert one["stats"]["rounds"] == len(timing.rounds) == contest.LEAST_ROUNDS

@@ -15,19 +15,20 @@ from ..checks import FLOAT_DTYPES, dtype_name
 from .contest import Result, WrongResult, measure, prepare
 from .record import as_json
 from .table import show, skipped, tables
-from .works import OPS, SHORT_OPS, works
+from .works import SHORT_OPS, SUBJECTS, works
 
 EXAMPLES = """examples:
   qatfast bench                             fake_quantize and the linear layer at a few sizes
   qatfast bench --op quantize dequantize    other operators
   qatfast bench --full --json bench.json    every size and granularity, minutes
 
-The times of a call are in brackets, before them their ratio to the baseline. The maximum error is the largest
-difference from the reference in plain PyTorch, as a share of the largest value: formulas differ next to ties.
+The times of a call are in brackets, before them their ratio to the baseline. The bytes that a call allocates and keeps
+for its backward are those of the last size. The maximum error is the largest difference from the reference in plain
+PyTorch, as a share of the largest value: formulas differ next to ties.
 """
 DTYPES = {dtype_name(dtype): dtype for dtype in FLOAT_DTYPES}
 SHORT_SECONDS = 1.0
-FULL_SECONDS = 2.0
+FULL_SECONDS = 1.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--op",
         nargs="+",
-        choices=OPS,
+        choices=SUBJECTS,
         metavar="OP",
-        help=f"{', '.join(OPS)} (default: {' '.join(SHORT_OPS)})",
+        help=f"{', '.join(SUBJECTS)} (default: {' '.join(SHORT_OPS)})",
     )
     parser.add_argument(
         "--full", action="store_true", help="every size and granularity (without --op: of all)"
@@ -65,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
     """
     if kernels.reason():
         print(f"Without compiled kernels: {kernels.reason()}", file=sys.stderr)
-    ops = dict.fromkeys(args.op or (OPS if args.full else SHORT_OPS))
+    ops = dict.fromkeys(args.op or (SUBJECTS if args.full else SHORT_OPS))
     try:
         results = run(ops, short=not args.full, dtype=DTYPES[args.dtype], device=args.device)
     except WrongResult as error:

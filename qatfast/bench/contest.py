@@ -7,26 +7,28 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import device as device_time
-from . import layers, providers
-from .providers import OURS, REFERENCE
+from . import importing, layers, network, providers
+from .memory import Memory, memory
+from .names import BOUNDS, CACHED, COMPILED, EXACT, ONE_THREAD, OURS, REFERENCE, TUTORIAL, TUTORIAL_LAYER
+from .providers import Run
 from .works import Work, works
-from .works import inputs as elementwise_inputs
 
+SUBJECTS = {"qat_linear": layers, "network": network, "import": importing}
+FEW = (OURS, CACHED, COMPILED, TUTORIAL, TUTORIAL_LAYER, *BOUNDS)
 TURN = 2e-3
 LONG_CALL = 50e-3
 LEAST_ROUNDS = 7
 MOST_ROUNDS = 200
-
-Run = Callable[[], Any]
 
 
 class WrongResult(Exception):
@@ -40,33 +42,46 @@ class Contest:
     Args:
         work: what they do.
         runs: one call each; it gives the result, with backward also the gradients.
-        errors: largest difference of each result from the reference, as a share of the largest value.
+        errors: largest difference of each result from the reference, as a share of the largest value, or None.
         skipped: why a provider takes no part.
+        inside: what is open until it has been measured.
     """
 
     work: Work
     runs: dict[str, Run] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float | None] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    inside: ExitStack = field(default_factory=ExitStack)
+
+
+class Spread(NamedTuple):
+    """A figure over the rounds: median and quartiles."""
+
+    median: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The time of one provider.
+    """What was measured of one provider.
 
     Args:
         provider: its name.
-        seconds: of one call, median of the rounds.
-        ratio: to the baseline, median over the rounds.
-        quartiles: of these ratios.
-        error: largest difference from the reference, as a share of the largest value.
+        rounds: seconds of one call, in each round.
+        error: largest difference from the reference, as a share of the largest value; None: not compared.
+        memory: bytes of a call; None: not measured.
     """
 
     provider: str
-    seconds: float
-    ratio: float
-    quartiles: tuple[float, float]
-    error: float
+    rounds: tuple[float, ...]
+    error: float | None = None
+    memory: Memory | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of one call, median of the rounds."""
+        return statistics.median(self.rounds)
 
 
 @dataclass(frozen=True)
@@ -81,15 +96,48 @@ class Result:
         """Of a provider; None where it took no part."""
         return next((timing for timing in self.timings if timing.provider == provider), None)
 
+    def ratio(self, provider: str, of: str | None = None) -> Spread | None:
+        """Of its time to another's (None: the baseline's), round by round; None where one of them took no part."""
+        return self._spread(lambda one, other: one / other, provider, of)
 
-def names(op: str) -> list[str]:
-    """All providers of an operator, the baseline first."""
-    return list(layers.providers() if op == "qat_linear" else providers.providers(op))
+    def above(self, provider: str) -> Spread | None:
+        """Its seconds beyond the baseline's, round by round; None where it took no part."""
+        return self._spread(lambda one, other: one - other, provider, None)
+
+    def _spread(
+        self, figure: Callable[[float, float], float], provider: str, of: str | None
+    ) -> Spread | None:
+        one, other = self.timing(provider), self.timing(of or self.work.baseline)
+        if one is None or other is None:
+            return None
+        values = [figure(*pair) for pair in zip(one.rounds, other.rounds, strict=True)]
+        return spread(values)
 
 
-def contestants(op: str) -> list[tuple[Work, str]]:
+def spread(values: Iterable[float]) -> Spread:
+    """Median and quartiles of two values or more."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return Spread(median, low, high)
+
+
+def names(work: Work) -> list[str]:
+    """Everybody who could do a work, the baseline first."""
+    found = SUBJECTS.get(work.op, providers).names(work)
+    alone = [name + ONE_THREAD for name in (work.baseline, OURS)] if work.threads else []
+    return [*found, *alone]
+
+
+def left_out(work: Work) -> dict[str, str]:
+    """Who could, but does not take part, and why."""
+    if not work.few:
+        return {}
+    chosen = (work.baseline, *FEW)
+    return {name: work.few for name in names(work) if name.removesuffix(ONE_THREAD) not in chosen}
+
+
+def contestants(subject: str) -> list[tuple[Work, str]]:
     """Everything that is measured of an operator: each work with each provider."""
-    return [(work, name) for work in works(op) for name in names(op)]
+    return [(work, name) for work in works(subject) for name in names(work) if name not in left_out(work)]
 
 
 def prepare(work: Work, wanted: Iterable[str] | None = None) -> Contest:
@@ -97,78 +145,46 @@ def prepare(work: Work, wanted: Iterable[str] | None = None) -> Contest:
 
     Args:
         work: what they are to do.
-        wanted: their names; None: all.
+        wanted: their names; None: all that are not left out.
 
     Raises:
         WrongResult: qatfast differs from the reference in a bit.
     """
     torch.compiler.reset()  # each size is compiled by itself, and a function only so many times
-    make = _layer_run if work.op == "qat_linear" else _elementwise_run
+    contest = Contest(work, skipped=left_out(work))
+    everybody = names(work)
     with work.grad_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch says of the age of its own functions
-        run_of = make(work)
-        expected = tensors(run_of(REFERENCE)())
-        contest = Contest(work)
-        for name in names(work.op) if wanted is None else wanted:
+        run_of = SUBJECTS.get(work.op, providers).runs(work, contest.inside)
+        expected = tensors(run_of(REFERENCE)()) if REFERENCE in everybody else None
+        for name in everybody if wanted is None else wanted:
+            if name in contest.skipped:
+                continue
+            plain = name.removesuffix(ONE_THREAD)
             try:
-                run = run_of(name)
-                result = tensors(run())
+                run = run_of(plain)
+                result = tensors(run()) if expected else ()
             except Exception as error:
                 if name in (OURS, REFERENCE, work.baseline):
                     raise
                 contest.skipped[name] = _reason(error)
                 continue
-            if name == OURS and not all(_same_bits(*pair) for pair in zip(result, expected, strict=True)):
-                raise WrongResult(f"{work}: qatfast differs from its reference")
+            if expected and name in EXACT and not _same(result, expected):
+                raise WrongResult(f"{work}: {name} differs from its reference")
             contest.runs[name] = run
-            contest.errors[name] = 0.0 if name == work.baseline else _error(result, expected, work)
+            compared = work.forward and plain not in (work.baseline, *BOUNDS)
+            contest.errors[name] = _error(result, expected, work) if expected and compared else None
     return contest
-
-
-def _elementwise_run(work: Work) -> Callable[[str], Run]:
-    inputs = elementwise_inputs(work)
-    available = providers.providers(work.op)
-
-    def run_of(name: str) -> Run:
-        function = available[name](inputs)
-        if not work.backward:
-            return partial(function, inputs.x)
-
-        def both() -> Any:
-            y = function(inputs.x)
-            return y, *torch.autograd.grad(y, inputs.x, inputs.grad)
-
-        return both
-
-    return run_of
-
-
-def _layer_run(work: Work) -> Callable[[str], Run]:
-    inputs = layers.inputs(work)
-    available = layers.providers()
-    leaves = (inputs.x, inputs.weight, inputs.bias)
-
-    def run_of(name: str) -> Run:
-        function = available[name](inputs)
-        if not work.backward:
-            return partial(function, inputs.x)
-
-        def step() -> Any:
-            for leaf in leaves:
-                leaf.grad = None
-            y = function(inputs.x)
-            y.backward(inputs.grad)
-            return y, *(leaf.grad for leaf in leaves)
-
-        return step
-
-    return run_of
 
 
 def tensors(result: Any) -> tuple[Tensor, ...]:
     """The tensors of a result, which is one or several; integers packed with their grid are unpacked."""
     several = result if isinstance(result, tuple | list) else (result,)
     return tuple(one.int_repr() if one.is_quantized else one.detach() for one in several)
+
+
+def _same(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all(_same_bits(*pair) for pair in zip(results, expected, strict=True))
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -199,55 +215,71 @@ def measure(contest: Contest, *, seconds: float = 3.0) -> Result:
 
     A turn is as many calls as take about 2 ms, after one that does not count (not where a call takes 50 ms, and caches
     no longer matter). The ratio is taken round by round. On a CUDA device a turn is the median of its calls, each timed
-    by events and with a cold L2 cache.
+    by events and with a cold L2 cache; memory is counted on the CPU only.
 
     Args:
         contest: the providers; the baseline has to be among them.
         seconds: for all rounds together, if 7 of them do not take longer.
     """
     work = contest.work
+    with contest.inside, work.grad_mode():
+        counted = work.device == "cpu" and work.op != "import"
+        bytes_ = {name: memory(run) for name, run in contest.runs.items()} if counted else {}
+        times = _times(contest, seconds)
+    timings = (
+        Timing(name, tuple(values), contest.errors[name], bytes_.get(name)) for name, values in times.items()
+    )
+    return Result(work, tuple(timings), dict(contest.skipped))
+
+
+def _times(contest: Contest, seconds: float) -> dict[str, list[float]]:
+    """Of one call, in each round."""
     order = list(contest.runs)
     times: dict[str, list[float]] = {name: [] for name in order}
     shuffle = random.Random(0).shuffle
+    with _without_collection():
+        turns = {name: _turn_of(name, run, contest.work) for name, run in contest.runs.items()}
+        end = time.perf_counter() + seconds
+        for round_ in range(MOST_ROUNDS):
+            if round_ >= LEAST_ROUNDS and time.perf_counter() > end:
+                break
+            shuffle(order)
+            for name in order:
+                times[name].append(turns[name]())
+    return times
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        with work.grad_mode():
-            turns = {name: _turn_of(run, work.device) for name, run in contest.runs.items()}
-            end = time.perf_counter() + seconds
-            for round_ in range(MOST_ROUNDS):
-                if round_ >= LEAST_ROUNDS and time.perf_counter() > end:
-                    break
-                shuffle(order)
-                for name in order:
-                    times[name].append(turns[name]())
+        yield
     finally:
         if collecting:
             gc.enable()
-    base = times[work.baseline]
-    timings = []
-    for name, values in times.items():
-        ratios = [value / one for value, one in zip(values, base, strict=True)]
-        first, _, third = statistics.quantiles(ratios, n=4)
-        timings.append(
-            Timing(
-                name,
-                statistics.median(values),
-                statistics.median(ratios),
-                (first, third),
-                contest.errors[name],
-            )
-        )
-    return Result(work, tuple(timings), dict(contest.skipped))
 
 
-def _turn_of(run: Run, device: str) -> Callable[[], float]:
+def _turn_of(name: str, run: Run, work: Work) -> Callable[[], float]:
     """The turn of a provider, as long as its calls ask for."""
-    if (once := _turn(run, 1, 0, device)) < LONG_CALL:
-        once = min(_turn(run, 1, 1, device) for _ in range(3))
+    if work.op == "import":
+        return run
+    if name.endswith(ONE_THREAD):
+        return partial(_on_one_thread, _turn_of(name.removesuffix(ONE_THREAD), run, work))
+    if (once := _turn(run, 1, 0, work.device)) < LONG_CALL:
+        once = min(_turn(run, 1, 1, work.device) for _ in range(3))
     calls = max(1, min(5000, round(TURN / once)))
-    return partial(_turn, run, calls, 1 if once < LONG_CALL else 0, device)
+    return partial(_turn, run, calls, 1 if once < LONG_CALL else 0, work.device)
+
+
+def _on_one_thread(turn: Callable[[], float]) -> float:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return turn()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _turn(run: Run, calls: int, uncounted: int, device: str) -> float:

@@ -34,25 +34,6 @@ def seconds(run: Run, calls: int, device: str) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
-class Clock:
-    """A timer in Python's sense that advances only by the device's time in the runs that go through it."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def timed(self, run: Run) -> Run:
-        """The run, by this clock."""
-
-        def call() -> None:
-            self.now += seconds(run, 1, self.device)[0]
-
-        return call
-
-
 @cache
 def _as_large_as_two_caches(device: str) -> Tensor:
     size = torch.cuda.get_device_properties(device).L2_cache_size

@@ -15,7 +15,7 @@ import torch
 from .. import __version__, kernels
 
 CPU = Path("/sys/devices/system/cpu")
-PEERS = ("brevitas", "torchao")
+PEERS = ("brevitas", "torchao", "nncf", "nvidia-modelopt")
 
 
 def machine() -> dict[str, str]:

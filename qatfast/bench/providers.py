@@ -6,7 +6,9 @@ message says why.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -16,19 +18,44 @@ from torch import Tensor
 from .. import functional, reference
 from ..config import Granularity, PerChannel, PerGroup, PerTensor
 from . import tutorial
-from .works import QUANT_MAX, QUANT_MIN, Inputs
+from .names import COMPILED, OURS, REFERENCE, TRIAD, TUTORIAL
+from .works import KI, QUANT_MAX, QUANT_MIN, Inputs, Work, inputs
 
+Run = Callable[[], Any]
 Function = Callable[[Tensor], Any]
 Provider = Callable[[Inputs], Function]
 
-OURS = "qatfast"
-REFERENCE = "reference"
-COMPILED = "reference, compiled"
-TUTORIAL = "tutorial formula"
+
+def names(work: Work) -> list[str]:
+    """Who does a work, the baseline first."""
+    found = list(providers(work.op))
+    return found if not work.backward and math.prod(work.shape) >= 16 * KI else found[:-1]
+
+
+def runs(work: Work, inside: ExitStack) -> Callable[[str], Run]:
+    """Sets up the work: gives a provider's call by its name; nothing has to be open inside."""
+    given = inputs(work)
+    available = providers(work.op)
+
+    def run_of(name: str) -> Run:
+        function = available[name](given)
+        if not work.backward:
+            return partial(function, given.x)
+        if work.forward:
+            return lambda: _with_gradient(function(given.x))
+        if name == work.baseline:  # its own backward copies nothing
+            return given.grad.clone
+        y = function(given.x)
+        return lambda: _with_gradient(y, retain_graph=True)[1:]
+
+    def _with_gradient(y: Tensor, **options: bool) -> tuple[Tensor, ...]:
+        return y, *torch.autograd.grad(y, given.x, given.grad, **options)
+
+    return run_of
 
 
 def providers(op: str) -> dict[str, Provider]:
-    """The providers of an operator by name, the baseline first."""
+    """The providers of an operator by name, the baseline first and the triad last."""
     return {
         "clone": _clone,
         OURS: lambda inputs: partial(getattr(functional, op), **inputs.arguments),
@@ -37,6 +64,7 @@ def providers(op: str) -> dict[str, Provider]:
             torch.compile(getattr(reference, op), dynamic=False), **inputs.arguments
         ),
         **OTHERS.get(op, {}),
+        TRIAD: _triad,
     }
 
 
@@ -45,6 +73,12 @@ def _clone(inputs: Inputs) -> Function:
     if inputs.x.is_floating_point():
         return Tensor.clone
     return lambda _: inputs.real.clone()
+
+
+def _triad(inputs: Inputs) -> Function:
+    """``a = b + 2 c`` on float32 tensors of as many bytes, together, as the operator has to move; no new memory."""
+    a, b, c = torch.ones(3, inputs.moved // 12, device=inputs.work.device)
+    return lambda _: torch.add(b, c, alpha=2, out=a)
 
 
 def _rows(x: Tensor, granularity: Granularity) -> tuple[Tensor, int]:
@@ -84,6 +118,9 @@ def _aten_choose_qparams(inputs: Inputs) -> Function:
     granularity = inputs.work.granularity
     if isinstance(granularity, PerTensor):
         return lambda x: _aten_qparams(*torch.aminmax(x))
+    if inputs.x.dim() > 2:
+        dims = tutorial.blocks(inputs.x, granularity)[1] or ()
+        return lambda x: _aten_qparams(x.amin(dims), x.amax(dims))
 
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
         rows, axis = _rows(x, granularity)

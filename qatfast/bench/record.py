@@ -3,11 +3,11 @@
     machine    {name: text}
     versions   {package: version}
     date       ISO 8601
-    results    [{work: {op, table, column, shape, backward, dtype, device}, baseline,
-                 timings: [{provider, seconds, ratio, quartiles, error}], skipped: {provider: reason}}]
+    device     where the tensors were
+    results    [{work: its name, timings: [{provider, rounds, error, memory}], skipped: {provider: reason}}]
 
-``seconds`` is the median time of a call, ``ratio`` its median ratio to the baseline in the same round, ``quartiles``
-those of this ratio, ``error`` the largest difference from the reference as a share of the largest value.
+``rounds`` are the seconds of one call in each round, ``error`` is the largest difference from the reference as a share
+of the largest value, ``memory`` the bytes that a call [allocates, keeps for its backward].
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from ..checks import dtype_name
 from . import machine
 from .contest import Result, Timing
-from .works import Work
+from .memory import Memory
+from .works import SUBJECTS, works
 
 
 def as_json(results: Sequence[Result]) -> dict[str, Any]:
@@ -30,10 +28,10 @@ def as_json(results: Sequence[Result]) -> dict[str, Any]:
         "machine": machine.machine(),
         "versions": machine.versions(),
         "date": machine.date(),
+        "device": results[0].work.device if results else "cpu",
         "results": [
             {
-                "work": _work_as_json(result.work),
-                "baseline": result.work.baseline,
+                "work": str(result.work),
                 "timings": [asdict(timing) for timing in result.timings],
                 "skipped": result.skipped,
             }
@@ -43,25 +41,24 @@ def as_json(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def from_json(record: dict[str, Any]) -> list[Result]:
-    """The results in what ``as_json`` gave; granularities are in words only, in ``work.column``."""
-    return [
-        Result(
-            Work(
-                **{
-                    **entry["work"],
-                    "shape": tuple(entry["work"]["shape"]),
-                    "dtype": getattr(torch, entry["work"]["dtype"]),
-                }
-            ),
-            tuple(
-                Timing(**{**timing, "quartiles": tuple(timing["quartiles"])}) for timing in entry["timings"]
-            ),
-            entry["skipped"],
-        )
-        for entry in record["results"]
-    ]
+    """The results in what ``as_json`` gave.
 
-
-def _work_as_json(work: Work) -> dict[str, Any]:
-    names = ("op", "table", "column", "shape", "backward", "device")
-    return {**{name: getattr(work, name) for name in names}, "dtype": dtype_name(work.dtype)}
+    Raises:
+        ValueError: this version does not measure such a work.
+    """
+    known = {str(work): work for subject in SUBJECTS for work in works(subject, device=record["device"])}
+    results = []
+    for entry in record["results"]:
+        if entry["work"] not in known:
+            raise ValueError(f"expected a work that this version measures, got '{entry['work']}'")
+        timings = [
+            Timing(
+                timing["provider"],
+                tuple(timing["rounds"]),
+                timing["error"],
+                timing["memory"] and Memory(*timing["memory"]),
+            )
+            for timing in entry["timings"]
+        ]
+        results.append(Result(known[entry["work"]], tuple(timings), entry["skipped"]))
+    return results

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from ..checks import dtype_name
 from .contest import Result
-from .providers import OURS
-from .works import Work
+from .names import OURS, TRIAD
+from .works import KI, MI, Work
 
 ABSENT = "–"
 
@@ -35,28 +35,42 @@ def tables(results: Iterable[Result]) -> list[Table]:
     grouped: dict[str, list[Result]] = {}
     for result in results:
         grouped.setdefault(_title(result.work), []).append(result)
-    return [_table(group) for group in grouped.values()]
+    return [_table(title, group) for title, group in grouped.items()]
 
 
-def _table(results: list[Result]) -> Table:
-    work = results[0].work
-    columns = [{timing.provider: timing for timing in result.timings} for result in results]
-    providers = dict.fromkeys(name for column in columns for name in column)
-    rows = []
-    for name in providers:
-        cells = [
-            f"{ratio(column[name].ratio)} ({duration(column[name].seconds)})" if name in column else ABSENT
-            for column in columns
-        ]
-        error = max(column[name].error for column in columns if name in column)
-        rows.append((name, *cells, ABSENT if name == work.baseline else share(error)))
-    header = ("", *(result.work.column for result in results), "max error")
-    return Table(_title(work), header, rows)
+def _table(title: str, results: list[Result]) -> Table:
+    lines = []
+    for name in dict.fromkeys(timing.provider for result in results for timing in result.timings):
+        timings = [timing for result in results if (timing := result.timing(name))]
+        errors = [timing.error for timing in timings if timing.error is not None]
+        memory = timings[-1].memory
+        lines.append(
+            (
+                name,
+                *(_cell(result, name) for result in results),
+                *((size(memory.allocated), size(memory.kept)) if memory else (ABSENT, ABSENT)),
+                share(max(errors, key=_nan_last)) if errors else ABSENT,
+            )
+        )
+    if any(result.timing(TRIAD) for result in results):
+        shares = [result.ratio(TRIAD, OURS) for result in results]
+        cells = [f"{part.median:.0%}" if part else ABSENT for part in shares]
+        lines.append(("qatfast's share of the bandwidth", *cells, *[ABSENT] * 3))
+    columns = [result.work.column for result in results]
+    return Table(title, ("", *columns, "allocated", "kept", "max error"), lines)
+
+
+def _cell(result: Result, name: str) -> str:
+    """``1.43x (45.6 µs)``."""
+    timing, part = result.timing(name), result.ratio(name)
+    if timing is None or part is None:
+        return ABSENT
+    return f"{ratio(part.median)} ({duration(timing.seconds)})"
 
 
 def _title(work: Work) -> str:
     place = "" if work.device == "cpu" else f", {work.device}"
-    return f"{work.op}, {work.table}, {dtype_name(work.dtype)}{place} ({work.baseline} = 1.0)"
+    return f"{work.title}{place} ({work.baseline} = 1.0)"
 
 
 def skipped(results: Iterable[Result]) -> list[str]:
@@ -106,9 +120,13 @@ def plain(table: Table) -> str:
 
 def markdown(table: Table) -> str:
     """As a Markdown table with a heading."""
-    lines = [table.header, ("---", *["---:"] * (len(table.header) - 1)), *table.rows]
-    text = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([f"### {table.title}", "", *text, ""])
+    return "\n".join([f"### {table.title}", "", *rows(table.header, table.rows), ""])
+
+
+def rows(header: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *cells]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def ratio(value: float) -> str:
@@ -119,11 +137,25 @@ def ratio(value: float) -> str:
 def duration(seconds: float) -> str:
     """``1.23 µs``, ``45.6 ms``."""
     for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= unit:
+        if seconds >= 0.9995 * unit:
             return f"{seconds / unit:.3g} {name}"
     return f"{seconds * 1e9:.3g} ns"
 
 
+def size(count: int) -> str:
+    """``12 B``, ``1.5 KiB``, ``16 MiB``."""
+    for unit, name in ((MI, "MiB"), (KI, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count} B"
+
+
 def share(value: float) -> str:
-    """``0``, ``0.39 %``."""
+    """``0``, ``0.39 %``, ``NaN``."""
+    if math.isnan(value):
+        return "NaN"
     return "0" if value == 0 else f"{100 * value:.2g} %"
+
+
+def _nan_last(value: float) -> tuple[bool, float]:
+    return math.isnan(value), value

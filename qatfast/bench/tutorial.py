@@ -71,3 +71,11 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = FakeQuantize.apply(self.weight), FakeQuantize.apply(self.bias)
         return FakeQuantize.apply(nn.functional.linear(input, weight, bias))
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer whose input is fake-quantized per tensor and whose weight per output channel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = FakeQuantize.apply(self.weight, PerChannel(0))
+        return nn.functional.linear(FakeQuantize.apply(input), weight, self.bias)

@@ -114,8 +114,11 @@ def test_providers_agree_with_the_reference(device, op, granularity, backward):
 
 
 def test_providers_take_images(device):
-    work = small("fake_quantize", shape=(2, 3, 8, 8), granularity=PerChannel(1), device=device)
+    work = small(
+        "fake_quantize", shape=(2, 3, 8, 8), granularity=PerChannel(1), channels_last=True, device=device
+    )
     prepared = bench.prepare(work, eager(work))
+    assert prepared.runs["clone"]().is_contiguous(memory_format=torch.channels_last)
     assert all(error is None or error <= ONE_STEP for error in prepared.errors.values()), prepared.errors
     assert {OURS, TUTORIAL, "aten ops", "torch.ao FakeQuantize"} <= set(prepared.runs)
 
@@ -586,7 +589,7 @@ def test_the_lines_of_the_picture():
     chosen = [work for work in works("fake_quantize") if not work.backward][::-1]
     figure = plots.fake_quantize_over_size(result(work, ratios) for work in chosen)
     lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
-    assert list(lines) == ["clone", OURS, TUTORIAL]
+    assert list(lines) == ["clone, a plain copy", OURS, TUTORIAL]
     sizes = [x for x, _ in lines[OURS]]
     assert sizes == sorted(set(sizes)) and (sizes[0], sizes[-1]) == (1, 64 * 2**20)
     assert {y for _, y in lines[OURS]} == {2e-3}
@@ -596,7 +599,8 @@ def test_the_bars_of_the_picture():
     ratios = {"nn.Linear": 1.0, OURS: 0.8, REFERENCE: 9.0, OURS + ONE_THREAD: 2.0}
     figure = plots.layer_steps(result(work, ratios) for work in works("qat_linear"))
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        f"{config}, batch, in, out = 256, 1024, 1024" for config in CONFIGS
+        "weight, bias and output quantized",
+        "input and weight quantized",
     ]
     for axes in figure.axes:
         assert [label.get_text() for label in axes.get_yticklabels()] == ["nn.Linear", OURS]

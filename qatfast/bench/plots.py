@@ -35,6 +35,7 @@ STYLE: Any = {
 }
 SIZES = [f"fake_quantize, {FORWARD}, per tensor{part}" for part in (", small", "", ", large")]
 STEPS = [f"qat_linear, {config}, {STEP}" for config in CONFIGS]
+TITLES = dict(zip(CONFIGS, ("weight, bias and output quantized", "input and weight quantized"), strict=True))
 
 
 def fake_quantize_over_size(results: Iterable[Result]) -> Figure:
@@ -46,9 +47,11 @@ def fake_quantize_over_size(results: Iterable[Result]) -> Figure:
             (result.work.shape[0], timing.seconds) for result in shown if (timing := result.timing(name))
         )
         if points:
-            axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=3.5, label=name)
+            label = "clone, a plain copy" if name == "clone" else name
+            axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=3.5, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_xlim(left=1)
     axes.xaxis.set_major_formatter(lambda value, _: elements((round(value),)))
     axes.yaxis.set_major_formatter(lambda value, _: duration(value))
     axes.set(xlabel="elements, float32", ylabel="time of one call")
@@ -73,8 +76,11 @@ def layer_steps(results: Iterable[Result]) -> Figure:
         axes.invert_yaxis()
         axes.axvline(1.0, color=LINES["clone"][0], linewidth=0.8)
         axes.margins(x=0.16)
-        axes.set_title(f"{result.work.config}, batch, in, out = {result.work.column}", loc="left")
-    panels[-1].set_xlabel("time of a training step, nn.Linear = 1")
+        axes.set_title(TITLES[result.work.config], loc="left")
+    batch, in_features, out_features = MIDDLE_LAYER
+    panels[-1].set_xlabel(
+        f"time of a training step, nn.Linear = 1\nbatch {batch}, {in_features} features in, {out_features} out"
+    )
     return figure
 
 

@@ -92,6 +92,7 @@ class Work:
         dtype: of the float tensors.
         device: where they are.
         forward: False: the gradients alone.
+        channels_last: the layout of a four-dimensional input.
         config: of ``qat_linear``, as in ``CONFIGS``.
         autocast: whether ``qat_linear`` runs under autocast to bfloat16.
         threads: whether one thread takes part too.
@@ -108,6 +109,7 @@ class Work:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     forward: bool = True
+    channels_last: bool = False
     config: str = "tutorial config"
     autocast: bool = False
     threads: bool = False
@@ -163,10 +165,10 @@ class Inputs:
 
 
 def normal(work: Work, *shape: int, seed: int = 0) -> Tensor:
-    """Normal numbers from numpy: those of torch depend on the instruction set. Images are channels-last."""
+    """Normal numbers from numpy: those of torch depend on the instruction set."""
     values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
     x = torch.from_numpy(values).to(work.device, work.dtype)
-    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+    return x.to(memory_format=torch.channels_last) if work.channels_last else x
 
 
 def inputs(work: Work) -> Inputs:
@@ -230,6 +232,7 @@ def _fake_quantize() -> Iterator[Work]:
         yield Work(
             *(op, f"{FORWARD}, per channel 1, channels-last images", column, image),
             granularity=PerChannel(1),
+            channels_last=True,
             targets=(limit,),
         )
     for dtype in (torch.bfloat16, torch.float16):

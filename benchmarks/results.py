@@ -27,13 +27,16 @@ other data, and a turn is the median of its calls.
 - **max error**: the largest difference from the reference, as a share of the largest value, over all columns. Formulas
   differ next to ties, by one step of 255. `qatfast` has to equal the reference in every bit, values and gradients, or
   nothing is timed.
-- **allocated**, **kept**: bytes of one call, of the last column. Allocated is all that was asked of torch's allocator,
-  what was given back within the call too. Kept is what autograd saves for the backward, every storage once, parameters
-  apart: for the layer its input counts too, as it is an intermediate result of a larger network.
+- **allocated**, **kept**: bytes of one call, of the largest size that all take part in. Allocated is all that was asked
+  of torch's allocator, what was given back within the call too. Kept is what autograd saves for the backward, every
+  storage once, parameters apart: for the layer its input counts too, as it is an intermediate result of a larger
+  network.
 - **share of the bandwidth**: an operator has to read its input once and write its result once. The row **triad** is
   `a = b + 2 c`, all float32 in memory that is there, moving as many bytes, in turns with the rest; the share is its
   time over that of qatfast. Near 100 % the operator is bound by memory, which no other code could change; far below, by
-  arithmetic or by its call. The large layers are bound by their product: **integer product alone** is `torch._int_mm`.
+  arithmetic or by its call; and where the result is larger than what the allocator keeps, by the system, which hands
+  out fresh memory page by page, to the clone as well. The large layers are bound by their product: **integer product
+  alone** is `torch._int_mm`.
 - **forward**, **inference** run without a graph, as in evaluation. **forward + backward**, **training step** add the
   gradients: of the input (`torch.autograd.grad`), or for the layer of input, weight and bias (`backward()` with fresh
   `.grad`). **backward** is that part alone, autograd's own time included: some 15 µs, as the tutorial formula shows,
@@ -61,7 +64,7 @@ WHO = """- **clone**, **nn.Linear**: the floor; a copy of the float tensor, the 
 
 def text(record: dict, command: str) -> str:
     """RESULTS.md."""
-    results = from_json(record)
+    results = sorted(from_json(record), key=lambda result: SUBJECTS.index(result.work.op))
     lines = [
         "# How fast",
         "",

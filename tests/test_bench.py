@@ -280,7 +280,7 @@ def test_one_thread_takes_part_where_the_work_says_so():
 def test_where_few_take_part_the_others_are_left_out_by_name():
     work = small("fake_quantize", few="left out here")
     prepared = bench.prepare(work, eager(work))
-    assert set(prepared.runs) == {"clone", OURS, TUTORIAL}
+    assert set(prepared.runs) == {"clone", OURS, TUTORIAL, "torch.ao fused op"}
     assert set(prepared.skipped.values()) == {"left out here"} and REFERENCE in prepared.skipped
     listed = [name for one, name in bench.contestants("fake_quantize") if one.few]
     assert OURS in listed and "aten ops" not in listed
@@ -317,15 +317,10 @@ def test_the_profiler_says_nothing(capfd):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_cuda_device_the_benchmarks_say_so():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(BENCHMARKS), "--device", "cuda"],
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        run.returncode == 4 and run.stderr.strip() == "ERROR: --device cuda: torch finds no CUDA device here"
-    )
+def test_without_a_cuda_device_the_benchmarks_say_so(pytestconfig, monkeypatch):
+    monkeypatch.setattr(pytestconfig.option, "device", "cuda")
+    with pytest.raises(pytest.UsageError, match=r"^--device cuda: torch finds no CUDA device here$"):
+        loaded("conftest").pytest_configure(pytestconfig)
 
 
 def timed(op="fake_quantize", **changes):
@@ -349,7 +344,7 @@ def test_the_tables():
     results = [timed(), timed(column="other"), timed("qat_linear")]
     first, second = table.tables(results)
     assert first.title == "fake_quantize, forward (clone = 1.0)"
-    assert first.header == ("", "small", "other", "allocated", "kept", "max error")
+    assert first.header == ("", "small", "other", "allocated, other", "kept, other", "max error")
     assert [row[0] for row in first.rows] == ["clone", OURS, REFERENCE]
     assert first.rows[0][1].startswith("1.00x (") and first.rows[0][-1] == table.ABSENT
     assert first.rows[1][-3:] == ("12 KiB", "0 B", "0")
@@ -375,7 +370,13 @@ def test_numbers_are_short():
         "70 ns",
     ]
     assert [table.share(x) for x in (0, 0.0039, float("nan"))] == ["0", "0.39 %", "NaN"]
-    assert [table.size(x) for x in (0, 1023, 1536, 2**24)] == ["0 B", "1023 B", "1.5 KiB", "16 MiB"]
+    assert [table.size(x) for x in (0, 1023, 1536, 2**24, 2**31)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "16 MiB",
+        "2 GiB",
+    ]
 
 
 def test_a_nan_is_the_largest_error():
@@ -385,6 +386,16 @@ def test_a_nan_is_the_largest_error():
     ]
     for order in (results, results[::-1]):
         assert table.tables(order)[0].rows[0][-1] == "NaN"
+
+
+def test_the_bytes_are_those_of_the_largest_size_that_all_take_part_in():
+    results = [
+        result(small("quantize", column=column), dict.fromkeys(names_, 1.0), kept=100)
+        for column, names_ in {"a": ("clone", OURS), "b": ("clone", OURS), "c": ("clone",)}.items()
+    ]
+    (shown,) = table.tables(results)
+    assert shown.header[-3:] == ("allocated, b", "kept, b", "max error")
+    assert [row[-2] for row in shown.rows] == ["100 B", "100 B"]
 
 
 def test_the_share_of_the_bandwidth():

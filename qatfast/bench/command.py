@@ -23,7 +23,7 @@ EXAMPLES = """examples:
   qatfast bench --full --json bench.json    every size and granularity, minutes
 
 The times of a call are in brackets, before them their ratio to the baseline. The bytes that a call allocates and keeps
-for its backward are those of the last size. The maximum error is the largest difference from the reference in plain
+for its backward are those of one size. The maximum error is the largest difference from the reference in plain
 PyTorch, as a share of the largest value: formulas differ next to ties.
 """
 DTYPES = {dtype_name(dtype): dtype for dtype in FLOAT_DTYPES}

@@ -24,7 +24,7 @@ from .providers import Run
 from .works import Work, works
 
 SUBJECTS = {"qat_linear": layers, "network": network, "import": importing}
-FEW = (OURS, CACHED, COMPILED, TUTORIAL, TUTORIAL_LAYER, *BOUNDS)
+FEW = (OURS, CACHED, COMPILED, TUTORIAL, TUTORIAL_LAYER, "torch.ao fused op", *BOUNDS)
 TURN = 2e-3
 LONG_CALL = 50e-3
 LEAST_ROUNDS = 7

@@ -13,6 +13,7 @@ from .names import OURS, TRIAD
 from .works import KI, MI, Work
 
 ABSENT = "–"
+_BYTES = ("allocated", "kept")
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,26 @@ def tables(results: Iterable[Result]) -> list[Table]:
 
 
 def _table(title: str, results: list[Result]) -> Table:
+    whole = max(reversed(results), key=lambda result: len(result.timings))
     lines = []
     for name in dict.fromkeys(timing.provider for result in results for timing in result.timings):
         timings = [timing for result in results if (timing := result.timing(name))]
         errors = [timing.error for timing in timings if timing.error is not None]
-        memory = timings[-1].memory
-        lines.append(
-            (
-                name,
-                *(_cell(result, name) for result in results),
-                *((size(memory.allocated), size(memory.kept)) if memory else (ABSENT, ABSENT)),
-                share(max(errors, key=_nan_last)) if errors else ABSENT,
-            )
-        )
+        largest = share(max(errors, key=_nan_last)) if errors else ABSENT
+        lines.append((name, *(_cell(result, name) for result in results), *_bytes(whole, name), largest))
     if any(result.timing(TRIAD) for result in results):
         shares = [result.ratio(TRIAD, OURS) for result in results]
         cells = [f"{part.median:.0%}" if part else ABSENT for part in shares]
-        lines.append(("qatfast's share of the bandwidth", *cells, *[ABSENT] * 3))
-    columns = [result.work.column for result in results]
-    return Table(title, ("", *columns, "allocated", "kept", "max error"), lines)
+        lines.append(("qatfast's share of the bandwidth", *cells, *[ABSENT] * len(_BYTES), ABSENT))
+    bytes_ = [f"{what}, {whole.work.column}" for what in _BYTES]
+    header = ("", *(result.work.column for result in results), *bytes_, "max error")
+    return Table(title, header, lines)
+
+
+def _bytes(result: Result, name: str) -> list[str]:
+    timing = result.timing(name)
+    memory = timing and timing.memory
+    return [size(getattr(memory, what)) if memory else ABSENT for what in _BYTES]
 
 
 def _cell(result: Result, name: str) -> str:
@@ -144,7 +146,7 @@ def duration(seconds: float) -> str:
 
 def size(count: int) -> str:
     """``12 B``, ``1.5 KiB``, ``16 MiB``."""
-    for unit, name in ((MI, "MiB"), (KI, "KiB")):
+    for unit, name in ((KI * MI, "GiB"), (MI, "MiB"), (KI, "KiB")):
         if count >= unit:
             return f"{count / unit:.3g} {name}"
     return f"{count} B"

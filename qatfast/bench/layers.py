@@ -81,7 +81,7 @@ def runs(work: Work, inside: ExitStack) -> Callable[[str], Run]:
             inside.enter_context(cached_weights(cast(nn.Module, function)))
         forward = partial(function, given.x)
         if work.autocast:
-            forward = partial(_under_autocast, forward)
+            forward = partial(_under_autocast, forward, torch.device(work.device).type)
         if not work.backward:
             return forward
         if work.forward:
@@ -98,8 +98,8 @@ def runs(work: Work, inside: ExitStack) -> Callable[[str], Run]:
     return run_of
 
 
-def _under_autocast(forward: Run) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+def _under_autocast(forward: Run, device: str) -> Tensor:
+    with torch.autocast(device, torch.bfloat16):
         return forward()
 
 
@@ -218,7 +218,8 @@ def _modelopt(inputs: LayerInputs) -> Function:
 def _integer_product(inputs: LayerInputs) -> Function:
     """torch's product of 8-bit integers: what is left of the layer if nothing else takes time."""
     batch, in_features, out_features = inputs.work.shape
-    x, weight = (torch.ones(size, in_features, dtype=torch.int8) for size in (batch, out_features))
+    ones = partial(torch.ones, dtype=torch.int8, device=inputs.work.device)
+    x, weight = (ones(size, in_features) for size in (batch, out_features))
     return lambda _: torch._int_mm(x, weight.t())
 
 

@@ -225,11 +225,6 @@ struct QATLinearIntegersNode : Function<QATLinearIntegersNode> {
     const auto& weight = saved[3];
     const auto dtype = grads[0].scalar_type();
     const auto dy = as_rows(grads[0]);
-    if (ctx->needs_input_grad(0)) {
-      const auto spec = ctx->saved_data["weight_spec"].toIntVector();
-      const auto w_hat = op::fake_quantize(weight, spec[0], spec[1] != 0, at::IntArrayRef(spec).slice(2));
-      result[0] = at::matmul(grads[0], as_dtype(w_hat, dtype));
-    }
     if (ctx->needs_input_grad(1)) {
       auto x_hat = op::qat_linear_input(values, saved[1], saved[2], dtype);
       if (!below && ctx->needs_input_grad(0)) {
@@ -238,6 +233,12 @@ struct QATLinearIntegersNode : Function<QATLinearIntegersNode> {
         x_hat = as_rows(in_place_of_input(x_hat.view_symint(shape), 0));
       }
       result[1] = at::mm(dy.t(), x_hat);
+    }
+    if (ctx->needs_input_grad(0)) { // last, so that x_hat is gone
+      const auto spec = ctx->saved_data["weight_spec"].toIntVector();
+      const auto w_hat =
+          as_dtype(op::fake_quantize(weight, spec[0], spec[1] != 0, at::IntArrayRef(spec).slice(2)), dtype);
+      result[0] = grads[0].dim() == 2 ? at::mm(dy, w_hat) : at::matmul(grads[0], w_hat);
     }
     const bool has_bias = saved.size() == 5;
     if (has_bias && ctx->needs_input_grad(2)) {
@@ -280,6 +281,11 @@ std::tuple<Tensor, Tensor> choose_qparams(
     const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
   at::AutoDispatchBelowADInplaceOrView below;
   return op::choose_qparams(input, num_bits, symmetric, granularity);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_weight(const Tensor& weight, at::IntArrayRef weight_spec) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op::qat_linear_weight(weight, weight_spec);
 }
 
 Tensor quantize(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,

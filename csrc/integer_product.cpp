@@ -4,7 +4,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_int_mm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
@@ -76,7 +75,7 @@ void multiply(const Tensor& products, const Tensor& x, const Tensor& weight) {
 Tensor wide_product(const IntegerRows& x, const IntegerRows& weight, const Tensor& bias, at::ScalarType dtype) {
   const auto features = x.values.size(1);
   auto sum = at::zeros({x.values.size(0), weight.values.size(0)}, x.steps.options());
-  const auto products = at::empty(sum.sizes(), x.zero_point.options());
+  const auto products = fresh(sum.sizes(), at::kInt, sum);
   for (int64_t begin = 0; begin < features; begin += slice) {
     const auto count = std::min(slice, features - begin);
     multiply(
@@ -122,10 +121,9 @@ bool multiplies_integers(const Tensor& weight, at::IntArrayRef input_spec, at::I
 
 IntegerRows integer_rows(const Tensor& matrix, const QuantSpec& spec) {
   const auto rows = matrix.size(0);
-  const auto options = matrix.options();
-  IntegerRows result = {with_large_pages(at::empty(matrix.sizes(), options.dtype(at::kChar))),
-      at::empty({rows}, options.dtype(matrix.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)),
-      at::empty({rows}, options.dtype(at::kInt)), at::empty({rows}, options.dtype(at::kLong))};
+  const auto compute = matrix.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const IntegerRows result = {fresh(matrix.sizes(), at::kChar, matrix), fresh({rows}, compute, matrix),
+      fresh({rows}, at::kInt, matrix), fresh({rows}, at::kLong, matrix)};
   if (rows > 0) {
     QATFAST_ON(matrix, integer_rows)(matrix.contiguous(), spec, result);
   }
@@ -134,7 +132,7 @@ IntegerRows integer_rows(const Tensor& matrix, const QuantSpec& spec) {
 
 Tensor integer_product(const IntegerRows& x, const IntegerRows& weight, const Tensor& bias, at::ScalarType dtype) {
   const auto rows = x.values.size(0), outputs = weight.values.size(0);
-  const auto y = with_large_pages(at::empty({rows, outputs}, x.scale.options().dtype(dtype)));
+  const auto y = fresh({rows, outputs}, dtype, x.values);
   if (y.numel() == 0) {
     return y;
   }
@@ -142,7 +140,7 @@ Tensor integer_product(const IntegerRows& x, const IntegerRows& weight, const Te
     return wide_product(x, weight, bias, dtype);
   }
   const auto at_once = std::min(rows, std::max(least_rows, block_bytes / (4 * outputs)));
-  const auto products = at::empty({at_once, outputs}, x.zero_point.options());
+  const auto products = fresh({at_once, outputs}, at::kInt, x.values);
   for (int64_t begin = 0; begin < rows; begin += at_once) {
     const auto count = std::min(at_once, rows - begin);
     const auto part = [&](const Tensor& of_rows) {

@@ -1,7 +1,9 @@
 // Fresh memory for large results.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -21,6 +23,12 @@ inline const at::Tensor& with_large_pages(const at::Tensor& fresh) {
   }
 #endif
   return fresh;
+}
+
+// On the device of `like`; on the CPU without the dispatcher, which takes longer than a small layer's loops.
+inline at::Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype, const at::Tensor& like) {
+  return with_large_pages(
+      like.is_cpu() ? at::Tensor(at::detail::empty_cpu(sizes, dtype)) : at::empty(sizes, like.options().dtype(dtype)));
 }
 
 } // namespace qatfast

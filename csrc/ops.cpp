@@ -478,7 +478,7 @@ Tensor qat_linear_input_kernel(
   TORCH_CHECK_VALUE(rows >= 0 && values.scalar_type() == at::kChar && values.is_contiguous() &&
           is_row(scale, compute_dtype(dtype), rows) && is_row(zero_point, at::kInt, rows),
       op, ": expected the values, scale and zero_point of the layer's forward");
-  const auto to = with_large_pages(at::empty_like(values, values.options().dtype(dtype)));
+  const auto to = fresh(values.sizes(), dtype, values);
   QATFAST_ON(values, dequantize)(values, to, {scale, zero_point, -128, 127}, {1, rows, values.size(1)});
   return to;
 }
@@ -583,6 +583,7 @@ TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
   m.impl("quantize", autograd::quantize);
   m.impl("dequantize", autograd::dequantize);
   m.impl("qat_linear", autograd::qat_linear);
+  m.impl("qat_linear_weight", autograd::qat_linear_weight);
   m.impl("qat_linear_integers", autograd::qat_linear_integers);
 }
 

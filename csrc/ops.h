@@ -107,6 +107,7 @@ Quantize quantize;
 Dequantize dequantize;
 QATLinear qat_linear;
 QATLinear qat_linear_under_autocast;
+QATLinearWeight qat_linear_weight;
 QATLinearIntegers qat_linear_integers;
 QATLinearIntegers qat_linear_integers_under_autocast;
 

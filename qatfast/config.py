@@ -157,6 +157,7 @@ class QATConfig:
     bias: QuantSpec | None = QuantSpec()
     output: QuantSpec | None = QuantSpec()
     codes: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    _integer_features: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         specs = {"input": self.input, "weight": self.weight, "bias": self.bias, "output": self.output}
@@ -164,18 +165,13 @@ class QATConfig:
             if spec is not None and not isinstance(spec, QuantSpec):
                 raise TypeError(f"QATConfig: expected {name} to be a QuantSpec or None, got {spec!r}")
         object.__setattr__(self, "codes", tuple(_code(spec) for spec in specs.values()))
+        object.__setattr__(self, "_integer_features", _integer_features(self.input, self.weight))
 
     def multiplies_integers(self, in_features: int) -> bool:
         """Whether a layer multiplies integers: its input is quantized per tensor or per token and its weight per tensor
         or per output channel (its rows, however that is spelled), both to at most 8 bits.
         """
-        if self.input is None or self.weight is None or max(self.input.num_bits, self.weight.num_bits) > 8:
-            return False
-        weight = self.weight.granularity
-        is_row_as_group = isinstance(weight, PerGroup) and weight.group_size == in_features
-        return self.input.granularity in (PerTensor(), PerToken()) and (
-            is_row_as_group or weight in (PerTensor(), PerChannel(0), PerChannel(-2), PerToken())
-        )
+        return self._integer_features in (0, in_features)
 
     @classmethod
     def tutorial(cls, num_bits: int = 8) -> QATConfig:
@@ -193,6 +189,18 @@ class QATConfig:
     def weight_only(cls, num_bits: int = 4, group_size: int = 32) -> QATConfig:
         """Weight affine per group of ``group_size`` input features; the rest in float."""
         return cls(weight=QuantSpec(num_bits, granularity=PerGroup(group_size)), bias=None, output=None)
+
+
+def _integer_features(input: QuantSpec | None, weight: QuantSpec | None) -> int | None:
+    """The in_features with which a layer multiplies integers: 0 for any, None for none."""
+    if input is None or weight is None or max(input.num_bits, weight.num_bits) > 8:
+        return None
+    if input.granularity not in (PerTensor(), PerToken()):
+        return None
+    if isinstance(weight.granularity, PerGroup):
+        return weight.granularity.group_size
+    rows = (PerTensor(), PerChannel(0), PerChannel(-2), PerToken())
+    return 0 if weight.granularity in rows else None
 
 
 def _code(spec: QuantSpec | None) -> tuple[int, ...]:

@@ -14,8 +14,8 @@ from . import kernels
 from .config import QATConfig
 from .functional import fake_quantize, qat_linear
 
-# The layers inside a block, which holds them, each with the weight, its state, and what was made from them.
-_cached: dict[nn.Module, tuple[Tensor, Any, Any] | None] = {}
+# The layers inside a block, which holds them, each with a weight, its version, what else counts, and what was made.
+_cached: dict[nn.Module, tuple[Tensor, int, Any, Any] | None] = {}
 
 
 @contextmanager
@@ -78,22 +78,25 @@ def linear(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None,
         if ops is None:
             return qat_linear(input, weight, bias, config=config)
         codes = config.codes
-        integers = _once(layer, weight, False, lambda: ops.qat_linear_weight(weight, codes[1]))
+        integers = _once(layer, weight, config, ops.qat_linear_weight, weight, codes[1])
         return ops.qat_linear_integers(input, weight, bias, integers, *codes)
     wants_gradient = torch.is_grad_enabled() and weight.requires_grad
-    weight_hat = _once(
-        layer,
-        weight,
-        wants_gradient,
-        lambda: fake_quantize(weight, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity),
-    )
-    return qat_linear(input, weight_hat, bias, config=dataclasses.replace(config, weight=None))
+    weight_hat, rest = _once(layer, weight, (config, wants_gradient), _quantized, weight, config)
+    return qat_linear(input, weight_hat, bias, config=rest)
 
 
-def _once(layer: nn.Module, weight: Tensor, wants_gradient: bool, make: Callable[[], Any]) -> Any:
-    """What ``make`` gave for the weight as it is, made now where the layer has none."""
+def _quantized(weight: Tensor, config: QATConfig) -> tuple[Tensor, QATConfig]:
+    """The fake-quantized weight, and the config of a layer that has it."""
+    spec = config.weight
+    assert spec is not None
+    weight_hat = fake_quantize(weight, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
+    return weight_hat, dataclasses.replace(config, weight=None)
+
+
+def _once(layer: nn.Module, weight: Tensor, state: Any, make: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``make(*arguments)`` gave in this state for the weight as it is, made now where the layer has none."""
     entry = _cached[layer]
-    state = (weight._version, wants_gradient)
-    if entry is None or entry[0] is not weight or entry[1] != state:
-        entry = _cached[layer] = (weight, state, make())
-    return entry[2]
+    version = weight._version
+    if entry is None or entry[0] is not weight or entry[1] != version or entry[2] != state:
+        entry = _cached[layer] = (weight, version, state, make(*arguments))
+    return entry[3]

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -700,6 +701,8 @@ def test_a_benchmark_reports_what_the_contest_measured(tmp_path):
         ],
         check=True,
         capture_output=True,
+        # pytest-benchmark takes no part in a process of pytest-xdist
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
     )
     run = json.loads(file.read_text())
     (measured,) = from_json(run["qatfast"])

@@ -174,6 +174,7 @@ def test_inference_mode_leaves_integers_that_training_may_use():
     cases.assert_same(layer.weight.grad, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_no_feature_is_no_obstacle():
     layer = QATLinear(0, 3, config=QATConfig(QuantSpec(8), QuantSpec(8, granularity=PerGroup(1)), None, None))
     with cached_weights(layer):

@@ -26,6 +26,16 @@ void fake_quantize_blocks(const T* x, T* y, const Layout& layout, const QuantSpe
   choose_qparams_of_blocks(x, layout, spec, scale.data(), zero_point.data());
   const Grids<C> grids = {
       scale.data(), zero_point.data(), static_cast<C>(spec.quant_min()), static_cast<C>(spec.quant_max()), false};
+  if (are_columns(layout)) {
+    const auto columns = layout.blocks;
+    const auto loop = chosen().loops<T>().fake_quantize_columns;
+    at::parallel_for(0, layout.outer, std::max<int64_t>(1, grain / columns), [&](int64_t begin, int64_t end) {
+      for_each_band(begin, end, columns, [&](int64_t offset, int64_t rows) {
+        loop(x + offset, y + offset, rows, columns, columns, grids);
+      });
+    });
+    return;
+  }
   const auto loop = chosen().loops<T>().fake_quantize;
   map_with_grids(layout, grids, [&](int64_t offset, int64_t n, const Grids<C>& of_run) {
     loop(x + offset, y + offset, n, of_run);

@@ -1,16 +1,7 @@
 #include "launch.h"
 
-#include <cstring>
-
 namespace qatfast::cpu {
 namespace {
-
-// Byte i of `inside` (nonzero or zero) as bit i of the result.
-uint8_t pack_bits(const uint8_t* inside) {
-  uint64_t bytes;
-  std::memcpy(&bytes, inside, 8);
-  return static_cast<uint8_t>((bytes & 0x0101010101010101) * 0x0102040810204080 >> 56);
-}
 
 template <class T>
 void fake_quantize_with_mask(const T* x, T* y, uint8_t* mask, const Layout& layout, const Grids<compute_t<T>>& grids) {
@@ -19,13 +10,11 @@ void fake_quantize_with_mask(const T* x, T* y, uint8_t* mask, const Layout& layo
   parallel_over_memory(layout.numel(), [&](int64_t begin, int64_t end) {
     for (int64_t start = begin; start < end; start += tile) {
       const auto stop = std::min(start + tile, end);
-      uint8_t inside[tile] = {};
+      uint8_t inside[tile];
       for_each_run(layout, start, stop, [&](int64_t offset, int64_t n, int64_t block, bool each) {
         loop(x + offset, y + offset, inside + (offset - start), n, grids.from(block, each));
       });
-      for (int64_t i = 0; i < stop - start; i += 8) {
-        mask[(start + i) / 8] = pack_bits(inside + i);
-      }
+      chosen().pack(inside, mask + start / 8, stop - start);
     }
   });
 }

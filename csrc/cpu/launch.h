@@ -30,11 +30,16 @@ void with_integer_type(at::ScalarType dtype, F f) {
   }
 }
 
+// Whether blocks alternate element by element: they are the columns of a matrix.
+inline bool are_columns(const Layout& layout) {
+  return layout.inner == 1 && layout.blocks > 1;
+}
+
 // f(offset, n, first block, each) for the pieces of memory [begin, end) in which one grid holds for all elements, or
 // (each, where blocks alternate element by element) consecutive blocks' grids hold for consecutive elements.
 template <class F>
 void for_each_run(const Layout& layout, int64_t begin, int64_t end, F f) {
-  const bool each = layout.inner == 1 && layout.blocks > 1;
+  const bool each = are_columns(layout);
   const int64_t length = each ? layout.blocks : layout.inner;
   int64_t block = each ? 0 : begin / layout.inner % layout.blocks;
   int64_t skipped = begin % length;
@@ -86,6 +91,16 @@ void for_each_tile(int64_t rows, int64_t columns, F f) {
   });
 }
 
+// f(offset, rows) for the rows [begin, end) of a matrix, some of them at a time: few enough to stay in cache, enough
+// that what is known of a column is loaded seldom.
+template <class F>
+void for_each_band(int64_t begin, int64_t end, int64_t columns, F f) {
+  const int64_t band = std::max<int64_t>(32, 16384 / columns);
+  for (; begin < end; begin += band) {
+    f(begin * columns, std::min(band, end - begin));
+  }
+}
+
 // Whether every block is one run of memory, and none needs to be split among threads.
 inline bool are_whole_rows(const Layout& layout) {
   return layout.outer == 1 && (layout.blocks >= at::get_num_threads() || layout.numel() <= grain);
@@ -117,20 +132,26 @@ void choose_qparams_of_blocks(
       if (n == 0) {
         continue;
       }
-      for_each_run(layout, n * task / tasks, n * (task + 1) / tasks,
-          [&](int64_t offset, int64_t count, int64_t block, bool each) {
-            loops.range(x + offset, count, task_lo + block, task_hi + block, each);
+      if (are_columns(layout)) {
+        for_each_band(layout.outer * task / tasks, layout.outer * (task + 1) / tasks, layout.blocks,
+            [&](int64_t offset, int64_t rows) {
+              loops.range_of_columns(x + offset, rows, layout.blocks, layout.blocks, task_lo, task_hi);
+            });
+        continue;
+      }
+      for_each_run(
+          layout, n * task / tasks, n * (task + 1) / tasks, [&](int64_t offset, int64_t count, int64_t block, bool) {
+            loops.range(x + offset, count, task_lo + block, task_hi + block);
           });
     }
   });
-  for (int64_t block = 0; block < layout.blocks; ++block) {
-    for (int64_t task = 1; task < tasks; ++task) {
+  for (int64_t task = 1; task < tasks; ++task) {
+    for (int64_t block = 0; block < layout.blocks; ++block) {
       lo[block] = widen_lo(lo[block], lo[task * layout.blocks + block]);
       hi[block] = widen_hi(hi[block], hi[task * layout.blocks + block]);
     }
-    scale[block] = choose_scale(lo[block], hi[block], min, max, spec.symmetric);
-    zero_point[block] = static_cast<int32_t>(choose_zero_point(lo[block], scale[block], min, max, spec.symmetric));
   }
+  loops.choose(lo.data(), hi.data(), layout.blocks, {min, max, spec.symmetric}, scale, zero_point);
 }
 
 } // namespace qatfast::cpu

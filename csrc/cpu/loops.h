@@ -60,14 +60,20 @@ struct IntegerLoops {
 template <class T>
 struct FloatLoops {
   using C = compute_t<T>;
-  // Widens the range in lo[0], hi[0] by n values, or (each) lo[i], hi[i] by one value each.
-  void (*range)(const T* x, int64_t n, C* lo, C* hi, bool each);
-  // Scale and zero point of each of `rows` runs of n values.
+  // Widens the range in lo[0], hi[0] by n values.
+  void (*range)(const T* x, int64_t n, C* lo, C* hi);
+  // The same of each column: lo[j], hi[j] by the values of `rows` rows that lie `stride` apart.
+  void (*range_of_columns)(const T* x, int64_t rows, int64_t columns, int64_t stride, C* lo, C* hi);
+  // Scale and zero point of n ranges.
+  void (*choose)(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
+  // The same of `rows` runs of n values.
   void (*choose_qparams)(const T* x, int64_t rows, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
   void (*fake_quantize)(const T* x, T* y, int64_t n, const Grids<C>& grids);
   // Row by row of n values, each on its own grid.
   void (*fake_quantize_rows)(const T* x, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
-  // Also sets inside[i] to nonzero where the gradient passes.
+  // The same for columns: rows lie `stride` apart, column j has the grid j.
+  void (*fake_quantize_columns)(const T* x, T* y, int64_t rows, int64_t columns, int64_t stride, const Grids<C>& grids);
+  // Also sets inside[i] to all ones where the gradient passes, to zero elsewhere.
   void (*fake_quantize_inside)(const T* x, T* y, uint8_t* inside, int64_t n, const Grids<C>& grids);
 };
 
@@ -98,6 +104,9 @@ struct Loops : FloatLoops<T>,
 template <class U>
 using MaskLoop = void (*)(const U* grad, const uint8_t* mask, U* to, int64_t n);
 
+// inside[i] (all ones or zero) as bit i of the mask; n starts at a whole byte of the mask, what is beyond n is zero.
+using PackLoop = void (*)(const uint8_t* inside, uint8_t* mask, int64_t n);
+
 struct InstructionSet {
   const char* name;
   Loops<float> f32;
@@ -107,6 +116,7 @@ struct InstructionSet {
   MaskLoop<uint16_t> mask16;
   MaskLoop<uint32_t> mask32;
   MaskLoop<uint64_t> mask64;
+  PackLoop pack;
 
   template <class T>
   const Loops<T>& loops() const {

@@ -265,6 +265,26 @@ QATFAST_INLINE E reduce(Vec<E, N> v, F f) {
   }
 }
 
+// f(grid) with the grids of the columns from j on.
+template <class C, class F>
+QATFAST_INLINE void with_grids_of_columns(const Grids<C>& grids, int64_t j, int64_t m, F f) {
+  const auto found = EachGrid<C>{grids}.at(j, m);
+#if QATFAST_VECTOR_BYTES >= 32
+  if constexpr (std::is_same_v<C, float>) {
+    const auto least = reduce<C, lanes<C>>(found.grid.scale, [](auto p, auto q) {
+      return p < q ? p : q;
+    });
+    const auto largest = reduce<C, lanes<C>>(found.grid.scale, [](auto p, auto q) {
+      return p > q ? p : q;
+    });
+    if (has_reciprocal(least) && has_reciprocal(largest)) { // not at the end: the lanes beyond hold 0
+      return f(ReciprocalGrid<V<C>>{found.grid, 1 / found.grid.scale});
+    }
+  }
+#endif
+  f(found.grid);
+}
+
 // The range over the finite values, in floats.
 template <class T>
 void filtered_range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
@@ -347,17 +367,38 @@ QATFAST_INLINE void range_of_run(const T* x, int64_t n, compute_t<T>* lo, comput
 }
 
 template <class T>
-void range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi, bool each) {
+void range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
+  range_of_run(x, n, lo, hi);
+}
+
+template <class T>
+void range_of_columns(const T* x, int64_t rows, int64_t columns, int64_t stride, compute_t<T>* lo, compute_t<T>* hi) {
   using C = compute_t<T>;
   constexpr int N = lanes<C>;
-  if (!each) {
-    return range_of_run(x, n, lo, hi);
+  for (int64_t j = 0; j < columns; j += N) {
+    const auto m = columns - j < N ? columns - j : N;
+    V<C> least = load_some<C, C>(lo + j, m), most = load_some<C, C>(hi + j, m);
+    for (int64_t row = 0; row < rows; ++row) {
+      const V<C> v = finite_or_zero(load_some<T, C>(x + row * stride + j, m));
+      least = widen_lo(least, v);
+      most = widen_hi(most, v);
+    }
+    store_some<C, C>(lo + j, least, m);
+    store_some<C, C>(hi + j, most, m);
   }
+}
+
+template <class C>
+void choose_loop(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point) {
+  constexpr int N = lanes<C>;
+  const V<C> quant_min = V<C>{} + spec.quant_min, quant_max = V<C>{} + spec.quant_max;
   for (int64_t i = 0; i < n; i += N) {
     const auto m = n - i < N ? n - i : N;
-    const V<C> v = finite_or_zero(load_some<T, C>(x + i, m));
-    store_some<C, C>(lo + i, widen_lo(load_some<C, C>(lo + i, m), v), m);
-    store_some<C, C>(hi + i, widen_hi(load_some<C, C>(hi + i, m), v), m);
+    const auto least = load_some<C, C>(lo + i, m);
+    const V<C> chosen = choose_scale(least, load_some<C, C>(hi + i, m), quant_min, quant_max, spec.symmetric);
+    store_some<C, C>(scale + i, chosen, m);
+    const V<C> zero = choose_zero_point(least, chosen, quant_min, quant_max, spec.symmetric);
+    store_some<int32_t, C>(zero_point + i, zero, m);
   }
 }
 
@@ -365,19 +406,14 @@ template <class T>
 void choose_qparams_loop(const T* x, int64_t rows, int64_t n, const RangeSpec<compute_t<T>>& spec, compute_t<T>* scale,
     int32_t* zero_point) {
   using C = compute_t<T>;
-  constexpr int N = lanes<C>;
-  for (int64_t row = 0; row < rows; row += N) {
-    const auto m = rows - row < N ? rows - row : N;
-    C lo[N] = {}, hi[N] = {};
-    for (int64_t i = 0; i < m; ++i) {
+  constexpr int64_t tile = 64;
+  for (int64_t row = 0; row < rows; row += tile) {
+    const auto count = rows - row < tile ? rows - row : tile;
+    C lo[tile] = {}, hi[tile] = {};
+    for (int64_t i = 0; i < count; ++i) {
       range_of_run(x + (row + i) * n, n, lo + i, hi + i);
     }
-    const V<C> quant_min = V<C>{} + spec.quant_min, quant_max = V<C>{} + spec.quant_max;
-    const auto least = bits_as<V<C>>(lo);
-    const V<C> chosen = choose_scale(least, bits_as<V<C>>(hi), quant_min, quant_max, spec.symmetric);
-    store_some<C, C>(scale + row, chosen, m);
-    const V<C> zero = choose_zero_point(least, chosen, quant_min, quant_max, spec.symmetric);
-    store_some<int32_t, C>(zero_point + row, zero, m);
+    choose_loop(lo, hi, count, spec, scale + row, zero_point + row);
   }
 }
 
@@ -441,6 +477,22 @@ void fake_quantize_rows_loop(const T* x, T* y, int64_t rows, int64_t n, const Gr
       map<T, T, C>(x + row * n, y + row * n, n, [&](V<C> v, int64_t, int64_t) {
         return fake_quantize(v, same.grid);
       });
+    });
+  }
+}
+
+template <class T>
+void fake_quantize_columns_loop(
+    const T* x, T* y, int64_t rows, int64_t columns, int64_t stride, const Grids<compute_t<T>>& grids) {
+  using C = compute_t<T>;
+  constexpr int N = lanes<C>;
+  for (int64_t j = 0; j < columns; j += N) {
+    const auto m = columns - j < N ? columns - j : N;
+    with_grids_of_columns(grids, j, m, [&](const auto& grid) {
+      for (int64_t row = 0; row < rows; ++row) {
+        const auto at = row * stride + j;
+        store_some<T, C>(y + at, fake_quantize(load_some<T, C>(x + at, m), grid), m);
+      }
     });
   }
 }
@@ -537,6 +589,26 @@ void mask_loop(const U* grad, const uint8_t* mask, U* to, int64_t n) {
   }
 }
 
+void pack_loop(const uint8_t* inside, uint8_t* mask, int64_t n) {
+  int64_t i = 0;
+#if QATFAST_VECTOR_BYTES == 64
+  for (; i + 64 <= n; i += 64) {
+    const uint64_t bits = _mm512_movepi8_mask(bits_as<__m512i>(inside + i));
+    std::memcpy(mask + i / 8, &bits, sizeof(bits));
+  }
+#elif QATFAST_VECTOR_BYTES == 32
+  for (; i + 32 <= n; i += 32) {
+    const auto bits = static_cast<uint32_t>(_mm256_movemask_epi8(bits_as<__m256i>(inside + i)));
+    std::memcpy(mask + i / 8, &bits, sizeof(bits));
+  }
+#endif
+  for (; i < n; i += 8) {
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, inside + i, n - i < 8 ? n - i : 8);
+    mask[i / 8] = static_cast<uint8_t>((bytes & 0x0101010101010101) * 0x0102040810204080 >> 56);
+  }
+}
+
 template <class T, class Q>
 constexpr IntegerLoops<T, Q> integer_loops() {
   return {quantize_loop<T, Q>, dequantize_loop<T, Q>};
@@ -544,15 +616,15 @@ constexpr IntegerLoops<T, Q> integer_loops() {
 
 template <class T>
 constexpr Loops<T> all_loops() {
-  return {{range<T>, choose_qparams_loop<T>, fake_quantize_loop<T>, fake_quantize_rows_loop<T>,
-              fake_quantize_inside_loop<T>},
+  return {{range<T>, range_of_columns<T>, choose_loop<compute_t<T>>, choose_qparams_loop<T>, fake_quantize_loop<T>,
+              fake_quantize_rows_loop<T>, fake_quantize_columns_loop<T>, fake_quantize_inside_loop<T>},
       {integers_loop<T>, outputs_loop<T>}, integer_loops<T, int8_t>(), integer_loops<T, uint8_t>(),
       integer_loops<T, int16_t>(), integer_loops<T, uint16_t>()};
 }
 
 constexpr InstructionSet instruction_set_named(const char* name) {
   return {name, all_loops<float>(), all_loops<double>(), all_loops<c10::Half>(), all_loops<c10::BFloat16>(),
-      mask_loop<uint16_t>, mask_loop<uint32_t>, mask_loop<uint64_t>};
+      mask_loop<uint16_t>, mask_loop<uint32_t>, mask_loop<uint64_t>, pack_loop};
 }
 
 } // namespace

@@ -282,10 +282,19 @@ def qat_linear(
 
         y = fake_quantize(F.linear(fake_quantize(input), fake_quantize(weight), fake_quantize(bias)))
 
-    each ``fake_quantize`` as ``config`` says, or left out. Gradients are those of the float product with the
-    straight-through estimator: ``dx = dy @ w_hat``, ``dw = dy.T @ x_hat``, ``db = dy.sum(0)``, second ones too. Kept
-    for backward are the input, the weight itself and its fake-quantized values. Under ``torch.autocast`` the
-    quantizers see the tensors as they are, and what they give is cast for the product.
+    each ``fake_quantize`` as ``config`` says, or left out. Where ``config.multiplies_integers(in_features)`` (the input
+    quantized per tensor or per token, the weight per tensor or per output channel, both to at most 8 bits) the product
+    is one of integers, the same bits on every device::
+
+        y = sum((q_x - zero_point_x) * (q_w - zero_point_w)) * (scale_x * scale_w) + b_hat
+
+    with the exact sum over in_features, rounded once to float32 (float64 for float64), then the output's quantizer,
+    then one rounding to the result's dtype; a NaN in a row of the input or of the weight makes that row or column NaN.
+
+    Gradients are those of the float product with the straight-through estimator: ``dx = dy @ w_hat``,
+    ``dw = dy.T @ x_hat``, ``db = dy.sum(0)``, second ones too. Kept for backward are the input, the weight itself and
+    its fake-quantized values; of the integer product the input's integers and the weight itself. Under
+    ``torch.autocast`` the quantizers see the tensors as they are, and what they give is cast for the product.
 
     Args:
         input: ``(..., in_features)``, float32, float64, float16 or bfloat16.

@@ -24,17 +24,25 @@ void multiply_in_float64(const Tensor& products, const Tensor& x, const Tensor& 
   products.copy_(at::mm(x.to(at::kDouble), weight.to(at::kDouble).t()));
 }
 
+// products = x @ weight.T by the library
+void multiply_by_library(Tensor products, const Tensor& x, const Tensor& weight) {
+  // of one column, the transpose has strides that oneDNN takes for others
+  at::_int_mm_out(products, x, x.size(1) == 1 ? weight.view({1, weight.size(0)}) : weight.t());
+}
+
 // cuBLASLt wants more than 16 rows, and multiples of 8 elsewhere.
 void multiply_padded(const Tensor& products, const Tensor& x, const Tensor& weight) {
-  const auto rows = x.size(0), features = x.size(1), outputs = weight.size(0);
-  const auto up = [](int64_t size) {
+  const auto missing = [](int64_t size) {
     return (8 - size % 8) % 8;
   };
-  const auto padded = [](const Tensor& matrix, int64_t more_columns, int64_t more_rows) {
-    return more_columns + more_rows == 0 ? matrix : at::constant_pad_nd(matrix, {0, more_columns, 0, more_rows});
-  };
-  const auto result = at::_int_mm(
-      padded(x, up(features), std::max<int64_t>(0, 17 - rows)), padded(weight, up(features), up(outputs)).t());
+  const auto rows = x.size(0), outputs = weight.size(0);
+  const auto more_rows = std::max<int64_t>(0, 17 - rows);
+  const auto more_features = missing(x.size(1)), more_outputs = missing(outputs);
+  if (more_rows + more_features + more_outputs == 0) {
+    return multiply_by_library(products, x, weight);
+  }
+  const auto result = at::_int_mm(at::constant_pad_nd(x, {0, more_features, 0, more_rows}),
+      at::constant_pad_nd(weight, {0, more_features, 0, more_outputs}).t());
   products.copy_(result.narrow(0, 0, rows).narrow(1, 0, outputs));
 }
 
@@ -63,9 +71,7 @@ void multiply(const Tensor& products, const Tensor& x, const Tensor& weight) {
   } else if (x.is_cuda()) {
     multiply_padded(products, x, weight);
   } else if (static const bool exact = is_exact_on_cpu(); exact) {
-    auto result = products;
-    // of one column, the transpose has strides that the library takes for others
-    at::_int_mm_out(result, x, x.size(1) == 1 ? weight.view({1, weight.size(0)}) : weight.t());
+    multiply_by_library(products, x, weight);
   } else {
     multiply_in_float64(products, x, weight);
   }

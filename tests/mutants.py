@@ -30,6 +30,7 @@ class Mutant(NamedTuple):
 
 
 BUDGET = "tests/test_cuda.py::test_fake_quantize_is_one_launch"
+INTEGERS = "tests/test_qat_linear.py -k 'integers and public'"
 AFFINE = "tests/test_fake_quantize_affine.py tests/test_cuda.py"
 # Mutants of one file follow each other: it is compiled once for each, and once more to mend it.
 MUTANTS = (
@@ -151,16 +152,45 @@ MUTANTS = (
     Mutant(
         "the bits of a mask in the wrong order",
         "cuda/fake_quantize_affine.cu",
-        "passes_gradient(x, given.grid)) << i",
-        "passes_gradient(x, given.grid)) << (N - 1 - i)",
+        "static_cast<unsigned>(i < count && passes) << i",
+        "static_cast<unsigned>(i < count && passes) << (N - 1 - i)",
         AFFINE,
     ),
     Mutant(
         "< for <= in the gradient's mask",
         "quant_math.h",
-        "(nearest <= grid.hi)",
-        "(nearest < grid.hi)",
+        "(step <= grid.hi)",
+        "(step < grid.hi)",
         AFFINE,
+    ),
+    Mutant(
+        "a product with the rounded reciprocal for a division",
+        "quant_math.h",
+        "return fused_multiply_add(fused_multiply_add(-quotient, scale, x), reciprocal, quotient);",
+        "return quotient;",
+        "tests/test_quantize.py",
+    ),
+    Mutant(
+        "no __syncthreads before a row's steps are read",
+        "cuda/qat_linear.cu",
+        "    atomicAdd(&sum, static_cast<unsigned long long>(steps));\n    __syncthreads();\n",
+        "    atomicAdd(&sum, static_cast<unsigned long long>(steps));\n",
+        INTEGERS,
+        strict=True,
+    ),
+    Mutant(
+        "a row with a NaN looks healthy",
+        "cuda/qat_linear.cu",
+        "has_nan ? std::numeric_limits<C>::quiet_NaN() : row_scale",
+        "row_scale",
+        INTEGERS,
+    ),
+    Mutant(
+        "the weight's zero point is forgotten",
+        "cuda/qat_linear.cu",
+        " -\n        static_cast<uint32_t>(x.steps[row]) * weight_zero;",
+        ";",
+        INTEGERS,
     ),
     Mutant(
         "halves rounded up, not to even",

@@ -254,14 +254,24 @@ QATFAST_INLINE void with_grid(const Grids<C>& grids, F f) {
   grids.each ? f(EachGrid<C>{grids}) : with_same_grid(grids, f);
 }
 
+// N / 2 lanes from the one at `start` on. Through memory where the compiler has no shuffle (GCC before 12).
+template <int start, class E, int N, int... I>
+QATFAST_INLINE Vec<E, N / 2> half_of(Vec<E, N> v, std::integer_sequence<int, I...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(v, v, (start + I)...);
+#else
+  return bits_as<Vec<E, N / 2>>(reinterpret_cast<const char*>(&v) + start * sizeof(E));
+#endif
+}
+
 // f over all lanes.
 template <class E, int N, class F>
 QATFAST_INLINE E reduce(Vec<E, N> v, F f) {
-  if constexpr (N == 1) {
-    return v[0];
+  if constexpr (N == 2) {
+    return f(v[0], v[1]);
   } else {
-    using Half = Vec<E, N / 2>;
-    return reduce<E, N / 2>(f(bits_as<Half>(&v), bits_as<Half>(reinterpret_cast<const char*>(&v) + sizeof(Half))), f);
+    constexpr auto lanes = std::make_integer_sequence<int, N / 2>{};
+    return reduce<E, N / 2>(f(half_of<0, E, N>(v, lanes), half_of<N / 2, E, N>(v, lanes)), f);
   }
 }
 

@@ -104,7 +104,7 @@ C10_HOST_DEVICE static inline float fused_multiply_add(float a, float b, float c
 
 // x / scale, correctly rounded: a product within two units in the last place, then its exact remainder. What is left is
 // too small to cross a midpoint between two floats: a quotient comes so near to one for few pairs of significands, and
-// tests/division.cpp tries them all. (Markstein 1990 has the theorem for a first product within one unit.)
+// tests/quant_math.cpp tries them all. (Markstein 1990 has the theorem for a first product within one unit.)
 QATFAST_FORMULA T divide(T x, T scale, T reciprocal) {
   const T quotient = x * reciprocal;
   return fused_multiply_add(fused_multiply_add(-quotient, scale, x), reciprocal, quotient);

@@ -126,7 +126,7 @@ bool multiplies_integers(const Tensor& weight, at::IntArrayRef input_spec, at::I
 
 IntegerRows integer_rows(const Tensor& matrix, const QuantSpec& spec) {
   const auto rows = matrix.size(0);
-  const auto compute = matrix.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto compute = compute_dtype(matrix.scalar_type());
   const IntegerRows result = {fresh(matrix.sizes(), at::kChar, matrix), fresh({rows}, compute, matrix),
       fresh({rows}, at::kInt, matrix), fresh({rows}, at::kLong, matrix)};
   if (rows > 0) {

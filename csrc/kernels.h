@@ -9,6 +9,11 @@
 
 namespace qatfast {
 
+// float16 and bfloat16 compute in float32.
+inline at::ScalarType compute_dtype(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 // How one tensor is quantized by its own range.
 struct QuantSpec {
   int64_t num_bits;

@@ -129,10 +129,6 @@ at::DimVector qparams_shape(const Tensor& x, Granularity granularity) {
   }
 }
 
-at::ScalarType compute_dtype(at::ScalarType dtype) {
-  return dtype == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 template <class C>
 void check_scale_values(const char* op, const Tensor& scale) {
   const auto* values = scale.const_data_ptr<C>();

@@ -31,7 +31,7 @@ void fake_quantize_blocks(const T* x, T* y, const Layout& layout, const QuantSpe
     const auto loop = chosen().loops<T>().fake_quantize_columns;
     at::parallel_for(0, layout.outer, std::max<int64_t>(1, grain / columns), [&](int64_t begin, int64_t end) {
       for_each_band(begin, end, columns, [&](int64_t offset, int64_t rows) {
-        loop(x + offset, y + offset, rows, columns, columns, grids);
+        loop(x + offset, y + offset, rows, columns, grids);
       });
     });
     return;

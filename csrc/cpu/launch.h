@@ -135,7 +135,7 @@ void choose_qparams_of_blocks(
       if (are_columns(layout)) {
         for_each_band(layout.outer * task / tasks, layout.outer * (task + 1) / tasks, layout.blocks,
             [&](int64_t offset, int64_t rows) {
-              loops.range_of_columns(x + offset, rows, layout.blocks, layout.blocks, task_lo, task_hi);
+              loops.range_of_columns(x + offset, rows, layout.blocks, task_lo, task_hi);
             });
         continue;
       }

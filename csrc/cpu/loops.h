@@ -62,8 +62,8 @@ struct FloatLoops {
   using C = compute_t<T>;
   // Widens the range in lo[0], hi[0] by n values.
   void (*range)(const T* x, int64_t n, C* lo, C* hi);
-  // The same of each column: lo[j], hi[j] by the values of `rows` rows that lie `stride` apart.
-  void (*range_of_columns)(const T* x, int64_t rows, int64_t columns, int64_t stride, C* lo, C* hi);
+  // The same of each column: lo[j], hi[j] by the values of `rows` rows.
+  void (*range_of_columns)(const T* x, int64_t rows, int64_t columns, C* lo, C* hi);
   // Scale and zero point of n ranges.
   void (*choose)(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
   // The same of `rows` runs of n values.
@@ -71,8 +71,8 @@ struct FloatLoops {
   void (*fake_quantize)(const T* x, T* y, int64_t n, const Grids<C>& grids);
   // Row by row of n values, each on its own grid.
   void (*fake_quantize_rows)(const T* x, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
-  // The same for columns: rows lie `stride` apart, column j has the grid j.
-  void (*fake_quantize_columns)(const T* x, T* y, int64_t rows, int64_t columns, int64_t stride, const Grids<C>& grids);
+  // The same for columns: column j has the grid j.
+  void (*fake_quantize_columns)(const T* x, T* y, int64_t rows, int64_t columns, const Grids<C>& grids);
   // Also sets inside[i] to all ones where the gradient passes, to zero elsewhere.
   void (*fake_quantize_inside)(const T* x, T* y, uint8_t* inside, int64_t n, const Grids<C>& grids);
 };

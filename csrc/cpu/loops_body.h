@@ -382,14 +382,14 @@ void range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
 }
 
 template <class T>
-void range_of_columns(const T* x, int64_t rows, int64_t columns, int64_t stride, compute_t<T>* lo, compute_t<T>* hi) {
+void range_of_columns(const T* x, int64_t rows, int64_t columns, compute_t<T>* lo, compute_t<T>* hi) {
   using C = compute_t<T>;
   constexpr int N = lanes<C>;
   for (int64_t j = 0; j < columns; j += N) {
     const auto m = columns - j < N ? columns - j : N;
     V<C> least = load_some<C, C>(lo + j, m), most = load_some<C, C>(hi + j, m);
     for (int64_t row = 0; row < rows; ++row) {
-      const V<C> v = finite_or_zero(load_some<T, C>(x + row * stride + j, m));
+      const V<C> v = finite_or_zero(load_some<T, C>(x + row * columns + j, m));
       least = widen_lo(least, v);
       most = widen_hi(most, v);
     }
@@ -492,15 +492,14 @@ void fake_quantize_rows_loop(const T* x, T* y, int64_t rows, int64_t n, const Gr
 }
 
 template <class T>
-void fake_quantize_columns_loop(
-    const T* x, T* y, int64_t rows, int64_t columns, int64_t stride, const Grids<compute_t<T>>& grids) {
+void fake_quantize_columns_loop(const T* x, T* y, int64_t rows, int64_t columns, const Grids<compute_t<T>>& grids) {
   using C = compute_t<T>;
   constexpr int N = lanes<C>;
   for (int64_t j = 0; j < columns; j += N) {
     const auto m = columns - j < N ? columns - j : N;
     with_grids_of_columns(grids, j, m, [&](const auto& grid) {
       for (int64_t row = 0; row < rows; ++row) {
-        const auto at = row * stride + j;
+        const auto at = row * columns + j;
         store_some<T, C>(y + at, fake_quantize(load_some<T, C>(x + at, m), grid), m);
       }
     });

@@ -12,7 +12,7 @@ DEVICE ?= cpu
 BENCH_ARGS ?= -rs --benchmark-columns=median,iqr,rounds
 SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,fake_quantize fake_quantize_affine choose_qparams \
                     quantize dequantize qat_linear errors))
-SANITIZE_ARGS ?= -k "not compile"
+SANITIZE_ARGS ?= -n 2 -k "not compile"
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -55,7 +55,7 @@ format: $(call ready,lint)  ## put all files into the project's style
 mutants: $(call ready,test)  ## seed mistakes in the CUDA kernels, expect a test to fail for each (TORCH="torch==2.14.*")
 	$(PY) tests/mutants.py
 
-sanitize: $(call ready,test) sanitize-address sanitize-undefined  ## run the operator tests under ASan and UBSan
+sanitize: $(call ready,test) sanitize-address,undefined  ## run the operator tests under ASan and UBSan
 
 clean:  ## remove what make and the build made, the environment too
 	rm -rf $(VENV) build dist *.egg-info qatfast/*.so qatfast/_build.json
@@ -99,9 +99,9 @@ sanitize-%: FORCE
 	@mkdir -p build/$@ && cd build/$@ && rm -rf csrc qatfast tests
 	@cp -pr setup.py pyproject.toml README.md LICENSE csrc qatfast tests build/$@/
 	@cd build/$@ && QATFAST_SANITIZE=$* $(abspath $(PY)) setup.py --quiet build_ext --inplace
-	@cd build/$@ && $(PRELOAD) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	@cd build/$@ && $(if $(findstring address,$*),$(with_asan)) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(abspath $(PY)) -m pytest -q --capture=sys $(SANITIZE_ARGS) $(SANITIZE_TESTS)
 # pytest must leave the process's own error stream alone (--capture=sys): the report comes there, and then the end.
 # Python itself is not built with ASan, so its runtime has to be there first (and libstdc++, whose throw it wraps).
 lib = $$($(CXX) -print-file-name=$(1))
-sanitize-address: PRELOAD = LD_PRELOAD="$(call lib,libasan.so) $(call lib,libstdc++.so)" PYTHONMALLOC=malloc
+with_asan = LD_PRELOAD="$(call lib,libasan.so) $(call lib,libstdc++.so)" PYTHONMALLOC=malloc

@@ -1,7 +1,8 @@
 """Builds the extension qatfast._C, and writes qatfast/_build.json: what was built, with what, and if not, why not.
 
 Everything else about the package is in pyproject.toml. Read from the environment: CXX, MAX_JOBS, FORCE_CUDA=1|0,
-TORCH_CUDA_ARCH_LIST, CUDA_HOME, QATFAST_NO_EXT=1, QATFAST_DEBUG=1, QATFAST_SANITIZE=address|undefined|thread.
+TORCH_CUDA_ARCH_LIST, CUDA_HOME, QATFAST_NO_EXT=1, QATFAST_DEBUG=1, QATFAST_SANITIZE=address|undefined|thread
+(several with commas).
 """
 
 import json
@@ -103,8 +104,10 @@ def architectures():
 
 debug = switch("QATFAST_DEBUG")
 sanitize = os.environ.get("QATFAST_SANITIZE", "")
-if sanitize and sanitize not in SANITIZERS:
-    sys.exit(f"qatfast: QATFAST_SANITIZE={sanitize}: expected one of {', '.join(SANITIZERS)}, or unset.")
+if sanitize and not {*sanitize.split(",")} <= {*SANITIZERS}:
+    sys.exit(
+        f"qatfast: QATFAST_SANITIZE={sanitize}: expected one of {', '.join(SANITIZERS)}, several with commas, or unset."
+    )
 
 compiler = find_compiler()
 reason = why_no_kernels(compiler)
@@ -137,7 +140,7 @@ if not reason:
     compile_flags += [f"-isystem{path}" for path in include_paths()]
     link_flags = ["-fopenmp"]
     if sanitize:
-        link_flags.append(f"-fsanitize={SANITIZERS[sanitize]}")
+        link_flags += [f"-fsanitize={SANITIZERS[name]}" for name in sanitize.split(",")]
         compile_flags += [*link_flags, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g"]
     patterns = ["*.cpp", "cpu/*.cpp", "cuda/plan.cpp"]  # the plan is host arithmetic, tested without CUDA too
     # A flag, so that another torch in the same place makes every object anew: its headers' times do not count.

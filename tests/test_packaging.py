@@ -155,8 +155,8 @@ def test_one_warning_says_why_there_are_no_kernels(package, record, said):
     "environment, said",
     [
         (
-            {"QATFAST_SANITIZE": "memory"},
-            "QATFAST_SANITIZE=memory: expected one of address, undefined, thread",
+            {"QATFAST_SANITIZE": "address,memory"},
+            "QATFAST_SANITIZE=address,memory: expected one of address, undefined, thread",
         ),
         (
             {"FORCE_CUDA": "1", "CUDA_HOME": "/nowhere"},
@@ -203,14 +203,15 @@ def test_switches_reach_the_compiler_and_the_record(project):
     (project / "csrc" / "module.cpp").write_text(
         '#ifdef NDEBUG\n#error no asserts\n#endif\nextern "C" void* PyInit__C() { return nullptr; }\n'
     )
-    switches = {"QATFAST_DEBUG": "1", "QATFAST_SANITIZE": "undefined", "CXX": "g++"}
+    switches = {"QATFAST_DEBUG": "1", "QATFAST_SANITIZE": "address,undefined", "CXX": "g++"}
     run = succeeds(python("setup.py", "-q", "build_ext", "--inplace", cwd=project, **switches))
     (command,) = (line for line in run.stdout.splitlines() if " -c " in line)
-    for flag in ("g++", "-O0", "-ffp-contract=off", "-fsanitize=undefined", f"-I{project / 'csrc'}"):
+    sanitizers = "-fsanitize=address -fsanitize=undefined"
+    for flag in ("g++", "-O0", "-ffp-contract=off", sanitizers, f"-I{project / 'csrc'}"):
         assert flag in command.split() or flag in command
     assert "-march" not in command
     record = record_of(project)
-    assert (record["kernels"], record["debug"], record["sanitize"]) == (True, True, "undefined")
+    assert (record["kernels"], record["debug"], record["sanitize"]) == (True, True, "address,undefined")
 
 
 # What is packed

@@ -44,9 +44,16 @@ struct ReciprocalGrid : Grid<T> {
   T reciprocal; // 1 / scale, rounded
 };
 
+// The same where no value is outside of it: nothing has to be clamped.
+template <class T>
+struct UnclampedGrid {
+  T scale;
+  T reciprocal;
+};
+
 // Whether nothing that matters overflows or underflows in divide() by this scale.
-C10_HOST_DEVICE static inline bool has_reciprocal(float scale) {
-  return 0x1p-96f <= scale && scale <= 0x1p96f;
+QATFAST_FORMULA auto has_reciprocal(T scale) {
+  return (0x1p-96f <= scale) & (scale <= 0x1p96f);
 }
 
 C10_HOST_DEVICE static inline int64_t quant_min_of(int64_t num_bits, bool symmetric) {
@@ -125,6 +132,15 @@ QATFAST_FORMULA T nearest_step(T x, T lo, T hi, const ReciprocalGrid<T>& grid) {
 template <class T, class G>
 C10_HOST_DEVICE static inline T step_of(T x, const G& grid) {
   return nearest_step(x, grid.lo, grid.hi, grid);
+}
+
+QATFAST_FORMULA T step_of(T x, const UnclampedGrid<T>& grid) {
+  return round_half_even(divide(x, grid.scale, grid.reciprocal));
+}
+
+// Whether no value in [lo, hi], the range that the grid was chosen for, is clamped: rounding keeps the order.
+QATFAST_FORMULA auto is_unclamped(T lo, T hi, const Grid<T>& grid) {
+  return (grid.lo <= round_half_even(lo / grid.scale)) & (round_half_even(hi / grid.scale) <= grid.hi);
 }
 
 template <class T, class G>

@@ -28,7 +28,10 @@ BLOCKS = (
         for rows, columns in ((67, 19), (5, 4097), (2, 65537), (300, 64), (1025, 1))
     ),
     *(((rows, columns), PerChannel(0)) for rows, columns in ((3, 257), (129, 33), (2, 65537))),
-    *(((rows, columns), PerChannel(1)) for rows, columns in ((257, 3), (33, 129), (65537, 2), (1, 70))),
+    *(
+        ((rows, columns), PerChannel(1))
+        for rows, columns in ((257, 3), (33, 129), (65537, 2), (1, 70), (5, 1027), (33, 2064))
+    ),
     *(((rows, columns), PerGroup(size)) for rows, columns, size in ((3, 256, 32), (9, 4104, 27), (2, 70, 1))),
     ((7, 5, 33), PerChannel(1)),
     ((2, 300, 65), PerChannel(1)),
@@ -64,6 +67,7 @@ def inputs(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Any]]:
             yield f"61x67 from {offset} {granularity}", x, granularity
     for shape, granularity in BLOCKS:
         yield f"{cases.name(shape)} {granularity}", sprinkled(shape, dtype), granularity
+        yield f"{cases.name(shape)} {granularity} finite", cases.normal(shape, dtype), granularity
     yield "67x61 transposed", sprinkled((67, 61), dtype).t(), PerChannel(0)
     yield (
         "2x3x17x19 channels last",

@@ -206,3 +206,19 @@ def test_one_nan_or_infinity_anywhere(ops, position, device):
 
 def test_flushing_denormals_is_off_while_the_tests_run():
     assert (torch.tensor(2.0**-149) * 1.0).item() == 2.0**-149
+
+
+@DTYPES
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerGroup(40)], ids=str)
+@pytest.mark.parametrize(
+    "lo, hi, clamped", [(-1.5, 253.5, True), (-1.5, 253.0, False), (-0.5, 254.5, False)], ids=str
+)
+def test_a_blocks_own_end_may_lie_beyond_its_grid(ops, dtype, granularity, lo, hi, clamped, device):
+    """Ties go to even steps: both ends away from each other, and 255 steps are too few for the block's own range."""
+    x = torch.linspace(lo, hi, 40, dtype=torch.float64).to(dtype).repeat(3, 1)
+    if granularity == PerChannel(1):
+        x = x.T.contiguous()
+    check_against_the_oracle(ops, x, device, 8, False, granularity)
+    if dtype == torch.float32:
+        scale, zero_point = ops.choose_qparams(x.to(device), granularity=granularity)
+        assert ((x.max() / scale.cpu()).round() > 255 - zero_point.cpu()).all() == clamped

@@ -10,9 +10,10 @@ void dequantize(const at::Tensor& from, const at::Tensor& to, const QParams& qpa
       const auto* q = from.const_data_ptr<Q>();
       auto* y = to.mutable_data_ptr<T>();
       const auto loop = chosen().loops<T>().template integer<Q>().dequantize;
-      map_with_grids(layout, grids_of<compute_t<T>>(qparams), [&](int64_t offset, int64_t n, const auto& of_run) {
-        loop(q + offset, y + offset, n, of_run);
-      });
+      map_with_grids(
+          layout, grids_of<compute_t<T>>(qparams), [&](int64_t offset, int64_t rows, int64_t n, const auto& of_piece) {
+            loop(q + offset, y + offset, rows, n, of_piece);
+          });
     });
   });
 }

@@ -13,8 +13,10 @@ void fake_quantize_rows(const T* x, T* y, const Layout& layout, const QuantSpec&
     const T* from = x + first * layout.inner;
     C scale[tile_rows];
     int32_t zero_point[tile_rows];
-    loops.choose_qparams(from, rows, layout.inner, {min, max, spec.symmetric}, scale, zero_point);
-    loops.fake_quantize_rows(from, y + first * layout.inner, rows, layout.inner, {scale, zero_point, min, max, false});
+    const bool unclamped =
+        loops.choose_qparams(from, rows, layout.inner, {min, max, spec.symmetric}, scale, zero_point);
+    loops.fake_quantize(
+        from, y + first * layout.inner, rows, layout.inner, {scale, zero_point, min, max, false, unclamped});
   });
 }
 
@@ -23,22 +25,12 @@ void fake_quantize_blocks(const T* x, T* y, const Layout& layout, const QuantSpe
   using C = compute_t<T>;
   std::vector<C> scale(layout.blocks);
   std::vector<int32_t> zero_point(layout.blocks);
-  choose_qparams_of_blocks(x, layout, spec, scale.data(), zero_point.data());
-  const Grids<C> grids = {
-      scale.data(), zero_point.data(), static_cast<C>(spec.quant_min()), static_cast<C>(spec.quant_max()), false};
-  if (are_columns(layout)) {
-    const auto columns = layout.blocks;
-    const auto loop = chosen().loops<T>().fake_quantize_columns;
-    at::parallel_for(0, layout.outer, std::max<int64_t>(1, grain / columns), [&](int64_t begin, int64_t end) {
-      for_each_band(begin, end, columns, [&](int64_t offset, int64_t rows) {
-        loop(x + offset, y + offset, rows, columns, grids);
-      });
-    });
-    return;
-  }
+  const bool unclamped = choose_qparams_of_blocks(x, layout, spec, scale.data(), zero_point.data());
+  const Grids<C> grids = {scale.data(), zero_point.data(), static_cast<C>(spec.quant_min()),
+      static_cast<C>(spec.quant_max()), false, unclamped};
   const auto loop = chosen().loops<T>().fake_quantize;
-  map_with_grids(layout, grids, [&](int64_t offset, int64_t n, const Grids<C>& of_run) {
-    loop(x + offset, y + offset, n, of_run);
+  map_with_grids(layout, grids, [&](int64_t offset, int64_t rows, int64_t n, const Grids<C>& of_piece) {
+    loop(x + offset, y + offset, rows, n, of_piece);
   });
 }
 

@@ -8,6 +8,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 namespace qatfast::cpu {
@@ -35,22 +36,20 @@ inline bool are_columns(const Layout& layout) {
   return layout.inner == 1 && layout.blocks > 1;
 }
 
-// f(offset, n, first block, each) for the pieces of memory [begin, end) in which one grid holds for all elements, or
-// (each, where blocks alternate element by element) consecutive blocks' grids hold for consecutive elements.
+// f(offset, rows, n, first block) for the memory [begin, end) in pieces of `rows` runs of n elements, a block each.
 template <class F>
-void for_each_run(const Layout& layout, int64_t begin, int64_t end, F f) {
-  const bool each = are_columns(layout);
-  const int64_t length = each ? layout.blocks : layout.inner;
-  int64_t block = each ? 0 : begin / layout.inner % layout.blocks;
-  int64_t skipped = begin % length;
+void for_each_piece(const Layout& layout, int64_t begin, int64_t end, F f) {
+  int64_t block = begin / layout.inner % layout.blocks;
+  int64_t skipped = begin % layout.inner;
   while (begin < end) {
-    const int64_t n = std::min(end - begin, length - skipped);
-    f(begin, n, each ? skipped : block, each);
-    begin += n;
+    const int64_t left = end - begin;
+    const bool whole = skipped == 0 && left >= layout.inner;
+    const int64_t rows = whole ? std::min(left / layout.inner, layout.blocks - block) : 1;
+    const int64_t n = whole ? layout.inner : std::min(left, layout.inner - skipped);
+    f(begin, rows, n, block);
+    begin += rows * n;
+    block = (block + rows) % layout.blocks;
     skipped = 0;
-    if (!each && ++block == layout.blocks) {
-      block = 0;
-    }
   }
 }
 
@@ -66,15 +65,26 @@ void parallel_over_memory(int64_t n, F f) {
 template <class C>
 Grids<C> grids_of(const QParams& qparams) {
   return {qparams.scale.const_data_ptr<C>(), qparams.zero_point.const_data_ptr<int32_t>(),
-      static_cast<C>(qparams.quant_min), static_cast<C>(qparams.quant_max), false};
+      static_cast<C>(qparams.quant_min), static_cast<C>(qparams.quant_max)};
 }
 
-// loop(offset, n, grids) over all of a tensor with given grids.
+// loop(offset, rows, n, grids) over all of a tensor with given grids; what one thread does begins at a multiple of 8.
 template <class C, class F>
-void map_with_grids(const Layout& layout, const Grids<C>& grids, F loop) {
+void map_with_grids(const Layout& layout, Grids<C> grids, F loop) {
+  grids.of_columns = are_columns(layout);
+  if (grids.of_columns) {
+    const auto columns = layout.blocks;
+    constexpr int64_t unit = 8;
+    const auto units_a_task = std::max<int64_t>(1, grain / (unit * columns));
+    at::parallel_for(0, (layout.outer + unit - 1) / unit, units_a_task, [&](int64_t begin, int64_t end) {
+      const auto row = begin * unit, rows = std::min(end * unit, layout.outer) - row;
+      loop(row * columns, rows, columns, grids);
+    });
+    return;
+  }
   parallel_over_memory(layout.numel(), [&](int64_t begin, int64_t end) {
-    for_each_run(layout, begin, end, [&](int64_t offset, int64_t n, int64_t block, bool each) {
-      loop(offset, n, grids.from(block, each));
+    for_each_piece(layout, begin, end, [&](int64_t offset, int64_t rows, int64_t n, int64_t block) {
+      loop(offset, rows, n, grids.from(block));
     });
   });
 }
@@ -91,58 +101,52 @@ void for_each_tile(int64_t rows, int64_t columns, F f) {
   });
 }
 
-// f(offset, rows) for the rows [begin, end) of a matrix, some of them at a time: few enough to stay in cache, enough
-// that what is known of a column is loaded seldom.
-template <class F>
-void for_each_band(int64_t begin, int64_t end, int64_t columns, F f) {
-  const int64_t band = std::max<int64_t>(32, 16384 / columns);
-  for (; begin < end; begin += band) {
-    f(begin * columns, std::min(band, end - begin));
-  }
-}
-
 // Whether every block is one run of memory, and none needs to be split among threads.
 inline bool are_whole_rows(const Layout& layout) {
   return layout.outer == 1 && (layout.blocks >= at::get_num_threads() || layout.numel() <= grain);
 }
 
-// Scale and zero point of every block from the range of its values.
+// Scale and zero point of every block from the range of its values; whether none of these would be clamped.
 template <class T>
-void choose_qparams_of_blocks(
+bool choose_qparams_of_blocks(
     const T* x, const Layout& layout, const QuantSpec& spec, compute_t<T>* scale, int32_t* zero_point) {
   using C = compute_t<T>;
   const auto& loops = chosen().loops<T>();
   const auto min = static_cast<C>(spec.quant_min()), max = static_cast<C>(spec.quant_max());
   const auto n = layout.numel();
+  std::atomic<bool> unclamped{true};
   if (are_whole_rows(layout)) {
     const auto blocks_a_task = std::max<int64_t>(1, grain / std::max<int64_t>(1, layout.inner));
     at::parallel_for(0, layout.blocks, blocks_a_task, [&](int64_t begin, int64_t end) {
-      loops.choose_qparams(x + begin * layout.inner, end - begin, layout.inner, {min, max, spec.symmetric},
-          scale + begin, zero_point + begin);
+      if (!loops.choose_qparams(x + begin * layout.inner, end - begin, layout.inner, {min, max, spec.symmetric},
+              scale + begin, zero_point + begin)) {
+        unclamped = false;
+      }
     });
-    return;
+    return unclamped;
   }
   // a range of every block for every task, each over its own stretch of memory
   const int64_t tasks = std::clamp<int64_t>(n / grain, 1, at::get_num_threads());
   std::vector<C> lo(tasks * layout.blocks, C(0)), hi(tasks * layout.blocks, C(0));
-  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, n == 0 ? 0 : tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       C* const task_lo = lo.data() + task * layout.blocks;
       C* const task_hi = hi.data() + task * layout.blocks;
-      if (n == 0) {
-        continue;
-      }
+      bool is_finite = true;
       if (are_columns(layout)) {
-        for_each_band(layout.outer * task / tasks, layout.outer * (task + 1) / tasks, layout.blocks,
-            [&](int64_t offset, int64_t rows) {
-              loops.range_of_columns(x + offset, rows, layout.blocks, task_lo, task_hi);
+        const auto row = layout.outer * task / tasks, end = layout.outer * (task + 1) / tasks;
+        is_finite = loops.range_of_columns(x + row * layout.blocks, end - row, layout.blocks, task_lo, task_hi);
+      } else {
+        for_each_piece(layout, n * task / tasks, n * (task + 1) / tasks,
+            [&](int64_t offset, int64_t rows, int64_t count, int64_t block) {
+              for (int64_t i = 0; i < rows; ++i) {
+                is_finite &= loops.range(x + offset + i * count, count, task_lo + block + i, task_hi + block + i);
+              }
             });
-        continue;
       }
-      for_each_run(
-          layout, n * task / tasks, n * (task + 1) / tasks, [&](int64_t offset, int64_t count, int64_t block, bool) {
-            loops.range(x + offset, count, task_lo + block, task_hi + block);
-          });
+      if (!is_finite) {
+        unclamped = false;
+      }
     }
   });
   for (int64_t task = 1; task < tasks; ++task) {
@@ -151,7 +155,7 @@ void choose_qparams_of_blocks(
       hi[block] = widen_hi(hi[block], hi[task * layout.blocks + block]);
     }
   }
-  loops.choose(lo.data(), hi.data(), layout.blocks, {min, max, spec.symmetric}, scale, zero_point);
+  return loops.choose(lo.data(), hi.data(), layout.blocks, {min, max, spec.symmetric}, scale, zero_point) && unclamped;
 }
 
 } // namespace qatfast::cpu

@@ -14,17 +14,18 @@ namespace qatfast::cpu {
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// The grids of n elements: one for all (scale[0]), or each its own (scale[i]).
+// The grids of a matrix: row i has grid i, or column j has grid j.
 template <class C>
 struct Grids {
   const C* scale;
   const int32_t* zero_point;
   C quant_min;
   C quant_max;
-  bool each;
+  bool of_columns = false;
+  bool unclamped = false; // every block's own range chose its grid, and choose() found that it holds all of them
 
-  Grids from(int64_t block, bool each_its_own) const {
-    return {scale + block, zero_point + block, quant_min, quant_max, each_its_own};
+  Grids from(int64_t first) const {
+    return {scale + first, zero_point + first, quant_min, quant_max, of_columns, unclamped};
   }
 };
 
@@ -49,40 +50,39 @@ struct RangeSpec {
   bool symmetric;
 };
 
+// All loops below take a matrix of `rows` rows of n values, one after the other in memory.
+
 // To and from one 8 or 16-bit integer type Q.
 template <class T, class Q>
 struct IntegerLoops {
   using C = compute_t<T>;
-  void (*quantize)(const T* x, Q* q, int64_t n, const Grids<C>& grids);
-  void (*dequantize)(const Q* q, T* y, int64_t n, const Grids<C>& grids);
+  void (*quantize)(const T* x, Q* q, int64_t rows, int64_t n, const Grids<C>& grids);
+  void (*dequantize)(const Q* q, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
 };
 
 template <class T>
 struct FloatLoops {
   using C = compute_t<T>;
-  // Widens the range in lo[0], hi[0] by n values.
-  void (*range)(const T* x, int64_t n, C* lo, C* hi);
-  // The same of each column: lo[j], hi[j] by the values of `rows` rows.
-  void (*range_of_columns)(const T* x, int64_t rows, int64_t columns, C* lo, C* hi);
-  // Scale and zero point of n ranges.
-  void (*choose)(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
-  // The same of `rows` runs of n values.
-  void (*choose_qparams)(const T* x, int64_t rows, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
-  void (*fake_quantize)(const T* x, T* y, int64_t n, const Grids<C>& grids);
-  // Row by row of n values, each on its own grid.
-  void (*fake_quantize_rows)(const T* x, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
-  // The same for columns: column j has the grid j.
-  void (*fake_quantize_columns)(const T* x, T* y, int64_t rows, int64_t columns, const Grids<C>& grids);
-  // Also sets inside[i] to all ones where the gradient passes, to zero elsewhere.
-  void (*fake_quantize_inside)(const T* x, T* y, uint8_t* inside, int64_t n, const Grids<C>& grids);
+  // Widens the range in lo[0], hi[0] by the finite ones of n values; whether all are.
+  bool (*range)(const T* x, int64_t n, C* lo, C* hi);
+  // The same of each column: lo[j], hi[j].
+  bool (*range_of_columns)(const T* x, int64_t rows, int64_t n, C* lo, C* hi);
+  // Scale and zero point of n ranges; whether no value in a range would be clamped.
+  bool (*choose)(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
+  // The same of each row.
+  bool (*choose_qparams)(const T* x, int64_t rows, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
+  void (*fake_quantize)(const T* x, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
+  // Also writes the bits from `first` on of the mask: 1 where the gradient passes. What is beyond in the last byte is
+  // 0.
+  void (*fake_quantize_mask)(
+      const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids);
 };
 
 // What the integer product needs beside the product itself.
 template <class T>
 struct ProductLoops {
   using C = compute_t<T>;
-  // Rows of n values, each on its own grid, as int8; the sum of its steps (q - zero_point); a scale of NaN for a row
-  // that holds a NaN.
+  // Rows as int8; the sum of a row's steps (q - zero_point); a scale of NaN for a row that holds a NaN.
   void (*integers)(const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<C>& grids, C* scale, int64_t* steps);
   void (*outputs)(const int32_t* products, T* y, int64_t n, const ProductRow<C>& row);
 };
@@ -104,9 +104,6 @@ struct Loops : FloatLoops<T>,
 template <class U>
 using MaskLoop = void (*)(const U* grad, const uint8_t* mask, U* to, int64_t n);
 
-// inside[i] (all ones or zero) as bit i of the mask; n starts at a whole byte of the mask, what is beyond n is zero.
-using PackLoop = void (*)(const uint8_t* inside, uint8_t* mask, int64_t n);
-
 struct InstructionSet {
   const char* name;
   Loops<float> f32;
@@ -116,7 +113,6 @@ struct InstructionSet {
   MaskLoop<uint16_t> mask16;
   MaskLoop<uint32_t> mask32;
   MaskLoop<uint64_t> mask64;
-  PackLoop pack;
 
   template <class T>
   const Loops<T>& loops() const {

@@ -36,6 +36,10 @@ constexpr int lanes = QATFAST_VECTOR_BYTES / sizeof(C);
 template <class C>
 using V = Vec<C, lanes<C>>;
 
+template <class T>
+using bits_t = std::conditional_t<sizeof(T) == 1, uint8_t,
+    std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>>;
+
 template <class To>
 QATFAST_INLINE To bits_as(const void* from) {
   To to;
@@ -171,15 +175,32 @@ QATFAST_INLINE void store(void* p, V<C> v, bool is_quantized = true) {
   }
 }
 
-// The same for the first n lanes; the others are 0.
+// The first n elements at p; the other lanes are 0.
+template <class E, int N>
+QATFAST_INLINE Vec<E, N> first_of(const void* p, int64_t n) {
+#if QATFAST_VECTOR_BYTES == 64
+  const auto used = ~uint64_t{0} >> (64 - n * static_cast<int64_t>(sizeof(E)));
+  if constexpr (sizeof(E) * N == 64) {
+    const auto some = _mm512_maskz_loadu_epi8(used, p);
+    return bits_as<Vec<E, N>>(&some);
+  } else if constexpr (sizeof(E) * N == 32) {
+    const auto some = _mm256_maskz_loadu_epi8(static_cast<__mmask32>(used), p);
+    return bits_as<Vec<E, N>>(&some);
+  }
+#endif
+  Vec<E, N> some = {};
+  std::memcpy(&some, p, n * sizeof(E));
+  return some;
+}
+
+// load and store for the first n lanes; the others are 0.
 template <class T, class C>
 QATFAST_INLINE V<C> load_some(const T* p, int64_t n) {
   if (n == lanes<C>) {
     return load<T, C>(p);
   }
-  unsigned char padded[lanes<C> * sizeof(T)] = {};
-  std::memcpy(padded, p, n * sizeof(T));
-  return load<T, C>(padded);
+  const auto some = first_of<bits_t<T>, lanes<C>>(p, n);
+  return load<T, C>(&some);
 }
 
 template <class T, class C>
@@ -189,34 +210,16 @@ QATFAST_INLINE void store_some(T* p, V<C> v, int64_t n, bool is_quantized = true
   }
   unsigned char padded[lanes<C> * sizeof(T)];
   store<T, C>(padded, v, is_quantized);
+#if QATFAST_VECTOR_BYTES == 64
+  const auto used = ~uint64_t{0} >> (64 - n * static_cast<int64_t>(sizeof(T)));
+  if constexpr (sizeof(padded) == 64) {
+    return _mm512_mask_storeu_epi8(p, used, bits_as<__m512i>(padded));
+  } else if constexpr (sizeof(padded) == 32) {
+    return _mm256_mask_storeu_epi8(p, static_cast<__mmask32>(used), bits_as<__m256i>(padded));
+  }
+#endif
   std::memcpy(p, padded, n * sizeof(T));
 }
-
-// zero_point and grid of a vector of elements from i on: the same for all, or each its own.
-template <class C, class G>
-struct SameGrid {
-  V<C> zero_point;
-  G grid;
-
-  QATFAST_MEMBER const SameGrid& at(int64_t, int64_t) const {
-    return *this;
-  }
-};
-
-template <class C>
-struct EachGrid {
-  Grids<C> grids;
-  struct Found {
-    V<C> zero_point;
-    Grid<V<C>> grid;
-  };
-
-  QATFAST_MEMBER Found at(int64_t i, int64_t n) const {
-    const auto zero_point = load_some<int32_t, C>(grids.zero_point + i, n);
-    const auto scale = load_some<C, C>(grids.scale + i, n);
-    return {zero_point, {scale, grids.quant_min - zero_point, grids.quant_max - zero_point}};
-  }
-};
 
 // to[i] = f(from[i], i, lanes in use) over n elements, a vector at a time.
 template <class From, class To, class C, class F>
@@ -230,38 +233,20 @@ QATFAST_INLINE void map(const From* from, To* to, int64_t n, F f) {
   }
 }
 
-template <class C>
-QATFAST_INLINE SameGrid<C, Grid<V<C>>> same_grid(const Grids<C>& grids) {
-  const V<C> zero_point = V<C>{} + static_cast<C>(grids.zero_point[0]);
-  return {zero_point, {V<C>{} + grids.scale[0], grids.quant_min - zero_point, grids.quant_max - zero_point}};
-}
-
-template <class C, class F>
-QATFAST_INLINE void with_same_grid(const Grids<C>& grids, F f) {
-  const auto same = same_grid(grids);
-#if QATFAST_VECTOR_BYTES >= 32 // there is a fused multiply-add
-  if constexpr (std::is_same_v<C, float>) {
-    if (has_reciprocal(grids.scale[0])) {
-      return f(SameGrid<C, ReciprocalGrid<V<C>>>{same.zero_point, {same.grid, V<C>{} + 1 / grids.scale[0]}});
-    }
-  }
+// The lanes I of a and b, one after the other.
+template <class E, int N, int... I>
+QATFAST_INLINE Vec<E, sizeof...(I)> shuffled(Vec<E, N> a, Vec<E, N> b, std::integer_sequence<int, I...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, I...);
+#else // GCC before 12
+  return Vec<E, sizeof...(I)>{(I < N ? a[I % N] : b[I % N])...};
 #endif
-  f(same);
 }
 
-template <class C, class F>
-QATFAST_INLINE void with_grid(const Grids<C>& grids, F f) {
-  grids.each ? f(EachGrid<C>{grids}) : with_same_grid(grids, f);
-}
-
-// N / 2 lanes from the one at `start` on. Through memory where the compiler has no shuffle (GCC before 12).
+// N / 2 lanes from the one at `start` on.
 template <int start, class E, int N, int... I>
 QATFAST_INLINE Vec<E, N / 2> half_of(Vec<E, N> v, std::integer_sequence<int, I...>) {
-#if __has_builtin(__builtin_shufflevector)
-  return __builtin_shufflevector(v, v, (start + I)...);
-#else
-  return bits_as<Vec<E, N / 2>>(reinterpret_cast<const char*>(&v) + start * sizeof(E));
-#endif
+  return shuffled<E, N>(v, v, std::integer_sequence<int, (start + I)...>{});
 }
 
 // f over all lanes.
@@ -275,24 +260,170 @@ QATFAST_INLINE E reduce(Vec<E, N> v, F f) {
   }
 }
 
-// f(grid) with the grids of the columns from j on.
-template <class C, class F>
-QATFAST_INLINE void with_grids_of_columns(const Grids<C>& grids, int64_t j, int64_t m, F f) {
-  const auto found = EachGrid<C>{grids}.at(j, m);
-#if QATFAST_VECTOR_BYTES >= 32
-  if constexpr (std::is_same_v<C, float>) {
-    const auto least = reduce<C, lanes<C>>(found.grid.scale, [](auto p, auto q) {
-      return p < q ? p : q;
-    });
-    const auto largest = reduce<C, lanes<C>>(found.grid.scale, [](auto p, auto q) {
-      return p > q ? p : q;
-    });
-    if (has_reciprocal(least) && has_reciprocal(largest)) { // not at the end: the lanes beyond hold 0
-      return f(ReciprocalGrid<V<C>>{found.grid, 1 / found.grid.scale});
+// 0, 1, 2, ...
+template <int N, int... I>
+QATFAST_INLINE Vec<int32_t, N> lane_numbers(std::integer_sequence<int, I...>) {
+  return Vec<int32_t, N>{I...};
+}
+
+// Whether a lane is one of the first n, as a mask of 32-bit lanes.
+template <int N>
+QATFAST_INLINE auto is_used(int64_t n) {
+  return lane_numbers<N>(std::make_integer_sequence<int, N>{}) < static_cast<int32_t>(n);
+}
+
+template <class E, int N>
+QATFAST_INLINE bool all_of(Vec<E, N> masks) {
+#if QATFAST_VECTOR_BYTES == 64
+  return _mm512_movepi8_mask(bits_as<__m512i>(&masks)) == ~uint64_t{0};
+#elif QATFAST_VECTOR_BYTES == 32
+  return _mm256_movemask_epi8(bits_as<__m256i>(&masks)) == -1;
+#endif
+  return reduce<E, N>(masks, [](auto p, auto q) {
+    return p & q;
+  }) != 0;
+}
+
+// a and b hold rows of `length` lanes: the half of each row that begins at its lane `start`.
+template <int length, int start, class E, int N, int... I>
+QATFAST_INLINE Vec<E, N> halves_of(Vec<E, N> a, Vec<E, N> b, std::integer_sequence<int, I...>) {
+  constexpr int half = length / 2;
+  return shuffled<E, N>(a, b, std::integer_sequence<int, (I / half * length + start + I % half)...>{});
+}
+
+// Lane i is f over all lanes of v[i], for N vectors, which are overwritten: together it takes a few operations each.
+template <class E, int N, int length = N, class F>
+QATFAST_INLINE Vec<E, N> reduce_each(Vec<E, N>* v, F f) {
+  if constexpr (length == 1) {
+    return v[0];
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, N>{};
+    for (int i = 0; i < length / 2; ++i) {
+      const auto a = v[2 * i], b = v[2 * i + 1];
+      v[i] = f(halves_of<length, 0, E, N>(a, b, lanes), halves_of<length, length / 2, E, N>(a, b, lanes));
+    }
+    return reduce_each<E, N, length / 2>(v, f);
+  }
+}
+
+// Whether divisions are multiplications: floats, where there is a fused multiply-add.
+template <class C>
+constexpr bool multiplies = std::is_same_v<C, float> && QATFAST_VECTOR_BYTES >= 32;
+
+// Some consecutive grids with what is to be computed once of each.
+template <class C>
+struct GridTile {
+  static constexpr int64_t size = 1024;
+  C scale[size];
+  C zero_point[size];
+  C reciprocal[size];
+  C quant_min;
+  C quant_max;
+
+  // Whether all have a reciprocal.
+  QATFAST_MEMBER bool fill(const Grids<C>& grids, int64_t count) {
+    constexpr int N = lanes<C>;
+    quant_min = grids.quant_min;
+    quant_max = grids.quant_max;
+    bool all_have = multiplies<C>;
+    for (int64_t i = 0; i < count; i += N) {
+      const auto m = count - i < N ? count - i : N;
+      const auto some = load_some<C, C>(grids.scale + i, m);
+      const auto zero = load_some<int32_t, C>(grids.zero_point + i, m);
+      store<C, C>(scale + i, some);
+      store<C, C>(zero_point + i, zero);
+      if constexpr (multiplies<C>) {
+        all_have &= all_of<int32_t, N>(has_reciprocal(some) | ~is_used<N>(m));
+        store<C, C>(reciprocal + i, 1 / some);
+      }
+    }
+    return all_have;
+  }
+};
+
+template <class C, class G>
+struct Found {
+  V<C> zero_point;
+  G grid;
+};
+
+// The grid of a row or those of a vector of columns, by how to divide.
+template <template <class> class G, class C>
+struct TileOf {
+  const GridTile<C>& tile;
+
+  QATFAST_MEMBER static auto grid(V<C> scale, V<C> reciprocal, V<C> lo, V<C> hi) {
+    if constexpr (std::is_same_v<G<C>, Grid<C>>) {
+      return Grid<V<C>>{scale, lo, hi};
+    } else if constexpr (std::is_same_v<G<C>, ReciprocalGrid<C>>) {
+      return ReciprocalGrid<V<C>>{{scale, lo, hi}, reciprocal};
+    } else {
+      return UnclampedGrid<V<C>>{scale, reciprocal};
     }
   }
-#endif
-  f(found.grid);
+  QATFAST_MEMBER auto row(int64_t i) const {
+    const V<C> zero = V<C>{} + tile.zero_point[i];
+    return Found<C, G<V<C>>>{
+        zero, grid(V<C>{} + tile.scale[i], V<C>{} + tile.reciprocal[i], tile.quant_min - zero, tile.quant_max - zero)};
+  }
+  QATFAST_MEMBER auto columns(int64_t j) const {
+    const auto zero = bits_as<V<C>>(tile.zero_point + j);
+    return Found<C, G<V<C>>>{zero,
+        grid(bits_as<V<C>>(tile.scale + j), bits_as<V<C>>(tile.reciprocal + j), tile.quant_min - zero,
+            tile.quant_max - zero)};
+  }
+};
+
+// Which kinds of grid a loop is compiled for: `own` ones were chosen for the values themselves and may be unclamped.
+enum class Compiled { exact, given, own };
+
+// f(tile of `count` grids)
+template <Compiled kinds, class C, class F>
+QATFAST_INLINE void with_tile(const Grids<C>& grids, int64_t count, F f) {
+  GridTile<C> tile;
+  const bool all_have_reciprocals = tile.fill(grids, count);
+  if constexpr (multiplies<C> && kinds == Compiled::own) {
+    if (grids.unclamped) {
+      return f(TileOf<UnclampedGrid, C>{tile});
+    }
+  }
+  if constexpr (multiplies<C> && kinds != Compiled::exact) {
+    if (all_have_reciprocals) {
+      return f(TileOf<ReciprocalGrid, C>{tile});
+    }
+  }
+  f(TileOf<Grid, C>{tile});
+}
+
+// to[i] = f(from[i], its grid, i, lanes in use) over a matrix, a vector at a time.
+template <Compiled kinds, class From, class To, class C, class F>
+QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n, const Grids<C>& grids, F f) {
+  constexpr auto size = GridTile<C>::size;
+  if (grids.of_columns) {
+    for (int64_t j = 0; j < n; j += size) {
+      const auto m = n - j < size ? n - j : size;
+      with_tile<kinds>(grids.from(j), m, [&](auto tile) {
+        for (int64_t at = j; at < rows * n; at += n) {
+          map<From, To, C>(from + at, to + at, m, [&](V<C> v, int64_t i, int64_t used) {
+            return f(v, tile.columns(i), at + i, used);
+          });
+        }
+      });
+    }
+    return;
+  }
+  for (int64_t row = 0; row < rows; row += size) {
+    const auto count = rows - row < size ? rows - row : size;
+    with_tile<kinds>(grids.from(row), count, [&](auto tile) {
+      for (int64_t k = 0; k < count; ++k) {
+        const auto found = tile.row(k);
+        const auto at = (row + k) * n;
+        map<From, To, C>(from + at, to + at, n, [&](V<C> v, int64_t i, int64_t used) {
+          return f(v, found, at + i, used);
+        });
+      }
+    });
+  }
 }
 
 // The range over the finite values, in floats.
@@ -313,197 +444,294 @@ void filtered_range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
 }
 
 template <class T>
-using bits_t = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+void filtered_range_of_columns(
+    const T* x, int64_t rows, int64_t stride, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t j = 0; j < n; ++j) {
+      const auto v = finite_or_zero(static_cast<compute_t<T>>(x[row * stride + j]));
+      lo[j] = widen_lo(lo[j], v);
+      hi[j] = widen_hi(hi[j], v);
+    }
+  }
+}
+
+struct Most {
+  template <class E>
+  QATFAST_MEMBER E operator()(E p, E q) const {
+    return p > q ? p : q;
+  }
+};
 
 // A float as an integer: of positive ones the largest signed is the largest, of negative ones the largest unsigned is
 // the least; infinities and NaN lie beyond. Two operations a vector, and half types need no conversion.
 template <class T>
 struct RangeBits {
+  using C = compute_t<T>;
   using U = bits_t<T>;
   using I = std::make_signed_t<U>;
   static constexpr int N = QATFAST_VECTOR_BYTES / sizeof(T);
+  static constexpr auto sign = static_cast<U>(U{1} << (8 * sizeof(T) - 1));
+  static constexpr int significand_bits = std::is_same_v<T, double> ? 52
+      : std::is_same_v<T, float>                                    ? 23
+      : std::is_same_v<T, c10::Half>                                ? 10
+                                                                    : 7;
+  static constexpr auto infinity = static_cast<U>((sign - 1) >> significand_bits << significand_bits);
   Vec<U, N> below = {};
   Vec<I, N> above = {};
 
   QATFAST_MEMBER void widen(const void* x) {
-    const auto u = bits_as<Vec<U, N>>(x);
-    const auto i = bits_as<Vec<I, N>>(x);
-    below = u > below ? u : below;
-    above = i > above ? i : above;
+    below = Most{}(bits_as<Vec<U, N>>(x), below);
+    above = Most{}(bits_as<Vec<I, N>>(x), above);
+  }
+  QATFAST_MEMBER void widen_some(const void* x, int64_t n) {
+    const auto some = first_of<U, N>(x, n);
+    widen(&some);
   }
   QATFAST_MEMBER void widen(const RangeBits& other) {
-    below = other.below > below ? other.below : below;
-    above = other.above > above ? other.above : above;
+    below = Most{}(other.below, below);
+    above = Most{}(other.above, above);
+  }
+
+  // lo[i] and hi[i] widened by lane i, for n lanes; nothing but false where one is not finite.
+  QATFAST_MEMBER bool to_floats(int64_t n, C* lo, C* hi) const {
+    const Vec<U, N> magnitudes = below & static_cast<U>(~sign);
+    if (!all_of<I, N>((magnitudes < infinity) & (above < static_cast<I>(infinity)))) {
+      return false;
+    }
+    const Vec<U, N> least = below >= sign ? below : Vec<U, N>{};
+    for (int64_t i = 0; i < N && i < n; i += lanes<C>) {
+      const auto m = n - i < lanes<C> ? n - i : lanes<C>;
+      const auto low = load<T, C>(reinterpret_cast<const char*>(&least) + i * sizeof(T));
+      const auto high = load<T, C>(reinterpret_cast<const char*>(&above) + i * sizeof(T));
+      store_some<C, C>(lo + i, widen_lo(load_some<C, C>(lo + i, m), low), m);
+      store_some<C, C>(hi + i, widen_hi(load_some<C, C>(hi + i, m), high), m);
+    }
+    return true;
   }
 };
 
 template <class T>
-QATFAST_INLINE void range_of_run(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
-  using C = compute_t<T>;
-  using Bits = RangeBits<T>;
-  constexpr int N = Bits::N;
-  Bits a, b, c, d; // four, to hide the latency
+QATFAST_INLINE RangeBits<T> bits_of_run(const T* x, int64_t n) {
+  constexpr int N = RangeBits<T>::N;
+  RangeBits<T> a;
   int64_t i = 0;
-  for (; i + 4 * N <= n; i += 4 * N) {
-    a.widen(x + i);
-    b.widen(x + i + N);
-    c.widen(x + i + 2 * N);
-    d.widen(x + i + 3 * N);
+  if (n >= 8 * N) {
+    RangeBits<T> b, c, d; // four, to hide the latency
+    for (; i + 4 * N <= n; i += 4 * N) {
+      a.widen(x + i);
+      b.widen(x + i + N);
+      c.widen(x + i + 2 * N);
+      d.widen(x + i + 3 * N);
+    }
+    a.widen(b);
+    c.widen(d);
+    a.widen(c);
   }
   for (; i + N <= n; i += N) {
     a.widen(x + i);
   }
   if (i < n) {
-    unsigned char padded[N * sizeof(T)] = {};
-    std::memcpy(padded, x + i, (n - i) * sizeof(T));
-    b.widen(padded);
+    a.widen_some(x + i, n - i);
   }
-  a.widen(b);
-  c.widen(d);
-  a.widen(c);
-  const auto most = [](auto p, auto q) {
-    return p > q ? p : q;
-  };
-  const auto below = reduce<typename Bits::U, N>(a.below, most);
-  const auto above = static_cast<typename Bits::U>(reduce<typename Bits::I, N>(a.above, most));
-  constexpr auto sign = static_cast<typename Bits::U>(typename Bits::U{1} << (8 * sizeof(T) - 1));
-  const C least = below >= sign ? static_cast<C>(bits_as<T>(&below)) : C(0);
-  const C largest = static_cast<C>(bits_as<T>(&above));
-  if (least - least != 0 || largest - largest != 0) {
-    return filtered_range(x, n, lo, hi);
-  }
-  *lo = widen_lo(*lo, least);
-  *hi = widen_hi(*hi, largest);
+  return a;
 }
 
 template <class T>
-void range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
-  range_of_run(x, n, lo, hi);
+QATFAST_INLINE bool range_of_run(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
+  using Bits = RangeBits<T>;
+  auto bits = bits_of_run(x, n);
+  bits.below[0] = reduce<typename Bits::U, Bits::N>(bits.below, Most{});
+  bits.above[0] = reduce<typename Bits::I, Bits::N>(bits.above, Most{});
+  const bool is_finite = bits.to_floats(1, lo, hi);
+  if (!is_finite) {
+    filtered_range(x, n, lo, hi);
+  }
+  return is_finite;
 }
 
 template <class T>
-void range_of_columns(const T* x, int64_t rows, int64_t columns, compute_t<T>* lo, compute_t<T>* hi) {
-  using C = compute_t<T>;
-  constexpr int N = lanes<C>;
-  for (int64_t j = 0; j < columns; j += N) {
-    const auto m = columns - j < N ? columns - j : N;
-    V<C> least = load_some<C, C>(lo + j, m), most = load_some<C, C>(hi + j, m);
-    for (int64_t row = 0; row < rows; ++row) {
-      const V<C> v = finite_or_zero(load_some<T, C>(x + row * columns + j, m));
-      least = widen_lo(least, v);
-      most = widen_hi(most, v);
+bool range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
+  return range_of_run(x, n, lo, hi);
+}
+
+// lo[i] and hi[i], which are 0, widened by row i; whether all values are finite.
+template <class T>
+QATFAST_INLINE bool range_of_rows(const T* x, int64_t rows, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
+  using Bits = RangeBits<T>;
+  constexpr int N = Bits::N;
+  bool is_finite = true;
+  for (int64_t row = 0; row < rows; row += N) {
+    const auto count = rows - row < N ? rows - row : N;
+    if (count < N / 4) {
+      for (int64_t i = row; i < rows; ++i) {
+        is_finite &= range_of_run(x + i * n, n, lo + i, hi + i);
+      }
+      break;
     }
-    store_some<C, C>(lo + j, least, m);
-    store_some<C, C>(hi + j, most, m);
+    Vec<typename Bits::U, N> below[N];
+    Vec<typename Bits::I, N> above[N];
+    for (int64_t i = 0; i < N; ++i) {
+      const auto bits = i < count ? bits_of_run(x + (row + i) * n, n) : Bits{};
+      below[i] = bits.below;
+      above[i] = bits.above;
+    }
+    const Bits all = {reduce_each<typename Bits::U, N>(below, Most{}), reduce_each<typename Bits::I, N>(above, Most{})};
+    if (!all.to_floats(count, lo + row, hi + row)) {
+      is_finite = false;
+      for (int64_t i = row; i < row + count; ++i) {
+        filtered_range(x + i * n, n, lo + i, hi + i);
+      }
+    }
   }
+  return is_finite;
+}
+
+template <int rows, class T>
+QATFAST_INLINE void widen_columns(const T* x, int64_t stride, int64_t n, RangeBits<T>* bits) {
+  constexpr int N = RangeBits<T>::N;
+  int64_t j = 0;
+  for (; j + N <= n; j += N, ++bits) {
+    auto wide = *bits;
+    for (int row = 0; row < rows; ++row) {
+      wide.widen(x + row * stride + j);
+    }
+    *bits = wide;
+  }
+  if (j < n) {
+    for (int row = 0; row < rows; ++row) {
+      bits->widen_some(x + row * stride + j, n - j);
+    }
+  }
+}
+
+template <class T>
+bool range_of_columns(const T* x, int64_t rows, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
+  constexpr int N = RangeBits<T>::N;
+  constexpr int64_t tile = 512; // columns whose ranges stay in L1
+  bool is_finite = true;
+  for (int64_t start = 0; start < n; start += tile) {
+    const auto m = n - start < tile ? n - start : tile;
+    RangeBits<T> bits[tile / N];
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) {
+      widen_columns<4>(x + row * n + start, n, m, bits);
+    }
+    for (; row < rows; ++row) {
+      widen_columns<1>(x + row * n + start, n, m, bits);
+    }
+    for (int64_t i = 0; i < m; i += N) {
+      const auto j = start + i, used = m - i < N ? m - i : N;
+      if (!bits[i / N].to_floats(used, lo + j, hi + j)) {
+        is_finite = false;
+        filtered_range_of_columns(x + j, rows, n, used, lo + j, hi + j);
+      }
+    }
+  }
+  return is_finite;
 }
 
 template <class C>
-void choose_loop(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point) {
+bool choose_loop(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point) {
   constexpr int N = lanes<C>;
   const V<C> quant_min = V<C>{} + spec.quant_min, quant_max = V<C>{} + spec.quant_max;
+  bool unclamped = multiplies<C>;
   for (int64_t i = 0; i < n; i += N) {
     const auto m = n - i < N ? n - i : N;
-    const auto least = load_some<C, C>(lo + i, m);
-    const V<C> chosen = choose_scale(least, load_some<C, C>(hi + i, m), quant_min, quant_max, spec.symmetric);
+    const auto least = load_some<C, C>(lo + i, m), most = load_some<C, C>(hi + i, m);
+    const V<C> chosen = choose_scale(least, most, quant_min, quant_max, spec.symmetric);
     store_some<C, C>(scale + i, chosen, m);
     const V<C> zero = choose_zero_point(least, chosen, quant_min, quant_max, spec.symmetric);
     store_some<int32_t, C>(zero_point + i, zero, m);
+    if constexpr (multiplies<C>) {
+      const Grid<V<C>> grid = {chosen, quant_min - zero, quant_max - zero};
+      unclamped &= all_of<int32_t, N>((has_reciprocal(chosen) & is_unclamped(least, most, grid)) | ~is_used<N>(m));
+    }
   }
+  return unclamped;
 }
 
 template <class T>
-void choose_qparams_loop(const T* x, int64_t rows, int64_t n, const RangeSpec<compute_t<T>>& spec, compute_t<T>* scale,
+bool choose_qparams_loop(const T* x, int64_t rows, int64_t n, const RangeSpec<compute_t<T>>& spec, compute_t<T>* scale,
     int32_t* zero_point) {
   using C = compute_t<T>;
   constexpr int64_t tile = 64;
+  bool unclamped = true;
   for (int64_t row = 0; row < rows; row += tile) {
     const auto count = rows - row < tile ? rows - row : tile;
     C lo[tile] = {}, hi[tile] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      range_of_run(x + (row + i) * n, n, lo + i, hi + i);
+    const bool is_finite = range_of_rows(x + row * n, count, n, lo, hi);
+    unclamped &= choose_loop(lo, hi, count, spec, scale + row, zero_point + row) && is_finite;
+  }
+  return unclamped;
+}
+
+template <class T>
+void fake_quantize_loop(const T* x, T* y, int64_t rows, int64_t n, const Grids<compute_t<T>>& grids) {
+  using C = compute_t<T>;
+  map_matrix<Compiled::own>(x, y, rows, n, grids, [](V<C> v, const auto& at, int64_t, int64_t) {
+    return fake_quantize(v, at.grid);
+  });
+}
+
+// A bit a lane.
+template <class E, int N>
+QATFAST_INLINE uint32_t bits_of_lanes(Vec<E, N> masks) {
+#if QATFAST_VECTOR_BYTES == 64
+  const auto lanes = bits_as<__m512i>(&masks);
+  return N == 16 ? _mm512_movepi32_mask(lanes) : _mm512_movepi64_mask(lanes);
+#elif QATFAST_VECTOR_BYTES == 32
+  return N == 8 ? _mm256_movemask_ps(bits_as<__m256>(&masks)) : _mm256_movemask_pd(bits_as<__m256d>(&masks));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < N; ++i) {
+    bits |= static_cast<uint32_t>(masks[i] & 1) << i;
+  }
+  return bits;
+#endif
+}
+
+// n bits from bit `at` of the mask on, written in order: the first bit of a byte clears the others.
+QATFAST_INLINE void store_bits(uint8_t* mask, int64_t at, uint32_t bits, int64_t n) {
+  mask += at / 8;
+  const auto skipped = at % 8;
+  const auto shifted = (bits & ((uint32_t{1} << n) - 1)) << skipped;
+  *mask = static_cast<uint8_t>((skipped ? *mask : 0) | shifted);
+  for (int64_t done = 8; done < skipped + n; done += 8) {
+    *++mask = static_cast<uint8_t>(shifted >> done);
+  }
+}
+
+template <class T>
+void fake_quantize_mask_loop(
+    const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<compute_t<T>>& grids) {
+  using C = compute_t<T>;
+  if (grids.of_columns && n > GridTile<C>::size && n % 8 != 0 && rows > 1) { // tiles would write bits out of order
+    for (int64_t i = 0; i < rows * n; i += n) {
+      fake_quantize_mask_loop(x + i, y + i, mask, first + i, 1, n, grids);
     }
-    choose_loop(lo, hi, count, spec, scale + row, zero_point + row);
+    return;
   }
-}
-
-template <class T>
-void fake_quantize_loop(const T* x, T* y, int64_t n, const Grids<compute_t<T>>& grids) {
-  using C = compute_t<T>;
-  with_grid(grids, [&](auto at) {
-    map<T, T, C>(x, y, n, [&](V<C> v, int64_t i, int64_t m) {
-      return fake_quantize(v, at.at(i, m).grid);
-    });
-  });
-}
-
-template <class T>
-void fake_quantize_inside_loop(const T* x, T* y, uint8_t* inside, int64_t n, const Grids<compute_t<T>>& grids) {
-  using C = compute_t<T>;
-  with_grid(grids, [&](auto at) {
-    map<T, T, C>(x, y, n, [&](V<C> v, int64_t i, int64_t m) {
-      const auto& grid = at.at(i, m).grid;
-      const auto [value, passes] = fake_quantize_inside(v, grid);
-      if constexpr (std::is_same_v<C, float>) {
-        const auto narrow = narrowed<int8_t>(passes);
-        std::memcpy(inside + i, &narrow, m);
-      } else {
-        const auto narrow = integers_as<int8_t, lanes<C>, int64_t>(passes);
-        std::memcpy(inside + i, &narrow, m);
-      }
-      return value;
-    });
+  map_matrix<Compiled::given>(x, y, rows, n, grids, [&](V<C> v, const auto& at, int64_t i, int64_t m) {
+    const auto [value, passes] = fake_quantize_inside(v, at.grid);
+    store_bits(mask, first + i, bits_of_lanes<scalar_t<decltype(passes)>, lanes<C>>(passes), m);
+    return value;
   });
 }
 
 template <class T, class Q>
-void quantize_loop(const T* x, Q* q, int64_t n, const Grids<compute_t<T>>& grids) {
+void quantize_loop(const T* x, Q* q, int64_t rows, int64_t n, const Grids<compute_t<T>>& grids) {
   using C = compute_t<T>;
-  with_grid(grids, [&](auto at) {
-    map<T, Q, C>(x, q, n, [&](V<C> v, int64_t i, int64_t m) {
-      const auto& found = at.at(i, m);
-      return quantize(v, found.zero_point, found.grid);
-    });
+  map_matrix<Compiled::given>(x, q, rows, n, grids, [](V<C> v, const auto& at, int64_t, int64_t) {
+    return quantize(v, at.zero_point, at.grid);
   });
 }
 
 template <class T, class Q>
-void dequantize_loop(const Q* q, T* y, int64_t n, const Grids<compute_t<T>>& grids) {
+void dequantize_loop(const Q* q, T* y, int64_t rows, int64_t n, const Grids<compute_t<T>>& grids) {
   using C = compute_t<T>;
-  const auto loop = [&](auto at) {
-    map<Q, T, C>(q, y, n, [&](V<C> v, int64_t i, int64_t m) {
-      const auto& found = at.at(i, m);
-      return dequantize(v, found.zero_point, found.grid.scale);
-    });
-  };
-  grids.each ? loop(EachGrid<C>{grids}) : loop(same_grid(grids));
-}
-
-template <class T>
-void fake_quantize_rows_loop(const T* x, T* y, int64_t rows, int64_t n, const Grids<compute_t<T>>& grids) {
-  using C = compute_t<T>;
-  for (int64_t row = 0; row < rows; ++row) {
-    with_same_grid(grids.from(row, false), [&](auto same) {
-      map<T, T, C>(x + row * n, y + row * n, n, [&](V<C> v, int64_t, int64_t) {
-        return fake_quantize(v, same.grid);
-      });
-    });
-  }
-}
-
-template <class T>
-void fake_quantize_columns_loop(const T* x, T* y, int64_t rows, int64_t columns, const Grids<compute_t<T>>& grids) {
-  using C = compute_t<T>;
-  constexpr int N = lanes<C>;
-  for (int64_t j = 0; j < columns; j += N) {
-    const auto m = columns - j < N ? columns - j : N;
-    with_grids_of_columns(grids, j, m, [&](const auto& grid) {
-      for (int64_t row = 0; row < rows; ++row) {
-        const auto at = row * columns + j;
-        store_some<T, C>(y + at, fake_quantize(load_some<T, C>(x + at, m), grid), m);
-      }
-    });
-  }
+  map_matrix<Compiled::exact>(q, y, rows, n, grids, [](V<C> v, const auto& at, int64_t, int64_t) {
+    return dequantize(v, at.zero_point, at.grid.scale);
+  });
 }
 
 template <class T>
@@ -512,32 +740,43 @@ void integers_loop(const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<c
   using C = compute_t<T>;
   constexpr int N = lanes<C>;
   constexpr int64_t chunk = int64_t{1} << 20; // a lane's sum of this many steps fits in 32 bits
-  for (int64_t row = 0; row < rows; ++row, x += n, q += n) {
+  const auto plus = [](auto p, auto q) {
+    return p + q;
+  };
+  const auto integers_of_row = [&](const auto& at, int64_t row) {
+    const T* from = x + row * n;
     int64_t sum = 0;
     bool is_finite = true;
-    with_same_grid(grids.from(row, false), [&](auto same) {
-      for (int64_t start = 0; start < n; start += chunk) {
-        Vec<int32_t, N> sums = {};
-        V<C> not_finite = {}; // NaN where a lane has seen a NaN or an infinity
-        map<T, int8_t, C>(x + start, q + start, n - start < chunk ? n - start : chunk, [&](V<C> v, int64_t, int64_t) {
+    for (int64_t start = 0; start < n; start += chunk) {
+      Vec<int32_t, N> sums = {};
+      V<C> not_finite = {}; // NaN where a lane has seen a NaN or an infinity
+      const auto end = n - start < chunk ? n - start : chunk;
+      map<T, int8_t, C>(from + start, q + row * n + start, end, [&](V<C> v, int64_t, int64_t) {
+        if constexpr (!std::is_same_v<std::decay_t<decltype(at.grid)>, UnclampedGrid<V<C>>>) {
           not_finite += v - v;
-          const V<C> step = quantize(v, V<C>{}, same.grid); // 0 in the lanes past the end
-          sums += __builtin_convertvector(step, Vec<int32_t, N>);
-          return step + same.zero_point;
-        });
-        const auto plus = [](auto p, auto q) {
-          return p + q;
-        };
-        sum += reduce<int32_t, N>(sums, plus);
-        is_finite &= reduce<C, N>(not_finite, plus) == 0;
-      }
-    });
+        }
+        const V<C> step = quantize(v, V<C>{}, at.grid); // 0 in the lanes past the end
+        sums += __builtin_convertvector(step, Vec<int32_t, N>);
+        return step + at.zero_point;
+      });
+      sum += reduce<int32_t, N>(sums, plus);
+      is_finite &= reduce<C, N>(not_finite, plus) == 0;
+    }
     bool has_nan = false;
     for (int64_t i = 0; i < n && !is_finite; ++i) {
-      has_nan |= x[i] != x[i];
+      has_nan |= from[i] != from[i];
     }
     steps[row] = sum;
     scale[row] = has_nan ? std::numeric_limits<C>::quiet_NaN() : grids.scale[row];
+  };
+  constexpr auto size = GridTile<C>::size;
+  for (int64_t row = 0; row < rows; row += size) {
+    const auto count = rows - row < size ? rows - row : size;
+    with_tile<Compiled::own>(grids.from(row), count, [&](auto tile) {
+      for (int64_t k = 0; k < count; ++k) {
+        integers_of_row(tile.row(k), row + k);
+      }
+    });
   }
 }
 
@@ -598,26 +837,6 @@ void mask_loop(const U* grad, const uint8_t* mask, U* to, int64_t n) {
   }
 }
 
-void pack_loop(const uint8_t* inside, uint8_t* mask, int64_t n) {
-  int64_t i = 0;
-#if QATFAST_VECTOR_BYTES == 64
-  for (; i + 64 <= n; i += 64) {
-    const uint64_t bits = _mm512_movepi8_mask(bits_as<__m512i>(inside + i));
-    std::memcpy(mask + i / 8, &bits, sizeof(bits));
-  }
-#elif QATFAST_VECTOR_BYTES == 32
-  for (; i + 32 <= n; i += 32) {
-    const auto bits = static_cast<uint32_t>(_mm256_movemask_epi8(bits_as<__m256i>(inside + i)));
-    std::memcpy(mask + i / 8, &bits, sizeof(bits));
-  }
-#endif
-  for (; i < n; i += 8) {
-    uint64_t bytes = 0;
-    std::memcpy(&bytes, inside + i, n - i < 8 ? n - i : 8);
-    mask[i / 8] = static_cast<uint8_t>((bytes & 0x0101010101010101) * 0x0102040810204080 >> 56);
-  }
-}
-
 template <class T, class Q>
 constexpr IntegerLoops<T, Q> integer_loops() {
   return {quantize_loop<T, Q>, dequantize_loop<T, Q>};
@@ -626,14 +845,14 @@ constexpr IntegerLoops<T, Q> integer_loops() {
 template <class T>
 constexpr Loops<T> all_loops() {
   return {{range<T>, range_of_columns<T>, choose_loop<compute_t<T>>, choose_qparams_loop<T>, fake_quantize_loop<T>,
-              fake_quantize_rows_loop<T>, fake_quantize_columns_loop<T>, fake_quantize_inside_loop<T>},
+              fake_quantize_mask_loop<T>},
       {integers_loop<T>, outputs_loop<T>}, integer_loops<T, int8_t>(), integer_loops<T, uint8_t>(),
       integer_loops<T, int16_t>(), integer_loops<T, uint16_t>()};
 }
 
 constexpr InstructionSet instruction_set_named(const char* name) {
   return {name, all_loops<float>(), all_loops<double>(), all_loops<c10::Half>(), all_loops<c10::BFloat16>(),
-      mask_loop<uint16_t>, mask_loop<uint32_t>, mask_loop<uint64_t>, pack_loop};
+      mask_loop<uint16_t>, mask_loop<uint32_t>, mask_loop<uint64_t>};
 }
 
 } // namespace

@@ -24,24 +24,25 @@ void integer_rows(const at::Tensor& x, const QuantSpec& spec, const IntegerRows&
     const auto min = static_cast<C>(spec.quant_min()), max = static_cast<C>(spec.quant_max());
     C scale_of_all = 0;
     int32_t zero_point_of_all = 0;
-    if (per_tensor) {
-      choose_qparams_of_blocks(values, {1, 1, rows * columns}, spec, &scale_of_all, &zero_point_of_all);
-    }
+    const bool all_unclamped =
+        per_tensor && choose_qparams_of_blocks(values, {1, 1, rows * columns}, spec, &scale_of_all, &zero_point_of_all);
     for_each_tile(rows, columns, [&](int64_t first, int64_t count) {
       const T* from = values + first * columns;
       C chosen_scale[tile_rows];
       int32_t chosen_zero_point[tile_rows];
+      bool unclamped = all_unclamped;
       if (per_tensor) {
         std::fill_n(chosen_scale, count, scale_of_all);
         std::fill_n(chosen_zero_point, count, zero_point_of_all);
       } else {
-        loops.choose_qparams(from, count, columns, {min, max, spec.symmetric}, chosen_scale, chosen_zero_point);
+        unclamped =
+            loops.choose_qparams(from, count, columns, {min, max, spec.symmetric}, chosen_scale, chosen_zero_point);
       }
       for (int64_t i = 0; i < count; ++i) {
         zero_point[first + i] = chosen_zero_point[i] - shift;
       }
       loops.integers(from, q + first * columns, count, columns,
-          {chosen_scale, zero_point + first, min - shift, max - shift, false}, scale + first, steps + first);
+          {chosen_scale, zero_point + first, min - shift, max - shift, false, unclamped}, scale + first, steps + first);
     });
   });
 }

@@ -10,9 +10,10 @@ void quantize(const at::Tensor& from, const at::Tensor& to, const QParams& qpara
       const auto* x = from.const_data_ptr<T>();
       auto* q = to.mutable_data_ptr<Q>();
       const auto loop = chosen().loops<T>().template integer<Q>().quantize;
-      map_with_grids(layout, grids_of<compute_t<T>>(qparams), [&](int64_t offset, int64_t n, const auto& of_run) {
-        loop(x + offset, q + offset, n, of_run);
-      });
+      map_with_grids(
+          layout, grids_of<compute_t<T>>(qparams), [&](int64_t offset, int64_t rows, int64_t n, const auto& of_piece) {
+            loop(x + offset, q + offset, rows, n, of_piece);
+          });
     });
   });
 }

@@ -67,7 +67,7 @@ struct FloatLoops {
   bool (*range)(const T* x, int64_t n, C* lo, C* hi);
   // The same of each column: lo[j], hi[j].
   bool (*range_of_columns)(const T* x, int64_t rows, int64_t n, C* lo, C* hi);
-  // Scale and zero point of n ranges; whether no value in a range would be clamped.
+  // Scale and zero point of n ranges; whether no value in a range would be clamped, and all results are normal or 0.
   bool (*choose)(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
   // The same of each row.
   bool (*choose_qparams)(const T* x, int64_t rows, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
@@ -132,9 +132,11 @@ extern const InstructionSet baseline;
 #ifdef __x86_64__
 extern const InstructionSet avx2;
 extern const InstructionSet avx512;
+extern const Loops<c10::BFloat16> avx512_bf16;
 #endif
 
-// The best one that torch's own CPU capability allows (ATEN_CPU_CAPABILITY=default|avx2|avx512 forces one).
+// The best one that torch's own CPU capability allows; ATEN_CPU_CAPABILITY=default|avx2|avx512 forces one, and then no
+// later instructions.
 const InstructionSet& chosen();
 
 } // namespace qatfast::cpu

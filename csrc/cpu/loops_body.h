@@ -1,6 +1,7 @@
 // The loops themselves: included once by each loops_<instruction set>.cpp, which sets QATFAST_NAME, the vector size
-// QATFAST_VECTOR_BYTES and the compiler's target before. Internal linkage throughout: code for one instruction set
-// must never be linked into another's. Ends of runs go through padded buffers, so that there is no scalar twin.
+// QATFAST_VECTOR_BYTES and the compiler's target before (QATFAST_BF16: bfloat16 only, with its own instructions).
+// Internal linkage throughout: code for one instruction set must never be linked into another's. Ends of runs go
+// through padded buffers, so that there is no scalar twin.
 
 #include <cstring>
 
@@ -129,39 +130,46 @@ QATFAST_INLINE V<C> load(const void* p) {
   }
 }
 
-// 16-bit floats by their bits; of a quantized value -0.0 becomes 0.0.
-template <int N>
-QATFAST_INLINE void store_half(void* p, Vec<uint16_t, N> bits, bool is_quantized) {
+// What a result may be: anything; quantized, and so never -0.0; or besides, zero or a normal number of its type.
+enum class Result { any, quantized, normal };
+
+// 16-bit floats by their bits.
+template <Result result, int N>
+QATFAST_INLINE void store_half(void* p, Vec<uint16_t, N> bits) {
   const Vec<uint16_t, N> zero = {};
-  bits = is_quantized && bits == 0x8000 ? zero : bits;
+  bits = result == Result::quantized && bits == 0x8000 ? zero : bits;
   std::memcpy(p, &bits, sizeof(bits));
 }
 
 // Rounds once, half to even, to T; a quantized value that underflows in T is 0.0, never -0.0. Integer types get values
 // that they hold.
-template <class T, class C>
-QATFAST_INLINE void store(void* p, V<C> v, bool is_quantized = true) {
+template <class T, class C, Result result = Result::quantized>
+QATFAST_INLINE void store(void* p, V<C> v) {
   constexpr int N = lanes<C>;
   if constexpr (std::is_same_v<T, C>) {
     std::memcpy(p, &v, sizeof(v));
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
     const auto bits = bits_as<Vec<uint32_t, N>>(&v);
     const auto rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    const Vec<uint32_t, N> quiet_nan = Vec<uint32_t, N>{} + 0x7FC0;
-    store_half<N>(p, narrowed<uint16_t>(v == v ? rounded : quiet_nan), is_quantized);
+    if constexpr (result == Result::normal) {
+      store_half<result, N>(p, narrowed<uint16_t>(rounded));
+    } else {
+      const Vec<uint32_t, N> quiet_nan = Vec<uint32_t, N>{} + 0x7FC0;
+      store_half<result, N>(p, narrowed<uint16_t>(v == v ? rounded : quiet_nan));
+    }
   } else if constexpr (std::is_same_v<T, c10::Half>) {
 #if QATFAST_VECTOR_BYTES == 64
     const auto narrow = _mm512_cvtps_ph(bits_as<__m512>(&v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    store_half<N>(p, bits_as<Vec<uint16_t, N>>(&narrow), is_quantized);
+    store_half<result, N>(p, bits_as<Vec<uint16_t, N>>(&narrow));
 #elif QATFAST_VECTOR_BYTES == 32
     const auto narrow = _mm256_cvtps_ph(bits_as<__m256>(&v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    store_half<N>(p, bits_as<Vec<uint16_t, N>>(&narrow), is_quantized);
+    store_half<result, N>(p, bits_as<Vec<uint16_t, N>>(&narrow));
 #else
     Vec<uint16_t, N> narrow;
     for (int i = 0; i < N; ++i) {
       narrow[i] = c10::Half(static_cast<float>(v[i])).x;
     }
-    store_half<N>(p, narrow, is_quantized);
+    store_half<result, N>(p, narrow);
 #endif
   } else {
     const auto integers = __builtin_convertvector(v, Vec<int32_t, N>);
@@ -203,13 +211,13 @@ QATFAST_INLINE V<C> load_some(const T* p, int64_t n) {
   return load<T, C>(&some);
 }
 
-template <class T, class C>
-QATFAST_INLINE void store_some(T* p, V<C> v, int64_t n, bool is_quantized = true) {
+template <class T, class C, Result result = Result::quantized>
+QATFAST_INLINE void store_some(T* p, V<C> v, int64_t n) {
   if (n == lanes<C>) {
-    return store<T, C>(p, v, is_quantized);
+    return store<T, C, result>(p, v);
   }
   unsigned char padded[lanes<C> * sizeof(T)];
-  store<T, C>(padded, v, is_quantized);
+  store<T, C, result>(padded, v);
 #if QATFAST_VECTOR_BYTES == 64
   const auto used = ~uint64_t{0} >> (64 - n * static_cast<int64_t>(sizeof(T)));
   if constexpr (sizeof(padded) == 64) {
@@ -222,14 +230,24 @@ QATFAST_INLINE void store_some(T* p, V<C> v, int64_t n, bool is_quantized = true
 }
 
 // to[i] = f(from[i], i, lanes in use) over n elements, a vector at a time.
-template <class From, class To, class C, class F>
+template <class From, class To, class C, Result result = Result::quantized, class F>
 QATFAST_INLINE void map(const From* from, To* to, int64_t n, F f) {
+  constexpr int64_t N = lanes<C>;
   int64_t i = 0;
-  for (; i + lanes<C> <= n; i += lanes<C>) {
-    store<To, C>(to + i, f(load<From, C>(from + i), i, int64_t{lanes<C>}));
+#ifdef QATFAST_BF16
+  if constexpr (std::is_same_v<To, c10::BFloat16> && result == Result::normal) { // the instruction flushes subnormals
+    for (; i + 2 * N <= n; i += 2 * N) {
+      const auto low = f(load<From, C>(from + i), i, N), high = f(load<From, C>(from + i + N), i + N, N);
+      const auto both = _mm512_cvtne2ps_pbh(bits_as<__m512>(&high), bits_as<__m512>(&low));
+      std::memcpy(to + i, &both, sizeof(both));
+    }
+  }
+#endif
+  for (; i + N <= n; i += N) {
+    store<To, C, result>(to + i, f(load<From, C>(from + i), i, N));
   }
   if (i < n) {
-    store_some<To, C>(to + i, f(load_some<From, C>(from + i, n - i), i, n - i), n - i);
+    store_some<To, C, result>(to + i, f(load_some<From, C>(from + i, n - i), i, n - i), n - i);
   }
 }
 
@@ -350,6 +368,7 @@ struct Found {
 // The grid of a row or those of a vector of columns, by how to divide.
 template <template <class> class G, class C>
 struct TileOf {
+  static constexpr auto result = std::is_same_v<G<C>, UnclampedGrid<C>> ? Result::normal : Result::quantized;
   const GridTile<C>& tile;
 
   QATFAST_MEMBER static auto grid(V<C> scale, V<C> reciprocal, V<C> lo, V<C> hi) {
@@ -404,7 +423,7 @@ QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n
       const auto m = n - j < size ? n - j : size;
       with_tile<kinds>(grids.from(j), m, [&](auto tile) {
         for (int64_t at = j; at < rows * n; at += n) {
-          map<From, To, C>(from + at, to + at, m, [&](V<C> v, int64_t i, int64_t used) {
+          map<From, To, C, decltype(tile)::result>(from + at, to + at, m, [&](V<C> v, int64_t i, int64_t used) {
             return f(v, tile.columns(i), at + i, used);
           });
         }
@@ -418,7 +437,7 @@ QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n
       for (int64_t k = 0; k < count; ++k) {
         const auto found = tile.row(k);
         const auto at = (row + k) * n;
-        map<From, To, C>(from + at, to + at, n, [&](V<C> v, int64_t i, int64_t used) {
+        map<From, To, C, decltype(tile)::result>(from + at, to + at, n, [&](V<C> v, int64_t i, int64_t used) {
           return f(v, found, at + i, used);
         });
       }
@@ -630,11 +649,12 @@ bool range_of_columns(const T* x, int64_t rows, int64_t n, compute_t<T>* lo, com
   return is_finite;
 }
 
-template <class C>
+template <class T, class C = compute_t<T>>
 bool choose_loop(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point) {
   constexpr int N = lanes<C>;
   const V<C> quant_min = V<C>{} + spec.quant_min, quant_max = V<C>{} + spec.quant_max;
   bool unclamped = multiplies<C>;
+  constexpr float least_normal = std::is_same_v<T, c10::Half> ? 0x1p-14f : 0; // the others' have no reciprocal
   for (int64_t i = 0; i < n; i += N) {
     const auto m = n - i < N ? n - i : N;
     const auto least = load_some<C, C>(lo + i, m), most = load_some<C, C>(hi + i, m);
@@ -644,7 +664,8 @@ bool choose_loop(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, 
     store_some<int32_t, C>(zero_point + i, zero, m);
     if constexpr (multiplies<C>) {
       const Grid<V<C>> grid = {chosen, quant_min - zero, quant_max - zero};
-      unclamped &= all_of<int32_t, N>((has_reciprocal(chosen) & is_unclamped(least, most, grid)) | ~is_used<N>(m));
+      unclamped &= all_of<int32_t, N>(
+          (has_reciprocal(chosen) & (chosen >= least_normal) & is_unclamped(least, most, grid)) | ~is_used<N>(m));
     }
   }
   return unclamped;
@@ -660,7 +681,7 @@ bool choose_qparams_loop(const T* x, int64_t rows, int64_t n, const RangeSpec<co
     const auto count = rows - row < tile ? rows - row : tile;
     C lo[tile] = {}, hi[tile] = {};
     const bool is_finite = range_of_rows(x + row * n, count, n, lo, hi);
-    unclamped &= choose_loop(lo, hi, count, spec, scale + row, zero_point + row) && is_finite;
+    unclamped &= choose_loop<T>(lo, hi, count, spec, scale + row, zero_point + row) && is_finite;
   }
   return unclamped;
 }
@@ -801,10 +822,10 @@ void outputs_loop(const int32_t* products, T* y, int64_t n, const ProductRow<com
     };
     int64_t j = 0;
     for (; j + N <= n; j += N) {
-      store<T, C>(y + j, one(j, N), false);
+      store<T, C, Result::any>(y + j, one(j, N));
     }
     if (j < n) {
-      store_some<T, C>(y + j, one(j, n - j), n - j, false);
+      store_some<T, C, Result::any>(y + j, one(j, n - j), n - j);
     }
   };
   using Yes = std::true_type;
@@ -844,16 +865,18 @@ constexpr IntegerLoops<T, Q> integer_loops() {
 
 template <class T>
 constexpr Loops<T> all_loops() {
-  return {{range<T>, range_of_columns<T>, choose_loop<compute_t<T>>, choose_qparams_loop<T>, fake_quantize_loop<T>,
+  return {{range<T>, range_of_columns<T>, choose_loop<T>, choose_qparams_loop<T>, fake_quantize_loop<T>,
               fake_quantize_mask_loop<T>},
       {integers_loop<T>, outputs_loop<T>}, integer_loops<T, int8_t>(), integer_loops<T, uint8_t>(),
       integer_loops<T, int16_t>(), integer_loops<T, uint16_t>()};
 }
 
+#ifndef QATFAST_BF16
 constexpr InstructionSet instruction_set_named(const char* name) {
   return {name, all_loops<float>(), all_loops<double>(), all_loops<c10::Half>(), all_loops<c10::BFloat16>(),
       mask_loop<uint16_t>, mask_loop<uint32_t>, mask_loop<uint64_t>};
 }
+#endif
 
 } // namespace
 } // namespace qatfast::cpu

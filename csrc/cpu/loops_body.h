@@ -309,19 +309,11 @@ QATFAST_INLINE Vec<E, N> halves_of(Vec<E, N> a, Vec<E, N> b, std::integer_sequen
   return shuffled<E, N>(a, b, std::integer_sequence<int, (I / half * length + start + I % half)...>{});
 }
 
-// Lane i is f over all lanes of v[i], for N vectors, which are overwritten: together it takes a few operations each.
-template <class E, int N, int length = N, class F>
-QATFAST_INLINE Vec<E, N> reduce_each(Vec<E, N>* v, F f) {
-  if constexpr (length == 1) {
-    return v[0];
-  } else {
-    constexpr auto lanes = std::make_integer_sequence<int, N>{};
-    for (int i = 0; i < length / 2; ++i) {
-      const auto a = v[2 * i], b = v[2 * i + 1];
-      v[i] = f(halves_of<length, 0, E, N>(a, b, lanes), halves_of<length, length / 2, E, N>(a, b, lanes));
-    }
-    return reduce_each<E, N, length / 2>(v, f);
-  }
+// f over the halves of each row of a and b: twice as many rows in a vector, half as long.
+template <int length, class E, int N, class F>
+QATFAST_INLINE Vec<E, N> halved(Vec<E, N> a, Vec<E, N> b, F f) {
+  constexpr auto lanes = std::make_integer_sequence<int, N>{};
+  return f(halves_of<length, 0, E, N>(a, b, lanes), halves_of<length, length / 2, E, N>(a, b, lanes));
 }
 
 // Whether divisions are multiplications: floats, where there is a fused multiply-add.
@@ -332,9 +324,9 @@ constexpr bool multiplies = std::is_same_v<C, float> && QATFAST_VECTOR_BYTES >= 
 template <class C>
 struct GridTile {
   static constexpr int64_t size = 1024;
-  C scale[size];
-  C zero_point[size];
-  C reciprocal[size];
+  alignas(QATFAST_VECTOR_BYTES) C scale[size];
+  alignas(QATFAST_VECTOR_BYTES) C zero_point[size];
+  alignas(QATFAST_VECTOR_BYTES) C reciprocal[size];
   C quant_min;
   C quant_max;
 
@@ -418,16 +410,34 @@ QATFAST_INLINE void with_tile(const Grids<C>& grids, int64_t count, F f) {
 template <Compiled kinds, class From, class To, class C, class F>
 QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n, const Grids<C>& grids, F f) {
   constexpr auto size = GridTile<C>::size;
+  constexpr int64_t N = lanes<C>;
   if (grids.of_columns) {
-    for (int64_t j = 0; j < n; j += size) {
-      const auto m = n - j < size ? n - j : size;
-      with_tile<kinds>(grids.from(j), m, [&](auto tile) {
-        for (int64_t at = j; at < rows * n; at += n) {
-          map<From, To, C, decltype(tile)::result>(from + at, to + at, m, [&](V<C> v, int64_t i, int64_t used) {
-            return f(v, tile.columns(i), at + i, used);
-          });
-        }
-      });
+    const int64_t band = n > size ? 32 : rows; // rows that stay in L2 while one tile after the other passes over them
+    for (int64_t row = 0; row < rows; row += band) {
+      const auto end = (rows - row < band ? rows : row + band) * n;
+      for (int64_t j = 0; j < n; j += size) {
+        const auto m = n - j < size ? n - j : size;
+        with_tile<kinds>(grids.from(j), m, [&](auto tile) {
+          int64_t at = row * n + j;
+          for (; n % 16 == 0 && at + 3 * n < end; at += 4 * n) { // four rows load a grid once
+            for (int64_t i = 0; i < m; i += N) {
+              const auto found = tile.columns(i);
+              const auto one = [&](int64_t k) {
+                store<To, C, decltype(tile)::result>(to + k, f(load<From, C>(from + k), found, k, N));
+              };
+              one(at + i);
+              one(at + n + i);
+              one(at + 2 * n + i);
+              one(at + 3 * n + i);
+            }
+          }
+          for (; at < end; at += n) {
+            map<From, To, C, decltype(tile)::result>(from + at, to + at, m, [&](V<C> v, int64_t i, int64_t used) {
+              return f(v, tile.columns(i), at + i, used);
+            });
+          }
+        });
+      }
     }
     return;
   }
@@ -529,6 +539,26 @@ struct RangeBits {
   }
 };
 
+// Rows of `length` lanes in a, then those in b: with halves joined, so that rows are half as long.
+template <int length, class T>
+QATFAST_INLINE RangeBits<T> both(const RangeBits<T>& a, const RangeBits<T>& b) {
+  using Bits = RangeBits<T>;
+  return {halved<length, typename Bits::U, Bits::N>(a.below, b.below, Most{}),
+      halved<length, typename Bits::I, Bits::N>(a.above, b.above, Most{})};
+}
+
+// The same of `count` of them, which are overwritten, until a row is one lane.
+template <int count, class T>
+QATFAST_INLINE RangeBits<T> merged(RangeBits<T>* bits) {
+  if constexpr (count > 1) {
+    for (int i = 0; i < count / 2; ++i) {
+      bits[i] = both<count>(bits[2 * i], bits[2 * i + 1]);
+    }
+    return merged<count / 2>(bits);
+  }
+  return bits[0];
+}
+
 template <class T>
 QATFAST_INLINE RangeBits<T> bits_of_run(const T* x, int64_t n) {
   constexpr int N = RangeBits<T>::N;
@@ -573,6 +603,30 @@ bool range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
   return range_of_run(x, n, lo, hi);
 }
 
+// The ranges of up to `rows` rows, N / rows lanes each: together that takes a few operations a row.
+template <int rows, class T>
+QATFAST_INLINE RangeBits<T> bits_of_rows(const T* x, int64_t count, int64_t n) {
+  if constexpr (rows == 1) {
+    return count > 0 ? bits_of_run(x, n) : RangeBits<T>{};
+  } else {
+    constexpr int half = rows / 2;
+    return both<2 * RangeBits<T>::N / rows>(
+        bits_of_rows<half>(x, count, n), bits_of_rows<half>(x + half * n, count - half, n));
+  }
+}
+
+// N of them, a lane a row.
+template <class T>
+QATFAST_INLINE RangeBits<T> bits_of_all_rows(const T* x, int64_t count, int64_t n) {
+  constexpr int N = RangeBits<T>::N;
+  constexpr int unrolled = N < 4 ? N : 4;
+  RangeBits<T> bits[N / unrolled];
+  for (int i = 0; i < N / unrolled; ++i) {
+    bits[i] = bits_of_rows<unrolled>(x + i * unrolled * n, count - i * unrolled, n);
+  }
+  return merged<N / unrolled>(bits);
+}
+
 // lo[i] and hi[i], which are 0, widened by row i; whether all values are finite.
 template <class T>
 QATFAST_INLINE bool range_of_rows(const T* x, int64_t rows, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
@@ -587,15 +641,7 @@ QATFAST_INLINE bool range_of_rows(const T* x, int64_t rows, int64_t n, compute_t
       }
       break;
     }
-    Vec<typename Bits::U, N> below[N];
-    Vec<typename Bits::I, N> above[N];
-    for (int64_t i = 0; i < N; ++i) {
-      const auto bits = i < count ? bits_of_run(x + (row + i) * n, n) : Bits{};
-      below[i] = bits.below;
-      above[i] = bits.above;
-    }
-    const Bits all = {reduce_each<typename Bits::U, N>(below, Most{}), reduce_each<typename Bits::I, N>(above, Most{})};
-    if (!all.to_floats(count, lo + row, hi + row)) {
+    if (!bits_of_all_rows(x + row * n, count, n).to_floats(count, lo + row, hi + row)) {
       is_finite = false;
       for (int64_t i = row; i < row + count; ++i) {
         filtered_range(x + i * n, n, lo + i, hi + i);

@@ -1,5 +1,9 @@
 #include "launch.h"
 
+#include <ATen/Config.h>
+
+#include <thread>
+
 namespace qatfast::cpu {
 namespace {
 
@@ -17,6 +21,53 @@ void fake_quantize_rows(const T* x, T* y, const Layout& layout, const QuantSpec&
         loops.choose_qparams(from, rows, layout.inner, {min, max, spec.symmetric}, scale, zero_point);
     loops.fake_quantize(
         from, y + first * layout.inner, rows, layout.inner, {scale, zero_point, min, max, false, unclamped});
+  });
+}
+
+// One grid for all. Each thread finds the range of its part, waits for those of the others, and quantizes its part: a
+// second parallel loop would have to wake the threads once more.
+template <class T>
+void fake_quantize_tensor(const T* x, T* y, int64_t n, const QuantSpec& spec) {
+  using C = compute_t<T>;
+  struct alignas(64) Part { // a cache line each
+    C lo = 0, hi = 0;
+    bool is_finite = true;
+  };
+  constexpr int64_t unit = 64;
+  const auto& loops = chosen().loops<T>();
+  const auto min = static_cast<C>(spec.quant_min()), max = static_cast<C>(spec.quant_max());
+  const int64_t units = (n + unit - 1) / unit;
+  const int64_t tasks = std::clamp<int64_t>(n / grain, 1, at::get_num_threads());
+  std::vector<Part> parts(tasks);
+  std::atomic<int64_t> arrived{0};
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    const auto begin_of = [&](int64_t task) {
+      return std::min(units * task / tasks * unit, n);
+    };
+    for (int64_t task = first; task < last; ++task) {
+      auto& part = parts[task];
+      const auto begin = begin_of(task);
+      part.is_finite = loops.range(x + begin, begin_of(task + 1) - begin, &part.lo, &part.hi);
+    }
+    arrived += last - first;
+    for (int spins = 0; arrived < tasks; ++spins) {
+      if (spins > 1000) {
+        std::this_thread::yield();
+      }
+    }
+    Part all;
+    for (const auto& part : parts) {
+      all.lo = widen_lo(all.lo, part.lo);
+      all.hi = widen_hi(all.hi, part.hi);
+      all.is_finite &= part.is_finite;
+    }
+    C scale;
+    int32_t zero_point;
+    const bool unclamped =
+        loops.choose(&all.lo, &all.hi, 1, {min, max, spec.symmetric}, &scale, &zero_point) && all.is_finite;
+    const auto begin = begin_of(first);
+    loops.fake_quantize(
+        x + begin, y + begin, 1, begin_of(last) - begin, {&scale, &zero_point, min, max, false, unclamped});
   });
 }
 
@@ -45,7 +96,9 @@ void fake_quantize(const FakeQuantizeTask& task) {
     using T = decltype(type);
     const auto* x = task.from.const_data_ptr<T>();
     auto* y = task.to.mutable_data_ptr<T>();
-    if (are_whole_rows(layout) && layout.inner > 1) {
+    if (AT_PARALLEL_OPENMP && layout.blocks == 1) { // a pool of tasks might not run all parts at once
+      fake_quantize_tensor(x, y, layout.numel(), task.spec);
+    } else if (are_whole_rows(layout) && layout.inner > 1) {
       fake_quantize_rows(x, y, layout, task.spec);
     } else {
       fake_quantize_blocks(x, y, layout, task.spec);

@@ -97,6 +97,7 @@ def _once(layer: nn.Module, weight: Tensor, state: Any, make: Callable[..., Any]
     """What ``make(*arguments)`` gave in this state for the weight as it is, made now where the layer has none."""
     entry = _cached[layer]
     version = weight._version
-    if entry is None or entry[0] is not weight or entry[1] != version or entry[2] != state:
+    same_state = entry is not None and (entry[2] is state or entry[2] == state)
+    if entry is None or entry[0] is not weight or entry[1] != version or not same_state:
         entry = _cached[layer] = (weight, version, state, make(*arguments))
     return entry[3]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import cases
 import counted
@@ -168,7 +169,7 @@ def test_inductor(device):
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerToken(), PerChannel(1), PerGroup(4)], ids=str)
 def test_one_graph_serves_every_batch_size(granularity, device):
-    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    count = CompileCounterWithBackend("aot_eager")
 
     def function(x):
         return functional.fake_quantize(x, 4, granularity=granularity) * 2
@@ -185,7 +186,7 @@ def test_one_graph_serves_every_batch_size(granularity, device):
 
 @EITHER
 def test_one_graph_of_a_layer_serves_every_batch_size(config, device):
-    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    count = CompileCounterWithBackend("aot_eager")
     model = network(device, config)
     dynamic = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
     for rows in (5, 8, 33):

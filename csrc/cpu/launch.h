@@ -68,23 +68,17 @@ Grids<C> grids_of(const QParams& qparams) {
       static_cast<C>(qparams.quant_min), static_cast<C>(qparams.quant_max)};
 }
 
-// loop(offset, rows, n, grids) over all of a tensor with given grids; what one thread does begins at a multiple of 8.
+// loop(offset, rows, n, grids) over all of a tensor with given grids; what one thread does begins at a multiple of 64.
 template <class C, class F>
-void map_with_grids(const Layout& layout, Grids<C> grids, F loop) {
+void map_with_grids(Layout layout, Grids<C> grids, F loop) {
   grids.of_columns = are_columns(layout);
+  const auto columns = layout.blocks;
   if (grids.of_columns) {
-    const auto columns = layout.blocks;
-    constexpr int64_t unit = 8;
-    const auto units_a_task = std::max<int64_t>(1, grain / (unit * columns));
-    at::parallel_for(0, (layout.outer + unit - 1) / unit, units_a_task, [&](int64_t begin, int64_t end) {
-      const auto row = begin * unit, rows = std::min(end * unit, layout.outer) - row;
-      loop(row * columns, rows, columns, grids);
-    });
-    return;
+    layout = {1, layout.outer, columns}; // its rows
   }
   parallel_over_memory(layout.numel(), [&](int64_t begin, int64_t end) {
     for_each_piece(layout, begin, end, [&](int64_t offset, int64_t rows, int64_t n, int64_t block) {
-      loop(offset, rows, n, grids.from(block));
+      loop(offset, rows, n, grids.from(grids.of_columns ? offset % columns : block));
     });
   });
 }

@@ -72,8 +72,7 @@ struct FloatLoops {
   // The same of each row.
   bool (*choose_qparams)(const T* x, int64_t rows, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
   void (*fake_quantize)(const T* x, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
-  // Also writes the bits from `first` on of the mask: 1 where the gradient passes. What is beyond in the last byte is
-  // 0.
+  // Also writes the mask's bits from `first` on: 1 where the gradient passes; 0 beyond, in the last byte.
   void (*fake_quantize_mask)(
       const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids);
 };

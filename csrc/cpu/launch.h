@@ -86,9 +86,13 @@ void map_with_grids(Layout layout, Grids<C> grids, F loop) {
 // f(first row, rows) for all rows in parallel, a tile of them at a time that stays in cache between two loops over it.
 template <class F>
 void for_each_tile(int64_t rows, int64_t columns, F f) {
-  const int64_t grain_rows = std::max<int64_t>(1, grain / std::max<int64_t>(1, columns));
-  const int64_t tile = std::clamp<int64_t>(4096 / std::max<int64_t>(1, columns), 1, tile_rows);
-  at::parallel_for(0, rows, grain_rows, [&](int64_t begin, int64_t end) {
+  const auto rows_of = [&](int64_t elements) {
+    return elements / std::max<int64_t>(1, columns);
+  };
+  // what fits in L1, or as many rows as are reduced together if they fit in L2
+  const int64_t tile =
+      std::clamp<int64_t>(std::max(rows_of(4096), std::min<int64_t>(16, rows_of(16384))), 1, tile_rows);
+  at::parallel_for(0, rows, std::max<int64_t>(1, rows_of(grain)), [&](int64_t begin, int64_t end) {
     for (; begin < end; begin += tile) {
       f(begin, std::min(tile, end - begin));
     }

@@ -72,7 +72,9 @@ def layer_steps(results: Iterable[Result]) -> Figure:
         values = [part.median if (part := result.ratio(name)) else 0.0 for name in names]
         colors = [LINES[OURS][0] if name == OURS else "#b8bec7" for name in names]
         bars = axes.barh(names, values, color=colors)
-        axes.bar_label(bars, [ratio(value) for value in values], padding=3)
+        labels = axes.bar_label(bars, [ratio(value) for value in values], padding=3, zorder=3)
+        for label in labels:  # in front of the line at 1
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         axes.invert_yaxis()
         axes.axvline(1.0, color=LINES["clone"][0], linewidth=0.8)
         axes.margins(x=0.16)

@@ -1,7 +1,7 @@
-// The loops themselves: included once by each loops_<instruction set>.cpp, which sets QATFAST_NAME, the vector size
+// The loops themselves: included once by each loops_<instruction set>.cpp, which sets the vector size
 // QATFAST_VECTOR_BYTES and the compiler's target before (QATFAST_BF16: bfloat16 only, with its own instructions).
-// Internal linkage throughout: code for one instruction set must never be linked into another's. Ends of runs go
-// through padded buffers, so that there is no scalar twin.
+// Internal linkage throughout: code for one instruction set must never be linked into another's. Ends of runs are
+// vectors too, masked or padded, so that there is no scalar twin.
 
 #include <cstring>
 
@@ -598,11 +598,6 @@ QATFAST_INLINE bool range_of_run(const T* x, int64_t n, compute_t<T>* lo, comput
   return is_finite;
 }
 
-template <class T>
-bool range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
-  return range_of_run(x, n, lo, hi);
-}
-
 // The ranges of up to `rows` rows, N / rows lanes each: together that takes a few operations a row.
 template <int rows, class T>
 QATFAST_INLINE RangeBits<T> bits_of_rows(const T* x, int64_t count, int64_t n) {
@@ -627,7 +622,7 @@ QATFAST_INLINE RangeBits<T> bits_of_all_rows(const T* x, int64_t count, int64_t 
   return merged<N / unrolled>(bits);
 }
 
-// lo[i] and hi[i], which are 0, widened by row i; whether all values are finite.
+// lo[i] and hi[i] widened by row i; whether all values are finite.
 template <class T>
 QATFAST_INLINE bool range_of_rows(const T* x, int64_t rows, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
   using Bits = RangeBits<T>;
@@ -927,7 +922,7 @@ constexpr IntegerLoops<T, Q> integer_loops() {
 
 template <class T>
 constexpr Loops<T> all_loops() {
-  return {{range<T>, range_of_columns<T>, choose_loop<T>, choose_qparams_loop<T>, fake_quantize_loop<T>,
+  return {{range_of_run<T>, range_of_columns<T>, choose_loop<T>, choose_qparams_loop<T>, fake_quantize_loop<T>,
               fake_quantize_mask_loop<T>},
       {integers_loop<T>, outputs_loop<T>}, integer_loops<T, int8_t>(), integer_loops<T, uint8_t>(),
       integer_loops<T, int16_t>(), integer_loops<T, uint16_t>()};

@@ -16,8 +16,10 @@
 #include <c10/util/irange.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <sstream>
 #include <string>
 
@@ -129,23 +131,34 @@ at::DimVector qparams_shape(const Tensor& x, Granularity granularity) {
   }
 }
 
-template <class C>
-void check_scale_values(const char* op, const Tensor& scale) {
-  const auto* values = scale.const_data_ptr<C>();
-  for (const auto i : c10::irange(scale.numel())) {
-    TORCH_CHECK_VALUE(values[i] > 0 && values[i] <= std::numeric_limits<C>::max(), op,
-        ": expected scale to be positive and finite, got ", values[i]);
-  }
+// The first of `values` that is not legal; all are tested before one is looked for, which is a loop of vectors.
+template <class E, class F>
+const E* first_illegal(const Tensor& values, F is_legal) {
+  const auto* first = values.const_data_ptr<E>();
+  const auto* past = first + values.numel();
+  const auto illegal = std::accumulate(first, past, 0, [&](int found, E value) {
+    return found | static_cast<int>(!is_legal(value));
+  });
+  return illegal ? std::find_if_not(first, past, is_legal) : nullptr;
 }
 
-// `zero_point` as int32; its values are checked before they are narrowed.
+template <class C>
+void check_scale_values(const char* op, const Tensor& scale) {
+  const auto* illegal = first_illegal<C>(scale, [](C value) {
+    return (value > 0) & (value <= std::numeric_limits<C>::max());
+  });
+  TORCH_CHECK_VALUE(!illegal, op, ": expected scale to be positive and finite, got ", *illegal);
+}
+
+// Before it is narrowed to int32.
 template <class I>
 void check_zero_point_values(const char* op, const Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
-  const auto* values = zero_point.const_data_ptr<I>();
-  for (const auto i : c10::irange(zero_point.numel())) {
-    TORCH_CHECK_VALUE(quant_min <= values[i] && values[i] <= quant_max, op, ": expected zero_point to be from ",
-        quant_min, " to ", quant_max, ", got ", values[i]);
-  }
+  const auto min = static_cast<I>(quant_min), max = static_cast<I>(quant_max);
+  const auto* illegal = first_illegal<I>(zero_point, [=](I value) {
+    return (min <= value) & (value <= max);
+  });
+  TORCH_CHECK_VALUE(
+      !illegal, op, ": expected zero_point to be from ", quant_min, " to ", quant_max, ", got ", *illegal);
 }
 
 QParams checked_qparams(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,

@@ -42,6 +42,8 @@ struct Grid {
 template <class T>
 struct ReciprocalGrid : Grid<T> {
   T reciprocal; // 1 / scale, rounded
+  T least;      // lo * scale, hi * scale: the ends in real units
+  T most;
 };
 
 // The same where no value is outside of it: nothing has to be clamped.
@@ -49,6 +51,14 @@ template <class T>
 struct UnclampedGrid {
   T scale;
   T reciprocal;
+};
+
+// Unclamped, where one multiplication is enough: by a factor that gives the step of the quotient for every value that
+// can occur.
+template <class T>
+struct ProductGrid {
+  T scale;
+  T factor;
 };
 
 // Whether nothing that matters overflows or underflows in divide() by this scale.
@@ -74,6 +84,11 @@ QATFAST_FORMULA T clamp(T x, T lo, T hi) {
 QATFAST_FORMULA T round_half_even(T x) {
   const T magic = T{} + scalar_t<T>(sizeof(scalar_t<T>) == 4 ? 0x1.8p23 : 0x1.8p52);
   return (x + magic) - magic;
+}
+
+// The same as an integer; for NaN one whose low 16 bits are 0. The CPU has its own for vectors.
+QATFAST_FORMULA std::enable_if_t<std::is_floating_point_v<T>, int32_t> nearest_integer(T x) {
+  return x == x ? static_cast<int32_t>(round_half_even(x)) : 0;
 }
 
 // The range covers finite values only; it starts at 0, so that 0 in place of the others changes nothing.
@@ -117,25 +132,29 @@ QATFAST_FORMULA T divide(T x, T scale, T reciprocal) {
   return fused_multiply_add(fused_multiply_add(-quotient, scale, x), reciprocal, quotient);
 }
 
-// round(x / scale), clamped to [lo, hi]: the ends are integers, so that clamping first gives the same number, and
-// rounding sees small ones only.
-QATFAST_FORMULA T nearest_step(T x, T lo, T hi, const Grid<T>& grid) {
-  return round_half_even(clamp(x / grid.scale, lo, hi));
+// Where x lies on the grid, in steps that are not yet whole. The ends are integers, so that clamping before rounding
+// gives the same number, and rounding sees small ones only.
+QATFAST_FORMULA T position_of(T x, const Grid<T>& grid) {
+  return clamp(x / grid.scale, grid.lo, grid.hi);
 }
 
 // Clamped before the division: an end times scale, rounded, is less than half a step off, and infinities are gone.
-QATFAST_FORMULA T nearest_step(T x, T lo, T hi, const ReciprocalGrid<T>& grid) {
-  return round_half_even(divide(clamp(x, lo * grid.scale, hi * grid.scale), grid.scale, grid.reciprocal));
+QATFAST_FORMULA T position_of(T x, const ReciprocalGrid<T>& grid) {
+  return divide(clamp(x, grid.least, grid.most), grid.scale, grid.reciprocal);
+}
+
+QATFAST_FORMULA T position_of(T x, const UnclampedGrid<T>& grid) {
+  return divide(x, grid.scale, grid.reciprocal);
+}
+
+QATFAST_FORMULA T position_of(T x, const ProductGrid<T>& grid) {
+  return x * grid.factor;
 }
 
 // clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point
 template <class T, class G>
 C10_HOST_DEVICE static inline T step_of(T x, const G& grid) {
-  return nearest_step(x, grid.lo, grid.hi, grid);
-}
-
-QATFAST_FORMULA T step_of(T x, const UnclampedGrid<T>& grid) {
-  return round_half_even(divide(x, grid.scale, grid.reciprocal));
+  return round_half_even(position_of(x, grid));
 }
 
 // Whether no value in [lo, hi], the range that the grid was chosen for, is clamped: rounding keeps the order.
@@ -148,19 +167,27 @@ C10_HOST_DEVICE static inline T fake_quantize(T x, const G& grid) {
   return step_of(x, grid) * grid.scale;
 }
 
+// One step more at each end.
+QATFAST_FORMULA Grid<T> widened(const Grid<T>& grid) {
+  return {grid.scale, grid.lo - 1, grid.hi + 1};
+}
+
+QATFAST_FORMULA ReciprocalGrid<T> widened(const ReciprocalGrid<T>& grid) {
+  return {{grid.scale, grid.lo - 1, grid.hi + 1}, grid.reciprocal, grid.least - grid.scale, grid.most + grid.scale};
+}
+
 // The same, and whether quant_min <= round(x / scale) + zero_point <= quant_max: one step beyond an end is out, as
 // everything further is. All ones (a vector: in each such lane) or true; false for NaN.
 template <class T, class G>
 C10_HOST_DEVICE static inline auto fake_quantize_inside(T x, const G& grid) {
-  const T step = nearest_step(x, grid.lo - 1, grid.hi + 1, grid);
+  const T step = step_of(x, widened(grid));
   return std::pair(clamp(step, grid.lo, grid.hi) * grid.scale, (grid.lo <= step) & (step <= grid.hi));
 }
 
-// As a float that holds an integer; NaN gives zero_point.
-template <class T, class G>
-C10_HOST_DEVICE static inline T quantize(T x, T zero_point, const G& grid) {
-  const T step = step_of(x, grid);
-  return (step == step ? step : T{}) + zero_point;
+// An integer, or of vectors one in each lane, whose low 16 bits are the result; NaN gives zero_point.
+template <class T, class G, class I>
+C10_HOST_DEVICE static inline I quantize(T x, I zero_point, const G& grid) {
+  return nearest_integer(position_of(x, grid)) + zero_point;
 }
 
 QATFAST_FORMULA T dequantize(T q, T zero_point, T scale) {

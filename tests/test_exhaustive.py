@@ -87,6 +87,37 @@ def test_every_16_bit_float_as_a_range_of_its_own(ops, dtype, symmetric, num_bit
     cases.assert_same(y, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=cases.name)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+@pytest.mark.parametrize("num_bits", [2, 5, 8, 9])
+def test_every_16_bit_float_of_one_tensor(ops, dtype, symmetric, num_bits, device):
+    """All between two ends that are simple numbers, so that ties occur, or any ones."""
+    every = every_16_bit_pattern(dtype)
+    ends = [
+        (-1, 1),
+        (-1, 2),
+        (-1.5, 3.5),
+        (0, 255),
+        (-127, 63.5),
+        (-5, 0),
+        (-85, 42.5),
+        (-51, 204),
+        (2**-14, 1),
+    ]
+    ends += np.random.default_rng(num_bits).normal(0, 4, (20, 2)).tolist()
+    for end, other in ends:
+        low, high = torch.tensor(sorted((end, other))).to(dtype)
+        x = every[(every >= low) & (every <= high)]
+        x = torch.cat([x, x[:1].expand(4096)])
+        quant_range = oracle.quant_range(num_bits, symmetric)
+        scale, zero_point = ops.choose_qparams(x.to(device), num_bits, symmetric=symmetric)
+        values, _ = oracle.fake_quantize_affine_array(
+            x.float().numpy(), scale.item(), zero_point.item(), *quant_range
+        )
+        expected = oracle.round_array(values, dtype) + torch.zeros((), dtype=dtype)
+        cases.assert_same(ops.fake_quantize(x.to(device), num_bits, symmetric=symmetric), expected)
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_a_walk_through_every_32_bit_float(ops, grid, device):
     """A prime stride: every exponent, every low bit, NaN payloads, both signs."""

@@ -23,9 +23,10 @@ struct Grids {
   C quant_max;
   bool of_columns = false;
   bool unclamped = false; // every block's own range chose its grid, and choose() found that it holds all of them
+  C factor = 0;           // where it is one grid, and unclamped: that of its ProductGrid, if there is one
 
   Grids from(int64_t first) const {
-    return {scale + first, zero_point + first, quant_min, quant_max, of_columns, unclamped};
+    return {scale + first, zero_point + first, quant_min, quant_max, of_columns, unclamped, factor};
   }
 };
 
@@ -69,7 +70,9 @@ struct FloatLoops {
   bool (*range_of_columns)(const T* x, int64_t rows, int64_t n, C* lo, C* hi);
   // Scale and zero point of n ranges; whether no value in a range would be clamped, and all results are normal or 0.
   bool (*choose)(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
-  // The same of each row.
+  // The factor of the ProductGrid of an unclamped grid for values from -most to most; 0: none is known.
+  C (*factor)(C most, C scale);
+  // The same as choose, of each row.
   bool (*choose_qparams)(const T* x, int64_t rows, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
   void (*fake_quantize)(const T* x, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
   // Also writes the mask's bits from `first` on: 1 where the gradient passes; 0 beyond, in the last byte.

@@ -9,21 +9,6 @@
 #define QATFAST_MEMBER inline __attribute__((always_inline))
 
 namespace qatfast {
-#if QATFAST_VECTOR_BYTES == 64
-QATFAST_INLINE __m512 fused_multiply_add(__m512 a, __m512 b, __m512 c) {
-  return _mm512_fmadd_ps(a, b, c);
-}
-#elif QATFAST_VECTOR_BYTES == 32
-QATFAST_INLINE __m256 fused_multiply_add(__m256 a, __m256 b, __m256 c) {
-  return _mm256_fmadd_ps(a, b, c);
-}
-#endif
-} // namespace qatfast
-
-#include "../quant_math.h"
-
-namespace qatfast::cpu {
-namespace {
 
 template <class E, int N>
 struct VecOf {
@@ -31,6 +16,50 @@ struct VecOf {
 };
 template <class E, int N>
 using Vec = typename VecOf<E, N>::type;
+
+// What the formulas take from the instruction set.
+#if QATFAST_VECTOR_BYTES == 64
+QATFAST_INLINE Vec<float, 16> fused_multiply_add(Vec<float, 16> a, Vec<float, 16> b, Vec<float, 16> c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+QATFAST_INLINE Vec<int32_t, 16> nearest_integer(Vec<float, 16> x) {
+  return reinterpret_cast<Vec<int32_t, 16>>(_mm512_cvtps_epi32(x));
+}
+QATFAST_INLINE Vec<int32_t, 8> nearest_integer(Vec<double, 8> x) {
+  return reinterpret_cast<Vec<int32_t, 8>>(_mm512_cvtpd_epi32(x));
+}
+#elif QATFAST_VECTOR_BYTES == 32
+QATFAST_INLINE Vec<float, 8> fused_multiply_add(Vec<float, 8> a, Vec<float, 8> b, Vec<float, 8> c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+QATFAST_INLINE Vec<int32_t, 8> nearest_integer(Vec<float, 8> x) {
+  return reinterpret_cast<Vec<int32_t, 8>>(_mm256_cvtps_epi32(x));
+}
+QATFAST_INLINE Vec<int32_t, 4> nearest_integer(Vec<double, 4> x) {
+  return reinterpret_cast<Vec<int32_t, 4>>(_mm256_cvtpd_epi32(x));
+}
+#else
+QATFAST_INLINE Vec<int32_t, 4> nearest_integer(Vec<float, 4> x);
+QATFAST_INLINE Vec<int32_t, 2> nearest_integer(Vec<double, 2> x);
+#endif
+
+} // namespace qatfast
+
+#include "../quant_math.h"
+
+#if QATFAST_VECTOR_BYTES == 16
+namespace qatfast {
+QATFAST_INLINE Vec<int32_t, 4> nearest_integer(Vec<float, 4> x) {
+  return __builtin_convertvector(x == x ? round_half_even(x) : Vec<float, 4>{}, Vec<int32_t, 4>);
+}
+QATFAST_INLINE Vec<int32_t, 2> nearest_integer(Vec<double, 2> x) {
+  return __builtin_convertvector(x == x ? round_half_even(x) : Vec<double, 2>{}, Vec<int32_t, 2>);
+}
+} // namespace qatfast
+#endif
+
+namespace qatfast::cpu {
+namespace {
 
 template <class C>
 constexpr int lanes = QATFAST_VECTOR_BYTES / sizeof(C);
@@ -172,14 +201,22 @@ QATFAST_INLINE void store(void* p, V<C> v) {
     store_half<result, N>(p, narrow);
 #endif
   } else {
+    static_assert(std::is_same_v<T, int32_t>);
     const auto integers = __builtin_convertvector(v, Vec<int32_t, N>);
-    if constexpr (std::is_same_v<C, float> && sizeof(T) < 4) {
-      const auto narrow = narrowed<T>(integers);
-      std::memcpy(p, &narrow, sizeof(narrow));
-    } else {
-      const auto narrow = integers_as<T, N, int32_t>(integers);
-      std::memcpy(p, &narrow, sizeof(narrow));
-    }
+    std::memcpy(p, &integers, sizeof(integers));
+  }
+}
+
+// Of integers their low bits.
+template <class T, class C, Result>
+QATFAST_INLINE void store(void* p, Vec<int32_t, lanes<C>> v) {
+  constexpr int N = lanes<C>;
+  if constexpr (std::is_same_v<C, float>) {
+    const auto narrow = narrowed<T>(v);
+    std::memcpy(p, &narrow, sizeof(narrow));
+  } else {
+    const auto narrow = integers_as<T, N, int32_t>(v);
+    std::memcpy(p, &narrow, sizeof(narrow));
   }
 }
 
@@ -211,8 +248,8 @@ QATFAST_INLINE V<C> load_some(const T* p, int64_t n) {
   return load<T, C>(&some);
 }
 
-template <class T, class C, Result result = Result::quantized>
-QATFAST_INLINE void store_some(T* p, V<C> v, int64_t n) {
+template <class T, class C, Result result = Result::quantized, class Values>
+QATFAST_INLINE void store_some(T* p, Values v, int64_t n) {
   if (n == lanes<C>) {
     return store<T, C, result>(p, v);
   }
@@ -320,13 +357,21 @@ QATFAST_INLINE Vec<E, N> halved(Vec<E, N> a, Vec<E, N> b, F f) {
 template <class C>
 constexpr bool multiplies = std::is_same_v<C, float> && QATFAST_VECTOR_BYTES >= 32;
 
+// A value in every lane.
+template <class C>
+QATFAST_INLINE V<C> all_lanes(C value) {
+  return value - V<C>{}; // 0 + value would turn -0.0 into 0.0, and takes an addition
+}
+
 // Some consecutive grids with what is to be computed once of each.
 template <class C>
 struct GridTile {
   static constexpr int64_t size = 1024;
   alignas(QATFAST_VECTOR_BYTES) C scale[size];
   alignas(QATFAST_VECTOR_BYTES) C zero_point[size];
-  alignas(QATFAST_VECTOR_BYTES) C reciprocal[size];
+  alignas(QATFAST_VECTOR_BYTES) C reciprocal[size]; // this one and those below: where all have one
+  alignas(QATFAST_VECTOR_BYTES) C least[size];
+  alignas(QATFAST_VECTOR_BYTES) C most[size];
   C quant_min;
   C quant_max;
 
@@ -345,6 +390,8 @@ struct GridTile {
       if constexpr (multiplies<C>) {
         all_have &= all_of<int32_t, N>(has_reciprocal(some) | ~is_used<N>(m));
         store<C, C>(reciprocal + i, 1 / some);
+        store<C, C>(least + i, (quant_min - zero) * some);
+        store<C, C>(most + i, (quant_max - zero) * some);
       }
     }
     return all_have;
@@ -363,25 +410,29 @@ struct TileOf {
   static constexpr auto result = std::is_same_v<G<C>, UnclampedGrid<C>> ? Result::normal : Result::quantized;
   const GridTile<C>& tile;
 
-  QATFAST_MEMBER static auto grid(V<C> scale, V<C> reciprocal, V<C> lo, V<C> hi) {
+  // lanes_of(array): the values of one grid in all lanes, or of one grid a lane
+  template <class F>
+  QATFAST_MEMBER auto found(F lanes_of) const {
+    const V<C> scale = lanes_of(tile.scale), zero_point = lanes_of(tile.zero_point);
+    const Grid<V<C>> grid = {scale, tile.quant_min - zero_point, tile.quant_max - zero_point};
     if constexpr (std::is_same_v<G<C>, Grid<C>>) {
-      return Grid<V<C>>{scale, lo, hi};
+      return Found<C, Grid<V<C>>>{zero_point, grid};
     } else if constexpr (std::is_same_v<G<C>, ReciprocalGrid<C>>) {
-      return ReciprocalGrid<V<C>>{{scale, lo, hi}, reciprocal};
+      return Found<C, ReciprocalGrid<V<C>>>{
+          zero_point, {grid, lanes_of(tile.reciprocal), lanes_of(tile.least), lanes_of(tile.most)}};
     } else {
-      return UnclampedGrid<V<C>>{scale, reciprocal};
+      return Found<C, UnclampedGrid<V<C>>>{zero_point, {scale, lanes_of(tile.reciprocal)}};
     }
   }
   QATFAST_MEMBER auto row(int64_t i) const {
-    const V<C> zero = V<C>{} + tile.zero_point[i];
-    return Found<C, G<V<C>>>{
-        zero, grid(V<C>{} + tile.scale[i], V<C>{} + tile.reciprocal[i], tile.quant_min - zero, tile.quant_max - zero)};
+    return found([i](const C* of_grids) {
+      return all_lanes(of_grids[i]);
+    });
   }
   QATFAST_MEMBER auto columns(int64_t j) const {
-    const auto zero = bits_as<V<C>>(tile.zero_point + j);
-    return Found<C, G<V<C>>>{zero,
-        grid(bits_as<V<C>>(tile.scale + j), bits_as<V<C>>(tile.reciprocal + j), tile.quant_min - zero,
-            tile.quant_max - zero)};
+    return found([j](const C* of_grids) {
+      return bits_as<V<C>>(of_grids + j);
+    });
   }
 };
 
@@ -712,6 +763,47 @@ bool choose_loop(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, 
   return unclamped;
 }
 
+// Of a 16-bit type with few steps. Quotient and product grow with the value, and change their sign with it: they round
+// to the same steps everywhere if they do for the two values of T around every midpoint between two steps. (These are
+// further apart than the errors of a float: where one of them has the step of the other side, no value beyond differs.)
+template <class T, class C = compute_t<T>>
+C factor_loop(C most, C scale) {
+  if constexpr (multiplies<C> && sizeof(T) == 2) {
+    constexpr int N = lanes<C>;
+    constexpr int32_t ulp = std::is_same_v<T, c10::Half> ? 1 << 13 : 1 << 16; // of T, in the bits of a float
+    const auto midpoints = static_cast<int32_t>(most / scale + 1.5F);
+    if (midpoints > 256 + N) {
+      return 0;
+    }
+    const UnclampedGrid<V<C>> exact = {all_lanes(scale), all_lanes(1 / scale)};
+    const auto numbers = lane_numbers<N>(std::make_integer_sequence<int, N>{});
+    const auto agrees = [&](C factor) {
+      const ProductGrid<V<C>> product = {exact.scale, all_lanes(factor)};
+      Vec<int32_t, N> same = ~Vec<int32_t, N>{};
+      for (int32_t k = 0; k < midpoints; k += N) {
+        const V<C> midpoint = (__builtin_convertvector(numbers + k, V<C>) + C(0.5)) * exact.scale;
+        const auto below = bits_as<Vec<int32_t, N>>(&midpoint) & -ulp;
+        const Vec<int32_t, N> around[] = {below, below + ulp};
+        for (const auto& bits : around) {
+          const auto value = bits_as<V<C>>(&bits);
+          same &= step_of(value, exact) == step_of(value, product);
+        }
+      }
+      return all_of<int32_t, N>(same);
+    };
+    const C reciprocal = 1 / scale;
+    const int32_t neighbours[] = {0, 1, -1};
+    for (const auto neighbour : neighbours) {
+      const auto bits = bits_as<int32_t>(&reciprocal) + neighbour;
+      const auto factor = bits_as<C>(&bits);
+      if (agrees(factor)) {
+        return factor;
+      }
+    }
+  }
+  return 0;
+}
+
 template <class T>
 bool choose_qparams_loop(const T* x, int64_t rows, int64_t n, const RangeSpec<compute_t<T>>& spec, compute_t<T>* scale,
     int32_t* zero_point) {
@@ -730,6 +822,14 @@ bool choose_qparams_loop(const T* x, int64_t rows, int64_t n, const RangeSpec<co
 template <class T>
 void fake_quantize_loop(const T* x, T* y, int64_t rows, int64_t n, const Grids<compute_t<T>>& grids) {
   using C = compute_t<T>;
+  if constexpr (multiplies<C> && sizeof(T) == 2) {
+    if (grids.factor != 0) {
+      const ProductGrid<V<C>> grid = {all_lanes(*grids.scale), all_lanes(grids.factor)};
+      return map<T, T, C, Result::normal>(x, y, n, [&](V<C> v, int64_t, int64_t) {
+        return fake_quantize(v, grid);
+      });
+    }
+  }
   map_matrix<Compiled::own>(x, y, rows, n, grids, [](V<C> v, const auto& at, int64_t, int64_t) {
     return fake_quantize(v, at.grid);
   });
@@ -784,7 +884,7 @@ template <class T, class Q>
 void quantize_loop(const T* x, Q* q, int64_t rows, int64_t n, const Grids<compute_t<T>>& grids) {
   using C = compute_t<T>;
   map_matrix<Compiled::given>(x, q, rows, n, grids, [](V<C> v, const auto& at, int64_t, int64_t) {
-    return quantize(v, at.zero_point, at.grid);
+    return quantize(v, __builtin_convertvector(at.zero_point, Vec<int32_t, lanes<C>>), at.grid);
   });
 }
 
@@ -807,6 +907,7 @@ void integers_loop(const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<c
   };
   const auto integers_of_row = [&](const auto& at, int64_t row) {
     const T* from = x + row * n;
+    const auto zero_point = __builtin_convertvector(at.zero_point, Vec<int32_t, N>);
     int64_t sum = 0;
     bool is_finite = true;
     for (int64_t start = 0; start < n; start += chunk) {
@@ -814,12 +915,13 @@ void integers_loop(const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<c
       V<C> not_finite = {}; // NaN where a lane has seen a NaN or an infinity
       const auto end = n - start < chunk ? n - start : chunk;
       map<T, int8_t, C>(from + start, q + row * n + start, end, [&](V<C> v, int64_t, int64_t) {
+        auto steps = quantize(v, Vec<int32_t, N>{}, at.grid); // 0 in the lanes past the end
         if constexpr (!std::is_same_v<std::decay_t<decltype(at.grid)>, UnclampedGrid<V<C>>>) {
           not_finite += v - v;
+          steps &= integers_as<int32_t, N, std::conditional_t<sizeof(C) == 4, int32_t, int64_t>>(v == v);
         }
-        const V<C> step = quantize(v, V<C>{}, at.grid); // 0 in the lanes past the end
-        sums += __builtin_convertvector(step, Vec<int32_t, N>);
-        return step + at.zero_point;
+        sums += steps;
+        return steps + zero_point;
       });
       sum += reduce<int32_t, N>(sums, plus);
       is_finite &= reduce<C, N>(not_finite, plus) == 0;
@@ -922,8 +1024,8 @@ constexpr IntegerLoops<T, Q> integer_loops() {
 
 template <class T>
 constexpr Loops<T> all_loops() {
-  return {{range_of_run<T>, range_of_columns<T>, choose_loop<T>, choose_qparams_loop<T>, fake_quantize_loop<T>,
-              fake_quantize_mask_loop<T>},
+  return {{range_of_run<T>, range_of_columns<T>, choose_loop<T>, factor_loop<T>, choose_qparams_loop<T>,
+              fake_quantize_loop<T>, fake_quantize_mask_loop<T>},
       {integers_loop<T>, outputs_loop<T>}, integer_loops<T, int8_t>(), integer_loops<T, uint8_t>(),
       integer_loops<T, int16_t>(), integer_loops<T, uint16_t>()};
 }

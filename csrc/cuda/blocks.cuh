@@ -96,11 +96,10 @@ struct QParam {
     const C lo = C(0) - bits_as<C>(keys.below);
     const C hi = bits_as<C>(keys.above);
     const C quant_min = task.quant_min, quant_max = task.quant_max;
-    grid.scale = choose_scale(lo, hi, quant_min, quant_max, task.symmetric);
-    zero_point = static_cast<int32_t>(choose_zero_point(lo, grid.scale, quant_min, quant_max, task.symmetric));
-    grid.lo = static_cast<C>(task.quant_min - zero_point);
-    grid.hi = static_cast<C>(task.quant_max - zero_point);
-    grid.reciprocal = reciprocal_of(grid.scale);
+    const C scale = choose_scale(lo, hi, quant_min, quant_max, task.symmetric);
+    zero_point = static_cast<int32_t>(choose_zero_point(lo, scale, quant_min, quant_max, task.symmetric));
+    grid = with_reciprocal<C>(
+        {scale, static_cast<C>(task.quant_min - zero_point), static_cast<C>(task.quant_max - zero_point)});
   }
 
   __device__ __forceinline__ void write(const BlockTask& task, int64_t block) const {

@@ -25,7 +25,7 @@ struct GivenGrids {
 
   __device__ __forceinline__ GivenGrid<C> only() const {
     const C zero = static_cast<C>(zero_point[0]);
-    return {zero, {{scale[0], quant_min - zero, quant_max - zero}, reciprocal_of(scale[0])}};
+    return {zero, with_reciprocal<C>({scale[0], quant_min - zero, quant_max - zero})};
   }
 
   // f(i, zero_point, grid) for the elements begin + i of a unit of N.

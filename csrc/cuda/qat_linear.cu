@@ -42,12 +42,12 @@ __global__ void __launch_bounds__(row_threads)
     const int zero = zero_point[per_tensor ? 0 : row];
     __syncthreads();
     int64_t steps = 0;
-    const ReciprocalGrid<C> either = {
-        {row_scale, static_cast<C>(quant_min - zero), static_cast<C>(quant_max - zero)}, reciprocal_of(row_scale)};
+    const auto either =
+        with_reciprocal<C>({row_scale, static_cast<C>(quant_min - zero), static_cast<C>(quant_max - zero)});
     with_fastest(either, [&](const auto& grid) {
       for (int64_t i = threadIdx.x; i < columns; i += row_threads) {
         const C x = static_cast<C>(from[row * columns + i]);
-        const int step = static_cast<int>(quantize(x, C(0), grid));
+        const int step = quantize(x, 0, grid);
         steps += step;
         to.values[row * columns + i] = static_cast<int8_t>(step + zero - shift);
         if (x != x) {

@@ -19,8 +19,8 @@ __global__ void __launch_bounds__(given_threads)
     const auto unit = load<T, N>(from + begin, count, aligned);
     Unit<Q, N> integers;
     grids.template for_each<N>(begin, count, only, [&](int i, C zero_point, const auto& grid) {
-      const C q = qatfast::quantize(static_cast<C>(unit.at[i]), zero_point, grid);
-      integers.at[i] = static_cast<Q>(static_cast<int32_t>(q));
+      const auto zero = static_cast<int32_t>(zero_point);
+      integers.at[i] = static_cast<Q>(qatfast::quantize(static_cast<C>(unit.at[i]), zero, grid));
     });
     store<Q, N>(to + begin, integers, count, aligned);
   });

@@ -45,11 +45,12 @@ __device__ __forceinline__ void with_fastest(const ReciprocalGrid<C>& grid, F f)
 }
 
 template <class C>
-__device__ __forceinline__ C reciprocal_of(C scale) {
+__device__ __forceinline__ ReciprocalGrid<C> with_reciprocal(const Grid<C>& grid) {
+  C reciprocal = 0;
   if constexpr (std::is_same_v<C, float>) {
-    return has_reciprocal(scale) ? 1 / scale : 0;
+    reciprocal = has_reciprocal(grid.scale) ? 1 / grid.scale : 0;
   }
-  return 0;
+  return {grid, reciprocal, grid.lo * grid.scale, grid.hi * grid.scale};
 }
 
 // One access of 2 to 16 bytes. An intrinsic, since the compiler would take a plain store apart to merge it with the

@@ -116,6 +116,15 @@ Tensor as_rows(const Tensor& x) {
   return x.dim() == 2 ? x : x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2);
 }
 
+// dy.T @ x_hat, where nobody differentiates it by an operator that has more to offer for a large one.
+Tensor weight_gradient(const Tensor& dy, const Tensor& x_hat, bool is_differentiated) {
+  constexpr int64_t large = 8 << 20; // bytes
+  if (is_differentiated || !dy.is_cpu() || dy.sym_size(1) * x_hat.sym_size(1) * dy.element_size() < large) {
+    return at::mm(dy.t(), x_hat);
+  }
+  return op::qat_linear_grad_weight(dy, x_hat);
+}
+
 // dx = dy @ w_hat, dw = dy.T @ x_hat, db = dy.sum(0); the engine casts them to the dtypes of their tensors.
 // Kept: the input and the weight themselves, as nn.Linear does, and w_hat. x_hat is made again.
 struct QATLinearNode : Function<QATLinearNode> {
@@ -154,7 +163,8 @@ struct QATLinearNode : Function<QATLinearNode> {
       result[0] = grads[0].dim() == 2 ? at::mm(dy, w_hat) : at::matmul(grads[0], w_hat);
     }
     if (ctx->needs_input_grad(1)) {
-      result[1] = at::mm(dy.t(), as_rows(as_dtype(quantized_input(ctx, saved[0]), dy.scalar_type())));
+      const auto x_hat = as_rows(as_dtype(quantized_input(ctx, saved[0]), dy.scalar_type()));
+      result[1] = weight_gradient(dy, x_hat, !below);
     }
     const bool has_bias = saved.size() == 4;
     if (has_bias && ctx->needs_input_grad(2)) {
@@ -223,28 +233,40 @@ struct QATLinearIntegersNode : Function<QATLinearIntegersNode> {
     const auto below = below_autograd_unless_needed(grads[0]);
     const auto& values = saved[0];
     const auto& weight = saved[3];
-    const auto dtype = grads[0].scalar_type();
     const auto dy = as_rows(grads[0]);
-    if (ctx->needs_input_grad(1)) {
-      auto x_hat = op::qat_linear_input(values, saved[1], saved[2], dtype);
-      if (!below && ctx->needs_input_grad(0)) {
-        auto shape = grads[0].sym_sizes().vec();
-        shape.back() = values.sym_size(1);
-        x_hat = as_rows(in_place_of_input(x_hat.view_symint(shape), 0));
+    const bool needs_input = ctx->needs_input_grad(0), needs_weight = ctx->needs_input_grad(1);
+    const auto spec = ctx->saved_data["weight_spec"].toIntVector();
+    if (below && needs_input && needs_weight) {
+      const auto [dx, dw] = op::qat_linear_integers_backward(dy, values, saved[1], saved[2], weight, spec);
+      result[0] = grads[0].dim() == 2 ? dx : dx.view_symint(shape_of_input(grads[0], weight));
+      result[1] = dw;
+    } else {
+      const auto dtype = dy.scalar_type();
+      if (needs_weight) {
+        auto x_hat = op::qat_linear_input(values, saved[1], saved[2], dtype);
+        if (!below && needs_input) {
+          x_hat = as_rows(in_place_of_input(x_hat.view_symint(shape_of_input(grads[0], weight)), 0));
+        }
+        result[1] = weight_gradient(dy, x_hat, !below);
       }
-      result[1] = at::mm(dy.t(), x_hat);
-    }
-    if (ctx->needs_input_grad(0)) { // last, so that x_hat is gone
-      const auto spec = ctx->saved_data["weight_spec"].toIntVector();
-      const auto w_hat =
-          as_dtype(op::fake_quantize(weight, spec[0], spec[1] != 0, at::IntArrayRef(spec).slice(2)), dtype);
-      result[0] = grads[0].dim() == 2 ? at::mm(dy, w_hat) : at::matmul(grads[0], w_hat);
+      if (needs_input) {
+        const auto w_hat =
+            as_dtype(op::fake_quantize(weight, spec[0], spec[1] != 0, at::IntArrayRef(spec).slice(2)), dtype);
+        result[0] = at::matmul(grads[0], w_hat);
+      }
     }
     const bool has_bias = saved.size() == 5;
     if (has_bias && ctx->needs_input_grad(2)) {
       result[2] = dy.sum(0);
     }
     return result;
+  }
+
+ private:
+  static std::vector<c10::SymInt> shape_of_input(const Tensor& dy, const Tensor& weight) {
+    auto shape = dy.sym_sizes().vec();
+    shape.back() = weight.sym_size(1);
+    return shape;
   }
 };
 

@@ -36,7 +36,7 @@ struct QParams {
   int64_t quant_max;
 };
 
-// `from` fake-quantized into `to`, which may be the same memory.
+// `from` fake-quantized into `to`, which may be the same memory. On the CPU float32 may be rounded to a 16-bit type.
 struct FakeQuantizeTask {
   at::Tensor from;
   at::Tensor to;

@@ -11,6 +11,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/SmallVector.h>
 #include <c10/util/irange.h>
@@ -234,6 +235,10 @@ Tensor laid_out_like(const Tensor& x, const Tensor& values, Granularity granular
   return like.strides() == values.strides() ? values : like.copy_(values);
 }
 
+Tensor fresh_like(const Tensor& x, at::ScalarType dtype) {
+  return with_large_pages(at::empty_like(x, x.options().dtype(dtype)));
+}
+
 // from -> to, so that `to` may be written: `from` itself where it is a copy already.
 Tensor writable(const Tensor& x, const Tensor& from) {
   return from.is_same(x) ? with_large_pages(at::empty_like(x)) : from;
@@ -244,6 +249,11 @@ Tensor fake_quantized(const Tensor& x, const QuantSpec& spec) {
   const auto to = writable(x, from);
   QATFAST_ON(x, fake_quantize)({from, to, spec});
   return laid_out_like(x, to, spec.granularity);
+}
+
+// Whether fake_quantize may write x in this other dtype.
+bool rounds_to(const Tensor& x, at::ScalarType dtype) {
+  return x.is_cpu() && x.scalar_type() == at::kFloat && (dtype == at::kHalf || dtype == at::kBFloat16);
 }
 
 at::ScalarType quantized_dtype(int64_t quant_min, int64_t quant_max) {
@@ -334,7 +344,7 @@ Tensor quantize_kernel(const Tensor& input, const Tensor& scale, const Tensor& z
       checked_qparams(op, input, scale, zero_point, quant_min, quant_max, granularity, input.scalar_type(), "input");
   const auto dtype = quantized_dtype(quant_min, quant_max);
   const auto from = as_blocks(input, granularity);
-  const auto to = with_large_pages(at::empty_like(from, from.options().dtype(dtype)));
+  const auto to = fresh_like(from, dtype);
   QATFAST_ON(input, quantize)(from, to, qparams, layout_of(from, granularity));
   return laid_out_like(input, to, granularity);
 }
@@ -351,7 +361,7 @@ Tensor dequantize_kernel(
   check_blocks(op, input, granularity);
   const auto qparams = checked_qparams(op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output");
   const auto from = as_blocks(input, granularity);
-  const auto to = with_large_pages(at::empty_like(from, from.options().dtype(dtype)));
+  const auto to = fresh_like(from, dtype);
   QATFAST_ON(input, dequantize)(from, to, qparams, layout_of(from, granularity));
   return laid_out_like(input, to, granularity);
 }
@@ -376,7 +386,8 @@ std::tuple<Tensor, Tensor> qat_linear_forward_kernel(const Tensor& input, const 
     }
     check_blocks(std::string("qat_linear: ") + name, value, spec->granularity);
     const auto from = as_blocks(value, spec->granularity);
-    return parameters.emplace_back(FakeQuantizeTask{from, writable(value, from), *spec}).to;
+    const auto to = rounds_to(from, product_dtype) ? fresh_like(from, product_dtype) : writable(value, from);
+    return parameters.emplace_back(FakeQuantizeTask{from, to, *spec}).to;
   };
   const auto w_hat = add_parameter("weight", weight, weight_spec);
   const auto b_hat = bias ? add_parameter("bias", *bias, bias_spec) : Tensor();
@@ -492,6 +503,41 @@ Tensor qat_linear_input_kernel(
   return to;
 }
 
+// In memory of large pages: at 64 MB 10 % of a step.
+Tensor qat_linear_grad_weight_kernel(const Tensor& grad, const Tensor& input) {
+  TORCH_CHECK_VALUE(grad.dim() == 2 && input.dim() == 2 && grad.size(0) == input.size(0),
+      "qat_linear_grad_weight: expected the gradient and input of one layer, got ", tuple(grad.sizes()), ", ",
+      tuple(input.sizes()));
+  auto dw = fresh({grad.size(1), input.size(1)}, grad.scalar_type(), grad);
+  return at::mm_out(dw, grad.t(), input);
+}
+
+// One memory serves for w_hat and, as that is needed no more, for dw: fresh memory of 64 MB takes as long as quantizing
+// the weight.
+std::tuple<Tensor, Tensor> qat_linear_integers_backward_kernel(const Tensor& grad, const Tensor& values,
+    const Tensor& scale, const Tensor& zero_point, const Tensor& weight, at::IntArrayRef weight_code) {
+  constexpr auto op = "qat_linear_integers_backward";
+  const auto spec = checked_spec(op, weight_code);
+  TORCH_CHECK_VALUE(spec && weight.dim() == 2 && is_integer_weight(*spec, weight.size(1)), op,
+      ": expected a weight spec of at most 8 bits per tensor or per row, got ", tuple(weight_code));
+  TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(1) == weight.size(0) && values.dim() == 2 &&
+          values.size(0) == grad.size(0) && values.size(1) == weight.size(1),
+      op, ": expected the gradient, input and weight of one layer, got ", tuple(grad.sizes()), ", ",
+      tuple(values.sizes()), ", ", tuple(weight.sizes()));
+  const auto dtype = grad.scalar_type();
+  const auto w_hat_then_dw = fresh(weight.sizes(), dtype, weight);
+  const auto w = weight.contiguous();
+  if (w.scalar_type() == dtype || rounds_to(w, dtype)) {
+    QATFAST_ON(w, fake_quantize)({w, w_hat_then_dw, *spec});
+  } else {
+    w_hat_then_dw.copy_(fake_quantized(w, *spec));
+  }
+  auto dx = at::mm(grad, w_hat_then_dw);
+  auto dw = w_hat_then_dw;
+  at::mm_out(dw, grad.t(), qat_linear_input_kernel(values, scale, zero_point, dtype));
+  return {dx, dw};
+}
+
 // The same for every device: what differs is behind QATFAST_ON.
 void register_kernels(torch::Library& m) {
   m.impl("fake_quantize", fake_quantize_kernel);
@@ -507,6 +553,8 @@ void register_kernels(torch::Library& m) {
   m.impl("qat_linear_integers", qat_linear_integers_kernel);
   m.impl("qat_linear_integers_forward", qat_linear_integers_forward_kernel);
   m.impl("qat_linear_input", qat_linear_input_kernel);
+  m.impl("qat_linear_integers_backward", qat_linear_integers_backward_kernel);
+  m.impl("qat_linear_grad_weight", qat_linear_grad_weight_kernel);
 }
 
 } // namespace
@@ -567,6 +615,11 @@ TORCH_LIBRARY(qatfast, m) {
       "-> (Tensor output, Tensor values, Tensor scale, Tensor zero_point)",
       tags);
   m.def("qat_linear_input(Tensor values, Tensor scale, Tensor zero_point, ScalarType dtype) -> Tensor", tags);
+  m.def(
+      "qat_linear_integers_backward(Tensor grad, Tensor values, Tensor scale, Tensor zero_point, Tensor weight, "
+      "int[] weight_spec) -> (Tensor grad_input, Tensor grad_weight)",
+      tags);
+  m.def("qat_linear_grad_weight(Tensor grad, Tensor input) -> Tensor", tags);
 }
 
 TORCH_LIBRARY_IMPL(qatfast, CPU, m) {

@@ -54,6 +54,13 @@ using QATLinearIntegersForward = std::tuple<Tensor, Tensor, Tensor, Tensor>(cons
 using QATLinearInput = Tensor(
     const Tensor& values, const Tensor& scale, const Tensor& zero_point, at::ScalarType dtype);
 
+// The gradients of input and weight: dy @ w_hat, dy.T @ x_hat.
+using QATLinearIntegersBackward = std::tuple<Tensor, Tensor>(const Tensor& grad, const Tensor& values,
+    const Tensor& scale, const Tensor& zero_point, const Tensor& weight, at::IntArrayRef weight_spec);
+
+// dy.T @ x
+using QATLinearGradWeight = Tensor(const Tensor& grad, const Tensor& input);
+
 // x itself where it has that dtype: even an empty conversion costs a small layer a percent.
 inline Tensor as_dtype(const Tensor& x, at::ScalarType dtype) {
   return x.scalar_type() == dtype ? x : x.to(dtype);
@@ -92,6 +99,8 @@ QATFAST_OPERATOR(qat_linear_weight, QATLinearWeight);
 QATFAST_OPERATOR(qat_linear_integers, QATLinearIntegers);
 QATFAST_OPERATOR(qat_linear_integers_forward, QATLinearIntegersForward);
 QATFAST_OPERATOR(qat_linear_input, QATLinearInput);
+QATFAST_OPERATOR(qat_linear_integers_backward, QATLinearIntegersBackward);
+QATFAST_OPERATOR(qat_linear_grad_weight, QATLinearGradWeight);
 
 #undef QATFAST_OPERATOR
 

@@ -426,6 +426,21 @@ def _register_fakes() -> None:
     def _(values: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty_like(values, dtype=dtype)
 
+    @fake("qatfast::qat_linear_integers_backward")
+    def _(
+        grad: Tensor,
+        values: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        weight: Tensor,
+        weight_spec: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        return grad.new_empty(values.shape), grad.new_empty(weight.shape)
+
+    @fake("qatfast::qat_linear_grad_weight")
+    def _(grad: Tensor, input: Tensor) -> Tensor:
+        return grad.new_empty((grad.shape[1], input.shape[1]))
+
 
 if kernels.extension is not None:
     _register_fakes()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -116,6 +117,26 @@ def results(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str,
         (gradient,) = torch.autograd.grad(y, leaf, x.flatten().flip(0).view(x.shape))
         yield f"fake_quantize_affine gradient {label}", gradient
     yield from layers(ops, dtype, least)
+    if dtype in (torch.float16, torch.bfloat16):
+        yield from cast_weights(ops, dtype, least)
+
+
+def cast_weights(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """The float32 weights of layers whose product is of ``dtype``: fake-quantized, then cast."""
+    for shape, granularity in (*BLOCKS, ((70, 61), PerTensor()), ((2, 4099), PerTensor())):
+        if len(shape) != 2 or math.prod(shape) < least:
+            continue
+        kinds = {"any": sprinkled(shape, torch.float32), "normal": cases.normal(shape)}
+        for kind, values in {**kinds, "tiny": kinds["normal"] * 1e-8}.items():
+            if ops is cases.IMPLEMENTATIONS["reference"]:
+                w_hat = ops.fake_quantize(values, 8, granularity=granularity).to(dtype)
+            else:
+                code = QATConfig(weight=QuantSpec(8, granularity=granularity)).codes[1]
+                x = torch.zeros(1, shape[1])
+                _, w_hat = torch.ops.qatfast.qat_linear_forward(
+                    x, values, None, (), code, (), (), dtype=dtype
+                )
+            yield f"weight as {cases.name(dtype)} {cases.name(shape)} {granularity} {kind}", w_hat
 
 
 def layers(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:

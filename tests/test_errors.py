@@ -404,6 +404,35 @@ def test_wrong_integers_of_an_input_crash_nothing(kernels, given):
         torch.ops.qatfast.qat_linear_input(*given[:3], torch.float32)
 
 
+LAYER_OF_BACKWARD = r"expected the gradient, input and weight of one layer, got \("
+ROWS_SPEC = (8, True, 3, 0)
+
+
+@pytest.mark.parametrize(
+    "grad, weight, spec, words",
+    [
+        (x(4), x(4, 6), ROWS_SPEC, LAYER_OF_BACKWARD),
+        (x(2, 4), x(4, 6), ROWS_SPEC, LAYER_OF_BACKWARD),
+        (x(3, 5), x(4, 6), ROWS_SPEC, LAYER_OF_BACKWARD),
+        (x(3, 4), x(4, 7), ROWS_SPEC, LAYER_OF_BACKWARD),
+        (x(3, 4), x(4, 6, 1), ROWS_SPEC, "expected a weight spec of at most 8 bits"),
+        (x(3, 4), x(4, 6), (9, True, 3, 0), "expected a weight spec of at most 8 bits"),
+        (x(3, 4), x(4, 6), (), "expected a weight spec of at most 8 bits"),
+    ],
+)
+def test_a_backward_of_the_integer_product_says_what_does_not_fit(kernels, grad, weight, spec, words):
+    values, scale, zero_point, _ = integers()
+    with pytest.raises(ValueError, match=f"qat_linear_integers_backward: {words}"):
+        torch.ops.qatfast.qat_linear_integers_backward(grad, values, scale, zero_point, weight, spec)
+
+
+@pytest.mark.parametrize("grad, input", [(x(3), x(3, 6)), (x(3, 4), x(3)), (x(3, 4), x(4, 6))])
+def test_a_weight_gradient_says_what_does_not_fit(kernels, grad, input):
+    words = r"qat_linear_grad_weight: expected the gradient and input of one layer, got \(3"
+    with pytest.raises(ValueError, match=words):
+        torch.ops.qatfast.qat_linear_grad_weight(grad, input)
+
+
 @pytest.mark.parametrize(
     "grad, mask, stride",
     [

@@ -37,6 +37,8 @@ def test_there_are_no_others():
         "qat_linear_integers",
         "qat_linear_integers_forward",
         "qat_linear_input",
+        "qat_linear_integers_backward",
+        "qat_linear_grad_weight",
     }
     assert set(schemas()) == {*cases.OPS, *internal}
 

@@ -372,6 +372,25 @@ def test_gradients_keep_dtype(ops, config, dtype, device):
         )
 
 
+@pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8()], ids=["tutorial", "int8"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["", "autocast"])
+@pytest.mark.parametrize("wanted", [(0, 1), (1,)], ids=["all", "weight"])
+def test_gradients_of_a_large_weight(kernels, config, autocast, wanted):
+    """8 MB, in either type: made in memory of its own."""
+    operands = cases.linear(((3,), 1024, 4096))
+    upstream = cases.normal((3, 4096), autocast or torch.float32, seed=7)
+    gradients = []
+    for ops in (functional, cases.IMPLEMENTATIONS["reference"]):
+        leaves = [operand.clone() for operand in operands]
+        for index in wanted:
+            leaves[index].requires_grad_()
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            y = ops.qat_linear(*leaves, config=config)
+        gradients.append(torch.autograd.grad(y, [leaves[index] for index in wanted], upstream))
+    for ours, theirs in zip(*gradients, strict=True):
+        cases.assert_same(ours, theirs)
+
+
 def test_no_gradient_is_asked_for_where_no_tensor_does(ops, device):
     operands = cases.linear(((5,), 16, 6), device=device)
     assert not ops.qat_linear(*operands).requires_grad
@@ -542,6 +561,12 @@ def test_opcheck_of_the_operators_of_the_integer_product(kernels, dtype, shape):
         torch.library.opcheck(operators.qat_linear_integers.default, (*leaves, given, *config.codes))
     _, *input_integers = operators.qat_linear_integers_forward(*operands, integers, *config.codes)
     torch.library.opcheck(operators.qat_linear_input.default, (*input_integers, dtype))
+    grad = cases.normal((input_integers[0].shape[0], 6), dtype)
+    arguments = (grad, *input_integers, operands.weight, weight_spec)
+    torch.library.opcheck(operators.qat_linear_integers_backward.default, arguments)
+    torch.library.opcheck(
+        operators.qat_linear_grad_weight.default, (grad, cases.normal((len(grad), 16), dtype))
+    )
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)

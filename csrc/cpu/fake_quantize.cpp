@@ -7,9 +7,21 @@
 namespace qatfast::cpu {
 namespace {
 
+// From T to itself, or from float to a 16-bit type.
+template <class T, class To>
+auto loop_of() {
+  if constexpr (std::is_same_v<T, To>) {
+    return chosen().loops<T>().fake_quantize;
+  } else if constexpr (std::is_same_v<To, c10::Half>) {
+    return chosen().f32_to_f16;
+  } else {
+    return chosen().f32_to_bf16;
+  }
+}
+
 // Each block is quantized while it is still in cache from finding its range.
-template <class T>
-void fake_quantize_rows(const T* x, T* y, const Layout& layout, const QuantSpec& spec) {
+template <class T, class To>
+void fake_quantize_rows(const T* x, To* y, const Layout& layout, const QuantSpec& spec) {
   using C = compute_t<T>;
   const auto& loops = chosen().loops<T>();
   const auto min = static_cast<C>(spec.quant_min()), max = static_cast<C>(spec.quant_max());
@@ -19,15 +31,15 @@ void fake_quantize_rows(const T* x, T* y, const Layout& layout, const QuantSpec&
     int32_t zero_point[tile_rows];
     const bool unclamped =
         loops.choose_qparams(from, rows, layout.inner, {min, max, spec.symmetric}, scale, zero_point);
-    loops.fake_quantize(
+    loop_of<T, To>()(
         from, y + first * layout.inner, rows, layout.inner, {scale, zero_point, min, max, false, unclamped});
   });
 }
 
 // One grid for all. Each thread finds the range of its part, waits for those of the others, and quantizes its part: a
 // second parallel loop would have to wake the threads once more.
-template <class T>
-void fake_quantize_tensor(const T* x, T* y, int64_t n, const QuantSpec& spec) {
+template <class T, class To>
+void fake_quantize_tensor(const T* x, To* y, int64_t n, const QuantSpec& spec) {
   using C = compute_t<T>;
   struct alignas(64) Part { // a cache line each
     C lo = 0, hi = 0;
@@ -68,22 +80,36 @@ void fake_quantize_tensor(const T* x, T* y, int64_t n, const QuantSpec& spec) {
     const bool is_long = n >= 4096; // finding the factor takes as long as some 1,000 elements
     const C factor = unclamped && is_long ? loops.factor(std::max(-all.lo, all.hi), scale) : C(0);
     const auto begin = begin_of(first);
-    loops.fake_quantize(
+    loop_of<T, To>()(
         x + begin, y + begin, 1, begin_of(last) - begin, {&scale, &zero_point, min, max, false, unclamped, factor});
   });
 }
 
-template <class T>
-void fake_quantize_blocks(const T* x, T* y, const Layout& layout, const QuantSpec& spec) {
+template <class T, class To>
+void fake_quantize_blocks(const T* x, To* y, const Layout& layout, const QuantSpec& spec) {
   using C = compute_t<T>;
   std::vector<C> scale(layout.blocks);
   std::vector<int32_t> zero_point(layout.blocks);
   const bool unclamped = choose_qparams_of_blocks(x, layout, spec, scale.data(), zero_point.data());
   const Grids<C> grids = {scale.data(), zero_point.data(), static_cast<C>(spec.quant_min()),
       static_cast<C>(spec.quant_max()), false, unclamped};
-  const auto loop = chosen().loops<T>().fake_quantize;
+  const auto loop = loop_of<T, To>();
   map_with_grids(layout, grids, [&](int64_t offset, int64_t rows, int64_t n, const Grids<C>& of_piece) {
     loop(x + offset, y + offset, rows, n, of_piece);
+  });
+}
+
+// f(T{}, To{})
+template <class F>
+void with_types(at::ScalarType from, at::ScalarType to, F f) {
+  if (from == at::kFloat && to == at::kHalf) {
+    return f(float{}, c10::Half{});
+  }
+  if (from == at::kFloat && to == at::kBFloat16) {
+    return f(float{}, c10::BFloat16{});
+  }
+  with_float_type(from, [&](auto type) {
+    f(type, type);
   });
 }
 
@@ -94,10 +120,11 @@ void fake_quantize(const FakeQuantizeTask& task) {
   if (layout.numel() == 0) {
     return;
   }
-  with_float_type(task.from.scalar_type(), [&](auto type) {
-    using T = decltype(type);
+  with_types(task.from.scalar_type(), task.to.scalar_type(), [&](auto from_type, auto to_type) {
+    using T = decltype(from_type);
+    using To = decltype(to_type);
     const auto* x = task.from.const_data_ptr<T>();
-    auto* y = task.to.mutable_data_ptr<T>();
+    auto* y = task.to.mutable_data_ptr<To>();
     if (AT_PARALLEL_OPENMP && layout.blocks == 1) { // a pool of tasks might not run all parts at once
       fake_quantize_tensor(x, y, layout.numel(), task.spec);
     } else if (are_whole_rows(layout) && layout.inner > 1) {

@@ -106,6 +106,10 @@ struct Loops : FloatLoops<T>,
 template <class U>
 using MaskLoop = void (*)(const U* grad, const uint8_t* mask, U* to, int64_t n);
 
+// fake_quantize of float32, its results rounded once more.
+template <class To>
+using RoundedLoop = void (*)(const float* x, To* y, int64_t rows, int64_t n, const Grids<float>& grids);
+
 struct InstructionSet {
   const char* name;
   Loops<float> f32;
@@ -115,6 +119,8 @@ struct InstructionSet {
   MaskLoop<uint16_t> mask16;
   MaskLoop<uint32_t> mask32;
   MaskLoop<uint64_t> mask64;
+  RoundedLoop<c10::Half> f32_to_f16;
+  RoundedLoop<c10::BFloat16> f32_to_bf16;
 
   template <class T>
   const Loops<T>& loops() const {

@@ -67,6 +67,9 @@ template <class C>
 using V = Vec<C, lanes<C>>;
 
 template <class T>
+constexpr bool is_half = std::is_same_v<T, c10::Half> || std::is_same_v<T, c10::BFloat16>;
+
+template <class T>
 using bits_t = std::conditional_t<sizeof(T) == 1, uint8_t,
     std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>>;
 
@@ -457,6 +460,10 @@ QATFAST_INLINE void with_tile(const Grids<C>& grids, int64_t count, F f) {
   f(TileOf<Grid, C>{tile});
 }
 
+// Of a tile's grids; but float32 is cast to a smaller type as a tensor is: what underflows may be -0.0.
+template <class From, class To, class Tile>
+constexpr Result result_of = std::is_same_v<From, float> && is_half<To> ? Result::any : Tile::result;
+
 // to[i] = f(from[i], its grid, i, lanes in use) over a matrix, a vector at a time.
 template <Compiled kinds, class From, class To, class C, class F>
 QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n, const Grids<C>& grids, F f) {
@@ -469,12 +476,13 @@ QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n
       for (int64_t j = 0; j < n; j += size) {
         const auto m = n - j < size ? n - j : size;
         with_tile<kinds>(grids.from(j), m, [&](auto tile) {
+          constexpr auto result = result_of<From, To, decltype(tile)>;
           int64_t at = row * n + j;
           for (; n % 16 == 0 && at + 3 * n < end; at += 4 * n) { // four rows load a grid once
             for (int64_t i = 0; i < m; i += N) {
               const auto found = tile.columns(i);
               const auto one = [&](int64_t k) {
-                store<To, C, decltype(tile)::result>(to + k, f(load<From, C>(from + k), found, k, N));
+                store<To, C, result>(to + k, f(load<From, C>(from + k), found, k, N));
               };
               one(at + i);
               one(at + n + i);
@@ -483,7 +491,7 @@ QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n
             }
           }
           for (; at < end; at += n) {
-            map<From, To, C, decltype(tile)::result>(from + at, to + at, m, [&](V<C> v, int64_t i, int64_t used) {
+            map<From, To, C, result>(from + at, to + at, m, [&](V<C> v, int64_t i, int64_t used) {
               return f(v, tile.columns(i), at + i, used);
             });
           }
@@ -495,10 +503,11 @@ QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n
   for (int64_t row = 0; row < rows; row += size) {
     const auto count = rows - row < size ? rows - row : size;
     with_tile<kinds>(grids.from(row), count, [&](auto tile) {
+      constexpr auto result = result_of<From, To, decltype(tile)>;
       for (int64_t k = 0; k < count; ++k) {
         const auto found = tile.row(k);
         const auto at = (row + k) * n;
-        map<From, To, C, decltype(tile)::result>(from + at, to + at, n, [&](V<C> v, int64_t i, int64_t used) {
+        map<From, To, C, result>(from + at, to + at, n, [&](V<C> v, int64_t i, int64_t used) {
           return f(v, found, at + i, used);
         });
       }
@@ -768,7 +777,7 @@ bool choose_loop(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, 
 // further apart than the errors of a float: where one of them has the step of the other side, no value beyond differs.)
 template <class T, class C = compute_t<T>>
 C factor_loop(C most, C scale) {
-  if constexpr (multiplies<C> && sizeof(T) == 2) {
+  if constexpr (multiplies<C> && is_half<T>) {
     constexpr int N = lanes<C>;
     constexpr int32_t ulp = std::is_same_v<T, c10::Half> ? 1 << 13 : 1 << 16; // of T, in the bits of a float
     const auto midpoints = static_cast<int32_t>(most / scale + 1.5F);
@@ -819,13 +828,13 @@ bool choose_qparams_loop(const T* x, int64_t rows, int64_t n, const RangeSpec<co
   return unclamped;
 }
 
-template <class T>
-void fake_quantize_loop(const T* x, T* y, int64_t rows, int64_t n, const Grids<compute_t<T>>& grids) {
+template <class T, class To = T>
+void fake_quantize_loop(const T* x, To* y, int64_t rows, int64_t n, const Grids<compute_t<T>>& grids) {
   using C = compute_t<T>;
-  if constexpr (multiplies<C> && sizeof(T) == 2) {
+  if constexpr (multiplies<C> && is_half<T>) {
     if (grids.factor != 0) {
       const ProductGrid<V<C>> grid = {all_lanes(*grids.scale), all_lanes(grids.factor)};
-      return map<T, T, C, Result::normal>(x, y, n, [&](V<C> v, int64_t, int64_t) {
+      return map<T, To, C, Result::normal>(x, y, n, [&](V<C> v, int64_t, int64_t) {
         return fake_quantize(v, grid);
       });
     }
@@ -1033,7 +1042,8 @@ constexpr Loops<T> all_loops() {
 #ifndef QATFAST_BF16
 constexpr InstructionSet instruction_set_named(const char* name) {
   return {name, all_loops<float>(), all_loops<double>(), all_loops<c10::Half>(), all_loops<c10::BFloat16>(),
-      mask_loop<uint16_t>, mask_loop<uint32_t>, mask_loop<uint64_t>};
+      mask_loop<uint16_t>, mask_loop<uint32_t>, mask_loop<uint64_t>, fake_quantize_loop<float, c10::Half>,
+      fake_quantize_loop<float, c10::BFloat16>};
 }
 #endif
 

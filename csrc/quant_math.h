@@ -104,19 +104,27 @@ QATFAST_FORMULA T widen_hi(T hi, T x) {
   return x > hi ? x : hi;
 }
 
-// Scale of a block with finite values in [lo, hi], lo <= 0 <= hi; at least the smallest normal number.
-QATFAST_FORMULA T choose_scale(T lo, T hi, T quant_min, T quant_max, bool symmetric) {
-  using Limits = std::numeric_limits<scalar_t<T>>;
-  const T eps = T{} + Limits::min();
-  const T steps = symmetric ? quant_max : quant_max - quant_min;
-  const T width = symmetric ? widen_hi(hi, -lo) : hi - lo;
-  const T scale = width <= Limits::max() ? width / steps : hi / steps - lo / steps;
+// What the steps of a grid have to cover; infinite where it overflows.
+QATFAST_FORMULA T width_of(T lo, T hi, bool symmetric) {
+  return symmetric ? widen_hi(hi, -lo) : hi - lo;
+}
+
+// The scale for a finite width; at least the smallest normal number.
+QATFAST_FORMULA T scale_of_width(T width, T steps) {
+  const T eps = T{} + std::numeric_limits<scalar_t<T>>::min();
+  const T scale = width / steps;
   return scale > eps ? scale : eps;
 }
 
-// As a float that holds an integer.
-QATFAST_FORMULA T choose_zero_point(T lo, T scale, T quant_min, T quant_max, bool symmetric) {
-  return symmetric ? T{} : clamp(quant_min - round_half_even(lo / scale), quant_min, quant_max);
+// Scale of a block with finite values in [lo, hi], lo <= 0 <= hi, for that many steps.
+QATFAST_FORMULA T choose_scale(T lo, T hi, T steps, bool symmetric) {
+  const T width = width_of(lo, hi, symmetric);
+  return width <= std::numeric_limits<scalar_t<T>>::max() ? scale_of_width(width, steps) : hi / steps - lo / steps;
+}
+
+// As a float that holds an integer; low_step: lo / scale, rounded.
+QATFAST_FORMULA T choose_zero_point(T low_step, T quant_min, T quant_max, bool symmetric) {
+  return symmetric ? T{} : clamp(quant_min - low_step, quant_min, quant_max);
 }
 
 // a * b + c, rounded once. The CPU has its own for vectors, and only where the instruction set has one.
@@ -155,11 +163,6 @@ QATFAST_FORMULA T position_of(T x, const ProductGrid<T>& grid) {
 template <class T, class G>
 C10_HOST_DEVICE static inline T step_of(T x, const G& grid) {
   return round_half_even(position_of(x, grid));
-}
-
-// Whether no value in [lo, hi], the range that the grid was chosen for, is clamped: rounding keeps the order.
-QATFAST_FORMULA auto is_unclamped(T lo, T hi, const Grid<T>& grid) {
-  return (grid.lo <= round_half_even(lo / grid.scale)) & (round_half_even(hi / grid.scale) <= grid.hi);
 }
 
 template <class T, class G>

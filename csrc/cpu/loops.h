@@ -66,7 +66,7 @@ struct FloatLoops {
   using C = compute_t<T>;
   // Widens the range in lo[0], hi[0] by the finite ones of n values; whether all are.
   bool (*range)(const T* x, int64_t n, C* lo, C* hi);
-  // The same of each column: lo[j], hi[j].
+  // The range of each column: lo[j], hi[j].
   bool (*range_of_columns)(const T* x, int64_t rows, int64_t n, C* lo, C* hi);
   // Scale and zero point of n ranges; whether no value in a range would be clamped, and all results are normal or 0.
   bool (*choose)(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);

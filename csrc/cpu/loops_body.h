@@ -73,6 +73,10 @@ template <class T>
 using bits_t = std::conditional_t<sizeof(T) == 1, uint8_t,
     std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>>;
 
+// An element of what a comparison of C gives.
+template <class C>
+using mask_t = std::make_signed_t<bits_t<C>>;
+
 template <class To>
 QATFAST_INLINE To bits_as(const void* from) {
   To to;
@@ -223,7 +227,7 @@ QATFAST_INLINE void store(void* p, Vec<int32_t, lanes<C>> v) {
   }
 }
 
-// The first n elements at p; the other lanes are 0.
+// The first n elements at p, 1 or more; the other lanes are 0.
 template <class E, int N>
 QATFAST_INLINE Vec<E, N> first_of(const void* p, int64_t n) {
 #if QATFAST_VECTOR_BYTES == 64
@@ -460,6 +464,9 @@ QATFAST_INLINE void with_tile(const Grids<C>& grids, int64_t count, F f) {
   f(TileOf<Grid, C>{tile});
 }
 
+// So short that its loops are best unrolled.
+constexpr int64_t common_group = 32;
+
 // Of a tile's grids; but float32 is cast to a smaller type as a tensor is: what underflows may be -0.0.
 template <class From, class To, class Tile>
 constexpr Result result_of = std::is_same_v<From, float> && is_half<To> ? Result::any : Tile::result;
@@ -504,13 +511,16 @@ QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n
     const auto count = rows - row < size ? rows - row : size;
     with_tile<kinds>(grids.from(row), count, [&](auto tile) {
       constexpr auto result = result_of<From, To, decltype(tile)>;
-      for (int64_t k = 0; k < count; ++k) {
-        const auto found = tile.row(k);
-        const auto at = (row + k) * n;
-        map<From, To, C, result>(from + at, to + at, n, [&](V<C> v, int64_t i, int64_t used) {
-          return f(v, found, at + i, used);
-        });
-      }
+      const auto rows_of = [&](int64_t length) __attribute__((always_inline)) {
+        for (int64_t k = 0; k < count; ++k) {
+          const auto found = tile.row(k);
+          const auto at = (row + k) * length;
+          map<From, To, C, result>(from + at, to + at, length, [&](V<C> v, int64_t i, int64_t used) {
+            return f(v, found, at + i, used);
+          });
+        }
+      };
+      n == common_group ? rows_of(common_group) : rows_of(n);
     });
   }
 }
@@ -526,6 +536,7 @@ void filtered_range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
     least = widen_lo(least, v);
     most = widen_hi(most, v);
   }
+  *lo = *hi = 0;
   for (int lane = 0; lane < N; ++lane) {
     *lo = widen_lo(*lo, static_cast<C>(least[lane]));
     *hi = widen_hi(*hi, static_cast<C>(most[lane]));
@@ -535,8 +546,9 @@ void filtered_range(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
 template <class T>
 void filtered_range_of_columns(
     const T* x, int64_t rows, int64_t stride, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t j = 0; j < n; ++j) {
+  for (int64_t j = 0; j < n; ++j) {
+    lo[j] = hi[j] = 0;
+    for (int64_t row = 0; row < rows; ++row) {
       const auto v = finite_or_zero(static_cast<compute_t<T>>(x[row * stride + j]));
       lo[j] = widen_lo(lo[j], v);
       hi[j] = widen_hi(hi[j], v);
@@ -565,9 +577,15 @@ struct RangeBits {
       : std::is_same_v<T, c10::Half>                                ? 10
                                                                     : 7;
   static constexpr auto infinity = static_cast<U>((sign - 1) >> significand_bits << significand_bits);
-  Vec<U, N> below = {};
-  Vec<I, N> above = {};
+  Vec<U, N> below; // left as it is when made: clearing an array of them takes longer than the rest
+  Vec<I, N> above;
 
+  QATFAST_MEMBER static RangeBits zero() {
+    return {Vec<U, N>{}, Vec<I, N>{}};
+  }
+  QATFAST_MEMBER static RangeBits of(const void* x) {
+    return {bits_as<Vec<U, N>>(x), bits_as<Vec<I, N>>(x)};
+  }
   QATFAST_MEMBER void widen(const void* x) {
     below = Most{}(bits_as<Vec<U, N>>(x), below);
     above = Most{}(bits_as<Vec<I, N>>(x), above);
@@ -581,19 +599,20 @@ struct RangeBits {
     above = Most{}(other.above, above);
   }
 
-  // lo[i] and hi[i] widened by lane i, for n lanes; nothing but false where one is not finite.
+  // lo[i] and hi[i] of lane i, for n lanes; nothing but false where one is not finite.
   QATFAST_MEMBER bool to_floats(int64_t n, C* lo, C* hi) const {
     const Vec<U, N> magnitudes = below & static_cast<U>(~sign);
     if (!all_of<I, N>((magnitudes < infinity) & (above < static_cast<I>(infinity)))) {
       return false;
     }
     const Vec<U, N> least = below >= sign ? below : Vec<U, N>{};
+    const Vec<I, N> most = Most{}(above, Vec<I, N>{});
     for (int64_t i = 0; i < N && i < n; i += lanes<C>) {
       const auto m = n - i < lanes<C> ? n - i : lanes<C>;
       const auto low = load<T, C>(reinterpret_cast<const char*>(&least) + i * sizeof(T));
-      const auto high = load<T, C>(reinterpret_cast<const char*>(&above) + i * sizeof(T));
-      store_some<C, C>(lo + i, widen_lo(load_some<C, C>(lo + i, m), low), m);
-      store_some<C, C>(hi + i, widen_hi(load_some<C, C>(hi + i, m), high), m);
+      const auto high = load<T, C>(reinterpret_cast<const char*>(&most) + i * sizeof(T));
+      store_some<C, C>(lo + i, low, m);
+      store_some<C, C>(hi + i, high, m);
     }
     return true;
   }
@@ -622,10 +641,17 @@ QATFAST_INLINE RangeBits<T> merged(RangeBits<T>* bits) {
 template <class T>
 QATFAST_INLINE RangeBits<T> bits_of_run(const T* x, int64_t n) {
   constexpr int N = RangeBits<T>::N;
-  RangeBits<T> a;
-  int64_t i = 0;
+  auto a = RangeBits<T>::zero();
+  if (n < N) {
+    if (n > 0) {
+      a.widen_some(x, n);
+    }
+    return a;
+  }
+  a = RangeBits<T>::of(x);
+  int64_t i = N;
   if (n >= 8 * N) {
-    RangeBits<T> b, c, d; // four, to hide the latency
+    auto b = a, c = a, d = a; // four, to hide the latency
     for (; i + 4 * N <= n; i += 4 * N) {
       a.widen(x + i);
       b.widen(x + i + N);
@@ -645,6 +671,7 @@ QATFAST_INLINE RangeBits<T> bits_of_run(const T* x, int64_t n) {
   return a;
 }
 
+// lo and hi; whether all values are finite.
 template <class T>
 QATFAST_INLINE bool range_of_run(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
   using Bits = RangeBits<T>;
@@ -662,7 +689,7 @@ QATFAST_INLINE bool range_of_run(const T* x, int64_t n, compute_t<T>* lo, comput
 template <int rows, class T>
 QATFAST_INLINE RangeBits<T> bits_of_rows(const T* x, int64_t count, int64_t n) {
   if constexpr (rows == 1) {
-    return count > 0 ? bits_of_run(x, n) : RangeBits<T>{};
+    return count > 0 ? bits_of_run(x, n) : RangeBits<T>::zero();
   } else {
     constexpr int half = rows / 2;
     return both<2 * RangeBits<T>::N / rows>(
@@ -682,7 +709,7 @@ QATFAST_INLINE RangeBits<T> bits_of_all_rows(const T* x, int64_t count, int64_t 
   return merged<N / unrolled>(bits);
 }
 
-// lo[i] and hi[i] widened by row i; whether all values are finite.
+// lo[i] and hi[i] of row i; whether all values are finite.
 template <class T>
 QATFAST_INLINE bool range_of_rows(const T* x, int64_t rows, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
   using Bits = RangeBits<T>;
@@ -696,7 +723,10 @@ QATFAST_INLINE bool range_of_rows(const T* x, int64_t rows, int64_t n, compute_t
       }
       break;
     }
-    if (!bits_of_all_rows(x + row * n, count, n).to_floats(count, lo + row, hi + row)) {
+    const T* from = x + row * n;
+    const auto bits =
+        n == common_group ? bits_of_all_rows(from, count, common_group) : bits_of_all_rows(from, count, n);
+    if (!bits.to_floats(count, lo + row, hi + row)) {
       is_finite = false;
       for (int64_t i = row; i < row + count; ++i) {
         filtered_range(x + i * n, n, lo + i, hi + i);
@@ -732,6 +762,9 @@ bool range_of_columns(const T* x, int64_t rows, int64_t n, compute_t<T>* lo, com
   for (int64_t start = 0; start < n; start += tile) {
     const auto m = n - start < tile ? n - start : tile;
     RangeBits<T> bits[tile / N];
+    for (int64_t i = 0; i < m; i += N) {
+      bits[i / N] = RangeBits<T>::zero();
+    }
     int64_t row = 0;
     for (; row + 4 <= rows; row += 4) {
       widen_columns<4>(x + row * n + start, n, m, bits);
@@ -750,24 +783,49 @@ bool range_of_columns(const T* x, int64_t rows, int64_t n, compute_t<T>* lo, com
   return is_finite;
 }
 
+template <class T>
+bool widen_loop(const T* x, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
+  compute_t<T> least, most;
+  const bool is_finite = range_of_run(x, n, &least, &most);
+  *lo = widen_lo(*lo, least);
+  *hi = widen_hi(*hi, most);
+  return is_finite;
+}
+
 template <class T, class C = compute_t<T>>
 bool choose_loop(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point) {
   constexpr int N = lanes<C>;
-  const V<C> quant_min = V<C>{} + spec.quant_min, quant_max = V<C>{} + spec.quant_max;
+  const V<C> quant_min = all_lanes(spec.quant_min), quant_max = all_lanes(spec.quant_max);
+  const V<C> steps = spec.symmetric ? quant_max : quant_max - quant_min;
   bool unclamped = multiplies<C>;
   constexpr float least_normal = std::is_same_v<T, c10::Half> ? 0x1p-14f : 0; // the others' have no reciprocal
   for (int64_t i = 0; i < n; i += N) {
     const auto m = n - i < N ? n - i : N;
     const auto least = load_some<C, C>(lo + i, m), most = load_some<C, C>(hi + i, m);
-    const V<C> chosen = choose_scale(least, most, quant_min, quant_max, spec.symmetric);
+    const V<C> width = width_of(least, most, spec.symmetric);
+    const bool fits = all_of<mask_t<C>, N>(width <= std::numeric_limits<C>::max()); // or two divisions more
+    const V<C> chosen = fits ? scale_of_width(width, steps) : choose_scale(least, most, steps, spec.symmetric);
     store_some<C, C>(scale + i, chosen, m);
-    const V<C> zero = choose_zero_point(least, chosen, quant_min, quant_max, spec.symmetric);
-    store_some<int32_t, C>(zero_point + i, zero, m);
+    // all of a block are 0 (as of one in the lanes past the end): every grid will do
+    const auto divides = has_reciprocal(chosen) | (least == most);
+    V<C> low_step, high_step;
+    bool by_division = true;
     if constexpr (multiplies<C>) {
-      const Grid<V<C>> grid = {chosen, quant_min - zero, quant_max - zero};
-      unclamped &= all_of<int32_t, N>(
-          (has_reciprocal(chosen) & (chosen >= least_normal) & is_unclamped(least, most, grid)) | ~is_used<N>(m));
+      if (all_of<mask_t<C>, N>(divides)) {
+        const UnclampedGrid<V<C>> grid = {chosen, 1 / chosen};
+        low_step = step_of(least, grid);
+        high_step = step_of(most, grid);
+        by_division = false;
+      }
     }
+    if (by_division) {
+      low_step = round_half_even(least / chosen);
+      high_step = round_half_even(most / chosen);
+    }
+    const V<C> zero = choose_zero_point(low_step, quant_min, quant_max, spec.symmetric);
+    store_some<int32_t, C>(zero_point + i, zero, m);
+    unclamped &= all_of<mask_t<C>, N>(divides & ((chosen >= least_normal) | (least == most)) &
+        (quant_min <= low_step + zero) & (high_step + zero <= quant_max));
   }
   return unclamped;
 }
@@ -821,7 +879,7 @@ bool choose_qparams_loop(const T* x, int64_t rows, int64_t n, const RangeSpec<co
   bool unclamped = true;
   for (int64_t row = 0; row < rows; row += tile) {
     const auto count = rows - row < tile ? rows - row : tile;
-    C lo[tile] = {}, hi[tile] = {};
+    C lo[tile], hi[tile];
     const bool is_finite = range_of_rows(x + row * n, count, n, lo, hi);
     unclamped &= choose_loop<T>(lo, hi, count, spec, scale + row, zero_point + row) && is_finite;
   }
@@ -927,7 +985,7 @@ void integers_loop(const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<c
         auto steps = quantize(v, Vec<int32_t, N>{}, at.grid); // 0 in the lanes past the end
         if constexpr (!std::is_same_v<std::decay_t<decltype(at.grid)>, UnclampedGrid<V<C>>>) {
           not_finite += v - v;
-          steps &= integers_as<int32_t, N, std::conditional_t<sizeof(C) == 4, int32_t, int64_t>>(v == v);
+          steps &= integers_as<int32_t, N, mask_t<C>>(v == v);
         }
         sums += steps;
         return steps + zero_point;
@@ -1033,7 +1091,7 @@ constexpr IntegerLoops<T, Q> integer_loops() {
 
 template <class T>
 constexpr Loops<T> all_loops() {
-  return {{range_of_run<T>, range_of_columns<T>, choose_loop<T>, factor_loop<T>, choose_qparams_loop<T>,
+  return {{widen_loop<T>, range_of_columns<T>, choose_loop<T>, factor_loop<T>, choose_qparams_loop<T>,
               fake_quantize_loop<T>, fake_quantize_mask_loop<T>},
       {integers_loop<T>, outputs_loop<T>}, integer_loops<T, int8_t>(), integer_loops<T, uint8_t>(),
       integer_loops<T, int16_t>(), integer_loops<T, uint16_t>()};

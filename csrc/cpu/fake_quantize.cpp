@@ -23,16 +23,15 @@ auto loop_of() {
 template <class T, class To>
 void fake_quantize_rows(const T* x, To* y, const Layout& layout, const QuantSpec& spec) {
   using C = compute_t<T>;
-  const auto& loops = chosen().loops<T>();
+  const auto choose_qparams = chosen().loops<T>().choose_qparams;
+  const auto loop = loop_of<T, To>();
   const auto min = static_cast<C>(spec.quant_min()), max = static_cast<C>(spec.quant_max());
   for_each_tile(layout.blocks, layout.inner, [&](int64_t first, int64_t rows) {
     const T* from = x + first * layout.inner;
     C scale[tile_rows];
     int32_t zero_point[tile_rows];
-    const bool unclamped =
-        loops.choose_qparams(from, rows, layout.inner, {min, max, spec.symmetric}, scale, zero_point);
-    loop_of<T, To>()(
-        from, y + first * layout.inner, rows, layout.inner, {scale, zero_point, min, max, false, unclamped});
+    const bool unclamped = choose_qparams(from, rows, layout.inner, {min, max, spec.symmetric}, scale, zero_point);
+    loop(from, y + first * layout.inner, rows, layout.inner, {scale, zero_point, min, max, false, unclamped});
   });
 }
 
@@ -48,6 +47,7 @@ void fake_quantize_tensor(const T* x, To* y, int64_t n, const QuantSpec& spec) {
   constexpr int64_t unit = 64;
   const auto& loops = chosen().loops<T>();
   const auto min = static_cast<C>(spec.quant_min()), max = static_cast<C>(spec.quant_max());
+  const auto loop = loop_of<T, To>();
   const int64_t units = (n + unit - 1) / unit;
   const int64_t tasks = std::clamp<int64_t>(n / grain, 1, at::get_num_threads());
   std::vector<Part> parts(tasks);
@@ -80,8 +80,7 @@ void fake_quantize_tensor(const T* x, To* y, int64_t n, const QuantSpec& spec) {
     const bool is_long = n >= 4096; // finding the factor takes as long as some 1,000 elements
     const C factor = unclamped && is_long ? loops.factor(std::max(-all.lo, all.hi), scale) : C(0);
     const auto begin = begin_of(first);
-    loop_of<T, To>()(
-        x + begin, y + begin, 1, begin_of(last) - begin, {&scale, &zero_point, min, max, false, unclamped, factor});
+    loop(x + begin, y + begin, 1, begin_of(last) - begin, {&scale, &zero_point, min, max, false, unclamped, factor});
   });
 }
 

@@ -548,7 +548,9 @@ void filtered_range_of_columns(
     const T* x, int64_t rows, int64_t stride, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
   for (int64_t j = 0; j < n; ++j) {
     lo[j] = hi[j] = 0;
-    for (int64_t row = 0; row < rows; ++row) {
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t j = 0; j < n; ++j) {
       const auto v = finite_or_zero(static_cast<compute_t<T>>(x[row * stride + j]));
       lo[j] = widen_lo(lo[j], v);
       hi[j] = widen_hi(hi[j], v);

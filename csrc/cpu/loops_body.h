@@ -984,13 +984,13 @@ void integers_loop(const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<c
       V<C> not_finite = {}; // NaN where a lane has seen a NaN or an infinity
       const auto end = n - start < chunk ? n - start : chunk;
       map<T, int8_t, C>(from + start, q + row * n + start, end, [&](V<C> v, int64_t, int64_t) {
-        auto steps = quantize(v, Vec<int32_t, N>{}, at.grid); // 0 in the lanes past the end
+        auto step = quantize(v, Vec<int32_t, N>{}, at.grid); // 0 in the lanes past the end
         if constexpr (!std::is_same_v<std::decay_t<decltype(at.grid)>, UnclampedGrid<V<C>>>) {
           not_finite += v - v;
-          steps &= integers_as<int32_t, N, mask_t<C>>(v == v);
+          step &= integers_as<int32_t, N, mask_t<C>>(v == v);
         }
-        sums += steps;
-        return steps + zero_point;
+        sums += step;
+        return step + zero_point;
       });
       sum += reduce<int32_t, N>(sums, plus);
       is_finite &= reduce<C, N>(not_finite, plus) == 0;

@@ -1,6 +1,7 @@
 // One autograd Function for each differentiable operator. They call operators, never kernels, so that fake tensors,
 // torch.compile and the profiler see everything, and so that gradients have gradients.
 #include "integer_product.h"
+#include "memory.h"
 #include "ops.h"
 
 #include <ATen/autocast_mode.h>
@@ -116,10 +117,10 @@ Tensor as_rows(const Tensor& x) {
   return x.dim() == 2 ? x : x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2);
 }
 
-// dy.T @ x_hat, where nobody differentiates it by an operator that has more to offer for a large one.
+// dy.T @ x_hat; a large one in large pages, by an operator that has no gradient of its own.
 Tensor weight_gradient(const Tensor& dy, const Tensor& x_hat, bool is_differentiated) {
-  constexpr int64_t large = 8 << 20; // bytes
-  if (is_differentiated || !dy.is_cpu() || dy.sym_size(1) * x_hat.sym_size(1) * dy.element_size() < large) {
+  const auto bytes = dy.sym_size(1) * x_hat.sym_size(1) * dy.element_size();
+  if (is_differentiated || !dy.is_cpu() || bytes < static_cast<int64_t>(large_bytes)) {
     return at::mm(dy.t(), x_hat);
   }
   return op::qat_linear_grad_weight(dy, x_hat);

@@ -11,12 +11,15 @@
 
 namespace qatfast {
 
+// From here on pages are what fresh memory costs.
+constexpr size_t large_bytes = size_t{8} << 20;
+
 // Asks for large pages before a large fresh CPU tensor is first written: the kernel then clears 2 MB at a page fault
 // in place of 4 KB, which makes the first write of 100 MB three times as fast. It is a wish: a refusal changes nothing.
 inline const at::Tensor& with_large_pages(const at::Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = uintptr_t{2} << 20;
-  if (fresh.is_cpu() && fresh.nbytes() >= 4 * page) {
+  if (fresh.is_cpu() && fresh.nbytes() >= large_bytes) {
     const auto address = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
     const auto begin = (address + page - 1) / page * page, end = (address + fresh.nbytes()) / page * page;
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

@@ -408,12 +408,16 @@ bool is_row(const Tensor& x, at::ScalarType dtype, int64_t size) {
   return x.scalar_type() == dtype && x.dim() == 1 && x.size(0) == size && x.is_contiguous();
 }
 
-IntegerRows integer_weight(const Tensor& weight, at::IntArrayRef code) {
-  const auto spec = checked_spec("qat_linear", code);
-  TORCH_CHECK_VALUE(weight.dim() == 2 && spec && is_integer_weight(*spec, weight.size(1)),
-      "qat_linear: expected a weight spec of at most 8 bits per tensor or per row, got ", tuple(code), " for shape ",
+QuantSpec checked_integer_spec(const char* op, const Tensor& weight, at::IntArrayRef code) {
+  const auto spec = checked_spec(op, code);
+  TORCH_CHECK_VALUE(weight.dim() == 2 && spec && is_integer_weight(*spec, weight.size(1)), op,
+      ": expected a weight spec of at most 8 bits per tensor or per row, got ", tuple(code), " for shape ",
       tuple(weight.sizes()));
-  return integer_rows(weight, *spec);
+  return *spec;
+}
+
+IntegerRows integer_weight(const Tensor& weight, at::IntArrayRef code) {
+  return integer_rows(weight, checked_integer_spec("qat_linear", weight, code));
 }
 
 IntegerRows given_integer_weight(at::TensorList integers, const Tensor& weight) {
@@ -503,7 +507,7 @@ Tensor qat_linear_input_kernel(
   return to;
 }
 
-// In memory of large pages: at 64 MB 10 % of a step.
+// In memory of large pages, which at::mm would not ask for.
 Tensor qat_linear_grad_weight_kernel(const Tensor& grad, const Tensor& input) {
   TORCH_CHECK_VALUE(grad.dim() == 2 && input.dim() == 2 && grad.size(0) == input.size(0),
       "qat_linear_grad_weight: expected the gradient and input of one layer, got ", tuple(grad.sizes()), ", ",
@@ -517,9 +521,7 @@ Tensor qat_linear_grad_weight_kernel(const Tensor& grad, const Tensor& input) {
 std::tuple<Tensor, Tensor> qat_linear_integers_backward_kernel(const Tensor& grad, const Tensor& values,
     const Tensor& scale, const Tensor& zero_point, const Tensor& weight, at::IntArrayRef weight_code) {
   constexpr auto op = "qat_linear_integers_backward";
-  const auto spec = checked_spec(op, weight_code);
-  TORCH_CHECK_VALUE(spec && weight.dim() == 2 && is_integer_weight(*spec, weight.size(1)), op,
-      ": expected a weight spec of at most 8 bits per tensor or per row, got ", tuple(weight_code));
+  const auto spec = checked_integer_spec(op, weight, weight_code);
   TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(1) == weight.size(0) && values.dim() == 2 &&
           values.size(0) == grad.size(0) && values.size(1) == weight.size(1),
       op, ": expected the gradient, input and weight of one layer, got ", tuple(grad.sizes()), ", ",
@@ -528,9 +530,9 @@ std::tuple<Tensor, Tensor> qat_linear_integers_backward_kernel(const Tensor& gra
   const auto w_hat_then_dw = fresh(weight.sizes(), dtype, weight);
   const auto w = weight.contiguous();
   if (w.scalar_type() == dtype || rounds_to(w, dtype)) {
-    QATFAST_ON(w, fake_quantize)({w, w_hat_then_dw, *spec});
+    QATFAST_ON(w, fake_quantize)({w, w_hat_then_dw, spec});
   } else {
-    w_hat_then_dw.copy_(fake_quantized(w, *spec));
+    w_hat_then_dw.copy_(fake_quantized(w, spec));
   }
   auto dx = at::mm(grad, w_hat_then_dw);
   auto dw = w_hat_then_dw;

@@ -104,7 +104,12 @@ QATFAST_FORMULA T widen_hi(T hi, T x) {
   return x > hi ? x : hi;
 }
 
-// What the steps of a grid have to cover; infinite where it overflows.
+// How many steps of a grid cover the width of a range: symmetric, on each side of 0.
+QATFAST_FORMULA T steps_of(T quant_min, T quant_max, bool symmetric) {
+  return symmetric ? quant_max : quant_max - quant_min;
+}
+
+// What they have to cover; infinite where it overflows.
 QATFAST_FORMULA T width_of(T lo, T hi, bool symmetric) {
   return symmetric ? widen_hi(hi, -lo) : hi - lo;
 }

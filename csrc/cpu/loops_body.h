@@ -798,7 +798,7 @@ template <class T, class C = compute_t<T>>
 bool choose_loop(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point) {
   constexpr int N = lanes<C>;
   const V<C> quant_min = all_lanes(spec.quant_min), quant_max = all_lanes(spec.quant_max);
-  const V<C> steps = spec.symmetric ? quant_max : quant_max - quant_min;
+  const V<C> steps = steps_of(quant_min, quant_max, spec.symmetric);
   bool unclamped = multiplies<C>;
   constexpr float least_normal = std::is_same_v<T, c10::Half> ? 0x1p-14f : 0; // the others' have no reciprocal
   for (int64_t i = 0; i < n; i += N) {
@@ -841,7 +841,7 @@ C factor_loop(C most, C scale) {
     constexpr int N = lanes<C>;
     constexpr int32_t ulp = std::is_same_v<T, c10::Half> ? 1 << 13 : 1 << 16; // of T, in the bits of a float
     const auto midpoints = static_cast<int32_t>(most / scale + 1.5F);
-    if (midpoints > 256 + N) {
+    if (midpoints > 256) { // more than 8 bits
       return 0;
     }
     const UnclampedGrid<V<C>> exact = {all_lanes(scale), all_lanes(1 / scale)};

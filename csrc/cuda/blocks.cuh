@@ -96,8 +96,7 @@ struct QParam {
     const C lo = C(0) - bits_as<C>(keys.below);
     const C hi = bits_as<C>(keys.above);
     const C quant_min = task.quant_min, quant_max = task.quant_max;
-    const C steps = task.symmetric ? quant_max : quant_max - quant_min;
-    const C scale = choose_scale(lo, hi, steps, task.symmetric);
+    const C scale = choose_scale(lo, hi, steps_of(quant_min, quant_max, task.symmetric), task.symmetric);
     const C low_step = round_half_even(lo / scale);
     zero_point = static_cast<int32_t>(choose_zero_point(low_step, quant_min, quant_max, task.symmetric));
     grid = with_reciprocal<C>(

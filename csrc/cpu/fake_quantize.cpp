@@ -77,7 +77,7 @@ void fake_quantize_tensor(const T* x, To* y, int64_t n, const QuantSpec& spec) {
     int32_t zero_point;
     const bool unclamped =
         loops.choose(&all.lo, &all.hi, 1, {min, max, spec.symmetric}, &scale, &zero_point) && all.is_finite;
-    const bool is_long = n >= 4096; // finding the factor takes as long as some 1,000 elements
+    const bool is_long = n >= 4096; // from here on finding the factor pays
     const C factor = unclamped && is_long ? loops.factor(std::max(-all.lo, all.hi), scale) : C(0);
     const auto begin = begin_of(first);
     loop(x + begin, y + begin, 1, begin_of(last) - begin, {&scale, &zero_point, min, max, false, unclamped, factor});

@@ -9,6 +9,8 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
+#include <omp.h>
+
 namespace qatfast {
 namespace {
 
@@ -17,7 +19,27 @@ using at::Tensor;
 constexpr int64_t int32_features = 33025; // 255 * 255 times as many fit in 32 bits
 constexpr int64_t slice = 65536;          // -128 * -128 times as many, too, even if a library shifts one of them by 128
 constexpr int64_t block_bytes = 8 << 20;  // of products: still in cache when they become outputs
+constexpr int64_t small_work = 1 << 22;   // multiplications; fewer take less time than to wake another thread
+constexpr int64_t packing_rows = 32;      // that many rows take the time in which the library packs the weight
 constexpr int64_t least_rows = 512;       // below, a product spends its time on packing the weight again
+
+// While it lives, the library's parallel loops that this thread begins stay on it.
+class OneThread {
+ public:
+  explicit OneThread(bool is_wanted) : before_(omp_get_max_threads()) {
+    if (is_wanted) {
+      omp_set_num_threads(1);
+    }
+  }
+  ~OneThread() {
+    omp_set_num_threads(before_);
+  }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  const int before_;
+};
 
 void multiply_in_float64(const Tensor& products, const Tensor& x, const Tensor& weight) {
   products.copy_(at::mm(x.to(at::kDouble), weight.to(at::kDouble).t()));
@@ -70,6 +92,7 @@ void multiply(const Tensor& products, const Tensor& x, const Tensor& weight) {
   } else if (x.is_cuda()) {
     multiply_padded(products, x, weight);
   } else if (static const bool exact = is_exact_on_cpu(); exact) {
+    const OneThread one_thread((x.size(0) + packing_rows) * weight.numel() <= small_work);
     multiply_by_library(products, x, weight);
   } else {
     multiply_in_float64(products, x, weight);

@@ -128,6 +128,30 @@ bool is_rows(const QuantSpec& spec, int64_t columns) {
       (kind == Granularity::per_group && argument == columns);
 }
 
+IntegerRows rows_apart(const Tensor& matrix) {
+  const auto rows = matrix.size(0);
+  return {fresh(matrix.sizes(), at::kChar, matrix), fresh({rows}, compute_dtype(matrix.scalar_type()), matrix),
+      fresh({rows}, at::kInt, matrix), fresh({rows}, at::kLong, matrix)};
+}
+
+IntegerRows rows_in_one_memory(const Tensor& matrix) {
+  const auto rows = matrix.size(0);
+  const auto compute = compute_dtype(matrix.scalar_type());
+  int64_t bytes = 0;
+  const auto place_of = [&bytes](int64_t elements, at::ScalarType dtype) {
+    const auto place = bytes;
+    bytes += (elements * static_cast<int64_t>(c10::elementSize(dtype)) + 63) / 64 * 64; // aligned as if it were apart
+    return place;
+  };
+  const auto values = place_of(matrix.numel(), at::kChar);
+  const auto scale = place_of(rows, compute);
+  const auto zero_point = place_of(rows, at::kInt);
+  const auto steps = place_of(rows, at::kLong);
+  const auto memory = fresh({bytes}, at::kByte, matrix);
+  return {within(memory, values, matrix.sizes(), at::kChar), within(memory, scale, {rows}, compute),
+      within(memory, zero_point, {rows}, at::kInt), within(memory, steps, {rows}, at::kLong)};
+}
+
 } // namespace
 
 bool is_integer_input(const QuantSpec& spec) {
@@ -147,12 +171,9 @@ bool multiplies_integers(const Tensor& weight, at::IntArrayRef input_spec, at::I
       is_integer_weight(spec(weight_spec), weight.size(1));
 }
 
-IntegerRows integer_rows(const Tensor& matrix, const QuantSpec& spec) {
-  const auto rows = matrix.size(0);
-  const auto compute = compute_dtype(matrix.scalar_type());
-  const IntegerRows result = {fresh(matrix.sizes(), at::kChar, matrix), fresh({rows}, compute, matrix),
-      fresh({rows}, at::kInt, matrix), fresh({rows}, at::kLong, matrix)};
-  if (rows > 0) {
+IntegerRows integer_rows(const Tensor& matrix, const QuantSpec& spec, Memory memory) {
+  const auto result = memory == Memory::apart ? rows_apart(matrix) : rows_in_one_memory(matrix);
+  if (matrix.size(0) > 0) {
     QATFAST_ON(matrix, integer_rows)(matrix.contiguous(), spec, result);
   }
   return result;

@@ -416,8 +416,8 @@ QuantSpec checked_integer_spec(const char* op, const Tensor& weight, at::IntArra
   return *spec;
 }
 
-IntegerRows integer_weight(const Tensor& weight, at::IntArrayRef code) {
-  return integer_rows(weight, checked_integer_spec("qat_linear", weight, code));
+IntegerRows integer_weight(const Tensor& weight, at::IntArrayRef code, Memory memory) {
+  return integer_rows(weight, checked_integer_spec("qat_linear", weight, code), memory);
 }
 
 IntegerRows given_integer_weight(at::TensorList integers, const Tensor& weight) {
@@ -435,10 +435,10 @@ IntegerRows given_integer_weight(at::TensorList integers, const Tensor& weight) 
 }
 
 // No integers given: they are made of the weight.
-std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_integers_forward_kernel(const Tensor& input, const Tensor& weight,
+std::tuple<Tensor, IntegerRows> qat_linear_integers_either(const Tensor& input, const Tensor& weight,
     const std::optional<Tensor>& bias, at::TensorList weight_integers, at::IntArrayRef input_code,
     at::IntArrayRef weight_code, at::IntArrayRef bias_code, at::IntArrayRef output_code,
-    std::optional<at::ScalarType> dtype) {
+    std::optional<at::ScalarType> dtype, Memory input_memory) {
   constexpr auto op = "qat_linear";
   check_linear(op, input, weight, bias, dtype.has_value());
   const auto input_spec = checked_spec(op, input_code);
@@ -447,12 +447,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_integers_forward_kernel(co
   const auto product_dtype = dtype.value_or(input.scalar_type());
   const auto compute = compute_dtype(input.scalar_type());
 
-  const auto w =
-      weight_integers.empty() ? integer_weight(weight, weight_code) : given_integer_weight(weight_integers, weight);
+  const auto w = weight_integers.empty() ? integer_weight(weight, weight_code, Memory::shared)
+                                         : given_integer_weight(weight_integers, weight);
   at::DimVector shape(input.sizes());
   shape.back() = weight.size(0);
   const auto rows = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
-  const auto x = integer_rows(input.dim() == 2 ? input : input.reshape({rows, input.size(-1)}), *input_spec);
+  const auto x =
+      integer_rows(input.dim() == 2 ? input : input.reshape({rows, input.size(-1)}), *input_spec, input_memory);
   Tensor b_hat;
   if (bias) {
     const auto spec = checked_spec(op, bias_code);
@@ -468,19 +469,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_integers_forward_kernel(co
     QATFAST_ON(y, fake_quantize)({y, y, *output_spec});
     y = as_dtype(y, product_dtype);
   }
+  return {y, x};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_integers_forward_kernel(const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& bias, at::TensorList weight_integers, at::IntArrayRef input_spec,
+    at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
+    std::optional<at::ScalarType> dtype) {
+  const auto [y, x] = qat_linear_integers_either(
+      input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, dtype, Memory::apart);
   return {y, x.values, x.scale, x.zero_point};
 }
 
 Tensor qat_linear_integers_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
     at::TensorList weight_integers, at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec,
     at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype) {
-  return std::get<0>(qat_linear_integers_forward_kernel(
-      input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, dtype));
+  return std::get<0>(qat_linear_integers_either(
+      input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, dtype, Memory::shared));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_weight_kernel(const Tensor& weight, at::IntArrayRef weight_spec) {
   check_float("qat_linear", "weight", weight);
-  const auto integers = integer_weight(weight, weight_spec);
+  const auto integers = integer_weight(weight, weight_spec, Memory::apart);
   return {integers.values, integers.scale, integers.zero_point, integers.steps};
 }
 

@@ -276,6 +276,25 @@ def test_more_outputs_than_one_block_of_products(kernels, threads, shape, granul
     assert_layers_are_the_oracles(functional, [operands], [config], "cpu")
 
 
+def test_a_small_layer_leaves_the_number_of_threads(kernels, threads):
+    threads(3)
+    functional.qat_linear(*cases.linear(((32,), 64, 64)), config=QATConfig.int8())
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.name)
+def test_integers_that_operators_return_share_no_memory(kernels, dtype, device):
+    operands, config = cases.linear(((5,), 16, 6), dtype, device=device), QATConfig.int8()
+    integers = torch.ops.qatfast.qat_linear_weight(operands.weight, config.codes[1])
+    for tensors in (
+        integers,
+        torch.ops.qatfast.qat_linear_integers_forward(*operands, [], *config.codes),
+        torch.ops.qatfast.qat_linear_integers_forward(*operands, list(integers), *config.codes),
+    ):
+        memories = {x.untyped_storage().data_ptr() for x in (*operands, *tensors)}
+        assert len(memories) == 3 + len(tensors)
+
+
 @pytest.mark.parametrize("config", FLOAT_CONFIGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name)
 def test_just_outside_it_is_the_float_formula(ops, config, dtype, device):

@@ -189,13 +189,14 @@ Tensor integer_product(const IntegerRows& x, const IntegerRows& weight, const Te
     return wide_product(x, weight, bias, dtype);
   }
   const auto at_once = std::min(rows, std::max(least_rows, block_bytes / (4 * outputs)));
-  const auto products = fresh({at_once, outputs}, at::kInt, x.values);
+  const bool in_place = dtype == at::kFloat; // products take the memory of their outputs
+  const auto products = in_place ? within(y, 0, y.sizes(), at::kInt) : fresh({at_once, outputs}, at::kInt, y);
   for (int64_t begin = 0; begin < rows; begin += at_once) {
     const auto count = std::min(at_once, rows - begin);
     const auto part = [&](const Tensor& of_rows) {
       return count == rows ? of_rows : of_rows.narrow(0, begin, count);
     };
-    const auto sums = count == at_once ? products : products.narrow(0, 0, count);
+    const auto sums = in_place ? part(products) : count == at_once ? products : products.narrow(0, 0, count);
     const IntegerRows some = {part(x.values), part(x.scale), part(x.zero_point), part(x.steps)};
     multiply(sums, some.values, weight.values);
     QATFAST_ON(y, integer_outputs)({sums, some, weight, bias, part(y)});

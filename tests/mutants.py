@@ -52,15 +52,15 @@ MUTANTS = (
     Mutant(
         "the other tensor's thread blocks leave before the grid barrier",
         "cuda/blocks.cuh",
-        "if (launch.barrier && task.plan.team == 1) {",
+        "if (!all_held && launch.barrier && task.plan.team == 1) {",
         "if (false) {",
         "tests/test_cuda.py -k a_layer_is_two_launches",
     ),
     Mutant(
         "no __syncthreads after the reduction",
         "cuda/blocks.cuh",
-        "      __syncthreads();\n      const QParam<C> qparam(shared[index], task);",
-        "      const QParam<C> qparam(shared[index], task);",
+        "      __syncthreads();\n      const QParam<C> qparam(shared[index], task.spec);",
+        "      const QParam<C> qparam(shared[index], task.spec);",
         f"{BUDGET} -k 'float32 and PerToken'",
         strict=True,
     ),
@@ -75,9 +75,30 @@ MUTANTS = (
     Mutant(
         "infinities and NaN enter the range",
         "cuda/blocks.cuh",
-        "    x = finite_or_zero(x);\n",
-        "",
+        "    if (!finite) {",
+        "    if (false) {",
         "tests/test_special_values.py",
+    ),
+    Mutant(
+        "infinities are not clamped",
+        "cuda/blocks.cuh",
+        "if (finite && qparam.holds",
+        "if (qparam.holds",
+        "tests/test_special_values.py",
+    ),
+    Mutant(
+        "blocks beyond the ends of their grid are not clamped",
+        "cuda/blocks.cuh",
+        "finite && qparam.holds",
+        "finite",
+        "tests/test_fake_quantize.py tests/test_special_values.py",
+    ),
+    Mutant(
+        "a bias that fewer threads than planned hold in registers",
+        "cuda/plan.cpp",
+        "second.width <= warp || second.layout.outer * second.units_per_run <= most_held",
+        "second.all_held || second.layout.outer * second.units_per_run <= most_held",
+        "tests/test_cuda.py -k beside_a_weight",
     ),
     Mutant(
         "every member of a team writes the first member's partial range",
@@ -89,7 +110,7 @@ MUTANTS = (
     Mutant(
         "all teams share the first one's partial ranges",
         "cuda/blocks.cuh",
-        "static_cast<RangeKeys<C>*>(task.partials) + tile * plan.team * plan.tile_blocks",
+        "static_cast<RangeKeys<C>*>(task.partials) + tile * team * plan.tile_blocks",
         "static_cast<RangeKeys<C>*>(task.partials)",
         f"{BUDGET} -k 'float32 and PerChannel'",
     ),
@@ -110,8 +131,8 @@ MUTANTS = (
     Mutant(
         "rows of a column that no team member owns",
         "cuda/blocks.cuh",
-        "layout.outer * (member + 1) / plan.team",
-        "layout.outer / plan.team * (member + 1)",
+        "layout.outer * (member + 1) / team",
+        "layout.outer / team * (member + 1)",
         f"{BUDGET} -k 'float32 and 700003'",
     ),
     Mutant(

@@ -21,6 +21,7 @@ from qatfast import (
     PerToken,
     QATConfig,
     QATLinear,
+    QuantSpec,
     choose_qparams,
     dequantize,
     fake_quantize,
@@ -208,6 +209,14 @@ def test_a_layer_is_two_launches_beside_its_product(shape):
     )
     assert not [kernel for kernel in backward.kernels if "qatfast" in kernel]
     waits_for_nothing(backward)
+
+
+def test_a_long_bias_beside_a_weight_of_small_groups():
+    """Their thread blocks have the same size: the bias gets fewer threads than it would have alone."""
+    x, weight, bias = cases.linear(((2,), 32, 5000), device="cuda")
+    config = QATConfig(weight=QuantSpec(granularity=PerGroup(32)), output=None)
+    y = qat_linear(torch.zeros_like(x), weight, bias, config=config)
+    assert torch.equal(y[1].cpu(), reference.fake_quantize(bias.cpu()))
 
 
 def test_allocations_are_the_output_and_a_few_bytes():

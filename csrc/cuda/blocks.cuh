@@ -1,12 +1,24 @@
 // The fused kernel: every block of a tensor quantized by its own range, in one launch.
 #pragma once
 
+#include "../kernels.h"
 #include "plan.h"
 #include "units.cuh"
 
 #include <cooperative_groups.h>
 
 namespace qatfast::cuda {
+
+// A QuantSpec as kernels take it.
+struct RangeSpec {
+  int32_t quant_min;
+  int32_t quant_max;
+  bool symmetric;
+};
+
+inline RangeSpec range_spec(const QuantSpec& spec) {
+  return {static_cast<int32_t>(spec.quant_min()), static_cast<int32_t>(spec.quant_max()), spec.symmetric};
+}
 
 // One tensor of a launch.
 struct BlockTask {
@@ -16,9 +28,7 @@ struct BlockTask {
   void* scale; // null: not wanted
   int32_t* zero_point;
   void* partials; // of a team: [thread block][block of the tile][lo, hi]
-  int32_t quant_min;
-  int32_t quant_max;
-  bool symmetric;
+  RangeSpec spec;
   bool aligned_alike; // from and to are at the same distance from a 16-byte boundary
 };
 
@@ -56,13 +66,16 @@ struct Range {
   C lo = 0;
   C hi = 0;
 
+  // NaN changes nothing.
   __device__ __forceinline__ void widen_by(C x) {
-    x = finite_or_zero(x);
     lo = widen_lo(lo, x);
     hi = widen_hi(hi, x);
   }
+  __device__ __forceinline__ bool is_finite() const {
+    return finite_or_zero(lo) == lo && finite_or_zero(hi) == hi;
+  }
   __device__ __forceinline__ RangeKeys<C> keys() const {
-    return {bits_as<Key<C>>(C(0) - lo), bits_as<Key<C>>(hi)};
+    return {bits_as<Key<C>>(C(0) - lo), bits_as<Key<C>>(C(0) + hi)};
   }
 };
 
@@ -91,16 +104,18 @@ template <class C>
 struct QParam {
   ReciprocalGrid<C> grid;
   int32_t zero_point;
+  bool holds; // every finite value of the block: rounding is monotone, so both ends tell
 
-  __device__ __forceinline__ QParam(const RangeKeys<C>& keys, const BlockTask& task) {
+  __device__ __forceinline__ QParam(const RangeKeys<C>& keys, const RangeSpec& spec) {
     const C lo = C(0) - bits_as<C>(keys.below);
     const C hi = bits_as<C>(keys.above);
-    const C quant_min = task.quant_min, quant_max = task.quant_max;
-    const C scale = choose_scale(lo, hi, steps_of(quant_min, quant_max, task.symmetric), task.symmetric);
+    const C quant_min = spec.quant_min, quant_max = spec.quant_max;
+    const C scale = choose_scale(lo, hi, steps_of(quant_min, quant_max, spec.symmetric), spec.symmetric);
     const C low_step = round_half_even(lo / scale);
-    zero_point = static_cast<int32_t>(choose_zero_point(low_step, quant_min, quant_max, task.symmetric));
+    zero_point = static_cast<int32_t>(choose_zero_point(low_step, quant_min, quant_max, spec.symmetric));
     grid = with_reciprocal<C>(
-        {scale, static_cast<C>(task.quant_min - zero_point), static_cast<C>(task.quant_max - zero_point)});
+        {scale, static_cast<C>(spec.quant_min - zero_point), static_cast<C>(spec.quant_max - zero_point)});
+    holds = grid.lo <= low_step && round_half_even(hi / scale) <= grid.hi;
   }
 
   __device__ __forceinline__ void write(const BlockTask& task, int64_t block) const {
@@ -111,9 +126,19 @@ struct QParam {
   }
 };
 
+// What a thread loads and stores at a time where runs are long.
+template <class T>
+struct WidePieces {
+  using Piece = uint4;
+  static constexpr int held = held_units(sizeof(T)); // that a thread keeps in registers
+  static constexpr int ahead = 4;                    // loads on their way at a time, beside those of other threads
+  static constexpr int pair = 2;                     // the same while the held ones take registers and stores follow
+};
+
 // The 16-byte windows that the runs of one block touch: the first and the last of a run may lie partly outside of it.
 template <class T>
-struct BlockUnits {
+struct BlockUnits : WidePieces<T> {
+  using Index = int64_t;
   const T* from;
   T* to;
   Layout layout;
@@ -194,31 +219,84 @@ struct BlockUnits {
   }
 };
 
+// The same where the block is one run of whole windows (see `is_whole`): no unit has to be looked at.
+template <class T>
+struct WholeUnits : WidePieces<T> {
+  using Index = int;
+  const uint4* from;
+  T* to;
+
+  __device__ __forceinline__ WholeUnits(const BlockTask& task, int64_t block)
+      : from(reinterpret_cast<const uint4*>(static_cast<const T*>(task.from) + block * task.plan.layout.inner)),
+        to(static_cast<T*>(task.to) + block * task.plan.layout.inner) {}
+
+  __device__ __forceinline__ uint4 load(int unit) const {
+    return from[unit];
+  }
+  __device__ __forceinline__ void store(int unit, const Unit<T>& values) const {
+    store_whole(to + int64_t{unit} * lanes<T>, values);
+  }
+};
+
+// The elements of one column: of a block whose runs are short.
+template <class T>
+struct ColumnUnits {
+  using Index = int64_t;
+  using Piece = Unit<T, 1>;
+  static constexpr int held = held_elements, ahead = 8, pair = 4;
+  const T* from;
+  T* to;
+  int64_t stride;
+
+  __device__ __forceinline__ Piece load(int64_t row) const {
+    return {from[row * stride]};
+  }
+  __device__ __forceinline__ void store(int64_t row, const Unit<T, 1>& value) const {
+    to[row * stride] = value.at[0];
+  }
+};
+
 // The compiler no longer knows that `x` is what it was.
 __device__ __forceinline__ void forget(int64_t& x) {
   asm volatile("" : "+l"(x));
 }
+__device__ __forceinline__ void forget(int& x) {
+  asm volatile("" : "+r"(x));
+}
 
-template <class T, class C>
-__device__ __forceinline__ void widen_by_unit(Range<C>& range, uint4 bits) {
-  const auto unit = bits_as<Unit<T>>(bits);
+template <class T, class C, class Piece>
+__device__ __forceinline__ void widen_by_piece(Range<C>& range, const Piece& piece) {
+  const auto unit = bits_as<Unit<T, sizeof(Piece) / sizeof(T)>>(piece);
 #pragma unroll
-  for (int i = 0; i < lanes<T>; ++i) {
-    range.widen_by(static_cast<C>(unit.at[i]));
+  for (const T x : unit.at) {
+    range.widen_by(static_cast<C>(x));
   }
 }
 
-template <class T, class C>
-__device__ __forceinline__ Unit<T> quantized_unit(uint4 bits, const ReciprocalGrid<C>& either) {
-  const auto unit = bits_as<Unit<T>>(bits);
-  C values[lanes<T>];
-  with_fastest(either, [&](const auto& grid) {
+template <class T, class G, class Piece>
+__device__ __forceinline__ auto quantized_piece(const Piece& piece, const G& grid) {
+  using C = compute_t<T>;
+  constexpr int N = sizeof(Piece) / sizeof(T);
+  const auto unit = bits_as<Unit<T, N>>(piece);
+  C values[N];
 #pragma unroll
-    for (int i = 0; i < lanes<T>; ++i) {
-      values[i] = fake_quantize(static_cast<C>(unit.at[i]), grid);
+  for (int i = 0; i < N; ++i) {
+    values[i] = fake_quantize(static_cast<C>(unit.at[i]), grid);
+  }
+  return narrowed<T, std::is_same_v<G, UnclampedGrid<C>>>(values);
+}
+
+// f(grid) with the grid that quantizes fastest; `finite`: all values of the thread are, or NaN.
+template <class T, class C, class F>
+__device__ __forceinline__ void with_fastest(const QParam<C>& qparam, bool finite, F f) {
+  if constexpr (std::is_same_v<C, float>) {
+    constexpr C least_normal = std::is_same_v<T, c10::Half> ? 0x1p-14f : 0; // the others' have no reciprocal
+    const auto& grid = qparam.grid;
+    if (finite && qparam.holds && grid.reciprocal != 0 && grid.scale >= least_normal) {
+      return f(UnclampedGrid<C>{grid.scale, grid.reciprocal});
     }
-  });
-  return narrowed<T>(values);
+  }
+  with_fastest(qparam.grid, f);
 }
 
 // The range of one tile's block `index`, from this thread block and, in a team, from all of it.
@@ -264,150 +342,97 @@ struct Reduction {
   }
 };
 
-// `width` threads quantize a block whose runs are long. A thread owns the units lane, lane + width, ...; it keeps the
-// first held_units of them in registers and the next `cached` in shared memory, and reads the rest again, last first,
-// so that it starts with what is still in the L2 cache.
-template <class T, class Ready>
-__device__ __forceinline__ void quantize_units(const BlockTask& task, const BlockUnits<T>& units, int64_t begin,
-    int64_t end, int lane, Phases phases, uint4* cache, Ready ready) {
+// Threads quantize a block together: one owns the pieces first, first + width, ... before `end`. It keeps the first
+// ones in registers (`all_held`: there are no more) and the next `cached` in shared memory, and reads the rest again,
+// last first, so that it starts with what is still in the L2 cache.
+template <class T, bool all_held, class Units, class Ready, class Index = typename Units::Index>
+__device__ __forceinline__ void quantize_pieces(const BlockTask& task, const Units& units, Index first, Index end,
+    int width, Phases phases, void* cache, Ready ready) {
   using C = compute_t<T>;
-  constexpr int held_units = cuda::held_units(sizeof(T));
-  constexpr int batch = 4; // loads on their way at a time, beside those of the other threads
-  constexpr int pair = 2;  // the same while the held units take registers and stores follow
-  const int width = task.plan.width;
-  int64_t first = begin + lane;
-  const int64_t rest = first + int64_t{held_units} * width;
-  const int64_t uncached = rest + (phases == both ? task.plan.cached : 0) * width;
-  const int mine = static_cast<int>(end - first < held_units * width ? end - first : held_units * width);
-  uint4 held[held_units];
+  using Piece = typename Units::Piece;
+  constexpr int held_pieces = Units::held, ahead = Units::ahead, pair = Units::pair;
+  const Index rest = first + held_pieces * width;
+  const Index uncached = rest + (phases == both ? static_cast<Index>(task.plan.cached) : 0) * width;
+  const int mine = static_cast<int>(end - first < held_pieces * width ? end - first : held_pieces * width);
+  Piece held[held_pieces];
 #pragma unroll
-  for (int k = 0; k < held_units; ++k) {
-    held[k] = k * width < mine ? units.load(first + k * width) : uint4{};
+  for (int k = 0; k < held_pieces; ++k) {
+    held[k] = k * width < mine ? units.load(first + k * width) : Piece{};
   }
   Range<C> range;
+  bool finite = false;
   if (phases & Phases::range) {
 #pragma unroll
-    for (int k = 0; k < held_units; ++k) {
+    for (int k = 0; k < held_pieces; ++k) {
       if (k * width < mine) { // as rows are short, most threads hold fewer
-        widen_by_unit<T>(range, held[k]);
+        widen_by_piece<T>(range, held[k]);
       }
     }
-    uint4* slot = cache + threadIdx.x;
-    for (int64_t unit = rest; unit < end; unit += batch * width) {
-      uint4 some[batch];
+    Piece* slot = static_cast<Piece*>(cache) + threadIdx.x;
+    for (Index at = all_held ? end : rest; at < end; at += ahead * width) {
+      Piece some[ahead];
 #pragma unroll
-      for (int k = 0; k < batch; ++k) {
-        some[k] = unit + k * width < end ? units.load(unit + k * width) : uint4{};
+      for (int k = 0; k < ahead; ++k) {
+        some[k] = at + k * width < end ? units.load(at + k * width) : Piece{};
       }
 #pragma unroll
-      for (int k = 0; k < batch; ++k) {
-        if (unit + k * width < end && unit + k * width < uncached) {
+      for (int k = 0; k < ahead; ++k) {
+        if (at + k * width < end && at + k * width < uncached) {
           slot[0] = some[k];
           slot += blockDim.x;
         }
-        widen_by_unit<T>(range, some[k]);
+        widen_by_piece<T>(range, some[k]);
+      }
+    }
+    finite = range.is_finite();
+    if (!finite) { // rare enough to read it all again
+      range = {};
+      for (Index at = first; at < end; at += width) {
+        const auto unit = bits_as<Unit<T, sizeof(Piece) / sizeof(T)>>(units.load(at));
+        for (const T x : unit.at) {
+          range.widen_by(finite_or_zero(static_cast<C>(x)));
+        }
       }
     }
   }
-  const ReciprocalGrid<C> grid = ready(range);
+  const QParam<C> qparam = ready(range);
   if (!(phases & Phases::apply) || !task.to) {
     return;
   }
-  forget(first); // or the addresses of the held units would live in registers from their loads to their stores
-  const int64_t last = rest > end - 1 ? rest - width : rest + (end - 1 - rest) / width * width;
-  for (int64_t unit = last; unit >= uncached; unit -= pair * width) {
-    uint4 some[pair];
+  forget(first); // or the addresses of the held pieces would live in registers from their loads to their stores
+  const Index last = all_held || rest > end - 1 ? rest - width : rest + (end - 1 - rest) / width * width;
+  with_fastest<T>(qparam, finite, [&](const auto& grid) {
+    for (Index at = last; !all_held && at >= uncached; at -= pair * width) {
+      Piece some[pair];
 #pragma unroll
-    for (int k = 0; k < pair; ++k) {
-      some[k] = unit - k * width >= uncached ? units.load(unit - k * width) : uint4{};
-    }
+      for (int k = 0; k < pair; ++k) {
+        some[k] = at - k * width >= uncached ? units.load(at - k * width) : Piece{};
+      }
 #pragma unroll
-    for (int k = 0; k < pair; ++k) {
-      if (unit - k * width >= uncached) {
-        units.store(unit - k * width, quantized_unit<T>(some[k], grid));
+      for (int k = 0; k < pair; ++k) {
+        if (at - k * width >= uncached) {
+          units.store(at - k * width, quantized_piece<T>(some[k], grid));
+        }
       }
     }
-  }
-  const uint4* slot = cache + threadIdx.x;
-  for (int64_t unit = rest; unit <= last && unit < uncached; unit += width, slot += blockDim.x) {
-    units.store(unit, quantized_unit<T>(*slot, grid));
-  }
-#pragma unroll
-  for (int k = 0; k < held_units; ++k) {
-    if (k * width < mine) {
-      units.store(first + k * width, quantized_unit<T>(held[k], grid));
+    const Piece* slot = static_cast<const Piece*>(cache) + threadIdx.x;
+    for (Index at = rest; !all_held && at <= last && at < uncached; at += width, slot += blockDim.x) {
+      units.store(at, quantized_piece<T>(*slot, grid));
     }
-  }
-}
-
-// A thread block quantizes neighbouring blocks whose elements alternate in memory. A thread owns every `step`th element
-// of one column; it keeps the first held_elements in registers, the next `cached` in shared memory.
-template <class T, class Ready>
-__device__ __forceinline__ void quantize_column(const BlockTask& task, const T* from, T* to, int64_t row, int64_t end,
-    int64_t step, Phases phases, T* cache, Ready ready) {
-  using C = compute_t<T>;
-  const int64_t stride = task.plan.layout.blocks * task.plan.layout.inner;
-  const int64_t rest = row + held_elements * step;
-  const int64_t uncached = rest + (phases == both ? task.plan.cached : 0) * step;
-  T held[held_elements];
 #pragma unroll
-  for (int k = 0; k < held_elements; ++k) {
-    const int64_t at = row + k * step;
-    held[k] = at < end ? from[at * stride] : T{};
-  }
-  Range<C> range;
-  if (phases & Phases::range) {
-#pragma unroll
-    for (int k = 0; k < held_elements; ++k) {
-      if (row + k * step < end) {
-        range.widen_by(static_cast<C>(held[k]));
+    for (int k = 0; k < held_pieces; ++k) {
+      if (k * width < mine) {
+        units.store(first + k * width, quantized_piece<T>(held[k], grid));
       }
     }
-    T* slot = cache + threadIdx.x;
-    for (int64_t at = rest; at < end; at += step) {
-      const T x = from[at * stride];
-      if (at < uncached) {
-        slot[0] = x;
-        slot += blockDim.x;
-      }
-      range.widen_by(static_cast<C>(x));
-    }
-  }
-  const ReciprocalGrid<C> either = ready(range);
-  if (!(phases & Phases::apply) || !task.to) {
-    return;
-  }
-  const auto store = [&](int64_t at, T x) {
-    C value[1];
-    with_fastest(either, [&](const auto& grid) {
-      value[0] = fake_quantize(static_cast<C>(x), grid);
-    });
-    to[at * stride] = narrowed<T>(value).at[0];
-  };
-  forget(row);
-  const int64_t left = end - 1 - rest;
-  int64_t at = left < 0 ? -1 : rest + left / step * step;
-  for (; at >= uncached; at -= step) {
-    store(at, from[at * stride]);
-  }
-  if (left >= 0) {
-    const T* slot = cache + threadIdx.x + (at - rest) / step * blockDim.x;
-    for (; at >= rest; at -= step, slot -= blockDim.x) {
-      store(at, *slot);
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < held_elements; ++k) {
-    if (row + k * step < end) {
-      store(row + k * step, held[k]);
-    }
-  }
+  });
 }
 
 // Few threads a block: up to a warp each, several blocks of the tensor in a thread block, nothing shared.
-template <class T>
+template <class T, class Units>
 __device__ __forceinline__ void quantize_small_blocks(const BlockTask& task, int64_t thread_block) {
   using C = compute_t<T>;
+  using Index = typename Units::Index;
   const auto& plan = task.plan;
   const int width = plan.width;
   const int64_t at_a_time = blockDim.x / width;
@@ -415,22 +440,23 @@ __device__ __forceinline__ void quantize_small_blocks(const BlockTask& task, int
   for (int64_t first = thread_block * at_a_time; first < plan.tiles; first += plan.grid * at_a_time) {
     const int64_t block = first + threadIdx.x / width;
     const int64_t count = block < plan.tiles ? plan.layout.outer * plan.units_per_run : 0;
-    const BlockUnits<T> units(task, block);
-    quantize_units<T>(task, units, 0, count, lane, both, nullptr, [&](const Range<C>& range) {
+    const Units units(task, block);
+    const auto ready = [&](const Range<C>& range) {
       const auto keys = range.keys();
-      const QParam<C> qparam({warp_max(keys.below, width), warp_max(keys.above, width)}, task);
+      const QParam<C> qparam({warp_max(keys.below, width), warp_max(keys.above, width)}, task.spec);
       if (lane == 0 && block < plan.tiles) {
         qparam.write(task, block);
       }
-      return qparam.grid;
-    });
+      return qparam;
+    };
+    quantize_pieces<T, true>(task, units, Index{lane}, static_cast<Index>(count), width, both, nullptr, ready);
   }
 }
 
 // Whole thread blocks a tile, alone or as a team that waits for each other in the middle (or ends there).
-template <class T>
+template <class T, class Units, bool all_held>
 __device__ __forceinline__ void quantize_tiles(
-    const BlockTask& task, int64_t thread_block, Phases phases, bool barrier) {
+    const BlockTask& task, int64_t thread_block, Phases launched, bool barrier) {
   using C = compute_t<T>;
   extern __shared__ uint4 cache[];
   __shared__ RangeKeys<C> shared[max_tile_columns];
@@ -438,22 +464,24 @@ __device__ __forceinline__ void quantize_tiles(
   const auto& layout = plan.layout;
   const auto* from = static_cast<const T*>(task.from);
   auto* to = static_cast<T*>(task.to);
-  const int64_t member = thread_block % plan.team;
-  for (int64_t tile = thread_block / plan.team; tile < plan.tiles; tile += plan.grid / plan.team) {
+  const int64_t team = all_held ? 1 : plan.team;
+  const Phases phases = all_held ? both : launched;
+  const int64_t member = thread_block % team;
+  for (int64_t tile = thread_block / team; tile < plan.tiles; tile += plan.grid / team) {
     const Reduction<C> reduction{
-        task, shared, static_cast<RangeKeys<C>*>(task.partials) + tile * plan.team * plan.tile_blocks, member};
+        task, shared, static_cast<RangeKeys<C>*>(task.partials) + tile * team * plan.tile_blocks, member};
     // every thread comes here, and gets the grid of the tile's block `index`
-    const auto together = [&](RangeKeys<C> keys, int index, bool contributes) -> ReciprocalGrid<C> {
+    const auto together = [&](RangeKeys<C> keys, int index, bool contributes) -> QParam<C> {
       if (phases & Phases::range) {
         reduction.clear();
         if (contributes) {
           keys.widen_atomically(&shared[index]);
         }
-        if (plan.team > 1) {
+        if (team > 1) {
           reduction.publish();
         }
       }
-      if (plan.team > 1) {
+      if (team > 1) {
         if (barrier) {
           cooperative_groups::this_grid().sync();
         }
@@ -462,38 +490,41 @@ __device__ __forceinline__ void quantize_tiles(
         }
       }
       __syncthreads();
-      const QParam<C> qparam(shared[index], task);
+      const QParam<C> qparam(shared[index], task.spec);
       const int64_t first = tile * plan.tile_blocks;
       if ((phases & Phases::apply) && task.scale && member == 0) {
         for (int64_t i = threadIdx.x; i < plan.tile_blocks && first + i < layout.blocks; i += blockDim.x) {
-          QParam<C>(shared[i], task).write(task, first + i);
+          QParam<C>(shared[i], task.spec).write(task, first + i);
         }
       }
-      return qparam.grid;
+      return qparam;
     };
-    if (plan.columns) {
+    if (!all_held && !std::is_same_v<Units, WholeUnits<T>> && plan.columns) {
       const int64_t tile_columns = plan.tile_blocks * layout.inner;
-      const int64_t step = few_threads / tile_columns * (blockDim.x / few_threads);
+      const int step = static_cast<int>(few_threads / tile_columns * (blockDim.x / few_threads));
       const int64_t column = threadIdx.x % tile_columns;
       const int64_t place = tile * tile_columns + column;
-      const int64_t row = layout.outer * member / plan.team + threadIdx.x / tile_columns;
+      const int64_t row = layout.outer * member / team + threadIdx.x / tile_columns;
       const bool works = threadIdx.x / tile_columns < step && place < layout.blocks * layout.inner;
-      const int64_t end = works ? layout.outer * (member + 1) / plan.team : 0;
-      quantize_column<T>(task, from + place, to + place, row, end, step, phases, reinterpret_cast<T*>(cache),
-          [&](const Range<C>& range) {
-            return together(range.keys(), static_cast<int>(column / layout.inner), works);
-          });
+      const int64_t end = works ? layout.outer * (member + 1) / team : 0;
+      const ColumnUnits<T> units{from + place, to + place, layout.blocks * layout.inner};
+      quantize_pieces<T, false>(task, units, row, end, step, phases, cache, [&](const Range<C>& range) {
+        return together(range.keys(), static_cast<int>(column / layout.inner), works);
+      });
     } else {
-      const BlockUnits<T> units(task, tile);
+      using Index = typename Units::Index;
+      const Units units(task, tile);
       const int64_t count = layout.outer * plan.units_per_run;
       const auto start_of = [&](int64_t member) { // whole warps, so that no two thread blocks share a memory sector
-        return member == plan.team ? count : count / 32 * member / plan.team * 32;
+        return member == team ? count : count / 32 * member / team * 32;
       };
-      quantize_units<T>(
-          task, units, start_of(member), start_of(member + 1), threadIdx.x, phases, cache, [&](const Range<C>& range) {
-            const auto keys = range.keys();
-            return together({warp_max(keys.below, 32), warp_max(keys.above, 32)}, 0, threadIdx.x % 32 == 0);
-          });
+      const auto begin = static_cast<Index>(start_of(member)), end = static_cast<Index>(start_of(member + 1));
+      const auto ready = [&](const Range<C>& range) {
+        const auto keys = range.keys();
+        return together({warp_max(keys.below, 32), warp_max(keys.above, 32)}, 0, threadIdx.x % 32 == 0);
+      };
+      quantize_pieces<T, all_held>(
+          task, units, static_cast<Index>(begin + threadIdx.x), end, plan.width, phases, cache, ready);
     }
   }
 }
@@ -502,17 +533,22 @@ __device__ __forceinline__ void quantize_tiles(
 // small block belongs to part of a warp, a larger one to a thread block, a large one to a team of them, which meet at
 // one grid barrier between its range and its quantization. Bound by memory: each element is read once where the block
 // fits into the registers and shared memory of those who own it, else twice, and written once.
-template <class T>
-__global__ void __launch_bounds__(max_threads) fake_quantize_kernel(const __grid_constant__ BlockLaunch launch) {
+//
+// `all_held`: registers hold everything, and no team waits; the code for the rest would take registers too, and with
+// half as many twice as many threads read at a time.
+template <class T, class Units, bool all_held>
+__global__ void __launch_bounds__(max_threads, all_held ? 2 : 1)
+    fake_quantize_kernel(const __grid_constant__ BlockLaunch launch) {
   const bool is_second = blockIdx.x >= launch.second;
   const BlockTask& task = launch.tasks[is_second];
   const int64_t thread_block = blockIdx.x - (is_second ? launch.second : 0);
   if (task.plan.width <= 32) {
-    quantize_small_blocks<T>(task, thread_block);
+    quantize_small_blocks<T, Units>(task, thread_block);
   } else {
-    quantize_tiles<T>(task, thread_block, task.plan.team > 1 ? launch.phases : both, launch.barrier);
+    const auto phases = task.plan.team > 1 ? launch.phases : both;
+    quantize_tiles<T, Units, all_held>(task, thread_block, phases, launch.barrier);
   }
-  if (launch.barrier && task.plan.team == 1) {
+  if (!all_held && launch.barrier && task.plan.team == 1) {
     cooperative_groups::this_grid().sync(); // the other tensor's team waits for everyone
   }
 }

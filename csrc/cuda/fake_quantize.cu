@@ -20,9 +20,9 @@ bool barrier_is_wanted() {
   return !value || std::string(value) != "0";
 }
 
-template <class T>
+template <class T, class Units>
 DeviceLimits measured_limits(int device) {
-  const auto kernel = fake_quantize_kernel<T>;
+  const auto kernel = fake_quantize_kernel<T, Units, false>;
   cudaFuncAttributes attributes;
   C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
   DeviceLimits limits;
@@ -40,7 +40,7 @@ DeviceLimits measured_limits(int device) {
 }
 
 // Of the current device, asked once.
-template <class T>
+template <class T, class Units>
 DeviceLimits limits_of(int device) {
   static std::mutex mutex;
   static std::vector<std::optional<DeviceLimits>> known;
@@ -49,7 +49,7 @@ DeviceLimits limits_of(int device) {
     known.resize(device + 1);
   }
   if (!known[device]) {
-    known[device] = measured_limits<T>(device);
+    known[device] = measured_limits<T, Units>(device);
   }
   auto limits = *known[device];
   limits.cooperative = limits.cooperative && barrier_is_wanted();
@@ -64,16 +64,23 @@ BlockTask block_task(const FusedTask& task, const Plan& plan) {
   const void* from = task.from.const_data_ptr();
   void* to = task.to.defined() ? task.to.mutable_data_ptr() : nullptr;
   return {plan, from, to, task.scale.defined() ? task.scale.mutable_data_ptr() : nullptr,
-      task.zero_point.defined() ? task.zero_point.mutable_data_ptr<int32_t>() : nullptr, nullptr,
-      static_cast<int32_t>(task.spec.quant_min()), static_cast<int32_t>(task.spec.quant_max()), task.spec.symmetric,
+      task.zero_point.defined() ? task.zero_point.mutable_data_ptr<int32_t>() : nullptr, nullptr, range_spec(task.spec),
       distance(from) == distance(to)};
 }
 
+// Whether every block is a run of whole 16-byte windows, and few enough for an int.
 template <class T>
+bool is_whole(const FusedTask& task) {
+  const auto layout = layout_of(task.from, task.spec.granularity);
+  return layout.outer == 1 && layout.inner % lanes<T> == 0 && layout.inner / lanes<T> < 1 << 30 &&
+      is_aligned(task.from.const_data_ptr(), 16) && (!task.to.defined() || is_aligned(task.to.const_data_ptr(), 16));
+}
+
+template <class T, class Units>
 void launch(c10::ArrayRef<FusedTask> tasks) {
   const auto& first = tasks[0];
   const auto device = first.from.device().index();
-  const auto limits = limits_of<T>(device);
+  const auto limits = limits_of<T, Units>(device);
   const auto shape = [&](size_t i) {
     const auto& x = tasks[i].from;
     const auto skipped = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 / sizeof(T);
@@ -100,7 +107,9 @@ void launch(c10::ArrayRef<FusedTask> tasks) {
   const auto run = [&](Phases phases, int64_t grid) {
     launch.phases = phases;
     void* arguments[] = {&launch};
-    const auto* kernel = reinterpret_cast<const void*>(fake_quantize_kernel<T>);
+    const bool all_held = plans[0].all_held && (tasks.size() == 1 || plans[1].all_held);
+    const auto* kernel = reinterpret_cast<const void*>(
+        all_held ? fake_quantize_kernel<T, Units, true> : fake_quantize_kernel<T, Units, false>);
     const dim3 blocks(static_cast<unsigned>(grid)), threads(plans[0].threads);
     const auto shared = static_cast<size_t>(plans[0].shared_bytes);
     const auto stream = c10::cuda::getCurrentCUDAStream(device);
@@ -121,7 +130,9 @@ void launch(c10::ArrayRef<FusedTask> tasks) {
 void launch_fused(c10::ArrayRef<FusedTask> tasks) {
   const c10::cuda::CUDAGuard guard(tasks[0].from.device());
   with_float_type(tasks[0].from.scalar_type(), [&](auto type) {
-    launch<decltype(type)>(tasks);
+    using T = decltype(type);
+    std::all_of(tasks.begin(), tasks.end(), is_whole<T>) ? launch<T, WholeUnits<T>>(tasks)
+                                                         : launch<T, BlockUnits<T>>(tasks);
   });
 }
 

@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t unit_size = 16; // bytes of the widest access
 constexpr int64_t warp = 32;
 constexpr int64_t memory_line = 128; // bytes that a warp should read at a time
-constexpr int64_t waves = 8;         // thread blocks of few_threads a multiprocessor that keep it busy
+constexpr int64_t waves = 16;        // thread blocks of few_threads a multiprocessor that keep it busy
 
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -62,6 +62,7 @@ void choose_threads(Plan& plan, const Work& work, bool quantizes, const DeviceLi
     plan.cached = std::clamp<int64_t>(work.passes(plan.team, plan.threads) - work.held, 0, room);
     plan.shared_bytes = plan.cached * work.piece_size * plan.threads;
   }
+  plan.all_held = !plan.columns && plan.team == 1 && work.passes(1, plan.threads) <= work.held;
   const int64_t most = device.multiprocessors * waves * few_threads / plan.threads;
   plan.grid = plan.team > 1 ? plan.tiles * plan.team : std::min(plan.tiles, most);
 }
@@ -89,6 +90,7 @@ Plan plan_of(const Shape& shape, bool quantizes, const DeviceLimits& device) {
   const int64_t units = layout.outer * plan.units_per_run;
   if (units <= warp * held_units(item_size) && (layout.blocks > 1 || units <= warp)) {
     // two units a thread: the reduction and the scale cost as much as quantizing some elements
+    plan.all_held = true;
     plan.width = static_cast<int>(std::min(warp, power_of_two_from(divide_up(units, 2))));
     plan.grid = std::min(divide_up(plan.tiles * plan.width, plan.threads), device.multiprocessors * waves);
     return plan;
@@ -109,6 +111,8 @@ std::array<Plan, 2> plan_of_two(const std::array<Shape, 2>& shapes, const Device
     second.width = first.threads;
   }
   second.threads = first.threads;
+  const int64_t most_held = second.threads * held_units(shapes[1].item_size);
+  second.all_held = second.width <= warp || second.layout.outer * second.units_per_run <= most_held;
   second.grid = std::min<int64_t>(second.grid, 1);
   return {first, second};
 }

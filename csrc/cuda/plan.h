@@ -40,7 +40,8 @@ struct Plan {
   int64_t grid = 0;          // thread blocks
   int64_t cached = 0;        // units (columns: elements) that a thread keeps in shared memory
   int64_t shared_bytes = 0;
-  bool barrier = false; // the team waits for each other in one launch; else there are two launches
+  bool all_held = false; // registers keep a thread's whole share, and nobody waits for another thread block
+  bool barrier = false;  // the team waits for each other in one launch; else there are two launches
 
   int64_t launches() const {
     return grid == 0 ? 0 : team > 1 && !barrier ? 2 : 1;

@@ -64,8 +64,8 @@ __device__ __forceinline__ void store_whole(T* to, const Unit<T, N>& unit) {
   __stwb(reinterpret_cast<Word*>(to), bits_as<Word>(unit));
 }
 
-// Two values rounded once, half to even, to T; what underflows in T is 0.0, never -0.0.
-template <class T>
+// Two values rounded once, half to even, to T; what underflows in T is 0.0, never -0.0. `normal`: nothing underflows.
+template <class T, bool normal>
 __device__ __forceinline__ uint32_t rounded_pair(float a, float b) {
   uint32_t pair;
   if constexpr (std::is_same_v<T, c10::Half>) {
@@ -73,25 +73,28 @@ __device__ __forceinline__ uint32_t rounded_pair(float a, float b) {
   } else {
     pair = bits_as<uint32_t>(__floats2bfloat162_rn(a, b));
   }
+  if (normal) {
+    return pair;
+  }
   pair = (pair & 0xFFFF) == 0x8000 ? pair & 0xFFFF0000 : pair;
   return pair >> 16 == 0x8000 ? pair & 0xFFFF : pair;
 }
 
 // A unit of T of which `values` are the elements.
-template <class T, class C, int N>
+template <class T, bool normal = false, class C, int N>
 __device__ __forceinline__ Unit<T, N> narrowed(const C (&values)[N]) {
   Unit<T, N> unit;
   if constexpr (sizeof(T) == 2 && N % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < N; i += 2) {
-      const auto pair = bits_as<Unit<T, 2>>(rounded_pair<T>(values[i], values[i + 1]));
+      const auto pair = bits_as<Unit<T, 2>>(rounded_pair<T, normal>(values[i], values[i + 1]));
       unit.at[i] = pair.at[0];
       unit.at[i + 1] = pair.at[1];
     }
   } else if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      unit.at[i] = bits_as<Unit<T, 2>>(rounded_pair<T>(values[i], 0)).at[0];
+      unit.at[i] = bits_as<Unit<T, 2>>(rounded_pair<T, normal>(values[i], 0)).at[0];
     }
   } else {
 #pragma unroll

@@ -18,10 +18,12 @@ using at::Tensor;
 
 constexpr int64_t int32_features = 33025; // 255 * 255 times as many fit in 32 bits
 constexpr int64_t slice = 65536;          // -128 * -128 times as many, too, even if a library shifts one of them by 128
-constexpr int64_t block_bytes = 8 << 20;  // of products: still in cache when they become outputs
 constexpr int64_t small_work = 1 << 22;   // multiplications; fewer take less time than to wake another thread
 constexpr int64_t packing_rows = 32;      // that many rows take the time in which the library packs the weight
 constexpr int64_t least_rows = 512;       // below, a product spends its time on packing the weight again
+// Of products that become outputs at a time: on the CPU they are still in cache then; on a GPU one product is the
+// fastest, and this bounds the memory.
+constexpr int64_t cpu_block_bytes = 8 << 20, cuda_block_bytes = 256 << 20;
 
 // While it lives, the library's parallel loops that this thread begins stay on it.
 class OneThread {
@@ -188,15 +190,17 @@ Tensor integer_product(const IntegerRows& x, const IntegerRows& weight, const Te
   if (x.values.size(1) > int32_features) {
     return wide_product(x, weight, bias, dtype);
   }
+  const auto block_bytes = y.is_cuda() ? cuda_block_bytes : cpu_block_bytes;
   const auto at_once = std::min(rows, std::max(least_rows, block_bytes / (4 * outputs)));
-  const bool in_place = dtype == at::kFloat; // products take the memory of their outputs
+  // Of several blocks only one memory would stay in cache; a single one becomes its outputs where it is.
+  const bool in_place = dtype == at::kFloat && at_once == rows;
   const auto products = in_place ? within(y, 0, y.sizes(), at::kInt) : fresh({at_once, outputs}, at::kInt, y);
   for (int64_t begin = 0; begin < rows; begin += at_once) {
     const auto count = std::min(at_once, rows - begin);
     const auto part = [&](const Tensor& of_rows) {
       return count == rows ? of_rows : of_rows.narrow(0, begin, count);
     };
-    const auto sums = in_place ? part(products) : count == at_once ? products : products.narrow(0, 0, count);
+    const auto sums = count == at_once ? products : products.narrow(0, 0, count);
     const IntegerRows some = {part(x.values), part(x.scale), part(x.zero_point), part(x.steps)};
     multiply(sums, some.values, weight.values);
     QATFAST_ON(y, integer_outputs)({sums, some, weight, bias, part(y)});

@@ -123,8 +123,8 @@ pybind11::dict cuda_plan(int64_t outer, int64_t blocks, int64_t inner, int64_t i
   return pybind11::dict("columns"_a = plan.columns, "threads"_a = plan.threads, "width"_a = plan.width,
       "tiles"_a = plan.tiles, "team"_a = plan.team, "tile_blocks"_a = plan.tile_blocks,
       "units_per_run"_a = plan.units_per_run, "grid"_a = plan.grid, "cached"_a = plan.cached,
-      "shared_bytes"_a = plan.shared_bytes, "barrier"_a = plan.barrier, "launches"_a = plan.launches(),
-      "partials"_a = plan.partials());
+      "shared_bytes"_a = plan.shared_bytes, "all_held"_a = plan.all_held, "barrier"_a = plan.barrier,
+      "launches"_a = plan.launches(), "partials"_a = plan.partials());
 }
 
 using Method = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);

@@ -54,6 +54,9 @@ def test_it_fits_the_device_and_covers_the_tensor(plan, layout, item_size, quant
         assert p["grid"] == p["tiles"] * p["team"] <= limits["multiprocessors"]  # all resident: they wait
         assert p["barrier"] == limits["cooperative"]
         assert p["partials"] == p["grid"] * p["tile_blocks"] * 2
+    if p["all_held"]:
+        assert p["team"] == 1 and not p["columns"] and p["shared_bytes"] == 0
+        assert outer * p["units_per_run"] <= HELD_UNITS[item_size] * p["width"]
     assert p["launches"] == (2 if p["team"] > 1 and not limits["cooperative"] else 1)
     if p["columns"]:
         assert p["tile_blocks"] * inner <= 128
@@ -100,6 +103,8 @@ def test_rows_share_a_thread_block_or_have_their_own(plan):
     assert plan((1, 1000, 256))["width"] == 32
     assert plan((1, 1000, 4096))["width"] == 256
     assert plan((1, 1000, 2048))["width"] == 128
+    assert all(plan((1, 1000, size))["all_held"] for size in (8, 9, 4096, 12_288))
+    assert not plan((1, 1000, 12_289))["all_held"]
 
 
 def test_nothing_is_kept_where_only_the_range_is_wanted(plan):

@@ -49,8 +49,8 @@ HEAD = """# What the CUDA kernels cost
 **These are counts and models, not timings.** Launches, bytes and sectors were counted on a simulated device; registers
 and shared memory are the compiler's. The times are arithmetic on them: {launch:.0f} µs a launch, and every byte at
 the full bandwidth of the memory, {bandwidths}. No GPU was involved, and a real one
-will differ: caches serve small tensors and second reads faster, no kernel reaches the full bandwidth, and the host
-may be slower than the device.
+differs: caches serve small tensors and second reads faster, no kernel reaches the full bandwidth, and the host may be
+slower than the device. What an H100 takes is in [h100.md](h100.md).
 
 - made by: `{command}`
 - versions: {versions}

@@ -68,6 +68,17 @@ BlockTask block_task(const FusedTask& task, const Plan& plan) {
       distance(from) == distance(to)};
 }
 
+// The leaner kernel is there where units are whole: of the others it would be as much code again, for odd sizes only.
+template <class T, class Units>
+const void* kernel_for(bool all_held) {
+  if constexpr (std::is_same_v<Units, WholeUnits<T>>) {
+    if (all_held) {
+      return reinterpret_cast<const void*>(fake_quantize_kernel<T, Units, true>);
+    }
+  }
+  return reinterpret_cast<const void*>(fake_quantize_kernel<T, Units, false>);
+}
+
 // Whether every block is a run of whole 16-byte windows, and few enough for an int.
 template <class T>
 bool is_whole(const FusedTask& task) {
@@ -104,12 +115,10 @@ void launch(c10::ArrayRef<FusedTask> tasks) {
     partials = at::empty({plans[0].partials()}, first.from.options().dtype(c10::CppTypeToScalarType<C>::value));
     launch.tasks[0].partials = partials.mutable_data_ptr();
   }
+  const auto* kernel = kernel_for<T, Units>(plans[0].all_held && (tasks.size() == 1 || plans[1].all_held));
   const auto run = [&](Phases phases, int64_t grid) {
     launch.phases = phases;
     void* arguments[] = {&launch};
-    const bool all_held = plans[0].all_held && (tasks.size() == 1 || plans[1].all_held);
-    const auto* kernel = reinterpret_cast<const void*>(
-        all_held ? fake_quantize_kernel<T, Units, true> : fake_quantize_kernel<T, Units, false>);
     const dim3 blocks(static_cast<unsigned>(grid)), threads(plans[0].threads);
     const auto shared = static_cast<size_t>(plans[0].shared_bytes);
     const auto stream = c10::cuda::getCurrentCUDAStream(device);

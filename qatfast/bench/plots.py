@@ -51,7 +51,7 @@ def fake_quantize_over_size(results: Iterable[Result]) -> Figure:
             axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=3.5, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlim(left=1)
+    axes.set_xlim(left=0.7)  # the marker at 1 is whole
     axes.xaxis.set_major_formatter(lambda value, _: elements((round(value),)))
     axes.yaxis.set_major_formatter(lambda value, _: duration(value))
     axes.set(xlabel="elements, float32", ylabel="time of one call")

@@ -192,9 +192,7 @@ Tensor integer_product(const IntegerRows& x, const IntegerRows& weight, const Te
   }
   const auto block_bytes = y.is_cuda() ? cuda_block_bytes : cpu_block_bytes;
   const auto at_once = std::min(rows, std::max(least_rows, block_bytes / (4 * outputs)));
-  // Of several blocks only one memory would stay in cache; a single one becomes its outputs where it is.
-  const bool in_place = dtype == at::kFloat && at_once == rows;
-  const auto products = in_place ? within(y, 0, y.sizes(), at::kInt) : fresh({at_once, outputs}, at::kInt, y);
+  const auto products = fresh({at_once, outputs}, at::kInt, y);
   for (int64_t begin = 0; begin < rows; begin += at_once) {
     const auto count = std::min(at_once, rows - begin);
     const auto part = [&](const Tensor& of_rows) {

@@ -89,8 +89,7 @@ struct IntegerRows {
 // `x` is a contiguous matrix; its blocks are its rows, or all of it.
 using IntegerRowsLauncher = void(const at::Tensor& x, const QuantSpec& spec, const IntegerRows& to);
 
-// The outputs y (rows, out_features) of the rows of x, from the products (rows, out_features) int32 of the values,
-// which may lie in the same memory where y is float32.
+// The outputs y (rows, out_features) of the rows of x, from the products (rows, out_features) int32 of the values.
 struct ProductTask {
   at::Tensor products;
   IntegerRows x;

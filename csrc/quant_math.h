@@ -132,6 +132,12 @@ QATFAST_FORMULA T choose_zero_point(T low_step, T quant_min, T quant_max, bool s
   return symmetric ? T{} : clamp(quant_min - low_step, quant_min, quant_max);
 }
 
+// Whether the grid holds what it was chosen for: rounding is monotone, so the steps of both ends tell. (255 steps from
+// -101.5 to 153.5: half to even, both round outwards.)
+QATFAST_FORMULA auto holds(T low_step, T high_step, T zero_point, T quant_min, T quant_max) {
+  return (quant_min <= low_step + zero_point) & (high_step + zero_point <= quant_max);
+}
+
 // a * b + c, rounded once. The CPU has its own for vectors, and only where the instruction set has one.
 C10_HOST_DEVICE static inline float fused_multiply_add(float a, float b, float c) {
   return std::fma(a, b, c);

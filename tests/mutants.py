@@ -82,14 +82,14 @@ MUTANTS = (
     Mutant(
         "infinities are not clamped",
         "cuda/blocks.cuh",
-        "if (finite && qparam.holds",
-        "if (qparam.holds",
+        "if (finite && qparam.holds_all",
+        "if (qparam.holds_all",
         "tests/test_special_values.py",
     ),
     Mutant(
         "blocks beyond the ends of their grid are not clamped",
         "cuda/blocks.cuh",
-        "finite && qparam.holds",
+        "finite && qparam.holds_all",
         "finite",
         "tests/test_fake_quantize.py tests/test_special_values.py",
     ),

@@ -827,7 +827,7 @@ bool choose_loop(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, 
     const V<C> zero = choose_zero_point(low_step, quant_min, quant_max, spec.symmetric);
     store_some<int32_t, C>(zero_point + i, zero, m);
     unclamped &= all_of<mask_t<C>, N>(divides & ((chosen >= least_normal) | (least == most)) &
-        (quant_min <= low_step + zero) & (high_step + zero <= quant_max));
+        holds(low_step, high_step, zero, quant_min, quant_max));
   }
   return unclamped;
 }

@@ -104,7 +104,7 @@ template <class C>
 struct QParam {
   ReciprocalGrid<C> grid;
   int32_t zero_point;
-  bool holds; // every finite value of the block: rounding is monotone, so both ends tell
+  bool holds_all; // finite values of the block
 
   __device__ __forceinline__ QParam(const RangeKeys<C>& keys, const RangeSpec& spec) {
     const C lo = C(0) - bits_as<C>(keys.below);
@@ -112,10 +112,10 @@ struct QParam {
     const C quant_min = spec.quant_min, quant_max = spec.quant_max;
     const C scale = choose_scale(lo, hi, steps_of(quant_min, quant_max, spec.symmetric), spec.symmetric);
     const C low_step = round_half_even(lo / scale);
-    zero_point = static_cast<int32_t>(choose_zero_point(low_step, quant_min, quant_max, spec.symmetric));
-    grid = with_reciprocal<C>(
-        {scale, static_cast<C>(spec.quant_min - zero_point), static_cast<C>(spec.quant_max - zero_point)});
-    holds = grid.lo <= low_step && round_half_even(hi / scale) <= grid.hi;
+    const C zero = choose_zero_point(low_step, quant_min, quant_max, spec.symmetric);
+    zero_point = static_cast<int32_t>(zero);
+    grid = with_reciprocal<C>({scale, quant_min - zero, quant_max - zero});
+    holds_all = holds(low_step, round_half_even(hi / scale), zero, quant_min, quant_max);
   }
 
   __device__ __forceinline__ void write(const BlockTask& task, int64_t block) const {
@@ -219,7 +219,7 @@ struct BlockUnits : WidePieces<T> {
   }
 };
 
-// The same where the block is one run of whole windows (see `is_whole`): no unit has to be looked at.
+// The same where the block is one run of whole windows (see `has_whole_units`): no unit has to be looked at.
 template <class T>
 struct WholeUnits : WidePieces<T> {
   using Index = int;
@@ -264,12 +264,13 @@ __device__ __forceinline__ void forget(int& x) {
   asm volatile("" : "+r"(x));
 }
 
-template <class T, class C, class Piece>
+template <class T, bool finite_only = false, class C, class Piece>
 __device__ __forceinline__ void widen_by_piece(Range<C>& range, const Piece& piece) {
   const auto unit = bits_as<Unit<T, sizeof(Piece) / sizeof(T)>>(piece);
 #pragma unroll
-  for (const T x : unit.at) {
-    range.widen_by(static_cast<C>(x));
+  for (const T each : unit.at) {
+    const C x = static_cast<C>(each);
+    range.widen_by(finite_only ? finite_or_zero(x) : x);
   }
 }
 
@@ -292,7 +293,7 @@ __device__ __forceinline__ void with_fastest(const QParam<C>& qparam, bool finit
   if constexpr (std::is_same_v<C, float>) {
     constexpr C least_normal = std::is_same_v<T, c10::Half> ? 0x1p-14f : 0; // the others' have no reciprocal
     const auto& grid = qparam.grid;
-    if (finite && qparam.holds && grid.reciprocal != 0 && grid.scale >= least_normal) {
+    if (finite && qparam.holds_all && grid.reciprocal != 0 && grid.scale >= least_normal) {
       return f(UnclampedGrid<C>{grid.scale, grid.reciprocal});
     }
   }
@@ -388,10 +389,7 @@ __device__ __forceinline__ void quantize_pieces(const BlockTask& task, const Uni
     if (!finite) { // rare enough to read it all again
       range = {};
       for (Index at = first; at < end; at += width) {
-        const auto unit = bits_as<Unit<T, sizeof(Piece) / sizeof(T)>>(units.load(at));
-        for (const T x : unit.at) {
-          range.widen_by(finite_or_zero(static_cast<C>(x)));
-        }
+        widen_by_piece<T, true>(range, units.load(at));
       }
     }
   }

@@ -81,7 +81,7 @@ const void* kernel_for(bool all_held) {
 
 // Whether every block is a run of whole 16-byte windows, and few enough for an int.
 template <class T>
-bool is_whole(const FusedTask& task) {
+bool has_whole_units(const FusedTask& task) {
   const auto layout = layout_of(task.from, task.spec.granularity);
   return layout.outer == 1 && layout.inner % lanes<T> == 0 && layout.inner / lanes<T> < 1 << 30 &&
       is_aligned(task.from.const_data_ptr(), 16) && (!task.to.defined() || is_aligned(task.to.const_data_ptr(), 16));
@@ -140,8 +140,8 @@ void launch_fused(c10::ArrayRef<FusedTask> tasks) {
   const c10::cuda::CUDAGuard guard(tasks[0].from.device());
   with_float_type(tasks[0].from.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    std::all_of(tasks.begin(), tasks.end(), is_whole<T>) ? launch<T, WholeUnits<T>>(tasks)
-                                                         : launch<T, BlockUnits<T>>(tasks);
+    std::all_of(tasks.begin(), tasks.end(), has_whole_units<T>) ? launch<T, WholeUnits<T>>(tasks)
+                                                                : launch<T, BlockUnits<T>>(tasks);
   });
 }
 

@@ -58,10 +58,7 @@ __device__ __forceinline__ RangeKeys<compute_t<T>> range_of_row(const T* row, in
   __shared__ RangeKeys<C> of_warps[row_threads / 32];
   Range<C> range;
   for_each_unit_of_row(row, columns, aligned, [&](const Unit<T>& unit, int64_t, int) {
-#pragma unroll
-    for (const T x : unit.at) {
-      range.widen_by(finite_or_zero(static_cast<C>(x)));
-    }
+    widen_by_piece<T, true>(range, unit);
   });
   const auto mine = range.keys();
   of_warps[threadIdx.x / 32] = {warp_max(mine.below, 32), warp_max(mine.above, 32)};

@@ -3,6 +3,7 @@
 #include "integer_product.h"
 #include "memory.h"
 #include "ops.h"
+#include "specs.h"
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -28,17 +29,24 @@ bool wants_gradient(const Tensor& x) {
   return at::GradMode::is_enabled() && x.requires_grad();
 }
 
+// A given scale gets no gradient, so one that waits for it is a mistake that nobody else would notice.
+void check_fixed(const char* op, const Tensor& scale) {
+  TORCH_CHECK_VALUE(!wants_gradient(scale), op,
+      ": expected scale not to require grad, got one that does; write fake_quantize_learned to train it, or "
+      "scale.detach()");
+}
+
 // The range comes from the data itself: the gradient passes as it is, and nothing is kept.
 struct FakeQuantizeNode : Function<FakeQuantizeNode> {
-  static Variable forward(
-      AutogradContext* ctx, const Variable& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
+  static Variable forward(AutogradContext* ctx, const Variable& input, int64_t num_bits, bool symmetric,
+      at::IntArrayRef granularity, bool narrow_range) {
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView below;
-    return op::fake_quantize(input, num_bits, symmetric, granularity);
+    return op::fake_quantize(input, num_bits, symmetric, granularity, narrow_range);
   }
 
   static variable_list backward(AutogradContext*, variable_list grads) {
-    return {grads[0], Variable(), Variable(), Variable()};
+    return {grads[0], Variable(), Variable(), Variable(), Variable()};
   }
 };
 
@@ -126,33 +134,36 @@ Tensor weight_gradient(const Tensor& dy, const Tensor& x_hat, bool is_differenti
   return op::qat_linear_grad_weight(dy, x_hat);
 }
 
+Tensor fake_quantized(const Tensor& x, at::IntArrayRef code) {
+  const auto spec = spec_of(code);
+  return op::fake_quantize(x, spec->num_bits, spec->symmetric, code.slice(2), spec->narrow_range);
+}
+
 // dx = dy @ w_hat, dw = dy.T @ x_hat, db = dy.sum(0); the engine casts them to the dtypes of their tensors.
 // Kept: the input and the weight themselves, as nn.Linear does, and w_hat. x_hat is made again.
 struct QATLinearNode : Function<QATLinearNode> {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
-      const std::optional<Variable>& bias, at::IntArrayRef input_spec, at::IntArrayRef weight_spec,
-      at::IntArrayRef bias_spec, at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype) {
+      const std::optional<Variable>& bias, at::IntArrayRef specs, std::optional<at::ScalarType> dtype) {
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView below;
-    const auto [output, weight_hat] =
-        op::qat_linear_forward(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
+    const auto [output, weight_hat] = op::qat_linear_forward(input, weight, bias, specs, dtype);
     const auto kept_if = [](bool wanted, const Variable& x) {
       return wanted ? x : Variable();
     };
     variable_list kept = {kept_if(weight.requires_grad(), input), kept_if(input.requires_grad(), weight),
-        kept_if(input.requires_grad() && !weight_spec.empty(), weight_hat)};
+        kept_if(input.requires_grad() && spec_of(code_of(specs, Role::weight)), weight_hat)};
     if (bias) {
       kept.emplace_back(); // nothing to keep of it but that there is one
     }
     ctx->save_for_backward(std::move(kept));
-    if (!input_spec.empty()) {
-      ctx->saved_data["input_spec"] = input_spec;
+    if (spec_of(code_of(specs, Role::input))) {
+      ctx->saved_data["input_spec"] = code_of(specs, Role::input);
     }
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(8);
+    variable_list result(5);
     if (!grads[0].defined()) {
       return result;
     }
@@ -179,8 +190,7 @@ struct QATLinearNode : Function<QATLinearNode> {
     if (ctx->saved_data.empty()) {
       return input;
     }
-    const auto spec = ctx->saved_data["input_spec"].toIntVector();
-    return op::fake_quantize(input, spec[0], spec[1] != 0, at::IntArrayRef(spec).slice(2));
+    return fake_quantized(input, ctx->saved_data["input_spec"].toIntVector());
   }
 
   // Where gradients need gradients, those of w_hat reach the weight.
@@ -204,13 +214,12 @@ Tensor in_place_of_input(const Tensor& value, uint32_t index) {
 // the weight itself, from which w_hat is.
 struct QATLinearIntegersNode : Function<QATLinearIntegersNode> {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
-      const std::optional<Variable>& bias, at::TensorList weight_integers, at::IntArrayRef input_spec,
-      at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
+      const std::optional<Variable>& bias, at::TensorList weight_integers, at::IntArrayRef specs,
       std::optional<at::ScalarType> dtype) {
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView below;
-    const auto [output, values, scale, zero_point] = op::qat_linear_integers_forward(
-        input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, dtype);
+    const auto [output, values, scale, zero_point] =
+        op::qat_linear_integers_forward(input, weight, bias, weight_integers, specs, dtype);
     const bool needs_input = weight.requires_grad();
     const auto kept_if = [](bool wanted, const Variable& x) {
       return wanted ? x : Variable();
@@ -221,12 +230,12 @@ struct QATLinearIntegersNode : Function<QATLinearIntegersNode> {
       kept.emplace_back(); // nothing to keep of it but that there is one
     }
     ctx->save_for_backward(std::move(kept));
-    ctx->saved_data["weight_spec"] = weight_spec;
+    ctx->saved_data["weight_spec"] = code_of(specs, Role::weight);
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(12); // the weight's integers, given or not, have places
+    variable_list result(9); // the weight's integers, given or not, have places
     if (!grads[0].defined()) {
       return result;
     }
@@ -251,8 +260,7 @@ struct QATLinearIntegersNode : Function<QATLinearIntegersNode> {
         result[1] = weight_gradient(dy, x_hat, !below);
       }
       if (needs_input) {
-        const auto w_hat =
-            as_dtype(op::fake_quantize(weight, spec[0], spec[1] != 0, at::IntArrayRef(spec).slice(2)), dtype);
+        const auto w_hat = as_dtype(fake_quantized(weight, spec), dtype);
         result[0] = at::matmul(grads[0], w_hat);
       }
     }
@@ -273,16 +281,18 @@ struct QATLinearIntegersNode : Function<QATLinearIntegersNode> {
 
 } // namespace
 
-Tensor fake_quantize(const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
+Tensor fake_quantize(
+    const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range) {
   if (wants_gradient(input)) {
-    return FakeQuantizeNode::apply(input, num_bits, symmetric, granularity);
+    return FakeQuantizeNode::apply(input, num_bits, symmetric, granularity, narrow_range);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return op::fake_quantize(input, num_bits, symmetric, granularity);
+  return op::fake_quantize(input, num_bits, symmetric, granularity, narrow_range);
 }
 
 Tensor fake_quantize_affine(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
     int64_t quant_max, at::IntArrayRef granularity) {
+  check_fixed("fake_quantize_affine", scale);
   if (wants_gradient(input)) {
     return FakeQuantizeAffineNode::apply(input, scale.detach(), zero_point, quant_min, quant_max, granularity);
   }
@@ -301,9 +311,9 @@ Tensor fake_quantize_affine_backward(const Tensor& grad, const Tensor& mask, c10
 // Scales, zero points and integers never require grad.
 
 std::tuple<Tensor, Tensor> choose_qparams(
-    const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
+    const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range) {
   at::AutoDispatchBelowADInplaceOrView below;
-  return op::choose_qparams(input, num_bits, symmetric, granularity);
+  return op::choose_qparams(input, num_bits, symmetric, granularity, narrow_range);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_weight(const Tensor& weight, at::IntArrayRef weight_spec) {
@@ -319,34 +329,30 @@ Tensor quantize(const Tensor& input, const Tensor& scale, const Tensor& zero_poi
 
 Tensor dequantize(const Tensor& input, const Tensor& scale, const Tensor& zero_point, at::IntArrayRef granularity,
     at::ScalarType dtype) {
+  check_fixed("dequantize", scale);
   at::AutoDispatchBelowADInplaceOrView below;
   return op::dequantize(input, scale, zero_point, granularity, dtype);
 }
 
-Tensor qat_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
+Tensor qat_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef specs,
     std::optional<at::ScalarType> dtype) {
   if (wants_gradient(input) || wants_gradient(weight) || (bias && wants_gradient(*bias))) {
-    if (multiplies_integers(weight, input_spec, weight_spec)) {
-      return QATLinearIntegersNode::apply(
-          input, weight, bias, at::TensorList(), input_spec, weight_spec, bias_spec, output_spec, dtype);
+    if (multiplies_integers(weight, specs)) {
+      return QATLinearIntegersNode::apply(input, weight, bias, at::TensorList(), specs, dtype);
     }
-    return QATLinearNode::apply(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
+    return QATLinearNode::apply(input, weight, bias, specs, dtype);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return op::qat_linear(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype);
+  return op::qat_linear(input, weight, bias, specs, dtype);
 }
 
 Tensor qat_linear_integers(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    at::TensorList weight_integers, at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec,
-    at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype) {
+    at::TensorList weight_integers, at::IntArrayRef specs, std::optional<at::ScalarType> dtype) {
   if (wants_gradient(input) || wants_gradient(weight) || (bias && wants_gradient(*bias))) {
-    return QATLinearIntegersNode::apply(
-        input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, dtype);
+    return QATLinearIntegersNode::apply(input, weight, bias, weight_integers, specs, dtype);
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return op::qat_linear_integers(
-      input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, dtype);
+  return op::qat_linear_integers(input, weight, bias, weight_integers, specs, dtype);
 }
 
 namespace {
@@ -368,22 +374,20 @@ std::optional<at::ScalarType> product_dtype(
 // The quantizers see the tensors as they are; what they give is cast for the product. An input that stays in float is
 // cast here, so that backward keeps it in the smaller type.
 Tensor qat_linear_under_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
-    std::optional<at::ScalarType> dtype) {
+    at::IntArrayRef specs, std::optional<at::ScalarType> dtype) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto product = product_dtype(input, weight, bias);
-  const auto x =
-      product && input_spec.empty() ? at::autocast::cached_cast(*product, input, input.device().type()) : input;
-  return op::qat_linear(x, weight, bias, input_spec, weight_spec, bias_spec, output_spec, product ? product : dtype);
+  const auto x = product && specs.size() == 4 * code_size && !spec_of(code_of(specs, Role::input))
+      ? at::autocast::cached_cast(*product, input, input.device().type())
+      : input;
+  return op::qat_linear(x, weight, bias, specs, product ? product : dtype);
 }
 
 Tensor qat_linear_integers_under_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    at::TensorList weight_integers, at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec,
-    at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype) {
+    at::TensorList weight_integers, at::IntArrayRef specs, std::optional<at::ScalarType> dtype) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto product = product_dtype(input, weight, bias);
-  return op::qat_linear_integers(
-      input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, product ? product : dtype);
+  return op::qat_linear_integers(input, weight, bias, weight_integers, specs, product ? product : dtype);
 }
 
 } // namespace qatfast::autograd

@@ -1,6 +1,7 @@
 #include "integer_product.h"
 
 #include "memory.h"
+#include "specs.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_int_mm.h>
@@ -165,12 +166,12 @@ bool is_integer_weight(const QuantSpec& spec, int64_t in_features) {
   return spec.num_bits <= 8 && (spec.granularity.kind == Granularity::per_tensor || is_rows(spec, in_features));
 }
 
-bool multiplies_integers(const Tensor& weight, at::IntArrayRef input_spec, at::IntArrayRef weight_spec) {
-  const auto spec = [](at::IntArrayRef code) {
-    return QuantSpec{code[0], code[1] != 0, {static_cast<Granularity::Kind>(code[2]), code[3]}};
-  };
-  return input_spec.size() == 4 && weight_spec.size() == 4 && weight.dim() == 2 && is_integer_input(spec(input_spec)) &&
-      is_integer_weight(spec(weight_spec), weight.size(1));
+bool multiplies_integers(const Tensor& weight, at::IntArrayRef specs) {
+  if (specs.size() != 4 * code_size || weight.dim() != 2) {
+    return false;
+  }
+  const auto input = spec_of(code_of(specs, Role::input)), of_weight = spec_of(code_of(specs, Role::weight));
+  return input && of_weight && is_integer_input(*input) && is_integer_weight(*of_weight, weight.size(1));
 }
 
 IntegerRows integer_rows(const Tensor& matrix, const QuantSpec& spec, Memory memory) {

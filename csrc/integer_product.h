@@ -12,7 +12,7 @@ bool is_integer_input(const QuantSpec& spec);
 bool is_integer_weight(const QuantSpec& spec, int64_t in_features);
 
 // The same of the specs as the schemas have them, before they are checked.
-bool multiplies_integers(const at::Tensor& weight, at::IntArrayRef input_spec, at::IntArrayRef weight_spec);
+bool multiplies_integers(const at::Tensor& weight, at::IntArrayRef specs);
 
 // Of tensors that belong together. What an operator returns lies apart; what stays inside a call shares one memory, as
 // that of its own for each takes 10 % of a small layer's time.

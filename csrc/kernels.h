@@ -19,9 +19,10 @@ struct QuantSpec {
   int64_t num_bits;
   bool symmetric;
   Granularity granularity;
+  bool narrow_range = true; // of a symmetric grid
 
   int64_t quant_min() const {
-    return quant_min_of(num_bits, symmetric);
+    return quant_min_of(num_bits, symmetric, narrow_range);
   }
   int64_t quant_max() const {
     return quant_max_of(num_bits, symmetric);

@@ -34,7 +34,7 @@ struct Argument {
 // torch's own caster asks of each integer whether it is a tensor: 10,000 instructions for the four specs of a layer.
 template <>
 struct Argument<at::IntArrayRef> {
-  c10::SmallVector<int64_t, 4> integers;
+  c10::SmallVector<int64_t, 16> integers;
 
   explicit Argument(PyObject* given) {
     TORCH_CHECK_TYPE(PyTuple_Check(given), "expected a tuple of integers, got ", Py_TYPE(given)->tp_name);
@@ -105,7 +105,8 @@ PyObject* takes(PyObject*, PyObject* const* args, Py_ssize_t count) {
       Py_RETURN_FALSE;
     }
     const auto& tensor = THPVariable_Unpack(args[i]);
-    if (!(tensor.is_cpu() || (has_cuda && tensor.is_cuda())) || tensor.layout() != at::kStrided || tensor.is_nested()) {
+    if (!(tensor.is_cpu() || (has_cuda && tensor.is_cuda())) || tensor.layout() != at::kStrided || tensor.is_nested() ||
+        tensor.is_quantized()) {
       Py_RETURN_FALSE;
     }
   }

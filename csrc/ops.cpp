@@ -5,6 +5,7 @@
 #include "integer_product.h"
 #include "kernels.h"
 #include "memory.h"
+#include "specs.h"
 
 #include <ATen/core/enum_tag.h>
 #include <ATen/ops/empty.h>
@@ -68,18 +69,31 @@ Granularity checked_granularity(const char* op, at::IntArrayRef code) {
   return granularity;
 }
 
-QuantSpec checked_spec(const char* op, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
+QuantSpec checked_spec(
+    const char* op, int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range) {
   TORCH_CHECK_VALUE(num_bits >= 2 && num_bits <= 16, op, ": expected num_bits to be from 2 to 16, got ", num_bits);
-  return {num_bits, symmetric, checked_granularity(op, granularity)};
+  return {num_bits, symmetric, checked_granularity(op, granularity), narrow_range};
 }
 
-// (num_bits, symmetric, granularity kind, granularity argument), or empty for a tensor that stays in float.
 std::optional<QuantSpec> checked_spec(const char* op, at::IntArrayRef code) {
-  TORCH_CHECK_VALUE(code.empty() || code.size() == 4, op, ": expected a spec of 0 or 4 integers, got ", tuple(code));
-  if (code.empty()) {
-    return std::nullopt;
-  }
-  return checked_spec(op, code[0], code[1] != 0, code.slice(2));
+  TORCH_CHECK_VALUE(code.size() == code_size && code[1] >= affine_grid && code[1] <= full_range_grid, op,
+      ": expected a spec (num_bits, grid, kind, argument) with grid from 0 to 2, got ", tuple(code));
+  const auto spec = spec_of(code);
+  return spec ? std::make_optional(checked_spec(op, spec->num_bits, spec->symmetric, code.slice(2), spec->narrow_range))
+              : std::nullopt;
+}
+
+// None for a tensor that stays in float.
+struct LinearSpecs {
+  std::optional<QuantSpec> input, weight, bias, output;
+};
+
+LinearSpecs checked_specs(const char* op, at::IntArrayRef specs) {
+  TORCH_CHECK_VALUE(specs.size() == 4 * code_size, op, ": expected specs of 4 times 4 integers, got ", tuple(specs));
+  const auto spec = [&](Role role) {
+    return checked_spec(op, code_of(specs, role));
+  };
+  return {spec(Role::input), spec(Role::weight), spec(Role::bias), spec(Role::output)};
 }
 
 void check_float(const char* op, const char* name, const Tensor& x) {
@@ -132,6 +146,20 @@ at::DimVector qparams_shape(const Tensor& x, Granularity granularity) {
   }
 }
 
+// The same with reduced dimensions kept as size 1, as other libraries' checkpoints store them.
+at::DimVector keepdim_shape(const Tensor& x, Granularity granularity) {
+  auto shape = qparams_shape(x, granularity);
+  if (granularity.by_rows()) {
+    shape.push_back(1);
+    return shape;
+  }
+  at::DimVector ones(x.dim(), 1);
+  if (granularity.kind == Granularity::per_channel) {
+    ones[c10::maybe_wrap_dim(granularity.argument, x.dim())] = shape[0];
+  }
+  return ones;
+}
+
 // The first of `values` that is not legal; all are tested before one is looked for, which is a loop of vectors.
 template <class E, class F>
 const E* first_illegal(const Tensor& values, F is_legal) {
@@ -151,29 +179,49 @@ void check_scale_values(const char* op, const Tensor& scale) {
   TORCH_CHECK_VALUE(!illegal, op, ": expected scale to be positive and finite, got ", *illegal);
 }
 
-// Before it is narrowed to int32.
 template <class I>
 void check_zero_point_values(const char* op, const Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
-  const auto min = static_cast<I>(quant_min), max = static_cast<I>(quant_max);
+  using Wide = std::conditional_t<std::is_same_v<I, uint32_t> || sizeof(I) == 8, int64_t, int32_t>;
+  const auto min = static_cast<Wide>(quant_min), max = static_cast<Wide>(quant_max);
   const auto* illegal = first_illegal<I>(zero_point, [=](I value) {
-    return (min <= value) & (value <= max);
+    const auto wide = static_cast<Wide>(value);
+    return (min <= wide) & (wide <= max) & ((wide < 0) == (value < I{0})); // a large uint64 would wrap
   });
   TORCH_CHECK_VALUE(
-      !illegal, op, ": expected zero_point to be from ", quant_min, " to ", quant_max, ", got ", *illegal);
+      !illegal, op, ": expected zero_point to be from ", quant_min, " to ", quant_max, ", got ", +*illegal);
+}
+
+// Checked before they are narrowed to int32.
+void check_zero_point_values(const char* op, const Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
+  switch (zero_point.scalar_type()) {
+#define QATFAST_CASE(type, dtype) \
+  case at::dtype:                 \
+    return check_zero_point_values<type>(op, zero_point, quant_min, quant_max);
+    QATFAST_CASE(int8_t, kChar)
+    QATFAST_CASE(uint8_t, kByte)
+    QATFAST_CASE(int16_t, kShort)
+    QATFAST_CASE(uint16_t, kUInt16)
+    QATFAST_CASE(uint32_t, kUInt32)
+    QATFAST_CASE(int64_t, kLong)
+    QATFAST_CASE(uint64_t, kUInt64)
+#undef QATFAST_CASE
+    default:
+      return check_zero_point_values<int32_t>(op, zero_point, quant_min, quant_max);
+  }
 }
 
 QParams checked_qparams(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
     int64_t quant_min, int64_t quant_max, Granularity granularity, at::ScalarType dtype, const char* of) {
   TORCH_CHECK_TYPE(scale.scalar_type() == compute_dtype(dtype), op, ": expected scale to be ",
       name_of(compute_dtype(dtype)), " for ", name_of(dtype), " ", of, ", got ", name_of(scale.scalar_type()));
-  const bool wide = zero_point.scalar_type() == at::kLong;
-  TORCH_CHECK_TYPE(wide || zero_point.scalar_type() == at::kInt, op, ": expected zero_point to be int32 or int64, got ",
-      name_of(zero_point.scalar_type()));
+  TORCH_CHECK_TYPE(at::isIntegralType(zero_point.scalar_type(), /*includeBool=*/false), op,
+      ": expected zero_point to be an integer tensor, got ", name_of(zero_point.scalar_type()));
   const auto shape = qparams_shape(input, granularity);
   const auto check_one = [&](const char* name, const Tensor& value) {
-    TORCH_CHECK_VALUE(
-        value.sizes() == at::IntArrayRef(shape) || (shape.empty() && value.sizes() == at::IntArrayRef({1})), op,
-        ": expected ", name, " to have shape ", tuple(shape), " for ", name_of(granularity), ", got ",
+    TORCH_CHECK_VALUE(value.sizes() == at::IntArrayRef(shape) ||
+            (shape.empty() && value.sizes() == at::IntArrayRef({1})) ||
+            value.sizes() == at::IntArrayRef(keepdim_shape(input, granularity)),
+        op, ": expected ", name, " to have shape ", tuple(shape), " for ", name_of(granularity), ", got ",
         tuple(value.sizes()));
     check_device(op, name, value, input);
   };
@@ -183,8 +231,7 @@ QParams checked_qparams(const char* op, const Tensor& input, const Tensor& scale
   if (input.is_cpu()) { // elsewhere reading a value would wait for the device
     qparams.scale.scalar_type() == at::kDouble ? check_scale_values<double>(op, qparams.scale)
                                                : check_scale_values<float>(op, qparams.scale);
-    wide ? check_zero_point_values<int64_t>(op, qparams.zero_point, quant_min, quant_max)
-         : check_zero_point_values<int32_t>(op, qparams.zero_point, quant_min, quant_max);
+    check_zero_point_values(op, qparams.zero_point, quant_min, quant_max);
   }
   qparams.zero_point = qparams.zero_point.to(at::kInt);
   return qparams;
@@ -268,9 +315,10 @@ at::ScalarType quantized_dtype(int64_t quant_min, int64_t quant_max) {
 
 // ---- operators ----
 
-Tensor fake_quantize_kernel(const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
+Tensor fake_quantize_kernel(
+    const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range) {
   constexpr auto op = "fake_quantize";
-  const auto spec = checked_spec(op, num_bits, symmetric, granularity);
+  const auto spec = checked_spec(op, num_bits, symmetric, granularity, narrow_range);
   check_float(op, "input", input);
   check_blocks(op, input, spec.granularity);
   return fake_quantized(input, spec);
@@ -321,9 +369,9 @@ Tensor fake_quantize_affine_backward_kernel(const Tensor& grad, const Tensor& ma
 }
 
 std::tuple<Tensor, Tensor> choose_qparams_kernel(
-    const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity) {
+    const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range) {
   constexpr auto op = "choose_qparams";
-  const auto spec = checked_spec(op, num_bits, symmetric, granularity);
+  const auto spec = checked_spec(op, num_bits, symmetric, granularity, narrow_range);
   check_float(op, "input", input);
   check_blocks(op, input, spec.granularity);
   const auto shape = qparams_shape(input, spec.granularity);
@@ -367,20 +415,19 @@ Tensor dequantize_kernel(
 }
 
 std::tuple<Tensor, Tensor> qat_linear_forward_kernel(const Tensor& input, const Tensor& weight,
-    const std::optional<Tensor>& bias, at::IntArrayRef input_spec, at::IntArrayRef weight_spec,
-    at::IntArrayRef bias_spec, at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype) {
+    const std::optional<Tensor>& bias, at::IntArrayRef specs, std::optional<at::ScalarType> dtype) {
   constexpr auto op = "qat_linear";
   check_linear(op, input, weight, bias, dtype.has_value());
+  const auto spec_of_each = checked_specs(op, specs);
   const auto product_dtype = dtype.value_or(input.scalar_type());
 
   auto x_hat = input;
-  if (const auto spec = checked_spec(op, input_spec)) {
+  if (const auto& spec = spec_of_each.input) {
     check_blocks("qat_linear: input", input, spec->granularity);
     x_hat = fake_quantized(input, *spec);
   }
   c10::SmallVector<FakeQuantizeTask, 2> parameters;
-  const auto add_parameter = [&](const char* name, const Tensor& value, at::IntArrayRef code) {
-    const auto spec = checked_spec(op, code);
+  const auto add_parameter = [&](const char* name, const Tensor& value, const std::optional<QuantSpec>& spec) {
     if (!spec) {
       return value;
     }
@@ -389,19 +436,19 @@ std::tuple<Tensor, Tensor> qat_linear_forward_kernel(const Tensor& input, const 
     const auto to = rounds_to(from, product_dtype) ? fresh_like(from, product_dtype) : writable(value, from);
     return parameters.emplace_back(FakeQuantizeTask{from, to, *spec}).to;
   };
-  const auto w_hat = add_parameter("weight", weight, weight_spec);
-  const auto b_hat = bias ? add_parameter("bias", *bias, bias_spec) : Tensor();
+  const auto w_hat = add_parameter("weight", weight, spec_of_each.weight);
+  const auto b_hat = bias ? add_parameter("bias", *bias, spec_of_each.bias) : Tensor();
   QATFAST_ON(input, qat_linear)(parameters);
 
   const auto w_product = as_dtype(w_hat, product_dtype);
   const auto b_product = bias ? std::optional<Tensor>(as_dtype(b_hat, product_dtype)) : std::nullopt;
   auto y = at::linear(as_dtype(x_hat, product_dtype), w_product, b_product);
-  if (const auto spec = checked_spec(op, output_spec)) {
+  if (const auto& spec = spec_of_each.output) {
     check_blocks("qat_linear: output", y, spec->granularity);
     y = as_blocks(y, spec->granularity);
     QATFAST_ON(y, fake_quantize)({y, y, *spec});
   }
-  return {y, weight_spec.empty() ? at::empty({0}, w_product.options()) : w_product};
+  return {y, spec_of_each.weight ? w_product : at::empty({0}, w_product.options())};
 }
 
 bool is_row(const Tensor& x, at::ScalarType dtype, int64_t size) {
@@ -436,33 +483,32 @@ IntegerRows given_integer_weight(at::TensorList integers, const Tensor& weight) 
 
 // No integers given: they are made of the weight.
 std::tuple<Tensor, IntegerRows> qat_linear_integers_either(const Tensor& input, const Tensor& weight,
-    const std::optional<Tensor>& bias, at::TensorList weight_integers, at::IntArrayRef input_code,
-    at::IntArrayRef weight_code, at::IntArrayRef bias_code, at::IntArrayRef output_code,
+    const std::optional<Tensor>& bias, at::TensorList weight_integers, at::IntArrayRef specs,
     std::optional<at::ScalarType> dtype, Memory input_memory) {
   constexpr auto op = "qat_linear";
   check_linear(op, input, weight, bias, dtype.has_value());
-  const auto input_spec = checked_spec(op, input_code);
-  TORCH_CHECK_VALUE(input_spec && is_integer_input(*input_spec), op,
-      ": expected an input spec of at most 8 bits per tensor or per token, got ", tuple(input_code));
+  const auto spec_of_each = checked_specs(op, specs);
+  TORCH_CHECK_VALUE(spec_of_each.input && is_integer_input(*spec_of_each.input), op,
+      ": expected an input spec of at most 8 bits per tensor or per token, got ", tuple(code_of(specs, Role::input)));
   const auto product_dtype = dtype.value_or(input.scalar_type());
   const auto compute = compute_dtype(input.scalar_type());
 
-  const auto w = weight_integers.empty() ? integer_weight(weight, weight_code, Memory::shared)
+  const auto w = weight_integers.empty() ? integer_weight(weight, code_of(specs, Role::weight), Memory::shared)
                                          : given_integer_weight(weight_integers, weight);
   at::DimVector shape(input.sizes());
   shape.back() = weight.size(0);
   const auto rows = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
   const auto x =
-      integer_rows(input.dim() == 2 ? input : input.reshape({rows, input.size(-1)}), *input_spec, input_memory);
+      integer_rows(input.dim() == 2 ? input : input.reshape({rows, input.size(-1)}), *spec_of_each.input, input_memory);
   Tensor b_hat;
   if (bias) {
-    const auto spec = checked_spec(op, bias_code);
+    const auto& spec = spec_of_each.bias;
     if (spec) {
       check_blocks("qat_linear: bias", *bias, spec->granularity);
     }
     b_hat = as_dtype(spec ? fake_quantized(*bias, *spec) : *bias, compute).contiguous();
   }
-  const auto output_spec = checked_spec(op, output_code);
+  const auto& output_spec = spec_of_each.output;
   auto y = integer_product(x, w, b_hat, output_spec ? compute : product_dtype).view(shape);
   if (output_spec) {
     check_blocks("qat_linear: output", y, output_spec->granularity);
@@ -473,19 +519,15 @@ std::tuple<Tensor, IntegerRows> qat_linear_integers_either(const Tensor& input, 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_integers_forward_kernel(const Tensor& input, const Tensor& weight,
-    const std::optional<Tensor>& bias, at::TensorList weight_integers, at::IntArrayRef input_spec,
-    at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
+    const std::optional<Tensor>& bias, at::TensorList weight_integers, at::IntArrayRef specs,
     std::optional<at::ScalarType> dtype) {
-  const auto [y, x] = qat_linear_integers_either(
-      input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, dtype, Memory::apart);
+  const auto [y, x] = qat_linear_integers_either(input, weight, bias, weight_integers, specs, dtype, Memory::apart);
   return {y, x.values, x.scale, x.zero_point};
 }
 
 Tensor qat_linear_integers_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    at::TensorList weight_integers, at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec,
-    at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype) {
-  return std::get<0>(qat_linear_integers_either(
-      input, weight, bias, weight_integers, input_spec, weight_spec, bias_spec, output_spec, dtype, Memory::shared));
+    at::TensorList weight_integers, at::IntArrayRef specs, std::optional<at::ScalarType> dtype) {
+  return std::get<0>(qat_linear_integers_either(input, weight, bias, weight_integers, specs, dtype, Memory::shared));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_weight_kernel(const Tensor& weight, at::IntArrayRef weight_spec) {
@@ -495,13 +537,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_weight_kernel(const Tensor
 }
 
 Tensor qat_linear_kernel(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
-    std::optional<at::ScalarType> dtype) {
-  if (multiplies_integers(weight, input_spec, weight_spec)) {
-    return qat_linear_integers_kernel(input, weight, bias, {}, input_spec, weight_spec, bias_spec, output_spec, dtype);
+    at::IntArrayRef specs, std::optional<at::ScalarType> dtype) {
+  if (multiplies_integers(weight, specs)) {
+    return qat_linear_integers_kernel(input, weight, bias, {}, specs, dtype);
   }
-  return std::get<0>(
-      qat_linear_forward_kernel(input, weight, bias, input_spec, weight_spec, bias_spec, output_spec, dtype));
+  return std::get<0>(qat_linear_forward_kernel(input, weight, bias, specs, dtype));
 }
 
 // x_hat, once more from its integers; a row that held a NaN is NaN.
@@ -572,17 +612,20 @@ void register_kernels(torch::Library& m) {
 } // namespace
 
 // granularity: (kind, argument), kind 0 per tensor, 1 per channel (axis), 2 per group (group_size), 3 per token.
-// A spec: (num_bits, symmetric, kind, argument), or empty for a tensor that stays in float.
+// specs: see specs.h; weight_spec is one of its codes.
 TORCH_LIBRARY(qatfast, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
-  m.def("fake_quantize(Tensor input, int num_bits=8, bool symmetric=False, int[2] granularity=[0, 0]) -> Tensor", tags);
+  m.def(
+      "fake_quantize(Tensor input, int num_bits=8, bool symmetric=False, int[2] granularity=[0, 0], "
+      "bool narrow_range=True) -> Tensor",
+      tags);
   m.def(
       "fake_quantize_affine(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
       "int[2] granularity=[0, 0]) -> Tensor",
       tags);
   m.def(
-      "choose_qparams(Tensor input, int num_bits=8, bool symmetric=False, int[2] granularity=[0, 0]) "
-      "-> (Tensor scale, Tensor zero_point)",
+      "choose_qparams(Tensor input, int num_bits=8, bool symmetric=False, int[2] granularity=[0, 0], "
+      "bool narrow_range=True) -> (Tensor scale, Tensor zero_point)",
       tags);
   m.def(
       "quantize(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
@@ -594,9 +637,7 @@ TORCH_LIBRARY(qatfast, m) {
       tags);
   // dtype: of the product, where it differs from the tensors' (autocast)
   m.def(
-      "qat_linear(Tensor input, Tensor weight, Tensor? bias, int[] input_spec, int[] weight_spec, int[] bias_spec, "
-      "int[] output_spec, *, ScalarType? dtype=None) -> Tensor",
-      tags);
+      "qat_linear(Tensor input, Tensor weight, Tensor? bias, int[] specs, *, ScalarType? dtype=None) -> Tensor", tags);
 
   // What autograd calls: forwards that also return what their backward needs.
   // mask: one bit an element in the memory order of the output (of a contiguous one where blocks are rows).
@@ -607,8 +648,8 @@ TORCH_LIBRARY(qatfast, m) {
   m.def("fake_quantize_affine_backward(Tensor grad, Tensor mask, SymInt[] stride) -> Tensor", tags);
   // weight_hat: the fake-quantized weight in the product's dtype, of no elements where the weight stays in float
   m.def(
-      "qat_linear_forward(Tensor input, Tensor weight, Tensor? bias, int[] input_spec, int[] weight_spec, "
-      "int[] bias_spec, int[] output_spec, *, ScalarType? dtype=None) -> (Tensor output, Tensor weight_hat)",
+      "qat_linear_forward(Tensor input, Tensor weight, Tensor? bias, int[] specs, *, ScalarType? dtype=None) "
+      "-> (Tensor output, Tensor weight_hat)",
       tags);
 
   // The same layer on integers. Those of the weight once, for any number of calls:
@@ -617,14 +658,13 @@ TORCH_LIBRARY(qatfast, m) {
       "-> (Tensor values, Tensor scale, Tensor zero_point, Tensor steps)",
       tags);
   m.def(
-      "qat_linear_integers(Tensor input, Tensor weight, Tensor? bias, Tensor[] weight_integers, int[] input_spec, "
-      "int[] weight_spec, int[] bias_spec, int[] output_spec, *, ScalarType? dtype=None) -> Tensor",
+      "qat_linear_integers(Tensor input, Tensor weight, Tensor? bias, Tensor[] weight_integers, int[] specs, *, "
+      "ScalarType? dtype=None) -> Tensor",
       tags);
   // values, scale and zero_point: the input's integers
   m.def(
       "qat_linear_integers_forward(Tensor input, Tensor weight, Tensor? bias, Tensor[] weight_integers, "
-      "int[] input_spec, int[] weight_spec, int[] bias_spec, int[] output_spec, *, ScalarType? dtype=None) "
-      "-> (Tensor output, Tensor values, Tensor scale, Tensor zero_point)",
+      "int[] specs, *, ScalarType? dtype=None) -> (Tensor output, Tensor values, Tensor scale, Tensor zero_point)",
       tags);
   m.def("qat_linear_input(Tensor values, Tensor scale, Tensor zero_point, ScalarType dtype) -> Tensor", tags);
   m.def(

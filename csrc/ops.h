@@ -12,7 +12,8 @@ namespace qatfast {
 
 using at::Tensor;
 
-using FakeQuantize = Tensor(const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity);
+using FakeQuantize = Tensor(
+    const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range);
 
 using FakeQuantizeAffine = Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
     int64_t quant_max, at::IntArrayRef granularity);
@@ -23,7 +24,7 @@ using FakeQuantizeAffineForward = std::tuple<Tensor, Tensor>(const Tensor& input
 using FakeQuantizeAffineBackward = Tensor(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef stride);
 
 using ChooseQParams = std::tuple<Tensor, Tensor>(
-    const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity);
+    const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range);
 
 using Quantize = Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
     int64_t quant_max, at::IntArrayRef granularity);
@@ -32,23 +33,19 @@ using Dequantize = Tensor(const Tensor& input, const Tensor& scale, const Tensor
     at::IntArrayRef granularity, at::ScalarType dtype);
 
 using QATLinear = Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
-    std::optional<at::ScalarType> dtype);
+    at::IntArrayRef specs, std::optional<at::ScalarType> dtype);
 
 using QATLinearForward = std::tuple<Tensor, Tensor>(const Tensor& input, const Tensor& weight,
-    const std::optional<Tensor>& bias, at::IntArrayRef input_spec, at::IntArrayRef weight_spec,
-    at::IntArrayRef bias_spec, at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype);
+    const std::optional<Tensor>& bias, at::IntArrayRef specs, std::optional<at::ScalarType> dtype);
 
 // The integers of a weight, as IntegerRows has them.
 using QATLinearWeight = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor& weight, at::IntArrayRef weight_spec);
 
 using QATLinearIntegers = Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    at::TensorList weight_integers, at::IntArrayRef input_spec, at::IntArrayRef weight_spec, at::IntArrayRef bias_spec,
-    at::IntArrayRef output_spec, std::optional<at::ScalarType> dtype);
+    at::TensorList weight_integers, at::IntArrayRef specs, std::optional<at::ScalarType> dtype);
 
 using QATLinearIntegersForward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor& input, const Tensor& weight,
-    const std::optional<Tensor>& bias, at::TensorList weight_integers, at::IntArrayRef input_spec,
-    at::IntArrayRef weight_spec, at::IntArrayRef bias_spec, at::IntArrayRef output_spec,
+    const std::optional<Tensor>& bias, at::TensorList weight_integers, at::IntArrayRef specs,
     std::optional<at::ScalarType> dtype);
 
 using QATLinearInput = Tensor(

@@ -66,8 +66,8 @@ QATFAST_FORMULA auto has_reciprocal(T scale) {
   return (0x1p-96f <= scale) & (scale <= 0x1p96f);
 }
 
-C10_HOST_DEVICE static inline int64_t quant_min_of(int64_t num_bits, bool symmetric) {
-  return symmetric ? -((int64_t{1} << (num_bits - 1)) - 1) : 0;
+C10_HOST_DEVICE static inline int64_t quant_min_of(int64_t num_bits, bool symmetric, bool narrow_range) {
+  return symmetric ? (narrow_range ? 1 : 0) - (int64_t{1} << (num_bits - 1)) : 0;
 }
 
 C10_HOST_DEVICE static inline int64_t quant_max_of(int64_t num_bits, bool symmetric) {
@@ -125,6 +125,12 @@ QATFAST_FORMULA T scale_of_width(T width, T steps) {
 QATFAST_FORMULA T choose_scale(T lo, T hi, T steps, bool symmetric) {
   const T width = width_of(lo, hi, symmetric);
   return width <= std::numeric_limits<scalar_t<T>>::max() ? scale_of_width(width, steps) : hi / steps - lo / steps;
+}
+
+// The same on a symmetric grid with one step more below 0 than above: neither side is clipped.
+QATFAST_FORMULA T choose_full_range_scale(T lo, T hi, T quant_min, T quant_max) {
+  const T eps = T{} + std::numeric_limits<scalar_t<T>>::min();
+  return widen_hi(eps, widen_hi(lo / quant_min, hi / quant_max));
 }
 
 // As a float that holds an integer; low_step: lo / scale, rounded.

@@ -5,6 +5,8 @@ Every message names the op, the rule and the value. The C++ side (csrc/ops.cpp) 
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from .config import Granularity, PerChannel, PerGroup, PerTensor
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.uint16)
+ZERO_POINT_DTYPES = (*INTEGER_DTYPES, torch.int32, torch.uint32, torch.int64, torch.uint64)
+
+_FLOAT32_ENDS = (2.0**-150, (2 - 2.0**-24) * 2.0**127)  # these round to 0 and to infinity
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,7 +86,7 @@ def quant_range(op: str, quant_min: Any, quant_max: Any) -> tuple[int, int]:
 
 
 def shape_of_qparams(shape: torch.Size, granularity: Granularity) -> tuple[int, ...]:
-    """One element a block: () per tensor, (C,) per channel, leading shape per token, (..., groups) per group."""
+    """One element per block: () per tensor, (C,) per channel, leading shape per token, (..., groups) per group."""
     if isinstance(granularity, PerTensor):
         return ()
     if isinstance(granularity, PerChannel):
@@ -89,6 +94,16 @@ def shape_of_qparams(shape: torch.Size, granularity: Granularity) -> tuple[int, 
     if isinstance(granularity, PerGroup):
         return (*shape[:-1], shape[-1] // granularity.group_size)
     return tuple(shape[:-1])
+
+
+def keepdim_shape(shape: torch.Size, granularity: Granularity) -> tuple[int, ...]:
+    """The same with reduced dimensions kept as size 1, as other libraries' checkpoints store them."""
+    if isinstance(granularity, PerTensor):
+        return (1,) * len(shape)
+    if isinstance(granularity, PerChannel):
+        axis = granularity.axis % len(shape)
+        return tuple(size if dim == axis else 1 for dim, size in enumerate(shape))
+    return (*shape_of_qparams(shape, granularity), 1)
 
 
 def qparam_tensors(
@@ -101,23 +116,29 @@ def qparam_tensors(
     granularity: Granularity,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Tensors as they are; Python numbers as 0-dimensional tensors, which only PerTensor() takes."""
-    for name, value, kinds, kind in (
-        ("scale", scale, (int, float), "a number"),
-        ("zero_point", zero_point, (int,), "an int"),
+    """Tensors as they are; numbers as 0-dimensional tensors, which only PerTensor() takes."""
+    for name, value, kind, word in (
+        ("scale", scale, numbers.Real, "a number"),
+        ("zero_point", zero_point, numbers.Integral, "an int"),
     ):
         if isinstance(value, Tensor):
             continue
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise TypeError(f"{op}: expected {name} to be a torch.Tensor or {kind}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"{op}: expected {name} to be a torch.Tensor or {word}, got {value!r}")
         if not isinstance(granularity, PerTensor):
             raise TypeError(f"{op}: expected {name} to be a torch.Tensor for {granularity}, got {value!r}")
     if not isinstance(scale, Tensor):
-        if isinstance(scale, int) and scale.bit_length() > 1023:
-            raise ValueError(f"{op}: expected scale to be positive and finite, got {scale}")
+        compute = compute_dtype(dtype)
+        least, most = (0, math.inf) if compute == torch.float64 else _FLOAT32_ENDS
+        scale = scale if isinstance(scale, int) else float(scale)
+        if not least < scale < most:
+            is_inexact = scale > 0 and scale != math.inf
+            which = f", which is {'inf' if scale > 1 else 0} in {dtype_name(compute)}" if is_inexact else ""
+            raise ValueError(f"{op}: expected scale to be positive and finite, got {_text(scale)}{which}")
         # full, not tensor: a copy from the host would wait for a device
-        scale = torch.full((), scale, dtype=compute_dtype(dtype), device=input.device)
+        scale = torch.full((), float(scale), dtype=compute, device=input.device)
     if not isinstance(zero_point, Tensor):
+        zero_point = int(zero_point)
         if not quant_min <= zero_point <= quant_max:
             raise ValueError(
                 f"{op}: expected zero_point to be from {quant_min} to {quant_max}, got {zero_point}"
@@ -145,11 +166,14 @@ def qparams(
             f"{op}: expected scale to be {dtype_name(compute_dtype(dtype))} for {dtype_name(dtype)} {of}, got "
             f"{dtype_name(scale.dtype)}"
         )
-    if zero_point.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: expected zero_point to be int32 or int64, got {dtype_name(zero_point.dtype)}")
+    if zero_point.dtype not in ZERO_POINT_DTYPES:
+        raise TypeError(
+            f"{op}: expected zero_point to be an integer tensor, got {dtype_name(zero_point.dtype)}"
+        )
     shape = shape_of_qparams(input.shape, granularity)
+    legal = [shape, keepdim_shape(input.shape, granularity), *([(1,)] if shape == () else [])]
     for name, value in (("scale", scale), ("zero_point", zero_point)):
-        if tuple(value.shape) != shape and not (shape == () and tuple(value.shape) == (1,)):
+        if tuple(value.shape) not in legal:
             raise ValueError(
                 f"{op}: expected {name} to have shape {shape} for {granularity}, got {tuple(value.shape)}"
             )
@@ -157,9 +181,21 @@ def qparams(
     if _readable(scale):
         _all(op, "scale", scale, (scale > 0) & scale.isfinite(), "to be positive and finite")
     if _readable(zero_point):
-        inside = (zero_point >= quant_min) & (zero_point <= quant_max)
+        wide = zero_point.to(torch.int64)  # torch compares no unsigned integers of more than 8 bits
+        inside = (wide >= quant_min) & (wide <= quant_max)
+        if zero_point.dtype == torch.uint64:
+            inside &= wide >= 0  # a large one has wrapped
         _all(op, "zero_point", zero_point, inside, f"to be from {quant_min} to {quant_max}")
     return scale.detach().reshape(shape), zero_point.reshape(shape).to(torch.int32)
+
+
+def fixed_scale(op: str, scale: Any) -> None:
+    """A given scale gets no gradient, so one that waits for it is a mistake that nobody else would notice."""
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: expected scale not to require grad, got one that does; write fake_quantize_learned to train it, "
+            "or scale.detach()"
+        )
 
 
 def linear_operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:

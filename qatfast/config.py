@@ -98,8 +98,13 @@ class QuantSpec:
     Args:
         num_bits: 2 to 16.
         symmetric: False: affine, the grid ``[0, 2^b - 1]`` with a zero point.
-            True: the narrow range ``[-(2^(b-1) - 1), 2^(b-1) - 1]`` with zero point 0.
+            True: the grid ``[-(2^(b-1) - 1), 2^(b-1) - 1]`` with zero point 0.
         granularity: which elements share a scale.
+        narrow_range: of a symmetric grid; False: the grid ``[-2^(b-1), 2^(b-1) - 1]``, as int4 kernels have it. It has
+            no effect on an affine grid.
+
+    ``code`` holds the spec as the operators take it: (num_bits, grid, granularity kind, granularity argument), grid 0
+    affine, 1 symmetric, 2 symmetric in full range.
 
     Raises:
         TypeError: an argument has the wrong type (``num_bits=True`` and ``num_bits=2.5`` too).
@@ -109,19 +114,34 @@ class QuantSpec:
     num_bits: int = 8
     symmetric: bool = False
     granularity: Granularity = PerTensor()
+    narrow_range: bool = field(default=True, kw_only=True)
+    code: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_bits", arguments.num_bits("QuantSpec", self.num_bits))
         arguments.boolean("QuantSpec", "symmetric", self.symmetric)
+        arguments.boolean("QuantSpec", "narrow_range", self.narrow_range)
         checked_granularity("QuantSpec", self.granularity)
+        grid = (1 if self.narrow_range else 2) if self.symmetric else 0
+        object.__setattr__(self, "code", (self.num_bits, grid, *self.granularity.code))
 
     @property
     def quant_min(self) -> int:
-        return quant_range(self.num_bits, self.symmetric)[0]
+        return quant_range(self.num_bits, self.symmetric, self.narrow_range)[0]
 
     @property
     def quant_max(self) -> int:
-        return quant_range(self.num_bits, self.symmetric)[1]
+        return quant_range(self.num_bits, self.symmetric, self.narrow_range)[1]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What ``fake_quantize`` and ``choose_qparams`` take beside the tensor."""
+        return {
+            "num_bits": self.num_bits,
+            "symmetric": self.symmetric,
+            "granularity": self.granularity,
+            "narrow_range": self.narrow_range,
+        }
 
     def __str__(self) -> str:
         words = {PerTensor: "per tensor", PerToken: "per token"}.get(type(self.granularity))
@@ -129,13 +149,17 @@ class QuantSpec:
             words = f"per channel {self.granularity.axis}"
         elif isinstance(self.granularity, PerGroup):
             words = f"per group of {self.granularity.group_size}"
-        return f"{self.num_bits}-bit {'symmetric' if self.symmetric else 'affine'} {words}"
+        full_range = self.symmetric and not self.narrow_range
+        grid = f"symmetric{' full range' if full_range else ''}" if self.symmetric else "affine"
+        return f"{self.num_bits}-bit {grid} {words}"
 
 
-def quant_range(num_bits: int, symmetric: bool) -> tuple[int, int]:
-    """(quant_min, quant_max): affine ``[0, 2^b - 1]``, symmetric ``[-(2^(b-1) - 1), 2^(b-1) - 1]``."""
+def quant_range(num_bits: int, symmetric: bool, narrow_range: bool) -> tuple[int, int]:
+    """(quant_min, quant_max): affine ``[0, 2^b - 1]``, symmetric ``[-(2^(b-1) - 1), 2^(b-1) - 1]``, symmetric without
+    ``narrow_range`` ``[-2^(b-1), 2^(b-1) - 1]``.
+    """
     if symmetric:
-        return -(2 ** (num_bits - 1) - 1), 2 ** (num_bits - 1) - 1
+        return int(narrow_range) - 2 ** (num_bits - 1), 2 ** (num_bits - 1) - 1
     return 0, 2**num_bits - 1
 
 
@@ -145,8 +169,8 @@ class QATConfig:
 
     The default quantizes weight, bias and output to 8 bits, affine, per tensor.
 
-    ``codes`` holds the four specs as the operators take them: ``int[4]`` (num_bits, symmetric, granularity kind,
-    granularity argument), or an empty tuple for None.
+    ``codes`` holds the four specs as the operators take them: the codes of input, weight, bias and output one after the
+    other, (0, 0, 0, 0) for None.
 
     Raises:
         TypeError: a field is neither a QuantSpec nor None.
@@ -156,7 +180,7 @@ class QATConfig:
     weight: QuantSpec | None = QuantSpec()
     bias: QuantSpec | None = QuantSpec()
     output: QuantSpec | None = QuantSpec()
-    codes: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    codes: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _integer_features: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -164,7 +188,8 @@ class QATConfig:
         for name, spec in specs.items():
             if spec is not None and not isinstance(spec, QuantSpec):
                 raise TypeError(f"QATConfig: expected {name} to be a QuantSpec or None, got {spec!r}")
-        object.__setattr__(self, "codes", tuple(_code(spec) for spec in specs.values()))
+        codes = [(0, 0, 0, 0) if spec is None else spec.code for spec in specs.values()]
+        object.__setattr__(self, "codes", sum(codes, ()))
         object.__setattr__(self, "_integer_features", _integer_features(self.input, self.weight))
 
     def multiplies_integers(self, in_features: int) -> bool:
@@ -201,10 +226,6 @@ def _integer_features(input: QuantSpec | None, weight: QuantSpec | None) -> int 
         return weight.granularity.group_size
     rows = (PerTensor(), PerChannel(0), PerChannel(-2), PerToken())
     return 0 if weight.granularity in rows else None
-
-
-def _code(spec: QuantSpec | None) -> tuple[int, ...]:
-    return () if spec is None else (spec.num_bits, int(spec.symmetric), *spec.granularity.code)
 
 
 def describe(config: QATConfig) -> str:

@@ -18,6 +18,7 @@ class FakeQuantize(torch.nn.Module):
         num_bits: 2 to 16.
         symmetric: see :class:`qatfast.QuantSpec`.
         granularity: which elements share a scale.
+        narrow_range: see :class:`qatfast.QuantSpec`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -29,15 +30,20 @@ class FakeQuantize(torch.nn.Module):
     """
 
     def __init__(
-        self, num_bits: int = 8, *, symmetric: bool = False, granularity: Granularity = PerTensor()
+        self,
+        num_bits: int = 8,
+        *,
+        symmetric: bool = False,
+        granularity: Granularity = PerTensor(),
+        narrow_range: bool = True,
     ) -> None:
         super().__init__()
-        self.spec = QuantSpec(num_bits, symmetric, granularity)
+        self.spec = QuantSpec(num_bits, symmetric, granularity, narrow_range=narrow_range)
 
     def forward(self, input: Tensor) -> Tensor:
-        spec = self.spec
-        return fake_quantize(input, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
+        return fake_quantize(input, **self.spec.arguments)
 
     def extra_repr(self) -> str:
         spec = self.spec
-        return f"num_bits={spec.num_bits}, symmetric={spec.symmetric}, granularity={spec.granularity}"
+        narrow_range = "" if spec.narrow_range else ", narrow_range=False"
+        return f"num_bits={spec.num_bits}, symmetric={spec.symmetric}, granularity={spec.granularity}{narrow_range}"

@@ -17,14 +17,19 @@ _DEFAULT_CONFIG = QATConfig()
 
 
 def fake_quantize(
-    input: Tensor, num_bits: int = 8, *, symmetric: bool = False, granularity: Granularity = _PER_TENSOR
+    input: Tensor,
+    num_bits: int = 8,
+    *,
+    symmetric: bool = False,
+    granularity: Granularity = _PER_TENSOR,
+    narrow_range: bool = True,
 ) -> Tensor:
     """Rounds ``input`` to the integer grid of its own range and back to floats; the gradient passes unchanged.
 
     For each block, over its finite values::
 
         lo, hi     = min(x.min(), 0), max(x.max(), 0)
-        scale      = max((hi - lo) / (quant_max - quant_min), eps)     symmetric: max(-lo, hi) / quant_max
+        scale      = max((hi - lo) / (quant_max - quant_min), eps)   symmetric: max(lo / quant_min, hi / quant_max, eps)
         zero_point = clamp(quant_min - round(lo / scale), quant_min, quant_max)
         y          = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
 
@@ -38,6 +43,7 @@ def fake_quantize(
             zero point.
         granularity: which elements share a scale: ``PerTensor()``, ``PerChannel(axis)``, ``PerGroup(group_size)`` or
             ``PerToken()``.
+        narrow_range: of a symmetric grid; False: ``[-2^(b-1), 2^(b-1) - 1]``. It has no effect on an affine grid.
 
     Returns:
         A new tensor like ``input``: shape, dtype, device and memory format.
@@ -55,11 +61,14 @@ def fake_quantize(
     """
     num_bits = arguments.num_bits("fake_quantize", num_bits)
     arguments.boolean("fake_quantize", "symmetric", symmetric)
+    arguments.boolean("fake_quantize", "narrow_range", narrow_range)
     checked_granularity("fake_quantize", granularity)
     ops = kernels.route(input)
     if ops is not None:
-        return ops.fake_quantize(input, num_bits, symmetric, granularity.code)
-    return reference.fake_quantize(input, num_bits, symmetric=symmetric, granularity=granularity)
+        return ops.fake_quantize(input, num_bits, symmetric, granularity.code, narrow_range)
+    return reference.fake_quantize(
+        input, num_bits, symmetric=symmetric, granularity=granularity, narrow_range=narrow_range
+    )
 
 
 def fake_quantize_affine(
@@ -78,15 +87,15 @@ def fake_quantize_affine(
         y = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
 
     The gradient passes where ``quant_min <= round(x / scale) + zero_point <= quant_max`` and is zero elsewhere; one
-    bit an element is kept for it. ``scale`` and ``zero_point`` get no gradient.
+    bit per element is kept for it. ``scale`` and ``zero_point`` get no gradient.
 
     Args:
         input: float32, float64, float16 or bfloat16; any shape and strides, empty too.
-        scale: real units a step, positive and finite; float32 (float64 for float64 input), one element a block:
+        scale: real units per step, positive and finite; float32 (float64 for float64 input), one element per block:
             ``()`` per tensor, ``(C,)`` per channel, the leading shape per token, the leading shape plus ``(groups,)``
-            per group. A Python number per tensor.
-        zero_point: int32 (int64 is converted), shape as ``scale``, from ``quant_min`` to ``quant_max``. A Python int
-            per tensor.
+            per group; or the same with reduced dimensions kept as size 1. A number per tensor.
+        zero_point: int32 (other integer dtypes are converted), shape as ``scale``, from ``quant_min`` to ``quant_max``.
+            An int per tensor.
         quant_min: -32768 or more.
         quant_max: greater than ``quant_min``, at most 65535, and at most ``quant_min + 65535``.
         granularity: which elements share a scale.
@@ -96,7 +105,8 @@ def fake_quantize_affine(
 
     Raises:
         TypeError: a tensor has a wrong dtype or layout; another argument has a wrong type.
-        ValueError: a shape, a range or (on the CPU, where reading them is free) a value is wrong.
+        ValueError: a shape, a range or (on the CPU, where reading them is free) a value is wrong; ``scale`` requires
+            grad while gradients are recorded.
         RuntimeError: ``scale`` or ``zero_point`` is on another device.
 
     Source:
@@ -123,14 +133,19 @@ def fake_quantize_affine(
 
 
 def choose_qparams(
-    input: Tensor, num_bits: int = 8, *, symmetric: bool = False, granularity: Granularity = _PER_TENSOR
+    input: Tensor,
+    num_bits: int = 8,
+    *,
+    symmetric: bool = False,
+    granularity: Granularity = _PER_TENSOR,
+    narrow_range: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The scale and zero point that ``fake_quantize`` takes from the range of ``input``.
 
     For each block, over its finite values::
 
         lo, hi     = min(x.min(), 0), max(x.max(), 0)
-        scale      = max((hi - lo) / (quant_max - quant_min), eps)     symmetric: max(-lo, hi) / quant_max
+        scale      = max((hi - lo) / (quant_max - quant_min), eps)   symmetric: max(lo / quant_min, hi / quant_max, eps)
         zero_point = clamp(quant_min - round(lo / scale), quant_min, quant_max)
 
     ``eps`` is the smallest normal float32 (float64 for float64 input). A block without finite values and an empty one
@@ -141,6 +156,7 @@ def choose_qparams(
         num_bits: 2 to 16.
         symmetric: as in :func:`fake_quantize`.
         granularity: which elements share a scale.
+        narrow_range: as in :func:`fake_quantize`.
 
     Returns:
         ``(scale, zero_point)``: float32 (float64 for float64 input) and int32, one element a block: ``()`` per tensor,
@@ -160,11 +176,14 @@ def choose_qparams(
     """
     num_bits = arguments.num_bits("choose_qparams", num_bits)
     arguments.boolean("choose_qparams", "symmetric", symmetric)
+    arguments.boolean("choose_qparams", "narrow_range", narrow_range)
     checked_granularity("choose_qparams", granularity)
     ops = kernels.route(input)
     if ops is not None:
-        return ops.choose_qparams(input, num_bits, symmetric, granularity.code)
-    return reference.choose_qparams(input, num_bits, symmetric=symmetric, granularity=granularity)
+        return ops.choose_qparams(input, num_bits, symmetric, granularity.code, narrow_range)
+    return reference.choose_qparams(
+        input, num_bits, symmetric=symmetric, granularity=granularity, narrow_range=narrow_range
+    )
 
 
 def quantize(
@@ -238,9 +257,10 @@ def dequantize(
 
     Args:
         input: int8, uint8, int16 or uint16; any shape and strides, empty too.
-        scale: real units a step, positive and finite; float32 (float64 for ``dtype=torch.float64``), one element a
-            block as in :func:`fake_quantize_affine`. A Python number per tensor.
-        zero_point: int32 (int64 is converted), shape as ``scale``, from -32768 to 65535. A Python int per tensor.
+        scale: real units per step, positive and finite; float32 (float64 for ``dtype=torch.float64``), one element per
+            block as in :func:`fake_quantize_affine`. A number per tensor.
+        zero_point: int32 (other integer dtypes are converted), shape as ``scale``, from -32768 to 65535. An int per
+            tensor.
         granularity: which elements share a scale.
         dtype: of the result: float32, float64, float16 or bfloat16.
 
@@ -249,7 +269,7 @@ def dequantize(
 
     Raises:
         TypeError: a tensor has a wrong dtype or layout; another argument has a wrong type.
-        ValueError: a shape or (on the CPU) a value is wrong.
+        ValueError: a shape or (on the CPU) a value is wrong; ``scale`` requires grad while gradients are recorded.
         RuntimeError: ``scale`` or ``zero_point`` is on another device.
 
     Source:
@@ -321,7 +341,7 @@ def qat_linear(
         raise TypeError(f"qat_linear: expected config to be a QATConfig, got {config!r}")
     ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
     if ops is not None:
-        return ops.qat_linear(input, weight, bias, *config.codes)
+        return ops.qat_linear(input, weight, bias, config.codes)
     return reference.qat_linear(input, weight, bias, config=config)
 
 
@@ -355,7 +375,12 @@ def _register_fakes() -> None:
 
     @fake("qatfast::choose_qparams")
     def _(
-        input: Tensor, num_bits: int = 8, symmetric: bool = False, granularity: Sequence[int] = (0, 0)
+        input: Tensor,
+        num_bits: int = 8,
+        symmetric: bool = False,
+        granularity: Sequence[int] = (0, 0),
+        *_: Any,
+        **__: Any,
     ) -> tuple[Tensor, Tensor]:
         shape = checks.shape_of_qparams(input.shape, granularity_from_code(granularity))
         dtype = checks.compute_dtype(input.dtype)
@@ -392,13 +417,12 @@ def _register_fakes() -> None:
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        input_spec: Sequence[int],
-        weight_spec: Sequence[int],
-        *_: Any,
+        specs: Sequence[int],
+        *,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
         output = layer_output(input, weight, bias, dtype=dtype)
-        weight_hat = weight.new_empty(weight.shape if weight_spec else (0,), dtype=output.dtype)
+        weight_hat = weight.new_empty(weight.shape if specs[4] else (0,), dtype=output.dtype)
         return output, weight_hat
 
     def rows_of(matrix: Tensor, rows: Any) -> tuple[Tensor, Tensor, Tensor]:

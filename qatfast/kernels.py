@@ -71,8 +71,10 @@ def route(*tensors: Any) -> Any:
     if not torch.compiler.is_dynamo_compiling() and extension.takes(*tensors):
         return extension
     for tensor in tensors:
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_nested:
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             return None  # the reference's checks say what is wrong
+        if tensor.is_nested or tensor.is_quantized:
+            return None
         if not (tensor.is_cpu or (tensor.is_cuda and extension.has_cuda)):
             _warn_of_device(tensor.device.type)
             return None

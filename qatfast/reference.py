@@ -4,7 +4,7 @@ The compiled kernels give these bits. Where there are no kernels (another device
 these functions serve.
 
     lo, hi     = min(x.min(), 0), max(x.max(), 0)                over the finite values of the block
-    scale      = max((hi - lo) / (quant_max - quant_min), eps)   affine          (symmetric: max(-lo, hi) / quant_max)
+    scale      = max((hi - lo) / (quant_max - quant_min), eps)   symmetric: max(lo / quant_min, hi / quant_max, eps)
     zero_point = clamp(quant_min - round(lo / scale), quant_min, quant_max)
     q          = clamp(round(x / scale) + zero_point, quant_min, quant_max)
     y          = (q - zero_point) * scale
@@ -35,10 +35,15 @@ from .config import (
 
 
 def fake_quantize(
-    input: Tensor, num_bits: int = 8, *, symmetric: bool = False, granularity: Granularity = PerTensor()
+    input: Tensor,
+    num_bits: int = 8,
+    *,
+    symmetric: bool = False,
+    granularity: Granularity = PerTensor(),
+    narrow_range: bool = True,
 ) -> Tensor:
     op = "fake_quantize"
-    num_bits, quant_min, quant_max = _check_dynamic(op, input, num_bits, symmetric, granularity)
+    quant_min, quant_max = _check_dynamic(op, input, num_bits, symmetric, granularity, narrow_range)
     x = input.detach()
     scale, zero_point = _choose_qparams(x, quant_min, quant_max, symmetric, granularity)
     value, _ = _fake_quantize(x, scale, zero_point, quant_min, quant_max, granularity)
@@ -55,6 +60,7 @@ def fake_quantize_affine(
     granularity: Granularity = PerTensor(),
 ) -> Tensor:
     op = "fake_quantize_affine"
+    checks.fixed_scale(op, scale)
     scale, zero_point, quant_min, quant_max = _check_affine(
         op, input, scale, zero_point, quant_min, quant_max, granularity
     )
@@ -63,10 +69,15 @@ def fake_quantize_affine(
 
 
 def choose_qparams(
-    input: Tensor, num_bits: int = 8, *, symmetric: bool = False, granularity: Granularity = PerTensor()
+    input: Tensor,
+    num_bits: int = 8,
+    *,
+    symmetric: bool = False,
+    granularity: Granularity = PerTensor(),
+    narrow_range: bool = True,
 ) -> tuple[Tensor, Tensor]:
     op = "choose_qparams"
-    num_bits, quant_min, quant_max = _check_dynamic(op, input, num_bits, symmetric, granularity)
+    quant_min, quant_max = _check_dynamic(op, input, num_bits, symmetric, granularity, narrow_range)
     return _choose_qparams(input.detach(), quant_min, quant_max, symmetric, granularity)
 
 
@@ -105,6 +116,7 @@ def dequantize(
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"{op}: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
     checks.blocks(op, input.shape, checked_granularity(op, granularity))
+    checks.fixed_scale(op, scale)
     scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, -32768, 65535, granularity, dtype)
     scale, zero_point = checks.qparams(
         op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output"
@@ -151,7 +163,7 @@ def _by_spec(op: str, name: str, tensor: Tensor, spec: QuantSpec | None) -> Tens
     if spec is None:
         return tensor
     checks.blocks(f"{op}: {name}", tensor.shape, spec.granularity)
-    return fake_quantize(tensor, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
+    return fake_quantize(tensor, **spec.arguments)
 
 
 def _integer_product(x: Tensor, x_spec: QuantSpec, weight: Tensor, weight_spec: QuantSpec) -> Tensor:
@@ -174,14 +186,15 @@ def _steps(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def _check_dynamic(
-    op: str, input: Tensor, num_bits: int, symmetric: bool, granularity: Granularity
-) -> tuple[int, int, int]:
+    op: str, input: Tensor, num_bits: int, symmetric: bool, granularity: Granularity, narrow_range: bool
+) -> tuple[int, int]:
     num_bits = arguments.num_bits(op, num_bits)
     arguments.boolean(op, "symmetric", symmetric)
+    arguments.boolean(op, "narrow_range", narrow_range)
     checked_granularity(op, granularity)
     checks.tensor(op, "input", input, checks.FLOAT_DTYPES)
     checks.blocks(op, input.shape, granularity)
-    return num_bits, *quant_range(num_bits, symmetric)
+    return quant_range(num_bits, symmetric, narrow_range)
 
 
 def _check_affine(
@@ -223,7 +236,7 @@ def _dims_within_block(x: Tensor, granularity: Granularity) -> tuple[int, ...]:
 
 
 def _broadcast(qparam: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
-    """One element a block, shaped to broadcast against ``_to_blocks(x)``."""
+    """One element per block, shaped to broadcast against ``_to_blocks(x)``."""
     if isinstance(granularity, (PerGroup, PerToken)):
         return qparam.unsqueeze(-1)
     if isinstance(granularity, PerChannel):
@@ -247,7 +260,7 @@ def _choose_qparams(
         hi = (finite.amax(dims) if dims else finite).clamp(min=0)
     # divisors are tensors: on CUDA torch divides by a Python number with a rounded reciprocal
     if symmetric:
-        scale = torch.maximum(-lo, hi) / torch.full_like(lo, quant_max)
+        scale = torch.maximum(lo / torch.full_like(lo, quant_min), hi / torch.full_like(hi, quant_max))
     else:
         steps = torch.full_like(lo, quant_max - quant_min)
         scale = torch.where((hi - lo).isinf(), hi / steps - lo / steps, (hi - lo) / steps)

@@ -77,9 +77,8 @@ def linear(layer: nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None,
         ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
         if ops is None:
             return qat_linear(input, weight, bias, config=config)
-        codes = config.codes
-        integers = _once(layer, weight, config, ops.qat_linear_weight, weight, codes[1])
-        return ops.qat_linear_integers(input, weight, bias, integers, *codes)
+        integers = _once(layer, weight, config, ops.qat_linear_weight, weight, spec.code)
+        return ops.qat_linear_integers(input, weight, bias, integers, config.codes)
     wants_gradient = torch.is_grad_enabled() and weight.requires_grad
     weight_hat, rest = _once(layer, weight, (config, wants_gradient), _quantized, weight, config)
     return qat_linear(input, weight_hat, bias, config=rest)
@@ -89,7 +88,7 @@ def _quantized(weight: Tensor, config: QATConfig) -> tuple[Tensor, QATConfig]:
     """The fake-quantized weight, and the config of a layer that has it."""
     spec = config.weight
     assert spec is not None
-    weight_hat = fake_quantize(weight, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
+    weight_hat = fake_quantize(weight, **spec.arguments)
     return weight_hat, dataclasses.replace(config, weight=None)
 
 

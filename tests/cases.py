@@ -64,6 +64,12 @@ BLOCKS = (
     ((2, 0, 4), PerToken()),
     ((3, 0), PerToken()),
 )
+# The three integer grids, as arguments.
+GRIDS = {
+    "affine": {},
+    "symmetric": {"symmetric": True},
+    "full_range": {"symmetric": True, "narrow_range": False},
+}
 # One of each granularity, for the tests that have another axis to vary.
 FEW_BLOCKS = (
     ((67,), PerTensor()),
@@ -342,8 +348,8 @@ class _TorchOps:
     """``torch.ops.qatfast`` with the arguments of the public functions."""
 
     @staticmethod
-    def fake_quantize(input, num_bits=8, *, symmetric=False, granularity=PerTensor()):
-        return torch.ops.qatfast.fake_quantize(input, num_bits, symmetric, granularity.code)
+    def fake_quantize(input, num_bits=8, *, symmetric=False, granularity=PerTensor(), narrow_range=True):
+        return torch.ops.qatfast.fake_quantize(input, num_bits, symmetric, granularity.code, narrow_range)
 
     @staticmethod
     def fake_quantize_affine(input, scale, zero_point, quant_min, quant_max, *, granularity=PerTensor()):
@@ -352,8 +358,8 @@ class _TorchOps:
         )
 
     @staticmethod
-    def choose_qparams(input, num_bits=8, *, symmetric=False, granularity=PerTensor()):
-        return torch.ops.qatfast.choose_qparams(input, num_bits, symmetric, granularity.code)
+    def choose_qparams(input, num_bits=8, *, symmetric=False, granularity=PerTensor(), narrow_range=True):
+        return torch.ops.qatfast.choose_qparams(input, num_bits, symmetric, granularity.code, narrow_range)
 
     @staticmethod
     def quantize(input, scale, zero_point, quant_min, quant_max, *, granularity=PerTensor()):
@@ -365,7 +371,7 @@ class _TorchOps:
 
     @staticmethod
     def qat_linear(input, weight, bias=None, *, config=QATConfig()):
-        return torch.ops.qatfast.qat_linear(input, weight, bias, *config.codes)
+        return torch.ops.qatfast.qat_linear(input, weight, bias, config.codes)
 
 
 IMPLEMENTATIONS = {

@@ -51,6 +51,9 @@ LAYERS = (
 LAYER_CONFIGS = (
     QATConfig.int8(),
     QATConfig(QuantSpec(8, granularity=PerToken()), QuantSpec(7), QuantSpec(8), None),
+    QATConfig(
+        QuantSpec(8, True, narrow_range=False), QuantSpec(8, True, PerToken(), narrow_range=False), None, None
+    ),
     QATConfig(QuantSpec(5, True, PerToken()), QuantSpec(8, False, PerToken()), None, QuantSpec(8)),
 )
 
@@ -92,13 +95,13 @@ def results(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str,
         if x.numel() < least:
             continue
         label = f"{cases.name(dtype)} {label}"
-        for num_bits, symmetric in ((8, False), (4, True)):
-            options = {"symmetric": symmetric, "granularity": granularity}
-            yield f"fake_quantize {num_bits} {label}", ops.fake_quantize(x, num_bits, **options)
+        for num_bits, grid in ((8, "affine"), (4, "symmetric"), (8, "full_range")):
+            options = {**cases.GRIDS[grid], "granularity": granularity}
+            yield f"fake_quantize {num_bits} {grid} {label}", ops.fake_quantize(x, num_bits, **options)
             for word, qparam in zip(
                 ("scale", "zero point"), ops.choose_qparams(x, num_bits, **options), strict=True
             ):
-                yield f"choose_qparams {num_bits} {word} {label}", qparam
+                yield f"choose_qparams {num_bits} {grid} {word} {label}", qparam
         for quant_range in ((0, 255), (-128, 127), (0, 65535), (-32768, 32767)):
             grid = cases.grid(tuple(x.shape), granularity, dtype, quant_range)
             if granularity == PerTensor():
@@ -131,10 +134,10 @@ def cast_weights(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple
             if ops is cases.IMPLEMENTATIONS["reference"]:
                 w_hat = ops.fake_quantize(values, 8, granularity=granularity).to(dtype)
             else:
-                code = QATConfig(weight=QuantSpec(8, granularity=granularity)).codes[1]
+                code = QuantSpec(8, granularity=granularity).code
                 x = torch.zeros(1, shape[1])
                 _, w_hat = torch.ops.qatfast.qat_linear_forward(
-                    x, values, None, (), code, (), (), dtype=dtype
+                    x, values, None, (*[0] * 4, *code, *[0] * 8), dtype=dtype
                 )
             yield f"weight as {cases.name(dtype)} {cases.name(shape)} {granularity} {kind}", w_hat
 

@@ -48,20 +48,20 @@ def rounded(value: Fraction, dtype: torch.dtype) -> Fraction | float:
     return result
 
 
-def quant_range(num_bits: int, symmetric: bool) -> tuple[int, int]:
+def quant_range(num_bits: int, symmetric: bool, narrow_range: bool = True) -> tuple[int, int]:
     top = 2 ** (num_bits - 1) - 1
-    return (-top, top) if symmetric else (0, 2**num_bits - 1)
+    return (-top if narrow_range else -top - 1, top) if symmetric else (0, 2**num_bits - 1)
 
 
 def choose_scalar(
-    values: list[float], num_bits: int, symmetric: bool, dtype: torch.dtype
+    values: list[float], num_bits: int, symmetric: bool, dtype: torch.dtype, narrow_range: bool = True
 ) -> tuple[Fraction, int]:
     """(scale, zero_point) of one block; ``dtype`` is that of the arithmetic."""
-    quant_min, quant_max = quant_range(num_bits, symmetric)
+    quant_min, quant_max = quant_range(num_bits, symmetric, narrow_range)
     finite = [Fraction(value) for value in values if math.isfinite(value)]
     low, high = min([*finite, Fraction(0)]), max([*finite, Fraction(0)])
     if symmetric:
-        scale = rounded(max(-low, high) / quant_max, dtype)
+        scale = rounded(max(low / quant_min, high / quant_max), dtype)
     else:
         steps = quant_max - quant_min
         width = rounded(high - low, dtype)
@@ -121,14 +121,19 @@ def _list(x: Tensor) -> list[float]:
 
 
 def choose_qparams(
-    x: Tensor, num_bits: int = 8, *, symmetric: bool = False, granularity: Any = PerTensor()
+    x: Tensor,
+    num_bits: int = 8,
+    *,
+    symmetric: bool = False,
+    granularity: Any = PerTensor(),
+    narrow_range: bool = True,
 ) -> tuple[Tensor, Tensor]:
     index, shape = block_of_each_element(tuple(x.shape), granularity)
     members: list[list[float]] = [[] for _ in range(math.prod(shape))]
     for value, block in zip(_list(x), index.flatten(), strict=True):
         members[block].append(value)
     dtype = _compute(x.dtype)
-    pairs = [choose_scalar(values, num_bits, symmetric, dtype) for values in members]
+    pairs = [choose_scalar(values, num_bits, symmetric, dtype, narrow_range) for values in members]
     scale = torch.tensor([float(pair[0]) for pair in pairs], dtype=torch.float64).to(dtype)
     return scale.reshape(shape), torch.tensor([pair[1] for pair in pairs], dtype=torch.int32).reshape(shape)
 
@@ -219,12 +224,18 @@ def inside(
 
 
 def fake_quantize(
-    x: Tensor, num_bits: int = 8, *, symmetric: bool = False, granularity: Any = PerTensor()
+    x: Tensor,
+    num_bits: int = 8,
+    *,
+    symmetric: bool = False,
+    granularity: Any = PerTensor(),
+    narrow_range: bool = True,
 ) -> Tensor:
-    scale, zero_point = choose_qparams(x, num_bits, symmetric=symmetric, granularity=granularity)
-    return fake_quantize_affine(
-        x, scale, zero_point, *quant_range(num_bits, symmetric), granularity=granularity
+    scale, zero_point = choose_qparams(
+        x, num_bits, symmetric=symmetric, granularity=granularity, narrow_range=narrow_range
     )
+    ends = quant_range(num_bits, symmetric, narrow_range)
+    return fake_quantize_affine(x, scale, zero_point, *ends, granularity=granularity)
 
 
 def round_array(y: np.ndarray, dtype: torch.dtype) -> Tensor:
@@ -268,14 +279,14 @@ def steps_array(x: Tensor, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray, np.
     """(the integers less the zero point, of each row the scale and whether it has a NaN); a block is a row, or all."""
     dtype = _compute(x.dtype)
     values = x.detach().cpu().to(dtype).numpy()
-    ends = quant_range(spec.num_bits, spec.symmetric)
+    ends = quant_range(spec.num_bits, spec.symmetric, spec.narrow_range)
     steps = np.zeros(values.shape, dtype=np.int64)
     scales = np.zeros(len(values), dtype=values.dtype)
     is_one_block = spec.granularity == PerTensor()
     for rows in [slice(None)] if is_one_block else [slice(row, row + 1) for row in range(len(values))]:
         finite = values[rows][np.isfinite(values[rows])]
         of_block = [float(finite.min(initial=0)), float(finite.max(initial=0))]
-        scale, zero_point = choose_scalar(of_block, spec.num_bits, spec.symmetric, dtype)
+        scale, zero_point = choose_scalar(of_block, spec.num_bits, spec.symmetric, dtype, spec.narrow_range)
         scales[rows] = float(scale)
         _, q = fake_quantize_affine_array(values[rows], scales.dtype.type(float(scale)), zero_point, *ends)
         steps[rows] = q - zero_point
@@ -304,4 +315,4 @@ def integer_linear(
 def fake_quantize_by_spec(x: Tensor, spec: QuantSpec | None) -> Tensor:
     if spec is None:
         return x.detach().cpu()
-    return fake_quantize(x, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
+    return fake_quantize(x, **spec.arguments)

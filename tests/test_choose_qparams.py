@@ -7,29 +7,29 @@ import cases
 import oracle
 from qatfast import PerChannel, PerGroup, PerTensor, PerToken
 
-SYMMETRIC = pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+GRIDS = pytest.mark.parametrize("grid", cases.GRIDS)
 
 
 @cache
-def example(shape, granularity, dtype, num_bits, symmetric):
+def example(shape, granularity, dtype, num_bits, grid):
     x = cases.mixed(shape, dtype)
-    return x, oracle.choose_qparams(x, num_bits, symmetric=symmetric, granularity=granularity)
+    return x, oracle.choose_qparams(x, num_bits, **cases.GRIDS[grid], granularity=granularity)
 
 
-@SYMMETRIC
+@GRIDS
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
 @pytest.mark.parametrize("shape, granularity", cases.BLOCKS, ids=cases.name)
-def test_values_are_the_oracles(ops, shape, granularity, dtype, symmetric, device):
-    x, expected = example(shape, granularity, dtype, 5, symmetric)
-    qparams = ops.choose_qparams(x.to(device), 5, symmetric=symmetric, granularity=granularity)
+def test_values_are_the_oracles(ops, shape, granularity, dtype, grid, device):
+    x, expected = example(shape, granularity, dtype, 5, grid)
+    qparams = ops.choose_qparams(x.to(device), 5, **cases.GRIDS[grid], granularity=granularity)
     cases.assert_all_same(qparams, expected)
 
 
-@SYMMETRIC
+@GRIDS
 @pytest.mark.parametrize("num_bits", range(2, 17))
-def test_every_bit_width(ops, num_bits, symmetric, device):
-    x, expected = example((131,), PerTensor(), torch.float32, num_bits, symmetric)
-    cases.assert_all_same(ops.choose_qparams(x.to(device), num_bits, symmetric=symmetric), expected)
+def test_every_bit_width(ops, num_bits, grid, device):
+    x, expected = example((131,), PerTensor(), torch.float32, num_bits, grid)
+    cases.assert_all_same(ops.choose_qparams(x.to(device), num_bits, **cases.GRIDS[grid]), expected)
 
 
 @pytest.mark.parametrize(

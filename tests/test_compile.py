@@ -271,3 +271,19 @@ def test_errors_under_compile_are_errors(device):
     ):
         with pytest.raises(Exception, match="expected"):
             compiled(function)(x)
+
+
+def test_an_aot_inductor_package_of_every_preset(kernels, tmp_path):
+    """A package hands an empty list of integers to an operator as None: no spec is one."""
+    configs = [QATConfig(), QATConfig.int8(), QATConfig.weight_only(4, 8), QATConfig(None, None, None, None)]
+    layers = [QATLinear(16, 16, bias=index % 2 == 0, config=config) for index, config in enumerate(configs)]
+    model = torch.nn.Sequential(*layers, FakeQuantize(4)).eval()
+    x = cases.normal((5, 16))
+    with torch.no_grad():
+        batch = torch.export.Dim.DYNAMIC
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        package = torch._inductor.aoti_load_package(path)
+        for rows in (5, 9):
+            x = cases.normal((rows, 16))
+            cases.assert_same(package(x), model(x))

@@ -60,8 +60,8 @@ def test_the_three_recipes():
 
 
 def test_the_codes_of_a_config():
-    assert QATConfig.int8().codes == ((8, 0, 0, 0), (8, 1, 1, 0), (), ())
-    assert QATConfig.weight_only(3, 16).codes == ((), (3, 0, 2, 16), (), ())
+    assert QATConfig.int8().codes == (8, 0, 0, 0, 8, 1, 1, 0, *[0] * 8)
+    assert QATConfig.weight_only(3, 16).codes == (*[0] * 4, 3, 0, 2, 16, *[0] * 8)
 
 
 @pytest.mark.parametrize(

@@ -110,20 +110,22 @@ def given(op):
     double = {"dtype": torch.float64} if int8 else {"input": x(4, 6, dtype=torch.float64)}
     words = f"expected scale to be float64 for {subject.replace('float32', 'float64')}, got float32"
     yield bad(op, TypeError, words, **double)
-    for dtype in (torch.float32, torch.int8, torch.uint8, torch.int16, torch.bool):
-        words = f"expected zero_point to be int32 or int64, got {cases.name(dtype)}"
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.complex64):
+        words = f"expected zero_point to be an integer tensor, got {cases.name(dtype)}"
         yield bad(op, TypeError, words, zero_point=torch.tensor(0, dtype=dtype))
     for granularity, shape, wrong in (
         (PerTensor(), "()", (2,)),
-        (PerTensor(), "()", (1, 1)),
+        (PerTensor(), "()", (1, 1, 1)),
         (PerTensor(), "()", (0,)),
         (PerChannel(0), "(4,)", (6,)),
         (PerChannel(1), "(6,)", ()),
         (PerChannel(-1), "(6,)", (1,)),
-        (PerChannel(0), "(4,)", (4, 1)),
+        (PerChannel(0), "(4,)", (1, 4)),
+        (PerChannel(1), "(6,)", (6, 1)),
         (PerGroup(3), "(4, 2)", (4,)),
         (PerGroup(3), "(4, 2)", (8,)),
-        (PerToken(), "(4,)", (4, 1)),
+        (PerGroup(3), "(4, 2)", (4, 1, 2)),
+        (PerToken(), "(4,)", (1, 4)),
         (PerToken(), "(4,)", (1,)),
     ):
         words = f"to have shape {shape} for {granularity}, got {wrong}"
@@ -151,7 +153,32 @@ def given(op):
     for value in (True, "1", None, [1.0]):
         words = f"expected scale to be a torch.Tensor or a number, got {value!r}"
         yield bad(op, TypeError, words, PYTHON, scale=value)
-    yield bad(op, ValueError, "expected scale to be positive and finite, got ", PYTHON, scale=10**400)
+    words = "expected scale to be positive and finite, got "
+    yield bad(op, ValueError, words, PYTHON, scale=10**400)
+    for value, inexact in ((1e39, "inf"), (3.4028235677973366e38, "inf"), (1e-50, "0"), (2.0**-150, "0")):
+        yield bad(op, ValueError, f"{words}{value:g}, which is {inexact} in float32", PYTHON, scale=value)
+    for dtype, value in (
+        (torch.uint64, 2**64 - 8),
+        (torch.uint64, 2**63),
+        (torch.int64, 2**32),
+        (torch.uint32, 2**31),
+    ):
+        words = f"expected zero_point to be from {low} to {high}, got {value}"
+        yield bad(op, ValueError, words, zero_point=torch.tensor(value, dtype=dtype))
+    if not int8:
+        for dtype, value in (
+            (torch.int8, -128),
+            (torch.uint8, 200),
+            (torch.int16, 300),
+            (torch.uint16, 65535),
+        ):
+            words = f"expected zero_point to be from {low} to {high}, got {value}"
+            yield bad(op, ValueError, words, zero_point=torch.tensor(value, dtype=dtype))
+    if op != "quantize":  # integers have no gradient
+        words = (
+            "expected scale not to require grad, got one that does; write fake_quantize_learned to train it"
+        )
+        yield bad(op, ValueError, words, scale=torch.tensor(1.0, requires_grad=True))
     for granularity in (PerChannel(0), PerGroup(3), PerToken()):
         words = f"expected scale to be a torch.Tensor for {granularity}, got 0.5"
         yield bad(op, TypeError, words, PYTHON, scale=0.5, zero_point=0, granularity=granularity)
@@ -317,15 +344,25 @@ def test_granularities_that_do_not_exist(kernels, code):
 
 
 @pytest.mark.parametrize(
-    "code", [(8,), (8, 0), (8, 0, 0), (8, 0, 0, 0, 0), (1, 0, 0, 0), (17, 0, 0, 0), (8, 0, 9, 0)]
+    "code",
+    [
+        (),
+        (8,),
+        (8, 0, 0),
+        (8, 0, 0, 0, 0),
+        (1, 0, 0, 0),
+        (17, 0, 0, 0),
+        (-8, 0, 0, 0),
+        (8, 0, 9, 0),
+        (8, 3, 0, 0),
+    ],
 )
 @pytest.mark.parametrize("position", range(4))
 def test_specs_that_do_not_exist(kernels, code, position):
-    for config in ((), (), (), ()), QATConfig.int8().codes:
-        specs = list(config)
-        specs[position] = code
+    for specs in (0,) * 16, QATConfig.int8().codes:
+        specs = specs[: 4 * position] + code + specs[4 * position + 4 :]
         with pytest.raises(ValueError, match="qat_linear"):
-            torch.ops.qatfast.qat_linear(x(4, 6), x(3, 6), x(3), *specs)
+            torch.ops.qatfast.qat_linear(x(4, 6), x(3, 6), x(3), specs)
 
 
 def integers(*, rows=3, columns=6, dtype=torch.float32, **changes):
@@ -358,11 +395,11 @@ WEIGHT_INTEGERS = "expected weight_integers as qat_linear_weight gives them for 
 def test_integers_of_another_weight_crash_nothing(kernels, given, message):
     for operator in (torch.ops.qatfast.qat_linear_integers, torch.ops.qatfast.qat_linear_integers_forward):
         with pytest.raises(ValueError, match=f"qat_linear: {message}"):
-            operator(x(4, 6), x(3, 6), x(3), given, *QATConfig.int8().codes)
+            operator(x(4, 6), x(3, 6), x(3), given, QATConfig.int8().codes)
 
 
 @pytest.mark.parametrize(
-    "code", [(), (9, 0, 0, 0), (8, 0, 1, 1), (8, 0, 1, -1), (8, 0, 2, 3), (8, 0, 2, 12)], ids=str
+    "code", [(0, 0, 0, 0), (9, 0, 0, 0), (8, 0, 1, 1), (8, 0, 1, -1), (8, 0, 2, 3), (8, 0, 2, 12)], ids=str
 )
 def test_the_integer_product_takes_no_other_specs(kernels, code):
     operators, specs = torch.ops.qatfast, QATConfig.int8().codes
@@ -371,14 +408,14 @@ def test_the_integer_product_takes_no_other_specs(kernels, code):
         with pytest.raises(ValueError, match=words):
             operators.qat_linear_weight(x(*shape), code)
     with pytest.raises(ValueError, match=words):
-        operators.qat_linear_integers(x(4, 6), x(3, 6), None, [], specs[0], code, (), ())
+        operators.qat_linear_integers(x(4, 6), x(3, 6), None, [], specs[:4] + code + specs[8:])
     words = "qat_linear: expected an input spec of at most 8 bits per tensor or per token, got "
     with pytest.raises(ValueError, match=words):
-        operators.qat_linear_integers(x(4, 6), x(3, 6), None, [], code, specs[1], (), ())
+        operators.qat_linear_integers(x(4, 6), x(3, 6), None, [], code + specs[4:])
 
 
 def test_the_weight_of_the_integer_product_is_a_float_matrix(kernels):
-    code = QATConfig.int8().codes[1]
+    code = QATConfig.int8().weight.code
     with pytest.raises(TypeError, match=f"qat_linear: expected weight {FLOAT_RULE}, got int8"):
         torch.ops.qatfast.qat_linear_weight(x(3, 6, dtype=torch.int8), code)
     for shape in ((6,), (), (2, 3, 6)):
@@ -417,7 +454,8 @@ ROWS_SPEC = (8, True, 3, 0)
         (x(3, 4), x(4, 7), ROWS_SPEC, LAYER_OF_BACKWARD),
         (x(3, 4), x(4, 6, 1), ROWS_SPEC, "expected a weight spec of at most 8 bits"),
         (x(3, 4), x(4, 6), (9, True, 3, 0), "expected a weight spec of at most 8 bits"),
-        (x(3, 4), x(4, 6), (), "expected a weight spec of at most 8 bits"),
+        (x(3, 4), x(4, 6), (0, 0, 0, 0), "expected a weight spec of at most 8 bits"),
+        (x(3, 4), x(4, 6), (), r"expected a spec \(num_bits, grid, kind, argument\)"),
     ],
 )
 def test_a_backward_of_the_integer_product_says_what_does_not_fit(kernels, grad, weight, spec, words):

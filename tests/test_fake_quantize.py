@@ -7,30 +7,30 @@ import cases
 import oracle
 from qatfast import PerTensor, PerToken, fake_quantize
 
-SYMMETRIC = pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+GRIDS = pytest.mark.parametrize("grid", cases.GRIDS)
 
 
 @cache
-def example(shape, granularity, dtype, num_bits, symmetric):
+def example(shape, granularity, dtype, num_bits, grid):
     x = cases.mixed(shape, dtype)
-    return x, oracle.fake_quantize(x, num_bits, symmetric=symmetric, granularity=granularity)
+    return x, oracle.fake_quantize(x, num_bits, **cases.GRIDS[grid], granularity=granularity)
 
 
-@SYMMETRIC
+@GRIDS
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
 @pytest.mark.parametrize("shape, granularity", cases.BLOCKS, ids=cases.name)
-def test_values_are_the_oracles(ops, shape, granularity, dtype, symmetric, device):
-    x, expected = example(shape, granularity, dtype, 4, symmetric)
+def test_values_are_the_oracles(ops, shape, granularity, dtype, grid, device):
+    x, expected = example(shape, granularity, dtype, 4, grid)
     cases.assert_same(
-        ops.fake_quantize(x.to(device), 4, symmetric=symmetric, granularity=granularity), expected
+        ops.fake_quantize(x.to(device), 4, **cases.GRIDS[grid], granularity=granularity), expected
     )
 
 
-@SYMMETRIC
+@GRIDS
 @pytest.mark.parametrize("num_bits", range(2, 17))
-def test_every_bit_width(ops, num_bits, symmetric, device):
-    x, expected = example((131,), PerTensor(), torch.float32, num_bits, symmetric)
-    cases.assert_same(ops.fake_quantize(x.to(device), num_bits, symmetric=symmetric), expected)
+def test_every_bit_width(ops, num_bits, grid, device):
+    x, expected = example((131,), PerTensor(), torch.float32, num_bits, grid)
+    cases.assert_same(ops.fake_quantize(x.to(device), num_bits, **cases.GRIDS[grid]), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=cases.name)
@@ -43,18 +43,18 @@ def test_ends_that_both_round_outwards_are_clamped(ops, size, dtype, device):
 
 
 def test_the_defaults_are_8_bits_affine_per_tensor(ops, device):
-    x, expected = example((131,), PerTensor(), torch.float32, 8, False)
+    x, expected = example((131,), PerTensor(), torch.float32, 8, "affine")
     cases.assert_same(ops.fake_quantize(x.to(device)), expected)
 
 
-@SYMMETRIC
+@GRIDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.name)
 @pytest.mark.parametrize("shape, granularity", cases.FEW_BLOCKS, ids=cases.name)
-def test_it_is_the_other_functions_one_after_another(ops, shape, granularity, dtype, symmetric, device):
+def test_it_is_the_other_functions_one_after_another(ops, shape, granularity, dtype, grid, device):
     x = cases.normal(shape, dtype, device=device)
-    scale, zero_point = ops.choose_qparams(x, 6, symmetric=symmetric, granularity=granularity)
-    ends = oracle.quant_range(6, symmetric)
-    y = ops.fake_quantize(x, 6, symmetric=symmetric, granularity=granularity)
+    scale, zero_point = ops.choose_qparams(x, 6, **cases.GRIDS[grid], granularity=granularity)
+    ends = oracle.quant_range(6, **{"symmetric": False, **cases.GRIDS[grid]})
+    y = ops.fake_quantize(x, 6, **cases.GRIDS[grid], granularity=granularity)
     cases.assert_same(y, ops.fake_quantize_affine(x, scale, zero_point, *ends, granularity=granularity))
     q = ops.quantize(x, scale, zero_point, *ends, granularity=granularity)
     cases.assert_same(y, ops.dequantize(q, scale, zero_point, granularity=granularity, dtype=dtype))

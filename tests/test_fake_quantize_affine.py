@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 from functools import cache
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import cases
 import oracle
 from onnx_model import quantize_dequantize
-from qatfast import PerChannel, PerTensor, fake_quantize_affine, quantize
+from qatfast import PerChannel, PerGroup, PerTensor, PerToken, checks, fake_quantize_affine, quantize
 
 
 @cache
@@ -123,17 +124,91 @@ def test_an_expanded_gradient(ops, device):
         (torch.tensor([0.5]), torch.tensor([3])),
         (torch.tensor(0.5), torch.tensor(3, dtype=torch.int32)),
         (torch.tensor([9.0, 0.5])[1], torch.tensor([9, 3])[1]),
+        (torch.tensor([[0.5]]), torch.tensor([[3]])),
+        (torch.tensor([[0.5]]), 3),
+        (np.float32(0.5), np.int64(3)),
+        (np.float64(0.5), np.uint8(3)),
+        (Fraction(1, 2), 3),
     ],
-    ids=["numbers", "one_element_int64", "scalars", "views"],
+    ids=[
+        "numbers",
+        "one_element_int64",
+        "scalars",
+        "views",
+        "keepdim",
+        "mixed",
+        "numpy",
+        "numpy64",
+        "fraction",
+    ],
 )
 def test_spellings_of_per_tensor_qparams(scale, zero_point, device):
-    if isinstance(scale, torch.Tensor):
-        scale, zero_point = scale.to(device), zero_point.to(device)
-    x = cases.normal((20,), device=device)
+    scale, zero_point = (
+        value.to(device) if isinstance(value, torch.Tensor) else value for value in (scale, zero_point)
+    )
+    x = cases.normal((4, 5), device=device)
     expected = fake_quantize_affine(
         x, torch.tensor(0.5, device=device), torch.tensor(3, dtype=torch.int32, device=device), 0, 15
     )
     cases.assert_same(fake_quantize_affine(x, scale, zero_point, 0, 15), expected)
+
+
+@pytest.mark.parametrize("dtype", checks.ZERO_POINT_DTYPES, ids=cases.name)
+def test_zero_points_of_any_integer_dtype(ops, dtype, device):
+    x = cases.normal((3, 8), device=device)
+    scale = torch.tensor([0.5, 0.25, 1.0], device=device)
+    zero_point = torch.tensor([3, 0, 15], device=device)
+    expected = ops.fake_quantize_affine(x, scale, zero_point.int(), 0, 15, granularity=PerChannel(0))
+    actual = ops.fake_quantize_affine(x, scale, zero_point.to(dtype), 0, 15, granularity=PerChannel(0))
+    cases.assert_same(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "granularity, shape, keepdim",
+    [
+        (PerTensor(), (), (1, 1, 1)),
+        (PerChannel(0), (2,), (2, 1, 1)),
+        (PerChannel(1), (3,), (1, 3, 1)),
+        (PerChannel(-1), (8,), (1, 1, 8)),
+        (PerGroup(4), (2, 3, 2), (2, 3, 2, 1)),
+        (PerToken(), (2, 3), (2, 3, 1)),
+    ],
+    ids=str,
+)
+def test_qparams_that_keep_reduced_dimensions(ops, granularity, shape, keepdim, device):
+    x = cases.normal((2, 3, 8), device=device, requires_grad=True)
+    scale, zero_point = ops.choose_qparams(x, 4, granularity=granularity)
+    assert tuple(scale.shape) == shape
+    q = ops.quantize(x, scale, zero_point, 0, 15, granularity=granularity)
+    y = ops.fake_quantize_affine(x, scale, zero_point, 0, 15, granularity=granularity)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    for kept_scale, kept_zero_point in (  # each by itself
+        (scale.view(keepdim), zero_point.view(keepdim)),
+        (scale, zero_point.view(keepdim)),
+        (scale.view(keepdim), zero_point),
+    ):
+        kept = (kept_scale, kept_zero_point)
+        cases.assert_same(ops.quantize(x, *kept, 0, 15, granularity=granularity), q)
+        cases.assert_same(ops.dequantize(q, *kept, granularity=granularity), y.detach())
+        again = ops.fake_quantize_affine(x, *kept, 0, 15, granularity=granularity)
+        cases.assert_same(again, y)
+        cases.assert_same(torch.autograd.grad(again.sum(), x)[0], gradient)
+
+
+def test_a_scale_that_requires_grad(ops, device):
+    x = cases.normal((4, 6), device=device)
+    scale = torch.tensor(0.5, device=device, requires_grad=True)
+    zero_point = torch.tensor(0, dtype=torch.int32, device=device)
+    q = ops.quantize(x, scale, zero_point, -8, 7)  # integers have no gradient
+    for call in (
+        lambda scale: ops.fake_quantize_affine(x, scale, zero_point, -8, 7),
+        lambda scale: ops.dequantize(q, scale, zero_point),
+    ):
+        with pytest.raises(ValueError, match="fake_quantize_learned"):
+            call(scale)
+        with torch.no_grad():
+            expected = call(scale)
+        cases.assert_same(call(scale.detach()), expected)
 
 
 def test_strided_and_expanded_qparams(ops, device):
@@ -146,19 +221,6 @@ def test_strided_and_expanded_qparams(ops, device):
     cases.assert_same(
         ops.fake_quantize_affine(x, scale, zero_point, 0, 15, granularity=PerChannel(0)), expected
     )
-
-
-def test_scale_and_zero_point_get_no_gradient(ops, device):
-    x = cases.normal((8,), device=device)
-    scale = torch.tensor(0.25, device=device, requires_grad=True)
-    zero_point = torch.tensor(0, dtype=torch.int32, device=device)
-    assert not ops.fake_quantize_affine(x, scale, zero_point, 0, 15).requires_grad
-    x.requires_grad_()
-    ops.fake_quantize_affine(x, scale, zero_point, 0, 15).sum().backward()
-    assert scale.grad is None
-    assert x.grad is not None
-    with torch.no_grad():
-        assert not ops.fake_quantize_affine(x, scale, zero_point, 0, 15).requires_grad
 
 
 def test_inputs_written_in_place_after_the_forward_are_no_error(ops, device):

@@ -198,7 +198,7 @@ def test_a_symmetric_grid_treats_both_signs_alike(name, x, num_bits):
 @IMPLEMENTATIONS
 @given(data=st.data(), x=tensors(finite=False), num_bits=st.integers(2, 5), symmetric=st.booleans())
 def test_a_block_has_no_more_values_than_the_grid_has_points(name, data, x, num_bits, symmetric):
-    low, high = quant_range(num_bits, symmetric)
+    low, high = quant_range(num_bits, symmetric, True)
     y = implementation(name).fake_quantize(x, num_bits, symmetric=symmetric)
     assert y[~y.isnan()].unique().numel() <= high - low + 1
     scale, zero_point = implementation(name).choose_qparams(x, num_bits, symmetric=symmetric)
@@ -219,7 +219,7 @@ def test_the_public_functions_and_the_reference_agree(kernels, dtype, data, num_
     cases.assert_same(public.fake_quantize(x, num_bits, **options), expected)
     qparams = reference.choose_qparams(x, num_bits, **options)
     cases.assert_all_same(public.choose_qparams(x, num_bits, **options), qparams)
-    arguments = (*qparams, *quant_range(num_bits, symmetric))
+    arguments = (*qparams, *quant_range(num_bits, symmetric, True))
     cases.assert_same(
         public.quantize(x, *arguments, granularity=granularity),
         reference.quantize(x, *arguments, granularity=granularity),

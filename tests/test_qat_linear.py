@@ -17,7 +17,6 @@ from qatfast import (
     PerToken,
     QATConfig,
     QuantSpec,
-    fake_quantize,
     functional,
     qat_linear,
 )
@@ -38,7 +37,7 @@ SHAPES = pytest.mark.parametrize(
 def quantized(x, spec):
     if x is None or spec is None:
         return x
-    return fake_quantize(x, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
+    return functional.fake_quantize(x, **spec.arguments)
 
 
 def formula(input, weight, bias, config):
@@ -56,8 +55,8 @@ def float_formula(input, weight, bias, config):
 # Of every granularity that multiplies integers, with every number of bits, some of them with bias and output.
 INTEGER_CONFIGS = [
     QATConfig(
-        QuantSpec(2 + index % 7, symmetric=x_symmetric, granularity=x),
-        QuantSpec(8 - index % 6, symmetric=w_symmetric, granularity=weight),
+        QuantSpec(2 + index % 7, symmetric=x_symmetric, granularity=x, narrow_range=index % 5 > 0),
+        QuantSpec(8 - index % 6, symmetric=w_symmetric, granularity=weight, narrow_range=index % 3 > 0),
         (None, QuantSpec(8), QuantSpec(5, symmetric=True, granularity=PerChannel(0)))[index % 3],
         (None, QuantSpec(6), None, QuantSpec(4, symmetric=True, granularity=PerToken()))[index % 4],
     )
@@ -285,11 +284,11 @@ def test_a_small_layer_leaves_the_number_of_threads(kernels, threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.name)
 def test_integers_that_operators_return_share_no_memory(kernels, dtype, device):
     operands, config = cases.linear(((5,), 16, 6), dtype, device=device), QATConfig.int8()
-    integers = torch.ops.qatfast.qat_linear_weight(operands.weight, config.codes[1])
+    integers = torch.ops.qatfast.qat_linear_weight(operands.weight, config.weight.code)
     for tensors in (
         integers,
-        torch.ops.qatfast.qat_linear_integers_forward(*operands, [], *config.codes),
-        torch.ops.qatfast.qat_linear_integers_forward(*operands, list(integers), *config.codes),
+        torch.ops.qatfast.qat_linear_integers_forward(*operands, [], config.codes),
+        torch.ops.qatfast.qat_linear_integers_forward(*operands, list(integers), config.codes),
     ):
         memories = {x.untyped_storage().data_ptr() for x in (*operands, *tensors)}
         assert len(memories) == 3 + len(tensors)
@@ -548,9 +547,9 @@ def test_a_diverged_run_looks_diverged(ops, device):
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
 def test_opcheck(kernels, config, requires_grad):
     operands = cases.linear(((5,), 16, 6), requires_grad=requires_grad)
-    torch.library.opcheck(torch.ops.qatfast.qat_linear.default, (*operands, *config.codes))
+    torch.library.opcheck(torch.ops.qatfast.qat_linear.default, (*operands, config.codes))
     if not requires_grad:
-        torch.library.opcheck(torch.ops.qatfast.qat_linear_forward.default, (*operands, *config.codes))
+        torch.library.opcheck(torch.ops.qatfast.qat_linear_forward.default, (*operands, config.codes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=cases.name)
@@ -558,7 +557,7 @@ def test_opcheck(kernels, config, requires_grad):
 @pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8()], ids=["tutorial", "int8"])
 def test_opcheck_of_dtypes_and_shapes(kernels, config, dtype, shape):
     operands = cases.linear(shape, dtype, requires_grad=True, bias=shape != ((2, 3), 16, 6))
-    torch.library.opcheck(torch.ops.qatfast.qat_linear.default, (*operands, *config.codes))
+    torch.library.opcheck(torch.ops.qatfast.qat_linear.default, (*operands, config.codes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=cases.name)
@@ -569,16 +568,16 @@ def test_opcheck_of_the_operators_of_the_integer_product(kernels, dtype, shape):
     config = cases.CONFIGS["per_token"]
     operators = torch.ops.qatfast
     operands = cases.linear(shape, dtype, bias=shape != ((2, 3), 16, 6))
-    weight_spec = config.codes[1]
+    weight_spec = config.weight.code
     torch.library.opcheck(operators.qat_linear_weight.default, (operands.weight, weight_spec))
     integers = list(operators.qat_linear_weight(operands.weight, weight_spec))
     for given in ([], integers):
-        arguments = (*operands, given, *config.codes)
+        arguments = (*operands, given, config.codes)
         torch.library.opcheck(operators.qat_linear_integers_forward.default, arguments)
         torch.library.opcheck(operators.qat_linear_integers.default, arguments)
         leaves = [x if x is None else x.detach().requires_grad_() for x in operands]
-        torch.library.opcheck(operators.qat_linear_integers.default, (*leaves, given, *config.codes))
-    _, *input_integers = operators.qat_linear_integers_forward(*operands, integers, *config.codes)
+        torch.library.opcheck(operators.qat_linear_integers.default, (*leaves, given, config.codes))
+    _, *input_integers = operators.qat_linear_integers_forward(*operands, integers, config.codes)
     torch.library.opcheck(operators.qat_linear_input.default, (*input_integers, dtype))
     grad = cases.normal((input_integers[0].shape[0], 6), dtype)
     arguments = (grad, *input_integers, operands.weight, weight_spec)
@@ -593,7 +592,7 @@ def test_opcheck_of_the_operators_of_the_integer_product(kernels, dtype, shape):
 def test_what_is_kept_of_the_input_is_its_fake_quantization(kernels, config, dtype, device):
     input, weight, bias = cases.linear(((2, 3), 19, 6), dtype, device=device)
     input[1, 0, 3] = torch.inf
-    _, *integers = torch.ops.qatfast.qat_linear_integers_forward(input, weight, bias, [], *config.codes)
+    _, *integers = torch.ops.qatfast.qat_linear_integers_forward(input, weight, bias, [], config.codes)
     assert integers[0].dtype == torch.int8
     x_hat = torch.ops.qatfast.qat_linear_input(*integers, dtype)
     cases.assert_same(x_hat.view_as(input), quantized(input, config.input))

@@ -799,14 +799,20 @@ bool choose_loop(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, 
   constexpr int N = lanes<C>;
   const V<C> quant_min = all_lanes(spec.quant_min), quant_max = all_lanes(spec.quant_max);
   const V<C> steps = steps_of(quant_min, quant_max, spec.symmetric);
+  const bool full_range = spec.is_full_range();
   bool unclamped = multiplies<C>;
   constexpr float least_normal = std::is_same_v<T, c10::Half> ? 0x1p-14f : 0; // the others' have no reciprocal
   for (int64_t i = 0; i < n; i += N) {
     const auto m = n - i < N ? n - i : N;
     const auto least = load_some<C, C>(lo + i, m), most = load_some<C, C>(hi + i, m);
-    const V<C> width = width_of(least, most, spec.symmetric);
-    const bool fits = all_of<mask_t<C>, N>(width <= std::numeric_limits<C>::max()); // or two divisions more
-    const V<C> chosen = fits ? scale_of_width(width, steps) : choose_scale(least, most, steps, spec.symmetric);
+    V<C> chosen;
+    if (full_range) {
+      chosen = choose_full_range_scale(least, most, quant_min, quant_max);
+    } else {
+      const V<C> width = width_of(least, most, spec.symmetric);
+      const bool fits = all_of<mask_t<C>, N>(width <= std::numeric_limits<C>::max()); // or two divisions more
+      chosen = fits ? scale_of_width(width, steps) : choose_scale(least, most, steps, spec.symmetric);
+    }
     store_some<C, C>(scale + i, chosen, m);
     // all of a block are 0 (as of one in the lanes past the end): every grid will do
     const auto divides = has_reciprocal(chosen) | (least == most);

@@ -14,6 +14,10 @@ struct RangeSpec {
   int32_t quant_min;
   int32_t quant_max;
   bool symmetric;
+
+  __device__ __forceinline__ bool is_full_range() const {
+    return symmetric && quant_min != -quant_max;
+  }
 };
 
 inline RangeSpec range_spec(const QuantSpec& spec) {
@@ -110,7 +114,9 @@ struct QParam {
     const C lo = C(0) - bits_as<C>(keys.below);
     const C hi = bits_as<C>(keys.above);
     const C quant_min = spec.quant_min, quant_max = spec.quant_max;
-    const C scale = choose_scale(lo, hi, steps_of(quant_min, quant_max, spec.symmetric), spec.symmetric);
+    const C scale = spec.is_full_range()
+        ? choose_full_range_scale(lo, hi, quant_min, quant_max)
+        : choose_scale(lo, hi, steps_of(quant_min, quant_max, spec.symmetric), spec.symmetric);
     const C low_step = round_half_even(lo / scale);
     const C zero = choose_zero_point(low_step, quant_min, quant_max, spec.symmetric);
     zero_point = static_cast<int32_t>(zero);

@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from qatfast.study import DataError, generate_dataset, load_samples, split
-from qatfast.study.data import Samples
+from qatfast.study.data import Samples, label_columns
 
+REGRESSION = (
+    r"40 different numbers in \d+ samples, a regression target; expected classes: text, or whole numbers with"
+)
 GOOD_ROWS = "".join(f"{i},{i % 3}.5,{'yes' if i % 2 else 'no'}\n" for i in range(20))
 
 
@@ -65,6 +68,63 @@ def test_csv_with_text_labels_and_its_own_units(tmp_path):
     assert float(data.test_inputs.mean(0).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "text, inputs, note",
+    [
+        (
+            "a;b;y\n1,5;2;no\n-,25;1e1;no\n3;4;yes\n4;5;yes\n",
+            [[1.5, 2], [-0.25, 10], [3, 4], [4, 5]],
+            "semicolons, decimal commas",
+        ),
+        (
+            "a;b;y\n1.5;2;no\n3;4;yes\n" * 1 + "1;1;no\n2;2;yes\n",
+            [[1.5, 2], [3, 4], [1, 1], [2, 2]],
+            "semicolons",
+        ),
+        ("a\tb\ty\n1\t2\tno\n3\t4\tyes\n1\t1\tno\n2\t2\tyes\n", [[1, 2], [3, 4], [1, 1], [2, 2]], "tabs"),
+        # commas in names, and as many of them as semicolons
+        (
+            "a, cm;b, dB;y\n1,5;2,5;no\n3,5;4,5;yes\n1,0;1,0;no\n2,0;2,0;yes\n",
+            [[1.5, 2.5], [3.5, 4.5], [1, 1], [2, 2]],
+            "semicolons, decimal commas",
+        ),
+        ("a,b;c,y\n1,2,no\n3,4,yes\n1,1,no\n2,2,yes\n", [[1, 2], [3, 4], [1, 1], [2, 2]], ""),
+        (
+            "a,b,y\ntrue,1,True\nFalse,0,False\nTRUE,0,True\nfalse,1,False\n",
+            [[1, 1], [0, 0], [1, 0], [0, 1]],
+            "",
+        ),
+        ("0,1,y\n1,2,no\n3,4,yes\n1,1,no\n2,2,yes\n", [[1, 2], [3, 4], [1, 1], [2, 2]], ""),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_csv_as_other_programs_write_it(tmp_path, text, inputs, note, encoding):
+    samples = load_samples(write(tmp_path, text, encoding=encoding), "y")
+    assert samples.inputs.tolist() == inputs and samples.note == note and samples.name == "table.csv"
+    assert len(samples.class_names) == 2
+
+
+def test_numbers_that_are_classes_stay_classes(tmp_path):
+    stars = "a,y\n" + "".join(f"{i},{(i % 10 + 1) / 2}\n" for i in range(40))
+    assert len(load_samples(write(tmp_path, stars), "y").class_names) == 10
+    hundred = "a,y\n" + "".join(f"{i},{i % 100}\n" for i in range(500))
+    assert len(load_samples(write(tmp_path, hundred), "y").class_names) == 100
+    path = tmp_path / "whole.npz"
+    np.savez(path, x=np.ones((6, 2)), y=np.array([0.0, 1.0] * 3))
+    assert load_samples(str(path), "y").class_names == ("0", "1")
+
+
+def test_label_columns(tmp_path):
+    assert label_columns(write(tmp_path, "a;b;y\n1;2;no\n")) == ["a", "b", "y"]
+    np.savez(tmp_path / "arrays.npz", x=np.ones(2), y=np.ones(2))
+    assert label_columns(str(tmp_path / "arrays.npz")) == ["x", "y"]
+    with pytest.raises(DataError, match="cannot be read"):
+        label_columns(str(tmp_path / "none.csv"))
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(DataError, match="is a folder"):
+        load_samples(str(tmp_path / "folder.csv"), "y")
+
+
 def test_a_constant_column_stays_finite(tmp_path):
     text = "a,b,y\n" + "".join(f"{i},7,{i % 2}\n" for i in range(20))
     data = split(load_samples(write(tmp_path, text), "y"), seed=0)
@@ -96,6 +156,42 @@ def test_a_constant_column_stays_finite(tmp_path):
             r"cannot be split into training and test",
         ),
         ("a,b,y\n", "y", r"expected a header and at least one row, got 1 line"),
+        (
+            "1,2,no\n" + GOOD_ROWS,
+            "y",
+            r"no column 'y'; the columns are .*line 1 holds numbers: is the header missing\?",
+        ),
+        (
+            "3,1,0\n" + GOOD_ROWS.replace("yes", "1").replace("no", "0"),
+            "0",
+            r"line 1 holds only numbers, so it is no",
+        ),
+        (",b,y\n" + GOOD_ROWS, "y", r"column 1 has no name; if it only counts the rows, remove it"),
+        ("Unnamed: 0,b,y\n" + GOOD_ROWS, "y", r"column 1 has no name"),
+        ("a,b,y\n" + GOOD_ROWS + "1,2,NaN\n", "y", r"line 22, column 'y': the label is NaN"),
+        (
+            "a,y\n" + "".join(f"1,{i % 2}{'.0' * (i > 9)}\n" for i in range(20)),
+            "y",
+            r"one number in two ways",
+        ),
+        (
+            "a;y\n" + "".join(f"{i}{',.'[i == 7]}5;{i % 2}\n" for i in range(9)),
+            "y",
+            r"'75|'7.5' has a decimal point",
+        ),
+        (
+            "a;y\n" + "".join(f"1.00{i},5;{i % 2}\n" for i in range(9)),
+            "y",
+            r"'1.000,5' has a comma and a point",
+        ),
+        ("a,y\n" + "".join(f"1,{i * 0.37:.2f}\n" for i in range(40)), "y", REGRESSION),
+        (
+            "a,y\n" + "".join(f"1,{i * 0.1:.1f}\n" for i in list(range(30)) * 9),
+            "y",
+            r"30 different numbers in 270",
+        ),
+        ("a,y\n" + "".join(f"1,{i // 2}000\n" for i in range(80)), "y", REGRESSION),
+        ("a;y\n" + "".join(f"1;{i},25\n" for i in range(40)), "y", REGRESSION),
         ("", "y", r"got 0 line"),
         (
             "a,y\n1e300,0\n-1e300,1\n" + "".join(f"{i},{i % 2}\n" for i in range(20)),
@@ -144,7 +240,11 @@ FEATURES = {"x": np.ones((6, 2))}
     [
         (FEATURES, r"no array 'y'; the arrays are 'x'"),
         ({"y": np.array([0, 1] * 3)}, r"'y' is the only array"),
-        ({**FEATURES, "y": np.linspace(0, 1, 6)}, r"must hold one integer or text label a sample"),
+        (
+            {**FEATURES, "y": np.linspace(0, 1, 6)},
+            r"must hold one integer or text label a sample, got shape \(6,\) of float64 with fractions, a regression",
+        ),
+        ({**FEATURES, "y": np.array([0, 1, np.nan] * 2)}, r"array 'y', sample 2: NaN or infinite"),
         (
             {**FEATURES, "y": np.zeros((6, 1), int)},
             r"must hold one integer or text label a sample, got shape \(6, 1\)",

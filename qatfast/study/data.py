@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,10 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 TEST_SHARE = 0.2
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+MISSING = ("", "nan")
+SAMPLES_PER_NUMBER = 5
+"""More than 20 different whole numbers with fewer samples each than this are a regression target, not classes."""
 
 
 class DataError(ValueError):
@@ -34,6 +40,7 @@ class Samples:
         labels: (samples,), int64, from 0 to classes - 1.
         class_names: what each label stands for.
         standardize: whether a split scales each feature to mean 0 and standard deviation 1 of its training samples.
+        note: how the file was read, where that had to be found out.
     """
 
     name: str
@@ -41,6 +48,7 @@ class Samples:
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
     standardize: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,37 +155,53 @@ def load_samples(data: str, target: str | None = None, *, seed: int = 42) -> Sam
 
 
 def load_csv(path: Path, target: str) -> Samples:
-    """A comma-separated table with a header row: the column ``target`` holds the labels, every other one a number.
+    """A table with a header row: the column ``target`` holds the labels, every other one a number.
+
+    Cells are separated by commas, semicolons or tabs, whichever fits the header. With semicolons or tabs numbers may
+    have a decimal comma. ``true`` and ``false`` count as 1 and 0.
 
     Args:
-        path: of the file, UTF-8.
+        path: of the file: UTF-8, or UTF-16 with a byte order mark.
         target: name of the label column; labels may be any text.
 
     Returns:
-        One sample a row, one feature a column.
+        One sample per row, one feature per column.
 
     Raises:
         DataError: a column, row or cell is wrong; the message names it.
     """
-    header, rows = _read_table(path)
-    twice = [name for name, count in Counter(header).items() if count > 1]
-    if twice:
-        raise DataError(f"{path}: two columns are named '{twice[0]}'; give each column its own name")
-    if target not in header:
-        raise DataError(f"{path}: no column '{target}'; the columns are {_listing(header)}")
-    if len(header) < 2:
-        raise DataError(f"{path}: '{target}' is the only column; at least one feature column is needed")
+    table = _read_table(path, target)
+    header, rows = table.header, table.rows
+    _check_header(path, header, target)
     where = header.index(target)
     labels, inputs = [], np.empty((len(rows), len(header) - 1))
+    decimal_comma = table.delimiter != "," and any(
+        "," in cell for _, row in rows for cell in _without(row, where)
+    )
     for index, (line, row) in enumerate(rows):
         if len(row) != len(header):
             raise DataError(f"{path}: line {line} has {len(row)} cells, the header has {len(header)}")
-        if not row[where].strip():
-            raise DataError(f"{path}: line {line}, column '{target}': the label is empty")
+        if row[where].strip().lower() in MISSING:
+            raise DataError(f"{path}: line {line}, column '{target}': the label is {_shown(row[where])}")
         labels.append(row[where].strip())
-        features = [(name, cell) for name, cell in zip(header, row, strict=True) if name != target]
-        inputs[index] = [_number(path, line, name, cell) for name, cell in features]
-    return _own_samples(path, inputs, labels, f"column '{target}'")
+        features = zip(_without(header, where), _without(row, where), strict=True)
+        inputs[index] = [_number(path, line, name, cell, decimal_comma) for name, cell in features]
+    notes = [DELIMITERS[table.delimiter]] if table.delimiter != "," else []
+    notes += ["decimal commas"] if decimal_comma else []
+    return _own_samples(path, inputs, labels, f"column '{target}'", notes)
+
+
+def label_columns(data: str) -> list[str]:
+    """What ``--target`` may name in a file: the columns of a .csv, the arrays of an .npz.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    path = Path(data)
+    try:
+        return list(_read_npz(path)) if path.suffix.lower() == ".npz" else _read_table(path).header
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def load_npz(path: Path, target: str) -> Samples:
@@ -185,29 +209,18 @@ def load_npz(path: Path, target: str) -> Samples:
 
     Args:
         path: of the file.
-        target: name of the label array: (samples,), integers, booleans or text.
+        target: name of the label array: (samples,), whole numbers, booleans or text.
 
     Returns:
-        One sample a row; the arrays beside ``target``, flattened to (samples, features), side by side.
+        One sample per row; the arrays beside ``target``, flattened to (samples, features), side by side.
 
     Raises:
         DataError: an array is missing or wrong; the message names it.
     """
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise DataError(f"{path}: is not an .npz archive; save features and labels with numpy.savez")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: is not an .npz archive of plain arrays ({_first_line(error)})") from error
+    arrays = _read_npz(path)
     if target not in arrays:
-        raise DataError(f"{path}: no array '{target}'; the arrays are {_listing(list(arrays))}")
-    labels = arrays.pop(target)
-    if labels.ndim != 1 or labels.dtype.kind not in "iubUS":
-        raise DataError(
-            f"{path}: array '{target}' must hold one integer or text label a sample, "
-            f"got shape {labels.shape} of {labels.dtype}"
-        )
+        raise DataError(f"{path}: no array '{target}'; the arrays are {listing(list(arrays))}")
+    labels = _labels(path, target, arrays.pop(target))
     if not arrays:
         raise DataError(f"{path}: '{target}' is the only array; at least one array of features is needed")
     features = []
@@ -225,6 +238,36 @@ def load_npz(path: Path, target: str) -> Samples:
         features.append(flat)
     names = [label.decode() if isinstance(label, bytes) else str(label) for label in labels.tolist()]
     return _own_samples(path, np.concatenate(features, axis=1), names, f"array '{target}'")
+
+
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an archive by name."""
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise DataError(f"{path}: is not an .npz archive; save features and labels with numpy.savez")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: is not an .npz archive of plain arrays ({_first_line(error)})") from error
+
+
+def _labels(path: Path, target: str, labels: NDArray[Any]) -> NDArray[Any]:
+    """``labels`` if they are one whole number, boolean or text per sample; whole floats as integers."""
+    wrong = f"{path}: array '{target}' must hold one integer or text label a sample, got "
+    if labels.ndim != 1 or labels.dtype.kind not in "iubUSf":
+        raise DataError(f"{wrong}shape {labels.shape} of {labels.dtype}")
+    if labels.dtype.kind != "f":
+        return labels
+    if not np.isfinite(labels).all():
+        raise DataError(
+            f"{path}: array '{target}', sample {int(np.argmin(np.isfinite(labels)))}: NaN or infinite"
+        )
+    if (labels != np.round(labels)).any():
+        raise DataError(
+            f"{wrong}shape {labels.shape} of {labels.dtype} with fractions, a regression target; put the "
+            "numbers into classes first, or name another target"
+        )
+    return labels.astype(np.int64)
 
 
 def split(samples: Samples, *, seed: int = 42) -> Dataset:
@@ -262,35 +305,111 @@ def split(samples: Samples, *, seed: int = 42) -> Dataset:
     )
 
 
-def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and (line number, cells) of each row that is not blank."""
+@dataclass(frozen=True)
+class _Table:
+    header: list[str]
+    rows: list[tuple[int, list[str]]]
+    """Line number and cells of each row that is not blank."""
+    delimiter: str
+
+
+def _read_table(path: Path, target: str | None = None) -> _Table:
+    """The table in the file; of the delimiters the one whose header has the target, then the most columns."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, not a .csv file")
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            rows = [(reader.line_num, row) for row in reader if row]
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 text ({_first_line(error)})") from error
+        raise DataError(f"{path}: is not UTF-8 text ({_first_line(error)}); save it as UTF-8") from error
+    if "\0" in text:
+        raise DataError(f"{path}: is not a CSV table (it holds NUL characters)")
+
+    def parsed(delimiter: str, limit: int | None = None) -> Iterator[tuple[int, list[str]]]:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        return itertools.islice(((reader.line_num, row) for row in reader if row), limit)
+
+    def fit(delimiter: str) -> tuple[bool, bool, int]:
+        header, *rows = [*parsed(delimiter, 20)] or [(1, [""])]
+        names = [name.strip() for name in header[1]]
+        several = len(names) > 1
+        return target in names, several and all(len(row) == len(names) for _, row in rows), len(names)
+
+    try:
+        delimiter = max(DELIMITERS, key=fit)
+        lines = list(parsed(delimiter))
     except csv.Error as error:
         raise DataError(f"{path}: is not a CSV table ({_first_line(error)})") from error
-    if len(rows) < 2:
-        raise DataError(f"{path}: expected a header and at least one row, got {len(rows)} line(s)")
-    return [name.strip() for name in rows[0][1]], rows[1:]
+    if len(lines) < 2:
+        raise DataError(f"{path}: expected a header and at least one row, got {len(lines)} line(s)")
+    return _Table([name.strip() for name in lines[0][1]], lines[1:], delimiter)
 
 
-def _number(path: Path, line: int, column: str, cell: str) -> float:
-    where = f"{path}: line {line}, column '{column}'"
-    if not cell.strip():
+def _check_header(path: Path, header: list[str], target: str) -> None:
+    numbers = [name for name in header if _is_number(name)]
+    counted = sorted(header) == sorted(map(str, range(len(header))))  # as pandas names them
+    if target not in header or (len(numbers) == len(header) and not counted):
+        hint = "; line 1 holds numbers: is the header missing?" if numbers and not counted else ""
+        missing = target not in header
+        problem = f"no column '{target}'" if missing else "line 1 holds only numbers, so it is no header"
+        raise DataError(f"{path}: {problem}; the columns are {listing(header)}{hint if missing else ''}")
+    unnamed = [index for index, name in enumerate(header, 1) if not name or name.startswith("Unnamed: ")]
+    if unnamed:
+        raise DataError(
+            f"{path}: column {unnamed[0]} has no name; if it only counts the rows, remove it (pandas: "
+            "to_csv(..., index=False)), else name it"
+        )
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: two columns are named '{twice[0]}'; give each column its own name")
+    if len(header) < 2:
+        raise DataError(f"{path}: '{target}' is the only column; at least one feature column is needed")
+
+
+def _number(path: Path, line: int, column: str, cell: str, decimal_comma: bool) -> float:
+    where, text = f"{path}: line {line}, column '{column}'", cell.strip()
+    if not text:
         raise DataError(f"{where}: the cell is empty; remove the row or fill it")
+    if decimal_comma and "," in text and "." in text:
+        raise DataError(
+            f"{where}: '{text[:40]}' has a comma and a point; write thousands without a separator"
+        )
+    if decimal_comma and "." in text:
+        raise DataError(
+            f"{where}: '{text[:40]}' has a decimal point, and other cells a decimal comma; write all numbers alike"
+        )
+    if text.lower() in ("true", "false"):
+        return float(text.lower() == "true")
     try:
-        value = float(cell)
+        value = float(text.replace(",", ".") if decimal_comma else text)
     except ValueError:
-        raise DataError(f"{where}: '{cell.strip()[:40]}' is not a number") from None
+        raise DataError(
+            f"{where}: '{text[:40]}' is not a number; remove the column or encode it as numbers"
+        ) from None
     if not np.isfinite(value):
-        raise DataError(f"{where}: {cell.strip()} is not a finite number; remove the row or replace it")
+        raise DataError(f"{where}: {text} is not a finite number; remove the row or replace it")
     return value
 
 
-def _own_samples(path: Path, inputs: NDArray[np.float64], names: Sequence[str], target: str) -> Samples:
+def _is_number(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text.replace(",", "."))))
+    except ValueError:
+        return False
+
+
+def _without(cells: list[str], index: int) -> list[str]:
+    return cells[:index] + cells[index + 1 :]
+
+
+def _shown(cell: str) -> str:
+    return cell.strip() or "empty"
+
+
+def _own_samples(
+    path: Path, inputs: NDArray[np.float64], names: Sequence[str], target: str, notes: Sequence[str] = ()
+) -> Samples:
     """Samples of a user's file, its labels checked: two classes or more, each with two samples or more."""
     counts = Counter(names)
     if inputs.shape[1] == 0:
@@ -298,19 +417,40 @@ def _own_samples(path: Path, inputs: NDArray[np.float64], names: Sequence[str], 
     if len(counts) < 2:
         only = f" ('{next(iter(counts))}')" if counts else ""
         raise DataError(f"{path}: {target} holds {len(counts)} class{only}; at least two are needed")
-    rare, count = min(counts.items(), key=lambda item: item[1])
-    if count < 2:
-        raise DataError(
-            f"{path}: {target} holds {len(counts)} classes in {len(names)} samples, and class '{rare[:40]}' has only "
-            "one sample; each needs at least two"
-        )
+    _check_classes(path, counts, target)
     class_names, labels = np.unique(np.asarray(names), return_inverse=True)
+    classes = tuple(str(name) for name in class_names)
     return Samples(
-        path.name, inputs, labels.astype(np.int64), tuple(str(name) for name in class_names), standardize=True
+        path.name, inputs, labels.astype(np.int64), classes, standardize=True, note=", ".join(notes)
     )
 
 
-def _listing(names: Sequence[str], most: int = 12) -> str:
+def _check_classes(path: Path, counts: Counter[str], target: str) -> None:
+    """Refuses a regression target, one class in two spellings, and classes of one sample."""
+    samples, rare = sum(counts.values()), min(counts, key=lambda name: counts[name])
+    if all(map(_is_number, counts)):
+        values = {float(name.replace(",", ".")) for name in counts}
+        fractions = any(value != round(value) for value in values)
+        few = samples < SAMPLES_PER_NUMBER * len(counts)
+        if (fractions and (len(counts) > 10 or counts[rare] < 2)) or (len(counts) > 20 and few):
+            raise DataError(
+                f"{path}: {target} holds {len(counts)} different numbers in {samples} samples, a regression target; "
+                f"expected classes: text, or whole numbers with {SAMPLES_PER_NUMBER} samples or more of each; put the "
+                "numbers into classes first, or name another target"
+            )
+        if len(values) < len(counts):
+            raise DataError(
+                f"{path}: {target} writes one number in two ways (as 1 and 1.0); write each class one way"
+            )
+    if counts[rare] < 2:
+        raise DataError(
+            f"{path}: {target} holds {len(counts)} classes in {samples} samples, and class '{rare[:40]}' has only "
+            "one sample; each needs at least two"
+        )
+
+
+def listing(names: Sequence[str], most: int = 12) -> str:
+    """``'a', 'b' and 3 more``."""
     shown = ", ".join(f"'{name}'" for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 

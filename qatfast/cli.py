@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qatfast import __version__
 
 INTERRUPTED = 130
 BAD_DATA = 1
+"""Data or a file that cannot be used, or a package that is not installed."""
 BAD_ARGUMENT = 2
 
 DESCRIPTION = (
@@ -28,18 +30,31 @@ VISUALIZE_EXAMPLES = """examples:
   qatfast visualize                     8 bits; writes quantization_8bit.png
   qatfast visualize --bits 8 4 2        one picture each
   qatfast visualize --out pictures      into the folder pictures
+
+exit codes: 0 done, 1 a picture cannot be written or a package is missing (pip install matplotlib scikit-learn rich),
+2 bad argument, 130 interrupted
 """
 COMPARE_EXAMPLES = """examples:
-  qatfast compare                                       handwritten digits, 8 4 3 2 bits, 5 seeds
+  qatfast compare                                       handwritten digits, 8 4 3 2 bits, 7 seeds
   qatfast compare --bits 4 --epochs 2 --seeds 1         a quick look
   qatfast compare --data synthetic --out report-synthetic
-  qatfast compare --data iris.csv --target species      own table: a header row, numbers, one label column
+  qatfast compare --data iris.csv --target species      own table: a header row, numbers, one label column;
+                                                        commas, semicolons or tabs between the cells
   qatfast compare --data arrays.npz --target labels     own arrays: all but the labels are features
 
 A report in OUT is replaced when the new one is finished; a folder with other files in it is never touched.
 Ctrl-C leaves a partial report that says so, in OUT, or in OUT-partial where OUT holds a complete report.
-exit codes: 0 done, 1 bad data, 2 bad argument, 130 interrupted
+Where the output is no terminal, progress is one line per training.
+exit codes: 0 done, 1 bad data or a missing package (pip install matplotlib scikit-learn rich), 2 bad argument,
+130 interrupted
 """
+
+
+class _Flat(argparse.Action):
+    """Joins the lists that each word of an option gave."""
+
+    def __call__(self, _parser: Any, namespace: argparse.Namespace, values: Any, _option: Any = None) -> None:
+        setattr(namespace, self.dest, [value for each in values for value in each])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 bad data or a missing package, 2 a bad argument, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an arrow must not end a program whose output is ASCII
     try:
         parser = _parser(arguments)
         options = parser.parse_args(arguments)
@@ -111,7 +131,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bits", type=_bits, nargs="+", default=[8], help="bit widths, 2 to 16 (default: 8)")
+    parser.add_argument(
+        "--bits", type=_bits, nargs="+", action=_Flat, default=[8], help="bit widths, 2 to 16 (default: 8)"
+    )
     parser.add_argument("--seed", type=_seed, default=42, help="of the noise (default: 42)")
     parser.add_argument(
         "--out", type=Path, default=Path(), help="folder of the pictures (default: the current one)"
@@ -129,17 +151,28 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
         "--target", metavar="COLUMN", help="the file's column (.csv) or array (.npz) with the labels"
     )
     parser.add_argument(
-        "--bits", type=_bits, nargs="+", default=[8, 4, 3, 2], help="bit widths, 2 to 16 (default: 8 4 3 2)"
+        "--bits",
+        type=_bits,
+        nargs="+",
+        action=_Flat,
+        default=[8, 4, 3, 2],
+        help="bit widths, 2 to 16: 8 4 or 8,4 (default: 8 4 3 2)",
     )
-    parser.add_argument("--epochs", type=_count, default=20, help="of each training (default: 20)")
     parser.add_argument(
-        "--seeds", type=_count, default=5, help="how often everything is repeated (default: 5)"
+        "--epochs", type=_count, default=20, help="of FP32, and as many again of FP32 or QAT (default: 20)"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=_count,
+        default=7,
+        help="how often everything is repeated; one cannot tell (default: 7)",
     )
     parser.add_argument("--seed", type=_seed, default=42, help="the first seed (default: 42)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
     parser.add_argument(
         "--out", type=Path, default=Path("report"), help="folder of the report (default: report)"
     )
+    parser.add_argument("--verbose", action="store_true", help="print every table and the code too")
 
 
 def _info(_options: argparse.Namespace) -> int:
@@ -175,6 +208,9 @@ def _compare(options: argparse.Namespace) -> int:
         return _say("compare", wrong, BAD_ARGUMENT)
 
     def run() -> int:
+        missing = _missing_target(options)
+        if missing:
+            return _say("compare", missing, BAD_ARGUMENT)
         from qatfast.study.command import run_compare
         from qatfast.study.experiments import Settings
 
@@ -187,7 +223,7 @@ def _compare(options: argparse.Namespace) -> int:
             seed=options.seed,
             device=options.device,
         )
-        return run_compare(settings, options.out)
+        return run_compare(settings, options.out, verbose=options.verbose)
 
     return _one_line_errors("compare", run)
 
@@ -203,7 +239,7 @@ def _one_line_errors(command: str, run: Callable[[], int]) -> int:
     try:
         from qatfast.study.data import DataError
         from qatfast.study.folder import FolderError
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if "qatfast.study needs" not in str(error):
             raise
         return _say(command, str(error), BAD_DATA)
@@ -232,13 +268,24 @@ def _wrong_data_arguments(options: argparse.Namespace) -> str:
             return f"--target: only for a file; --data {options.data} knows its labels"
         return ""
     path = Path(options.data)
+    if path.is_dir():
+        return f"--data: '{options.data}' is a folder; expected synthetic, digits, or a .csv or .npz file"
     if path.suffix.lower() not in (".csv", ".npz"):
         return f"--data: expected synthetic, digits, or a .csv or .npz file, got '{options.data}'"
     if not path.is_file():
         return f"--data: no file '{options.data}'; allowed are synthetic, digits, or a .csv or .npz file"
-    if options.target is None:
-        return "--target: needed with a file; name the column (.csv) or array (.npz) that holds the labels"
     return ""
+
+
+def _missing_target(options: argparse.Namespace) -> str:
+    """What --target may be where it is missing; empty if it is not."""
+    if options.target is not None or options.data in ("synthetic", "digits"):
+        return ""
+    from qatfast.study.data import label_columns, listing
+
+    kind = "array" if options.data.lower().endswith(".npz") else "column"
+    found = listing(label_columns(options.data))
+    return f"--target: needed with a file; name the {kind} with the labels, one of {found}"
 
 
 def _wrong_device(name: str) -> str:
@@ -262,8 +309,9 @@ def _wrong_seeds(options: argparse.Namespace) -> str:
     return "" if last < 2**32 else f"--seed: the last seed, {last}, must be less than 2^32"
 
 
-def _bits(text: str) -> int:
-    return _whole_number(text, 2, 16)
+def _bits(text: str) -> list[int]:
+    """``8`` or ``8,4``."""
+    return [_whole_number(part, 2, 16) for part in text.split(",")]
 
 
 def _count(text: str) -> int:

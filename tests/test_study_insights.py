@@ -8,7 +8,7 @@ import pytest
 from qatfast.study import Settings, Study, find_insights
 from qatfast.study.data import digits_samples
 from qatfast.study.experiments import ModelFile, Run
-from qatfast.study.insights import time_insights
+from qatfast.study.insights import best, definition, time_insights
 from qatfast.study.noise import Spread, compare
 from qatfast.study.tables import accuracy_table
 from qatfast.study.timing import StepTime
@@ -32,110 +32,156 @@ def texts(study, kind):
     return [insight.text for insight in find_insights(study) if insight.kind == kind]
 
 
-def test_a_clear_drop_a_clear_gain_and_the_share_won_back():
-    study = made_up({("fp32", 32): 0.95, ("ptq", 4): 0.75, ("qat_finetuned", 4): 0.90})
-    (drop,), (gain,), (back,) = (texts(study, kind) for kind in ("ptq_drop", "qat_advantage", "recovery"))
-    assert "loses 20.0" in drop and "points against FP32" in drop
-    assert "15.0" in gain and "better than PTQ" in gain
-    assert "wins back 75%" in back
+def compared(fp32, ptq, qat, **options):
+    return made_up({("fp32_longer", 32): fp32, ("ptq", 4): ptq, ("qat_finetuned", 4): qat}, **options)
 
 
-def test_differences_within_noise_are_called_noise():
-    study = made_up({("fp32", 32): 0.950, ("ptq", 4): 0.949, ("qat_finetuned", 4): 0.951})
-    for kind in ("ptq_drop", "qat_advantage"):
-        (insight,) = [found for found in find_insights(study) if found.kind == kind]
-        assert not insight.clear and "within noise" in insight.text
-        assert not any(word in insight.text for word in ("loses", "gains", "better", "worse"))
-    assert texts(study, "recovery") == []
-    assert "No clear loss" in texts(study, "threshold")[0]
+@pytest.mark.parametrize(
+    "ptq, qat, headline, verdict",
+    [
+        (
+            0.95,
+            0.95,
+            "Lowest bits without a loss: 4. PTQ is enough there.",
+            "4 bits: PTQ is enough. PTQ no loss",
+        ),
+        (
+            0.75,
+            0.95,
+            "Lowest bits without a loss: 4, with QAT. PTQ is without a loss at none",
+            "QAT is worth it",
+        ),
+        (0.75, 0.90, "No number of bits tried is without a loss.", "QAT helps, but not enough"),
+        (0.75, 0.75, "No number of bits tried is without a loss.", "neither is enough"),
+        (0.90, 0.45, "No number of bits tried is without a loss.", "QAT is worse than PTQ"),
+    ],
+)
+def test_headline_and_verdict(ptq, qat, headline, verdict):
+    study = compared(0.95, ptq, qat)
+    first, second, *findings = find_insights(study)
+    assert (first.kind, second.kind) == ("headline", "verdict")
+    assert first.text.startswith(headline) and verdict in second.text and second.text.startswith("4 bits: ")
+    assert all(insight.clear for insight in (first, second, *findings))
 
 
-def test_no_recovery_of_a_drop_within_noise_even_if_qat_gains_clearly():
-    study = made_up({("fp32", 32): 0.900, ("ptq", 4): 0.899, ("qat_finetuned", 4): 0.95})
-    assert "better than PTQ" in texts(study, "qat_advantage")[0]
-    assert texts(study, "recovery") == []
+def test_the_lowest_bits_without_a_loss_come_first():
+    accuracies = {("fp32_longer", 32): 0.95}
+    for bits, ptq, qat in ((8, 0.95, 0.95), (4, 0.949, 0.95), (3, 0.90, 0.95), (2, 0.5, 0.8)):
+        accuracies |= {("ptq", bits): ptq, ("qat_finetuned", bits): qat}
+    study = made_up(accuracies, bits=(8, 4, 3, 2))
+    insights = find_insights(study)
+    assert insights[0].text == "Lowest bits without a loss: 3, with QAT. PTQ needs 4."
+    assert [insight.bits for insight in insights[1:5]] == [8, 4, 3, 2]
+    assert best(study) == (3, "qat_finetuned")
+
+
+def test_all_are_compared_with_fp32_trained_as_long():
+    accuracies = {("fp32", 32): 0.80, ("fp32_longer", 32): 0.95, ("ptq", 4): 0.85, ("qat_finetuned", 4): 0.90}
+    (verdict,) = texts(made_up(accuracies), "verdict")
+    assert "PTQ loses 10.0" in verdict and "QAT loses 5.0" in verdict
+    del accuracies["fp32_longer", 32]
+    assert find_insights(made_up(accuracies)) == []
+
+
+def test_seeds_that_scatter_more_than_they_differ_cannot_tell():
+    study = compared(0.95, 0.95, 0.95)
+    wide = [0.01, -0.02, 0.015, -0.01, 0.02]
+    study.runs[:] = [
+        replace(run, accuracy=run.accuracy + wide[run.seed - 42]) if run.model != "fp32_longer" else run
+        for run in study.runs
+    ]
+    headline, verdict, *findings = find_insights(study)
+    assert (
+        headline.text == "5 seeds cannot tell which numbers of bits are without a loss."
+        and not headline.clear
+    )
+    assert "5 seeds cannot tell. PTQ unclear (" in verdict.text and not verdict.clear
+    assert findings == [] and best(study) is None
+    assert "no loss" not in verdict.text and "loses" not in verdict.text
+
+
+def test_one_seed_never_tells():
+    for qat in (0.95, 0.5):
+        study = compared(0.95, 0.94, qat, seeds=1)
+        headline, verdict, *findings = find_insights(study)
+        assert headline.text.startswith("One seed cannot tell") and findings == []
+        assert verdict.text.startswith("4 bits: one seed cannot tell. PTQ -1.") and not verdict.clear
+        assert "±" not in verdict.text and "loss" not in verdict.text and best(study) is None
+        assert "One seed has no spread" in definition(study)
+
+
+def failing(study, model, bits, seeds, reason="the loss rose"):
+    study.runs[:] = [
+        replace(
+            run,
+            diverged=reason if (run.model, run.bits) == (model, bits) and run.seed in seeds else run.diverged,
+        )
+        for run in study.runs
+    ]
+    return study
+
+
+def test_a_diverged_training_is_said_and_not_averaged():
+    study = failing(compared(0.95, 0.75, 0.95), "qat_finetuned", 4, (42, 44))
+    headline, verdict = (texts(study, kind)[0] for kind in ("headline", "verdict"))
+    assert headline == "No number of bits tried is without a loss."
+    assert "QAT does not work here. PTQ loses 20.0" in verdict and "QAT diverged in 2 of 5 seeds" in verdict
+    assert texts(study, "diverged") == ["QAT diverged at 4 bits in 2 of 5 seeds: the loss rose."]
+    assert "better" not in verdict
+    rows = {row[0]: row[1:] for row in accuracy_table(study).rows}
+    assert rows["QAT"] == ("", "2 of 5 diverged") and rows["PTQ"] == ("", "75.0")
+
+
+def test_nothing_is_compared_with_an_fp32_that_did_not_learn():
+    study = failing(compared(0.1, 0.1, 0.1), "fp32_longer", 32, (43,), "the accuracy is that of guessing")
+    (insight,) = find_insights(study)
+    assert insight.text.startswith(
+        "FP32 itself did not learn in 1 of 5 seeds (the accuracy is that of guessing)"
+    )
+
+
+def test_findings_are_more_than_chance():
+    accuracies = {("fp32_longer", 32): 0.95}
+    for bits, ptq, tutorial, every in ((8, 0.95, 0.95, 0.95), (4, 0.90, 0.90, 0.70)):
+        accuracies |= {("ptq", bits): ptq, ("qat_finetuned", bits): 0.95, ("qat_tutorial", bits): tutorial}
+        accuracies |= {("ptq_every_layer", bits): every}
+    study = made_up(accuracies, bits=(8, 4), batches={("qat_tutorial", 4): (0.8, 0.4)})
+    (tutorial,), (edges,) = (texts(study, kind) for kind in ("tutorial", "edges"))
+    assert tutorial.startswith("QAT is better than Tutorial QAT by 5.0\u00a0±")
+    assert tutorial.endswith(" points at 4 bits.") and "8 bits" not in tutorial
+    assert edges.startswith("8 bits for the first and the last layer improve PTQ by 20.0")
+    (batch,) = texts(study, "batch")
+    assert "at 4 bits one sample at a time is 40.0" in batch and "better than 256 at a time" in batch
+    same = made_up(
+        {**accuracies, ("ptq", 4): 0.95, ("ptq_every_layer", 4): 0.95, ("qat_tutorial", 4): 0.95}, bits=(8, 4)
+    )
+    assert {insight.kind for insight in find_insights(same)} == {"headline", "verdict"}
 
 
 def test_worse_is_called_worse():
-    study = made_up({("fp32", 32): 0.95, ("ptq", 4): 0.85, ("qat_finetuned", 4): 0.45})
-    assert "points worse than PTQ" in texts(study, "qat_advantage")[0]
-    assert texts(study, "recovery") == []
-    better = made_up({("fp32", 32): 0.90, ("ptq", 4): 0.97})
-    assert "gains 7.0" in texts(better, "ptq_drop")[0]
-    assert "No clear loss" in texts(better, "threshold")[0]
-
-
-def test_more_than_all_is_not_a_percentage():
-    study = made_up({("fp32", 32): 0.90, ("ptq", 4): 0.80, ("qat_finetuned", 4): 0.95})
-    assert "wins back all" in texts(study, "recovery")[0]
-
-
-def test_threshold_names_the_highest_number_of_bits_that_loses():
-    study = made_up(
-        {("fp32", 32): 0.95, ("ptq", 8): 0.95, ("ptq", 4): 0.9, ("ptq", 2): 0.5, ("qat_finetuned", 8): 0.95},
-        bits=(8, 4, 2),
-    )
-    (text,) = texts(study, "threshold")
-    assert "PTQ, weights + activations: 4" in text and "tried: QAT, fine-tuned." in text
-
-
-def test_the_sentences_and_the_table_round_alike():
-    for hits in (
-        (309, 294),
-        (307, 296),
-        (300, 303),
-        (311, 292),
-    ):  # of 360: in the middle between 83.7 and 83.8
-        study = made_up({("fp32", 32): 0.8}, seeds=2)
-        study.runs[:] = [replace(run, accuracy=hit / 360) for run, hit in zip(study.runs, hits, strict=True)]
-        (row,) = accuracy_table(study).rows
-        assert f"classifies {row[1].split()[0]}% of" in texts(study, "baseline")[0]
+    (text,) = texts(compared(0.95, 0.85, 0.45), "verdict")
+    assert "; QAT is 40.0" in text and text.endswith(" worse.")
 
 
 def test_a_difference_of_nothing_has_no_minus():
-    study = made_up({("fp32", 32): 0.95, ("ptq", 4): 0.95})
+    study = compared(0.95, 0.95, 0.95)
     study.runs[:] = [replace(run, accuracy=0.95) for run in study.runs]
-    assert "(+0.0 ±" in texts(study, "ptq_drop")[0]
+    assert "PTQ no loss (+0.0\u00a0±" in texts(study, "verdict")[0]
 
 
-@pytest.mark.parametrize("epochs, said", [(1, "1 more epoch,"), (3, "3 more epochs,")])
-def test_epochs_are_counted_in_words_that_fit(epochs, said):
-    study = made_up({("fp32", 32): 0.95, ("fp32_longer", 32): 0.95})
-    study.settings = replace(study.settings, epochs=epochs)
-    assert said in texts(study, "longer")[0]
-
-
-def test_the_batch_and_the_scores():
-    accuracies = {("fp32", 32): 0.95, ("qat_finetuned", 2): 0.5, ("qat_finetuned_float_scores", 2): 0.9}
-    study = made_up(accuracies, bits=(2,), batches={("qat_finetuned", 2): (0.8, 0.4)})
-    assert (
-        "40.0" in texts(study, "batch")[0]
-        and "better at batch 1 than at batch 256" in texts(study, "batch")[0]
-    )
-    assert "gains 40.0" in texts(study, "scores")[0]
-    assert "4 levels cannot tell the scores of 10 classes apart" in texts(study, "scores")[0]
-    assert texts(made_up(accuracies | {("qat_finetuned", 2): 0.9}, bits=(2,)), "scores") == []
-    assert texts(made_up(accuracies, bits=(2,)), "batch") == []
-
-
-def test_sizes_are_compared_by_their_bytes():
-    study = made_up({("fp32", 32): 0.95})
-    study.sizes = [ModelFile("fp32", 32, 4000, "a"), ModelFile("ptq", 4, 1000, "b")]
+def test_the_size_is_that_of_the_lowest_bits_without_a_loss():
+    study = compared(0.95, 0.75, 0.95)
+    study.sizes = [ModelFile("fp32_longer", 32, 4000, "a"), ModelFile("qat_finetuned", 4, 1000, "b")]
     assert texts(study, "size") == [
-        "4 bits: the model file has 1,000 bytes, 4.0 times smaller than the FP32 file of 4,000 bytes."
+        "The QAT file at 4 bits has 1,000 bytes, 4.0 times smaller than FP32 (4,000)."
     ]
+    study.sizes[1] = replace(study.sizes[1], bytes=6000)
+    assert "1.5 times as large as FP32" in texts(study, "size")[0]
 
 
-def test_one_seed_says_so_and_nothing_at_all_says_nothing():
-    study = made_up({("fp32", 32): 0.95, ("ptq", 4): 0.94}, seeds=1)
-    assert "one seed" in texts(study, "baseline")[0]
-    assert "within noise" in texts(study, "ptq_drop")[0]
+def test_nothing_measured_says_nothing():
     assert find_insights(Study(Settings(), digits_samples())) == []
-
-
-def test_baseline_counts_seeds_and_samples():
-    (text,) = texts(made_up({("fp32", 32): 0.95}), "baseline")
-    assert "95.0%" in text and "5 seeds" in text and "0.28 points" in text
+    assert find_insights(made_up({("fp32_longer", 32): 0.95, ("ptq", 4): 0.95})) == []
 
 
 def by_seed(*values):
@@ -160,15 +206,15 @@ def test_equal_differences_are_not_certainty():
     assert nothing.mean == 0 and not nothing.clear
 
 
-def test_one_seed_has_the_chance_of_the_test_samples():
-    found = compare({42: 0.9}, {42: 0.8}, train=400, test=100)
-    assert found.margin == pytest.approx(1.959964 * math.sqrt(0.09 / 100 + 0.16 / 100), rel=1e-5)
-    assert found.clear
-    assert not compare({42: 0.9}, {42: 0.85}, train=400, test=100).clear
+def test_one_seed_has_no_interval_and_decides_nothing():
+    found = compare({42: 0.9}, {42: 0.1}, train=400, test=100)
+    assert found.margin is None and not found.clear and not found.below(1)
+    assert (found.points, found.size) == ("+80.0", "80.0")
 
 
 def test_a_single_test_sample_is_never_a_finding():
-    assert not compare({42: 1.0}, {42: 0.99}, train=400, test=100).clear
+    equal = {seed: 0.99 for seed in range(50)}
+    assert not compare({seed: 1.0 for seed in range(50)}, equal, train=10_000, test=100).clear
 
 
 def test_only_seeds_that_both_have_are_compared():
@@ -186,11 +232,12 @@ def step(model, quartiles, ratio):
     return StepTime("net", model, 0.001 * ratio, ratio, quartiles)
 
 
-def test_times_that_scatter_around_one_are_no_difference():
+def test_times_are_said_with_their_middle_half():
     fp32 = step("fp32", (1.0, 1.0), 1.0)
     (text,) = time_insights([fp32, step("tutorial", (1.9, 2.2), 2.0), step("qatfast", (0.97, 1.1), 1.08)])
-    ours, tutorial = text.split(";")
-    assert "1.08 times" in ours and "not clearly different" in ours
-    assert "2.00 times" in tutorial and "not clearly different" not in tutorial
-    (text,) = time_insights([fp32, step("tutorial", (1.9, 2.2), 2.0), step("qatfast", (0.8, 0.9), 0.85)])
-    assert "0.85 times an FP32 step" in text and "not clearly" not in text
+    assert "takes 1.08 times (0.97 to 1.10) an FP32 step" in text and "2.00 times (1.90 to 2.20)" in text
+
+
+def test_times_that_scatter_widely_are_not_said():
+    fp32, tutorial = step("fp32", (1.0, 1.0), 1.0), step("tutorial", (1.9, 2.2), 2.0)
+    assert time_insights([fp32, tutorial, step("qatfast", (0.55, 1.4), 0.84)]) == []

@@ -13,6 +13,7 @@ from qatfast.study import (
     plot_accuracy_over_bits,
     plot_layer_errors,
     plot_training_history,
+    quantize_layers,
     quantize_signal,
     visualize_quantization,
     visualize_weight_distributions,
@@ -53,13 +54,13 @@ def history(length):
 
 
 def test_training_curves():
-    figure = plot_training_history({"fp32": history(5), "qat_scratch": history(3)})
+    figure = plot_training_history({"fp32_longer": history(5), "qat_finetuned": history(3)})
     above, below = figure.axes
     assert [len(line.get_xdata()) for line in above.lines] == [5, 5, 3, 3]
     assert [len(line.get_xdata()) for line in below.lines] == [5, 5, 3, 3]
     assert list(above.lines[1].get_ydata()) == history(5).test_loss
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["FP32", "QAT from scratch", "on training samples"]
+    assert names == ["FP32", "QAT", "on training samples"]
     assert len(plot_training_history(history(1)).axes[0].lines) == 2
 
 
@@ -81,22 +82,46 @@ def test_weights_with_their_grid_at_few_bits(bits, levels):
                 assert height == int(np.isclose(values.numpy(), segment[0][0], atol=1e-6).sum())
 
 
+def test_weights_of_layers_with_a_config():
+    fp32 = ThreeLayerNet()
+    for figure in visualize_weight_distributions(fp32, quantize_layers(fp32, 2, edge_bits=2), 2):
+        before, after, qat = figure.axes
+        assert before.get_title("left") == "FP32"
+        # one grid per output channel: no common levels, and PTQ on the same grids as QAT
+        assert (
+            not after.lines
+            and after.patches[0].get_data().values.tolist() == qat.patches[0].get_data().values.tolist()
+        )
+
+
 def test_accuracy_over_bits():
     spread = {8: Spread.of([0.9, 0.92]), 2: Spread.of([0.5, 0.6])}
     (axes,) = plot_accuracy_over_bits({"ptq": spread, "qat_finetuned": spread}, Spread.of([0.95])).axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["2", "8"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "2"]
     assert "mean ± standard deviation" in axes.get_title("left")
     middle, _, (bars,) = axes.containers[0]
-    np.testing.assert_allclose(np.asarray(middle.get_ydata(), float), [0.55, 0.91])
+    np.testing.assert_allclose(np.asarray(middle.get_ydata(), float), [0.91, 0.55])
     heights = [segment[1][1] - segment[0][1] for segment in bars.get_segments()]
-    np.testing.assert_allclose(heights, [2 * spread[2].std, 2 * spread[8].std])
+    np.testing.assert_allclose(heights, [2 * spread[8].std, 2 * spread[2].std])
+
+
+def test_the_accuracy_axis_shows_single_points_and_says_what_is_below_it():
+    good, bad = {8: Spread.of([0.968]), 4: Spread.of([0.960])}, {8: Spread.of([0.966]), 4: Spread.of([0.41])}
+    (axes,) = plot_accuracy_over_bits({"ptq": good, "qat_finetuned": good}, Spread.of([0.97])).axes
+    low, high = axes.get_ylim()
+    assert 0.94 <= low < 0.96 and 0.97 < high <= 0.99
+    assert axes.get_title("left").endswith(f"axis from {100 * low:.0f}%") and not axes.texts
+    (axes,) = plot_accuracy_over_bits({"ptq": good, "qat_tutorial": bad}, Spread.of([0.97])).axes
+    low, high = axes.get_ylim()
+    assert high - low <= 0.111
+    assert [text.get_text() for text in axes.texts] == ["41%"]
 
 
 def test_percentages_beside_the_axis_are_the_positions_of_its_ticks():
     for low, high in ((0.7, 0.895), (0.94, 0.96), (0.1, 0.98)):
         figures = {"ptq": {2: Spread.of([low]), 8: Spread.of([high])}}
         (axes,) = plot_accuracy_over_bits(figures, None).axes
-        assert axes.get_title("left") == "Test accuracy (one seed)"
+        assert axes.get_title("left").startswith("Test accuracy, one seed; axis from ")
         for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True):
             assert float(label.get_text().rstrip("%").replace("−", "-")) == pytest.approx(100 * tick)
 
@@ -109,7 +134,7 @@ def test_layer_errors():
         for bits in (8, 2)
     ]
     (axes,) = plot_layer_errors(errors, "output_error", "title").axes
-    assert len(axes.lines) == 4 and all(list(line.get_ydata()) == [1.0, 0.25] for line in axes.lines)
+    assert len(axes.lines) == 4 and all(list(line.get_ydata()) == [0.25, 1.0] for line in axes.lines)
 
 
 def test_svg_is_the_same_every_time_and_dark_has_no_light_colour():

@@ -12,6 +12,7 @@ from qatfast.study import (
     ThreeLayerNetQAT,
     evaluate_model,
     layer_errors,
+    quantize_layers,
     quantize_model,
     quantize_model_weights,
 )
@@ -111,13 +112,33 @@ def test_the_float_model_keeps_its_parameters_hooks_and_gradients():
 
 def test_layer_errors_fall_with_the_bits():
     model = network()
-    coarse, fine = (layer_errors("ptq", model, bits, inputs(), inputs()) for bits in (2, 8))
+    coarse, fine = (
+        layer_errors("ptq", bits, model, quantize_layers(model, bits, edge_bits=2), inputs())
+        for bits in (2, 8)
+    )
     assert [error.layer for error in fine] == ["fc1", "fc2", "fc3"]
     for one, other in zip(coarse, fine, strict=True):
         assert one.weight_error > 10 * other.weight_error > 0
         assert one.output_error > 10 * other.output_error > 0
     weight = model.fc2.weight
-    assert coarse[1].weight_error == relative_error(qatfast.fake_quantize(weight, 2), weight)
+    on_grid = qatfast.fake_quantize(weight, 2, symmetric=True, granularity=qatfast.PerChannel(0))
+    assert coarse[1].weight_error == relative_error(on_grid, weight)
+
+
+def test_recommended_layers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), nn.Linear(4, 2))
+    before = copy.deepcopy(model.state_dict())
+    quantized = quantize_layers(model, 3)
+    layers = [module for module in quantized.modules() if isinstance(module, qatfast.QATLinear)]
+    assert [layer.config.weight.num_bits for layer in layers] == [8, 3, 8]
+    assert [layer.config.input.num_bits for layer in layers] == [8, 3, 8]
+    assert all(layer.config.bias is None and layer.config.output is None for layer in layers)
+    every = quantize_layers(model, 3, edge_bits=3)[0]
+    assert every.config.weight.num_bits == 3 and quantize_layers(model, 12)[0].config.weight.num_bits == 12
+    quantized[0].weight.data.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    rows = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.cat([quantized(row) for row in rows.split(1)]), quantized(rows))
 
 
 def test_relative_error():

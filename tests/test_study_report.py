@@ -6,17 +6,31 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
-from qatfast.study import Settings, Study, quantize_signal, run_study, write_report
+import qatfast
+from qatfast.study import (
+    Settings,
+    Study,
+    ThreeLayerNet,
+    experiments,
+    quantize_layers,
+    quantize_signal,
+    run_study,
+    write_report,
+)
 from qatfast.study.data import digits_samples, synthetic_samples
-from qatfast.study.experiments import count_trainings
+from qatfast.study.experiments import Run, count_trainings
 from qatfast.study.folder import FolderError, ReportFolder
 from qatfast.study.names import TITLES
+from qatfast.study.networks import config_code
 from qatfast.study.results import as_json
 from qatfast.study.size import load_quantized
 
 SETTINGS = Settings(bits=(4, 2), epochs=1, seeds=2, timing_repetitions=3)
 NOT_REPRODUCED = ("timing", "machine", "versions", "date")
+FIGURES = 1 + 2 + 1 + 3 + 2
+"""Accuracy, training at 4 and 2 bits, layers, weights of 3 layers, signals."""
 
 
 def run(folder, settings=SETTINGS, samples=None):
@@ -88,31 +102,79 @@ def test_every_model_is_measured_for_every_seed(report):
         ]
         assert entry["accuracy"]["values"] == values
         assert entry["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
-    assert {(entry["model"], entry["bits"]) for entry in results["histories"]} >= {
-        ("fp32", 32),
-        ("qat_scratch", 2),
+    assert {(entry["model"], entry["bits"]) for entry in results["histories"]} == {
+        (model, bits)
+        for model in ("fp32", "fp32_longer", "qat_finetuned", "qat_tutorial")
+        for bits in ((32,) if model.startswith("fp32") else (4, 2))
     }
 
 
-def test_only_quantized_activations_depend_on_the_batch(report):
+def test_all_models_that_are_compared_are_trained_as_long(tmp_path, monkeypatch):
+    """Counts the epochs behind each model that is measured."""
+    epochs, measured = {}, {}
+    train_model, quantize_layers = experiments.train_model, experiments.quantize_layers
+    record, tutorial = experiments._Bench._record, experiments._Bench.tutorial_network
+    deepcopy = experiments.copy.deepcopy
+
+    def inherit(new, old):
+        epochs[id(new)] = epochs.get(id(old), 0)
+        kept.append(new)  # or the next network may have its id
+        return new
+
+    def train(model, *arguments, **options):
+        epochs[id(model)] = epochs.get(id(model), 0) + options["epochs"]
+        kept.append(model)
+        return train_model(model, *arguments, **options)
+
+    def count(bench, name, bits, result, by_batch):
+        measured[name, bits] = epochs[id(by_batch)]
+        return record(bench, name, bits, result, by_batch)
+
+    kept = []
+    monkeypatch.setattr(experiments, "train_model", train)
+    monkeypatch.setattr(
+        experiments, "quantize_layers", lambda model, *a, **k: inherit(quantize_layers(model, *a, **k), model)
+    )
+    monkeypatch.setattr(experiments.copy, "deepcopy", lambda model: inherit(deepcopy(model), model))
+    monkeypatch.setattr(experiments._Bench, "_record", count)
+    as_float = experiments._Bench.as_float
+    monkeypatch.setattr(
+        experiments._Bench,
+        "tutorial_network",
+        lambda bench, bits, start: inherit(tutorial(bench, bits, start), start),
+    )
+    monkeypatch.setattr(
+        experiments._Bench, "as_float", lambda bench, network: inherit(as_float(bench, network), network)
+    )
+    settings = replace(SETTINGS, epochs=3, seeds=1, timing_repetitions=0)
+    run_study(Study(settings, synthetic_samples(60)), tmp_path)
+    assert measured.pop(("fp32", 32)) == 3
+    assert set(measured.values()) == {6} and len(measured) == 1 + 2 * 5
+
+
+def test_only_the_tutorials_models_depend_on_the_batch(report):
     _, results, _ = report
     differing = {
         run["model"] for run in results["runs"] if run["accuracy_batch_1"] != run["accuracy_batch_256"]
     }
-    assert "ptq" in differing or "qat_finetuned" in differing
-    assert not differing & {"fp32", "fp32_longer", "ptq_weights"}
+    assert differing and differing <= {"ptq_tutorial", "qat_tutorial"}
 
 
 def test_sizes_are_those_of_files_that_are_there(report):
     study, results, folder = report
-    assert len(results["sizes"]) == 2 + 2 * 6
+    assert len(results["sizes"]) == 2 + 2 * 5
     for entry in results["sizes"]:
         assert set(entry) == {"model", "bits", "bytes", "file"}
         assert (folder / entry["file"]).stat().st_size == entry["bytes"]
     sizes = {(entry["model"], entry["bits"]): entry["bytes"] for entry in results["sizes"]}
-    assert sizes["fp32", 32] > sizes["ptq", 4] > sizes["ptq", 2]
-    weights = load_quantized(folder / "models/qat_finetuned_4bit.pt")["fc1.weight"]
-    assert (weights - study.weights["qat_finetuned", 4].fc1.weight).abs().max() < 0.1
+    assert sizes["fp32_longer", 32] > sizes["ptq", 4] > sizes["ptq", 2] > sizes["ptq_every_layer", 2]
+    stored = load_quantized(folder / "models/qat_finetuned_4bit.pt")
+    network = study.weights["qat_finetuned", 4]
+    for name, bits in (("fc1", 8), ("fc2", 4), ("fc3", 8)):
+        weight = network.get_parameter(f"{name}.weight")
+        on_grid = qatfast.fake_quantize(weight, bits, symmetric=True, granularity=qatfast.PerChannel(0))
+        assert torch.equal(stored[f"{name}.weight"], on_grid)
+        assert torch.equal(stored[f"{name}.bias"], network.get_parameter(f"{name}.bias"))
 
 
 def test_the_list_of_files_is_right(report):
@@ -120,7 +182,7 @@ def test_the_list_of_files_is_right(report):
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert found == set(results["files"])
     pngs = [name for name in found if name.endswith(".png")]
-    assert len(pngs) == 1 + 2 + 2 * 4 + 2
+    assert len(pngs) == FIGURES
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pngs)
 
 
@@ -132,7 +194,7 @@ def test_the_page_stands_alone(report):
     for tag, attributes in tags:
         assert tag not in ("script", "link", "iframe")
         for name in ("src", "srcset", "href"):
-            assert attributes.get(name, "data:").startswith("data:")
+            assert attributes.get(name, "data:").startswith(("data:", "#"))
     assert "url(" not in text and "@import" not in text
 
 
@@ -141,7 +203,7 @@ def test_the_page_is_for_everyone(report):
     text = (folder / "index.html").read_text()
     page = Page(text)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 1 + 2 + 2 * 4 + 2
+    assert len(images) == FIGURES
     assert all(len(image["alt"]) > 40 for image in images)
     dark = [attributes for tag, attributes in page.tags if tag == "source"]
     assert len(dark) == len(images) and all(
@@ -157,11 +219,74 @@ def test_the_page_says_what_the_results_say(report):
     for insight in results["insights"]:
         text = insight["text"].removeprefix(f"{insight['bits']} bits: ")
         assert text[1:] in words
-    mean = next(entry["accuracy"]["mean"] for entry in results["accuracy"] if entry["model"] == "fp32")
+    for text in results["timing"]["insights"]:
+        assert text in words
+    mean = next(entry["accuracy"]["mean"] for entry in results["accuracy"] if entry["model"] == "fp32_longer")
     assert f"{100 * mean:.1f} ±" in words
     assert "Partial" not in words
-    for limit in ("One small network", "no integer device ran them"):
+    for limit in ("One small network", "no other device ran them"):
         assert limit in words
+
+
+def test_the_verdict_comes_first_and_the_details_are_folded(report):
+    _, results, folder = report
+    text = (folder / "index.html").read_text()
+    page = Page(text)
+    headline = results["insights"][0]["text"]
+    assert text.index(headline) < text.index("<nav") < text.index("<table") < text.index("<details")
+    targets = {attributes.get("id") for tag, attributes in page.tags if tag == "section"}
+    links = [attributes["href"][1:] for tag, attributes in page.tags if tag == "a"]
+    assert set(links) == targets and len(links) == len(targets) >= 4
+    details = [attributes for tag, attributes in page.tags if tag == "details"]
+    assert len(details) >= 7 and not any("open" in attributes for attributes in details)
+    # all but one figure and one table wait for a click
+    folded = text.index("<details")
+    assert text[:folded].count("<img") == 1 and text[:folded].count("<table") == 1
+
+
+def test_labels_are_short_and_bits_have_one_order(report):
+    _, _, folder = report
+    assert all(len(title) <= 15 and "," not in title for title in TITLES.values())
+    text = (folder / "index.html").read_text()
+    for head in re.findall(r"<thead>(.*?)</thead>", text):
+        found = [int(bits) for bits in re.findall(r">(\d+) bits<", head)]
+        assert found == sorted(found, reverse=True)
+    captions = re.findall(r"<figcaption>(\d+) bits", text)
+    assert captions == ["4", "2"] * 2
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("train", [True, False])
+def test_the_code_to_paste_makes_the_measured_network(bits, train):
+    network = ThreeLayerNet()
+    expected = quantize_layers(network, bits)
+    names = {"model": network}
+    exec(config_code(bits, train=train), names)
+    for layer in ("fc1", "fc2", "fc3"):
+        pasted, measured = names["model"].get_submodule(layer), expected.get_submodule(layer)
+        assert isinstance(pasted, qatfast.QATLinear) and pasted.config == measured.config
+        assert torch.equal(pasted.weight, measured.weight)
+    x = torch.randn(5, 10)
+    assert torch.equal(names["model"](x), expected(x))
+
+
+def test_the_code_in_the_page_is_that_of_the_verdict(tmp_path):
+    study = Study(replace(SETTINGS, seeds=7), digits_samples(), train_samples=1437, test_samples=360)
+    for seed in range(42, 49):
+        for model, bits, accuracy in (
+            ("fp32_longer", 32, 0.95),
+            ("ptq", 4, 0.9),
+            ("qat_finetuned", 4, 0.95),
+            ("ptq", 2, 0.5),
+            ("qat_finetuned", 2, 0.7),
+        ):
+            study.runs.append(Run(seed, model, bits, 0.1, accuracy, accuracy, accuracy))
+    write_report(study, [quantize_signal(4)], tmp_path, seconds=1.0)
+    results = json.loads((tmp_path / "results.json").read_text())
+    code = config_code(4, train=True)
+    assert results["verdict"] == {"bits": 4, "model": "qat_finetuned", "code": code}
+    words = " ".join(Page((tmp_path / "index.html").read_text()).text)
+    assert code in words and "The config at 4 bits, the lowest without a loss" in words
 
 
 def test_the_same_seed_gives_the_same_results(report, tmp_path):
@@ -227,8 +352,8 @@ def test_trainings_are_counted(tmp_path):
 
     settings = replace(SETTINGS, seeds=1, timing_repetitions=0)
     run_study(Study(settings, synthetic_samples(60)), tmp_path, on_training)
-    assert len(names) == count_trainings(settings) == 8
-    assert names[0] == "FP32, seed 42" and "QAT, fine-tuned, 2 bits, seed 42" in names
+    assert len(names) == count_trainings(settings) == 6
+    assert names[:3] == ["FP32 start, seed 42", "FP32, seed 42", "QAT, 4 bits, seed 42"]
 
 
 def write_files(folder, *names, complete=True):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qatfast import PerChannel, QATConfig, QATLinear, QuantSpec, fake_quantize
 from qatfast.study import (
     ThreeLayerNet,
     calculate_model_size,
@@ -50,6 +51,25 @@ def test_file_holds_the_quantized_weights(tmp_path, bits):
     loaded = load_quantized(path)
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+
+
+def test_a_layer_is_stored_as_its_config_says(tmp_path):
+    affine = QATConfig(weight=QuantSpec(5, granularity=PerChannel(1)), bias=None, output=None)
+    model = torch.nn.Sequential(
+        QATLinear(6, 4, config=QATConfig.int8()), QATLinear(4, 3, config=affine), torch.nn.Linear(3, 2)
+    )
+    save_quantized(model, 3, tmp_path / "model.pt")
+    loaded = load_quantized(tmp_path / "model.pt")
+    assert torch.equal(
+        loaded["0.weight"], fake_quantize(model[0].weight, 8, symmetric=True, granularity=PerChannel(0))
+    )
+    assert torch.equal(loaded["1.weight"], fake_quantize(model[1].weight, 5, granularity=PerChannel(1)))
+    assert torch.equal(loaded["0.bias"], model[0].bias) and torch.equal(
+        loaded["2.bias"], fake_quantize(model[2].bias, 3)
+    )
+    grouped = torch.nn.Sequential(QATLinear(64, 4, config=QATConfig.weight_only()))
+    with pytest.raises(ValueError, match="save_quantized: expected weights per tensor or per channel"):
+        save_quantized(grouped, 3, tmp_path / "model.pt")
 
 
 def test_calibrated_ranges_are_stored(tmp_path):

@@ -1,6 +1,8 @@
 """The study's networks and their training."""
 
 import io
+import math
+import sys
 
 import pytest
 import torch
@@ -9,17 +11,20 @@ from torch import nn
 
 from qatfast import FakeQuantize, QATLinear
 from qatfast.study import (
+    History,
     ThreeLayerNet,
     ThreeLayerNetQAT,
     count_parameters,
     evaluate_model,
     generate_dataset,
+    load_samples,
     progress,
+    split,
     train_model,
 )
 from qatfast.study.names import TITLES
-from qatfast.study.progress import StudyBar
-from qatfast.study.training import Epoch, one_thread, seeded
+from qatfast.study.progress import StudyBar, StudyLines, study_progress
+from qatfast.study.training import Epoch, divergence, one_thread, seeded
 
 DATA = generate_dataset(400)
 
@@ -136,6 +141,50 @@ def test_only_dynamic_ranges_make_the_batch_matter():
     }
     assert max(losses[plain]) - min(losses[plain]) < 1e-5
     assert max(losses[quantized]) - min(losses[quantized]) > 1e-3
+
+
+def flat(*losses, accuracy=0.9, test_loss=0.5):
+    return History(list(losses), [0.9] * len(losses), [test_loss] * len(losses), [accuracy] * len(losses))
+
+
+@pytest.mark.parametrize(
+    "history, said",
+    [
+        (flat(1.0, 0.5, 0.4), ""),
+        (flat(0.001, 0.002), ""),  # twice as much, and next to nothing
+        (flat(0.95, 1.0, 1.06), ""),
+        (flat(1.15, 0.87, 1.49), "the loss rose"),
+        (flat(1.0, math.nan, 0.5), "the loss is not finite"),
+        (flat(1.0, 0.5, test_loss=math.inf), "the loss is not finite"),
+        (flat(1.0, 0.9, accuracy=0.13), "the accuracy is that of guessing"),
+        (flat(1.0, 0.9, accuracy=0.17), ""),
+    ],
+)
+def test_divergence(history, said):
+    assert divergence(history, 0.1, 100 * 2) == said
+
+
+def test_the_tutorials_config_diverges_at_2_bits():
+    """With the study's own settings: the loss falls and then rises, or never falls."""
+    digits = split(load_samples("digits"), seed=42)
+    with seeded(42):
+        model = ThreeLayerNetQAT(64, 64, 10, num_bits=2)
+    history = train_model(model, digits, epochs=20, seed=42, on_epoch=silent)
+    assert divergence(history, 0.1, len(digits.test_labels)) == "the loss rose"
+
+
+def test_lines_of_progress(capsys, monkeypatch):
+    with study_progress(12, 2) as progress:
+        assert isinstance(progress, StudyLines)
+        for name in ("FP32", "QAT, 4 bits"):
+            show = progress.training(name)
+            for number in (1, 2):
+                show(Epoch(number, 0.5, 0.5, 0.125, 0.75))
+    figures = "loss 0.125  accuracy 75.0%"
+    assert capsys.readouterr() == (f" 1/12  FP32: {figures}\n 2/12  QAT, 4 bits: {figures}\n", "")
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert isinstance(study_progress(12, 2), StudyBar)
 
 
 def test_without_a_terminal_training_says_nothing(capfd):

@@ -3,12 +3,28 @@
 It needs matplotlib, scikit-learn and rich: the extra ``study``.
 """
 
-from . import extra  # noqa: F401  (first: it says what to install)
+# ruff: noqa: E402  (what is missing has to be said before the imports that need it)
+from importlib.util import find_spec
+
+
+def _missing(package: str) -> bool:
+    try:
+        return find_spec(package) is None
+    except ImportError:
+        return True
+
+
+for _package in ("matplotlib", "sklearn", "rich"):
+    if _missing(_package):
+        raise ModuleNotFoundError(
+            f"qatfast.study needs {_package}: pip install matplotlib scikit-learn rich", name=_package
+        )
+
 from .data import DataError, Dataset, Samples, generate_dataset, load_samples, split
 from .experiments import Settings, Study, run_study
 from .insights import Insight, find_insights
 from .layer_error import LayerError, layer_errors
-from .networks import ThreeLayerNet, ThreeLayerNetQAT, count_parameters
+from .networks import ThreeLayerNet, ThreeLayerNetQAT, count_parameters, quantize_layers
 from .plots import (
     plot_accuracy_over_bits,
     plot_layer_errors,
@@ -48,6 +64,7 @@ __all__ = [
     "plot_accuracy_over_bits",
     "plot_layer_errors",
     "plot_training_history",
+    "quantize_layers",
     "quantize_model",
     "quantize_model_weights",
     "quantize_signal",

@@ -1,28 +1,32 @@
-"""``qatfast compare``: runs the study, shows its tables, writes its report."""
+"""``qatfast compare``: runs the study, says its verdict, writes its report."""
 
 from __future__ import annotations
 
-import itertools
+import shutil
+import sys
+import textwrap
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-
-from rich.console import Console
 
 from qatfast import kernels
 
 from .data import load_samples
 from .experiments import Settings, Study, count_trainings, run_study
 from .folder import ReportFolder
-from .insights import find_insights, time_insights
-from .progress import StudyBar
+from .insights import best, definition, find_insights, time_insights
+from .names import plural
+from .networks import EDGE_BITS, config_code
+from .progress import study_progress
 from .report import write_report
 from .signal_error import SignalError, quantize_signal
 from .tables import (
+    TITLES,
+    Table,
     accuracy_table,
     batch_table,
     layer_table,
-    print_table,
     signal_table,
     size_table,
     time_table,
@@ -32,12 +36,13 @@ INTERRUPTED = 130
 """The exit code of a program that Ctrl-C ended."""
 
 
-def run_compare(settings: Settings, out: str | Path) -> int:
+def run_compare(settings: Settings, out: str | Path, *, verbose: bool = False) -> int:
     """Runs the study of ``settings`` and leaves its report in ``out``; Ctrl-C leaves a partial one.
 
     Args:
         settings: valid ones.
         out: folder of the report.
+        verbose: whether to print every table too.
 
     Returns:
         The exit code: 0, or 130 where Ctrl-C ended the study.
@@ -47,60 +52,101 @@ def run_compare(settings: Settings, out: str | Path) -> int:
         FolderError: ``out`` cannot take a report.
         OSError: a file of the report cannot be written.
     """
-    console = _console()
     samples = load_samples(settings.data, settings.target, seed=settings.seed)
     study = Study(settings, samples)
     start = time.monotonic()
     with ReportFolder(out) as folder, warnings.catch_warnings():
         # said once below, in one line
         warnings.filterwarnings("ignore", message="qatfast (runs without its|has no) compiled kernels")
-        _announce(console, study)
+        _print(_announcement(study))
         try:
-            with StudyBar(count_trainings(settings) * settings.epochs, settings.epochs) as bar:
-                run_study(study, folder.path, bar.training)
+            with study_progress(count_trainings(settings), settings.epochs) as progress:
+                run_study(study, folder.path, progress.training)
         except KeyboardInterrupt:
-            console.print("Interrupted: the report will hold what was finished.")
+            _print(["", "Interrupted: the report will hold what was finished."])
         signals = [quantize_signal(bits) for bits in settings.bits]
         write_report(study, signals, folder.path, seconds=time.monotonic() - start)
         place = folder.finish(complete=study.complete)
-    _print_results(console, study, signals)
-    console.print(
-        f"\n{'Report' if study.complete else 'Partial report'}: {place / 'index.html'}", soft_wrap=True
-    )
+    _print(_results(study, signals, verbose))
+    winner = best(study)
+    if verbose and winner:
+        bits, model = winner
+        print(config_code(bits, train=model == "qat_finetuned"))
+    elif not verbose:
+        print("The report has the config as code to paste. Every table: --verbose.")
+    print(f"{'Report' if study.complete else 'Partial report'}: {place / 'index.html'}")
     return 0 if study.complete else INTERRUPTED
 
 
-def _print_results(console: Console, study: Study, signals: list[SignalError]) -> None:
-    tables = [
-        accuracy_table(study),
-        batch_table(study),
-        layer_table(study),
-        size_table(study),
-        time_table(study),
-    ]
-    for table in [*tables, signal_table(signals)]:
-        if table.rows:
-            print_table(console, table)
-    for sentence in [*(insight.text for insight in find_insights(study)), *time_insights(study.step_times)]:
-        console.print(f"- {sentence}", highlight=False)
-
-
-def _announce(console: Console, study: Study) -> None:
+def _announcement(study: Study) -> Iterator[str]:
     samples, settings = study.samples, study.settings
     features, classes, hidden = samples.inputs.shape[1], len(samples.class_names), settings.hidden_features
-    layers = [features, hidden, hidden, classes]
-    parameters = sum((before + 1) * after for before, after in itertools.pairwise(layers))
-    console.print(
-        f"{samples.name}: {len(samples.labels):,} samples, features: {features}, classes: {classes}. "
-        f"Network {' → '.join(map(str, layers))}, {parameters:,} parameters, the same for FP32 and QAT. "
-        f"{count_trainings(settings)} trainings of {settings.epochs} epoch{'s' if settings.epochs > 1 else ''}.",
-        highlight=False,
+    note = f" ({samples.note})" if samples.note else ""
+    yield (
+        f"{samples.name}{note}: {plural(len(samples.labels), 'sample')}, {plural(features, 'feature')}, "
+        f"{plural(classes, 'class', 'classes')}"
+    )
+    yield (
+        f"Network {features} → {hidden} → {hidden} → {classes}; {plural(count_trainings(settings), 'training')} of "
+        f"{plural(settings.epochs, 'epoch')}: {plural(settings.seeds, 'seed')}"
     )
     if kernels.reason():
-        console.print(f"Without compiled kernels, slower, same results: {kernels.reason()}", highlight=False)
+        yield f"Without compiled kernels, slower, same results: {kernels.reason()}"
 
 
-def _console() -> Console:
-    """A terminal's own width; 110 columns in a file."""
-    console = Console(markup=False)
-    return console if console.is_terminal else Console(width=110, markup=False)
+def _results(study: Study, signals: list[SignalError], verbose: bool) -> Iterator[str]:
+    insights = find_insights(study)
+    yield ""
+    yield from (insight.text for insight in insights if insight.kind == "headline")
+    verdicts = [insight.text for insight in insights if insight.kind == "verdict"]
+    yield from (f"  {text}" for text in verdicts)
+    if verdicts:
+        yield f"{definition(study)} Below {EDGE_BITS} bits the first and the last layer keep {EDGE_BITS}."
+    if study.runs:
+        yield from _lines(
+            accuracy_table(study, list(TITLES), deviations=True) if verbose else accuracy_table(study),
+            verbose,
+        )
+    if verbose:
+        others = (batch_table, layer_table, size_table, time_table)
+        for table in (*(make(study) for make in others), signal_table(signals)):
+            yield from _lines(table, verbose)
+    findings = [insight.text for insight in insights if insight.kind not in ("headline", "verdict")]
+    findings += time_insights(study.step_times)
+    if findings:
+        yield ""
+        yield from (f"- {text}" for text in findings)
+    yield ""
+
+
+def _lines(table: Table, verbose: bool) -> Iterator[str]:
+    """The table in columns, words to the left and numbers to the right; long explanations only where asked for."""
+    rows = [table.header, *table.rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
+    yield ""
+    yield f"{table.title}. {table.explanation}"
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column < table.text_columns else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield ("  " + "  ".join(cells)).rstrip()
+
+
+def _print(lines: Iterator[str] | list[str]) -> None:
+    """Prints lines, wrapped to the terminal; 100 columns where there is none."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
+    for line in lines:
+        indent = line[: len(line) - len(line.lstrip(" -"))]
+        if not (line.startswith("  ") and "  " in line.strip()):  # not the row of a table
+            hanging = " " * (len(indent) + 2 * line.startswith("  "))
+            line = textwrap.fill(
+                line,
+                max(columns, 40),
+                subsequent_indent=hanging,
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+        # those held a figure and its margin together
+        print(line.replace("\N{NO-BREAK SPACE}", " "))
+    sys.stdout.flush()

@@ -7,16 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from .data import Dataset, Samples, split
 from .layer_error import LayerError, layer_errors
 from .names import FLOAT_BITS, TITLES
-from .networks import ThreeLayerNet, ThreeLayerNetQAT, count_parameters
-from .ptq import quantize_model, quantize_model_weights
+from .networks import ThreeLayerNet, ThreeLayerNetQAT, count_parameters, quantize_layers
+from .ptq import quantize_model
 from .size import save_float, save_quantized
 from .timing import StepTime, time_training_steps
-from .training import Epoch, Evaluation, History, evaluate_model, one_thread, seeded, train_model
+from .training import (
+    Epoch,
+    Evaluation,
+    History,
+    divergence,
+    evaluate_model,
+    one_thread,
+    seeded,
+    train_model,
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class Settings:
         data: ``synthetic``, ``digits``, or the path of a .csv or .npz file.
         target: the label column of a file.
         bits: bit widths, each 2 to 16.
-        epochs: of each training; fine-tuning adds as many.
+        epochs: of each training; every model is compared after two of them: FP32 and then FP32 or QAT.
         seeds: how often everything is repeated, with ``seed``, ``seed + 1``, ...
         seed: the first one.
         device: where the networks run.
@@ -42,7 +52,7 @@ class Settings:
     target: str | None = None
     bits: tuple[int, ...] = (8, 4, 3, 2)
     epochs: int = 20
-    seeds: int = 5
+    seeds: int = 7
     seed: int = 42
     device: str = "cpu"
     batch_size: int = 32
@@ -61,9 +71,11 @@ class Run:
         model: a key of TITLES.
         bits: 32 for float.
         loss: mean cross entropy (nats).
-        accuracy: share classified right; where activations are quantized, with ranges fixed on training samples.
-        accuracy_batch_1: with ranges taken from the batch, one sample at a time.
+        accuracy: share classified right. The tutorials' models have ranges fixed on training samples, all others take
+            the range of each sample from that sample.
+        accuracy_batch_1: evaluated one sample at a time; of the tutorials' models with ranges taken from the batch.
         accuracy_batch_256: the same, 256 samples at a time.
+        diverged: how the training failed (:func:`divergence`); empty where it did not.
     """
 
     seed: int
@@ -73,6 +85,7 @@ class Run:
     accuracy: float
     accuracy_batch_1: float
     accuracy_batch_256: float
+    diverged: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ class Study:
         layer_errors: of the first seed's models.
         sizes: of the first seed's models.
         step_times: of training.
-        weights: the first seed's models in float (for QAT: the raw weights), by model and bits.
+        weights: the first seed's models, by model and bits.
         complete: whether everything asked for is there.
     """
 
@@ -121,12 +134,23 @@ class Study:
     layer_errors: list[LayerError] = field(default_factory=list)
     sizes: list[ModelFile] = field(default_factory=list)
     step_times: list[StepTime] = field(default_factory=list)
-    weights: dict[tuple[str, int], ThreeLayerNet] = field(default_factory=dict)
+    weights: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
     complete: bool = False
 
     def accuracies(self, model: str, bits: int, figure: str = "accuracy") -> dict[int, float]:
         """One figure of one model by seed."""
         return {run.seed: getattr(run, figure) for run in self.runs if (run.model, run.bits) == (model, bits)}
+
+    def divergences(self, model: str, bits: int) -> dict[int, str]:
+        """How the trainings of one model that failed did, by seed."""
+        runs = (run for run in self.runs if (run.model, run.bits) == (model, bits))
+        return {run.seed: run.diverged for run in runs if run.diverged}
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of always guessing the most frequent class."""
+        counts = np.bincount(self.samples.labels)
+        return float(counts.max() / counts.sum())
 
 
 OnTraining = Callable[[str], Callable[[Epoch], None]]
@@ -138,7 +162,7 @@ def _silent(_name: str) -> Callable[[Epoch], None]:
 
 def count_trainings(settings: Settings) -> int:
     """How many times the study trains a network for ``settings.epochs`` epochs."""
-    return settings.seeds * (2 + 3 * len(settings.bits))
+    return settings.seeds * (2 + 2 * len(settings.bits))
 
 
 def run_study(study: Study, folder: Path, on_training: OnTraining = _silent) -> None:
@@ -171,22 +195,23 @@ def _run_seed(study: Study, seed: int, folder: Path, on_training: OnTraining) ->
     fp32 = bench.network()
     study.parameters = count_parameters(fp32)
     bench.train("fp32", FLOAT_BITS, fp32)
-    bench.measure_float("fp32", fp32)
+    bench.measure("fp32", FLOAT_BITS, fp32)
     longer = copy.deepcopy(fp32)
     bench.train("fp32_longer", FLOAT_BITS, longer, finetune=True)
-    bench.measure_float("fp32_longer", longer)
+    bench.measure("fp32_longer", FLOAT_BITS, longer)
 
     for bits in settings.bits:
-        bench.measure_weights_only(bits, fp32)
-        bench.measure("ptq", bits, fp32)
-        bench.measure("ptq_float_scores", bits, fp32)
-        scratch = bench.network_qat(bits)
-        bench.train("qat_scratch", bits, scratch)
-        bench.measure("qat_scratch", bits, bench.as_float(scratch))
-        for name in ("qat_finetuned", "qat_finetuned_float_scores"):
-            finetuned = bench.network_qat(bits, fp32, float_scores=name.endswith("float_scores"))
-            bench.train(name, bits, finetuned, finetune=True)
-            bench.measure(name, bits, bench.as_float(finetuned))
+        ptq, qat = quantize_layers(longer, bits), quantize_layers(fp32, bits)
+        bench.measure("ptq", bits, ptq)
+        bench.measure_layers("ptq", bits, longer, ptq)
+        bench.measure("ptq_every_layer", bits, quantize_layers(longer, bits, edge_bits=bits))
+        bench.train("qat_finetuned", bits, qat, finetune=True)
+        bench.measure("qat_finetuned", bits, qat)
+
+        bench.measure_tutorial("ptq_tutorial", bits, longer)
+        tutorial = bench.tutorial_network(bits, fp32)
+        bench.train("qat_tutorial", bits, tutorial, finetune=True)
+        bench.measure_tutorial("qat_tutorial", bits, bench.as_float(tutorial))
 
 
 class _Bench:
@@ -198,20 +223,18 @@ class _Bench:
         self.sizes = (data.in_features, self.settings.hidden_features, data.num_classes)
         self.first = seed == self.settings.seed
         self.models = folder / "models"
+        self.diverged: dict[tuple[str, int], str] = {}
 
     def network(self) -> ThreeLayerNet:
         """A float network with the seed's first weights."""
         with seeded(self.seed):
             return ThreeLayerNet(*self.sizes).to(self.settings.device)
 
-    def network_qat(
-        self, bits: int, start: nn.Module | None = None, *, float_scores: bool = False
-    ) -> ThreeLayerNetQAT:
-        """A QAT network with the weights of ``start``, or with the seed's first weights."""
+    def tutorial_network(self, bits: int, start: nn.Module) -> ThreeLayerNetQAT:
+        """A network on the tutorials' grids with the weights of ``start``."""
         with seeded(self.seed):
-            network = ThreeLayerNetQAT(*self.sizes, num_bits=bits, float_scores=float_scores)
-        if start is not None:
-            network.load_state_dict(start.state_dict())
+            network = ThreeLayerNetQAT(*self.sizes, num_bits=bits)
+        network.load_state_dict(start.state_dict())
         return network.to(self.settings.device)
 
     def as_float(self, network: ThreeLayerNetQAT) -> ThreeLayerNet:
@@ -232,43 +255,42 @@ class _Bench:
             seed=self.seed,
             on_epoch=self.on_training(f"{TITLES[name]}{width}, seed {self.seed}"),
         )
+        diverged = divergence(history, self.study.chance, len(self.data.test_labels))
+        if diverged:
+            self.diverged[name, bits] = diverged
         if self.first:
             self.study.histories[name, bits] = history
 
-    def measure_float(self, name: str, network: ThreeLayerNet) -> None:
-        """Records a model without quantized activations: the batch makes no difference of kind."""
-        self._record(name, FLOAT_BITS, self._evaluate(network), network)
-        if self.first:
-            self._keep(name, FLOAT_BITS, network, lambda path: save_float(network, path))
+    def measure(self, name: str, bits: int, network: nn.Module) -> None:
+        """Records a model that takes no range from the batch."""
+        self._record(name, bits, self._evaluate(network), network)
+        if bits == FLOAT_BITS:
+            self._keep(name, bits, network, lambda path: save_float(network, path))
+        else:
+            self._keep(name, bits, network, lambda path: save_quantized(network, bits, path))
 
-    def measure_weights_only(self, bits: int, network: ThreeLayerNet) -> None:
-        quantized = quantize_model_weights(network, bits)
-        self._record("ptq_weights", bits, self._evaluate(quantized), quantized)
-        if self.first:
-            self._keep("ptq_weights", bits, network, lambda path: save_quantized(network, bits, path))
+    def measure_tutorial(self, name: str, bits: int, network: ThreeLayerNet) -> None:
+        """Records a model on the tutorials' grids: with fixed ranges, and with ranges taken from the batch."""
+        fixed = quantize_model(network, bits, self.data.train_inputs)
+        self._record(name, bits, self._evaluate(fixed), self.tutorial_network(bits, network))
+        self._keep(name, bits, network, lambda path: save_quantized(network, bits, path, calibrated=fixed))
 
-    def measure(self, name: str, bits: int, network: ThreeLayerNet) -> None:
-        """Records a model with quantized activations: with fixed ranges, and with ranges taken from the batch."""
-        float_scores = name.endswith("float_scores")
-        fixed = quantize_model(network, bits, self.data.train_inputs, float_scores=float_scores)
-        dynamic = self.network_qat(bits, network, float_scores=float_scores)
-        self._record(name, bits, self._evaluate(fixed), dynamic)
+    def measure_layers(self, name: str, bits: int, network: nn.Module, quantized: nn.Module) -> None:
+        """Records how far each layer of the first seed's model is from the float one."""
         if self.first:
-            self._keep(
-                name, bits, network, lambda path: save_quantized(network, bits, path, calibrated=fixed)
-            )
-            if not float_scores:
-                inputs = (self.data.train_inputs, self.data.test_inputs)
-                self.study.layer_errors += layer_errors(name, network, bits, *inputs)
+            self.study.layer_errors += layer_errors(name, bits, network, quantized, self.data.test_inputs)
 
     def _evaluate(self, model: nn.Module, batch_size: int = 256) -> Evaluation:
         return evaluate_model(model, self.data.test_inputs, self.data.test_labels, batch_size=batch_size)
 
     def _record(self, name: str, bits: int, result: Evaluation, by_batch: nn.Module) -> None:
         one, many = (self._evaluate(by_batch, size).accuracy for size in (1, 256))
-        self.study.runs.append(Run(self.seed, name, bits, result.loss, result.accuracy, one, many))
+        diverged = self.diverged.get((name, bits), "")
+        self.study.runs.append(Run(self.seed, name, bits, result.loss, result.accuracy, one, many, diverged))
 
-    def _keep(self, name: str, bits: int, network: ThreeLayerNet, save: Callable[[Path], None]) -> None:
+    def _keep(self, name: str, bits: int, network: nn.Module, save: Callable[[Path], None]) -> None:
+        if not self.first:
+            return
         self.study.weights[name, bits] = network
         self.models.mkdir(exist_ok=True)
         path = self.models / (f"{name}.pt" if bits == FLOAT_BITS else f"{name}_{bits}bit.pt")

@@ -29,12 +29,11 @@ INK, MUTED, LINES, PAPER, PTQ, PTQ_LIGHT, QAT, QAT_LIGHT, QAT_THIRD = DARK
 COLORS = {
     "fp32": MUTED,
     "fp32_longer": MUTED,
-    "ptq_weights": PTQ_LIGHT,
     "ptq": PTQ,
-    "qat_scratch": QAT_LIGHT,
     "qat_finetuned": QAT,
-    "ptq_float_scores": PTQ,
-    "qat_finetuned_float_scores": QAT_THIRD,
+    "ptq_every_layer": PTQ_LIGHT,
+    "ptq_tutorial": PTQ_LIGHT,
+    "qat_tutorial": QAT_THIRD,
 }
 
 STYLE: Any = {
@@ -50,10 +49,10 @@ STYLE: Any = {
     "axes.titlesize": 10,
     "figure.facecolor": PAPER,
     "figure.titlesize": 11,
-    "font.size": 9.5,
+    "font.size": 9,
     "grid.color": LINES,
     "grid.linewidth": 0.6,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 8,
     "legend.frameon": False,
     "legend.labelcolor": INK,
     "lines.linewidth": 1.6,
@@ -72,7 +71,7 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(
-    rows: int = 1, *, height: float = 3.2, width: float = 4.3, share_x: bool = False
+    rows: int = 1, *, height: float = 3.2, width: float = 3.4, share_x: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """A figure of panels one above the other, narrow enough to be read on a phone.
 

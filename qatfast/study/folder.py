@@ -41,6 +41,13 @@ class ReportFolder:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        if self.out.exists():
+            shutil.rmtree(self._old, ignore_errors=True)
+
+    @property
+    def _old(self) -> Path:
+        """Where the earlier report is while the new one takes its place."""
+        return self.path.with_name(f"{self.path.name}-old")
 
     def finish(self, *, complete: bool) -> Path:
         """Moves the report to its place: ``out``, or ``out-partial`` where ``out`` is complete and this one is not.
@@ -59,7 +66,7 @@ class ReportFolder:
         if not complete and _report(place).get("complete"):
             place = place.with_name(f"{place.name}-partial")
         check_replaceable(place)
-        old = self.path.with_name(f"{self.path.name}-old")
+        old = self._old
         if place.exists():
             place.rename(old)
         try:

@@ -1,28 +1,36 @@
-"""Sentences that the numbers of a study support; a difference within noise is called that."""
+"""The verdict of a study and its findings: sentences that the numbers support, and none that they do not.
+
+A model is *without a loss* where the whole 95 % interval of its loss against FP32 is below TOLERANCE; it *loses* where
+the interval is above 0; else the seeds cannot tell. One seed has no interval, so it never tells.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .experiments import Study
-from .names import FLOAT_BITS, TITLES
-from .noise import Difference, Spread, compare
+from .names import FLOAT_BITS, TITLES, plural
+from .networks import EDGE_BITS
+from .noise import Difference, compare
 from .timing import StepTime
 
-QUANTIZED = [model for model in TITLES if not model.startswith("fp32")]
+TOLERANCE = 0.01
+"""A loss below one point counts as none."""
+MOST_SCATTER = 1.5
 
 
 @dataclass(frozen=True)
 class Insight:
-    """One finding.
+    """One sentence.
 
     Args:
-        kind: ``threshold``, ``baseline``, ``longer``, ``ptq_drop``, ``qat_advantage``, ``recovery``, ``scores``,
-            ``batch`` or ``size``.
-        bits: what it is about; 32 for all bit widths and for the float model.
+        kind: ``headline`` and ``verdict`` (one per bit width), which always stand; and findings, which stand only where
+            they are more than chance: ``tutorial``, ``diverged``, ``edges``, ``batch``, ``size``.
+        bits: what it is about; 32 for all bit widths.
         value: the figure it rests on: a difference of accuracies as a share, or a ratio; None where there is none.
         margin: half the width of its 95 % interval, where it has one.
-        clear: whether the figure is more than chance.
+        clear: whether the seeds decide it.
         text: the sentence.
     """
 
@@ -34,168 +42,285 @@ class Insight:
     text: str
 
 
-def find_insights(study: Study) -> list[Insight]:
-    """What the study shows, from the accuracies and file sizes that are there; nothing about those that are not.
+@dataclass(frozen=True)
+class Outcome:
+    """How one model does against FP32.
 
     Args:
-        study: complete or interrupted.
-
-    Returns:
-        The findings, from the baseline down the bit widths.
+        model: its key.
+        state: ``lossless``, ``loses``, ``unclear`` or ``diverged``.
+        difference: its accuracy minus that of FP32.
+        words: for a sentence that begins with the model's label.
     """
-    fp32 = study.accuracies("fp32", FLOAT_BITS)
-    if not fp32:
+
+    model: str
+    state: str
+    difference: Difference
+    words: str
+
+
+def find_insights(study: Study) -> list[Insight]:
+    """The headline, one verdict per bit width, and the findings that are more than chance.
+
+    Args:
+        study: complete or interrupted; nothing is said of what was not measured.
+    """
+    verdicts = [
+        verdict for bits in study.settings.bits if (verdict := _verdict(study, bits, *_outcomes(study, bits)))
+    ]
+    if not verdicts:
         return []
-    insights = _threshold(study)
-    insights.append(_baseline(study, Spread.of(list(fp32.values()))))
-    insights += _longer(study)
-    for bits in study.settings.bits:
-        insights += _ptq_drop(study, bits, "ptq_weights")
-        insights += _ptq_drop(study, bits, "ptq")
-        insights += _qat_advantage(study, bits, "qat_finetuned", "ptq")
-        insights += _scores(study, bits)
-        insights += _qat_advantage(study, bits, "qat_finetuned_float_scores", "ptq_float_scores")
-        insights += _batch(study, bits)
-        insights += _size(study, bits)
-    return insights
+    failed = study.divergences("fp32_longer", FLOAT_BITS)
+    if failed:
+        return [_fp32_failed(study, failed)]
+    findings = [
+        *_tutorial(study),
+        *_diverged(study),
+        *_edges(study),
+        *_batch(study),
+        *_size(study),
+    ]
+    return [_headline(study), *verdicts, *findings]
+
+
+def best(study: Study) -> tuple[int, str] | None:
+    """The lowest bits without a loss and the model that has none there (``ptq`` if both); None if there is none."""
+    for bits in sorted(study.settings.bits):
+        for outcome in _outcomes(study, bits):
+            if outcome.state == "lossless":
+                return bits, outcome.model
+    return None
+
+
+def definition(study: Study) -> str:
+    """What "no loss" means and on what it rests, for small print."""
+    if seeds(study) < 2:
+        epochs = plural(2 * study.settings.epochs, "epoch")
+        return f"Figures: points against FP32 at equal training ({epochs}). One seed has no spread."
+    return (
+        f"Figures: points against FP32 at equal training ({plural(2 * study.settings.epochs, 'epoch')}), paired over "
+        f"{seeds(study)} seeds, ± half the 95 % interval. No loss: the interval ends less than "
+        f"{100 * TOLERANCE:g} point below FP32."
+    )
+
+
+def seeds(study: Study) -> int:
+    """How many seeds have reached the models that the verdict compares."""
+    counts = [
+        min(len(study.accuracies("fp32_longer", FLOAT_BITS)), len(study.accuracies("qat_finetuned", bits)))
+        for bits in study.settings.bits
+    ]
+    return max(counts, default=0)
 
 
 def time_insights(times: list[StepTime]) -> list[str]:
-    """One sentence a network; where 1 is among the middle half of the ratios, that there is no clear difference."""
+    """One sentence per network: the median ratios of a QAT step to an FP32 step, with the middle half of the turns.
+
+    Nothing is said where that half reaches over more than MOST_SCATTER: the machine was busy with something else.
+    """
     by_network: dict[str, dict[str, StepTime]] = {}
     for entry in times:
         by_network.setdefault(entry.network, {})[entry.model] = entry
     return [
-        f"{network}: a QAT step with qatfast takes {_times(models['qatfast'])} an FP32 step; "
-        f"the tutorials' fake quantization in plain PyTorch takes {_times(models['tutorial'])}."
+        f"A QAT step takes {_times(models['qatfast'])} an FP32 step, the tutorials' code {_times(models['tutorial'])}; "
+        f"{network}."
         for network, models in by_network.items()
+        if all(entry.quartiles[1] <= MOST_SCATTER * entry.quartiles[0] for entry in models.values())
     ]
 
 
 def _times(entry: StepTime) -> str:
     first, third = entry.quartiles
-    clear = first > 1 or third < 1
-    return f"{entry.ratio:.2f} times" + (
-        "" if clear else " (not clearly different: the turns scatter around 1)"
+    return f"{entry.ratio:.2f} times ({first:.2f} to {third:.2f})"
+
+
+def _outcomes(study: Study, bits: int) -> list[Outcome]:
+    """Of PTQ and QAT, as far as they are there."""
+    found = (_outcome(study, model, bits) for model in ("ptq", "qat_finetuned"))
+    return [outcome for outcome in found if outcome is not None]
+
+
+def _outcome(study: Study, model: str, bits: int) -> Outcome | None:
+    difference = _compare(study, (model, bits), ("fp32_longer", FLOAT_BITS))
+    if difference is None:
+        return None
+    failed = study.divergences(model, bits)
+    if failed:
+        return Outcome(model, "diverged", difference, f"diverged in {_seeds(study, model, bits, failed)}")
+    loss = Difference(-difference.mean, difference.margin, difference.resolution, difference.seeds)
+    if difference.margin is None:
+        return Outcome(model, "unclear", difference, difference.points)
+    if loss.clear and loss.mean > 0:
+        return Outcome(model, "loses", difference, f"loses {loss.size}")
+    if loss.below(TOLERANCE):
+        return Outcome(model, "lossless", difference, f"no loss ({difference.points})")
+    return Outcome(model, "unclear", difference, f"unclear ({difference.points})")
+
+
+def _headline(study: Study) -> Insight:
+    if seeds(study) < 2:
+        text = "One seed cannot tell which numbers of bits are without a loss: run again with --seeds 7."
+        return Insight("headline", FLOAT_BITS, None, None, False, text)
+    lowest: dict[str, int] = {}
+    states = []
+    for bits in study.settings.bits:
+        for outcome in _outcomes(study, bits):
+            states.append(outcome.state)
+            if outcome.state == "lossless":
+                lowest[outcome.model] = min(bits, lowest.get(outcome.model, bits))
+    ptq, qat = lowest.get("ptq"), lowest.get("qat_finetuned")
+    if ptq is None and qat is None:
+        text = "No number of bits tried is without a loss."
+        if "unclear" in states:
+            text = f"{plural(seeds(study), 'seed')} cannot tell which numbers of bits are without a loss."
+        return Insight("headline", FLOAT_BITS, None, None, "unclear" not in states, text)
+    if ptq is not None and (qat is None or ptq <= qat):
+        text = f"Lowest bits without a loss: {ptq}. PTQ is enough there."
+    else:
+        other = f"PTQ needs {ptq}" if ptq is not None else "PTQ is without a loss at none of the bits tried"
+        text = f"Lowest bits without a loss: {qat}, with QAT. {other}."
+    return Insight("headline", FLOAT_BITS, None, None, True, text)
+
+
+def _verdict(
+    study: Study, bits: int, ptq: Outcome | None = None, qat: Outcome | None = None
+) -> Insight | None:
+    """One plain line; None where not both models are measured."""
+    if ptq is None or qat is None:
+        return None
+    gain = _compare(study, ("qat_finetuned", bits), ("ptq", bits))
+    assert gain is not None
+    advice = _advice(ptq.state, qat.state, gain)
+    text = f"{bits} bits: {advice}. PTQ {ptq.words}, QAT {qat.words}."
+    if gain.clear and "diverged" not in (ptq.state, qat.state):
+        text = f"{text[:-1]}; QAT is {gain.size} {'better' if gain.mean > 0 else 'worse'}."
+    clear = "unclear" not in (ptq.state, qat.state)
+    return Insight("verdict", bits, qat.difference.mean, qat.difference.margin, clear, text)
+
+
+def _advice(ptq: str, qat: str, gain: Difference) -> str:
+    better, worse = gain.clear and gain.mean > 0, gain.clear and gain.mean < 0
+    if gain.margin is None:
+        return "one seed cannot tell"
+    if ptq == "lossless":
+        return "PTQ is enough"
+    if qat == "diverged":
+        return "QAT does not work here"
+    if qat == "lossless":
+        return "QAT is worth it" if ptq == "loses" or better else "QAT is the safe choice"
+    if worse:
+        return "QAT is worse than PTQ"
+    if better:
+        return "QAT helps, perhaps not enough" if qat == "unclear" else "QAT helps, but not enough"
+    if ptq == qat == "loses":
+        return "neither is enough"
+    return f"{gain.seeds} seeds cannot tell"
+
+
+def _fp32_failed(study: Study, failed: Mapping[int, str]) -> Insight:
+    where = _seeds(study, "fp32_longer", FLOAT_BITS, failed)
+    reason = next(iter(failed.values()))
+    text = (
+        f"FP32 itself did not learn in {where} ({reason}), so nothing can be compared with it: check the labels and "
+        "the features, or train longer with --epochs."
     )
+    return Insight("headline", FLOAT_BITS, None, None, False, text)
 
 
-def _threshold(study: Study) -> list[Insight]:
-    """The highest bit width at which each model clearly loses against FP32."""
-    losing: dict[str, int] = {}
-    lossless = []
-    for model in QUANTIZED:
-        drops = {bits: _compare(study, ("fp32", FLOAT_BITS), (model, bits)) for bits in study.settings.bits}
-        clear = [bits for bits, drop in drops.items() if drop is not None and drop.clear and drop.mean > 0]
+def _tutorial(study: Study) -> list[Insight]:
+    gains = {
+        bits: _compare(study, ("qat_finetuned", bits), ("qat_tutorial", bits))
+        for bits in _sound(study, "qat_finetuned", "qat_tutorial")
+    }
+    return _listed("tutorial", "QAT is better than Tutorial QAT", "QAT is worse than Tutorial QAT", gains)
+
+
+def _edges(study: Study) -> list[Insight]:
+    gains = {
+        bits: _compare(study, ("ptq", bits), ("ptq_every_layer", bits))
+        for bits in study.settings.bits
+        if bits < EDGE_BITS
+    }
+    better, worse = (
+        f"{EDGE_BITS} bits for the first and the last layer {verb} PTQ" for verb in ("improve", "worsen")
+    )
+    return _listed("edges", better, worse, gains)
+
+
+def _listed(kind: str, better: str, worse: str, found: Mapping[int, Difference | None]) -> list[Insight]:
+    """One sentence on all clear gains and one on all clear losses, each of them named with its bits."""
+    insights = []
+    for words, sign in ((better, 1), (worse, -1)):
+        clear = {bits: gain for bits, gain in found.items() if gain and gain.clear and sign * gain.mean > 0}
         if clear:
-            losing[model] = max(clear)
-        elif any(drop is not None for drop in drops.values()):
-            lossless.append(TITLES[model])
-    parts = []
-    if losing:
-        listing = "; ".join(f"{TITLES[model]}: {bits}" for model, bits in losing.items())
-        parts.append(f"Highest number of bits with a clear loss of accuracy against FP32: {listing}.")
-    if lossless:
-        parts.append(f"No clear loss at any number of bits tried: {'; '.join(lossless)}.")
-    return [Insight("threshold", FLOAT_BITS, None, None, True, " ".join(parts))] if parts else []
+            listing = ", ".join(f"{gain.size} at {bits} bits" for bits, gain in clear.items())
+            listing = listing.replace(" at ", " points at ", 1)
+            bits, largest = max(clear.items(), key=lambda item: abs(item[1].mean))
+            insights.append(Insight(kind, bits, largest.mean, largest.margin, True, f"{words} by {listing}."))
+    return insights
 
 
-def _baseline(study: Study, accuracy: Spread) -> Insight:
-    seeds = len(accuracy.values)
-    spread = (
-        f"mean of {seeds} seeds, standard deviation {100 * accuracy.std:.1f} points"
-        if accuracy.std is not None
-        else "one seed, so how much chance there is in it is not measured"
-    )
+def _diverged(study: Study) -> list[Insight]:
+    insights = []
+    for model in ("qat_finetuned", "qat_tutorial"):
+        for bits in study.settings.bits:
+            failed = study.divergences(model, bits)
+            if failed:
+                reasons = " or ".join(dict.fromkeys(failed.values()))
+                text = f"{TITLES[model]} diverged at {bits} bits in {_seeds(study, model, bits, failed)}: {reasons}."
+                insights.append(Insight("diverged", bits, None, None, True, text))
+    return insights
+
+
+def _batch(study: Study) -> list[Insight]:
+    """The tutorials' ranges come from the batch: the largest clear difference that this makes."""
+    found = {}
+    for bits in study.settings.bits:
+        one, many = (study.accuracies("qat_tutorial", bits, f"accuracy_batch_{size}") for size in (1, 256))
+        difference = compare(one, many, train=study.train_samples, test=study.test_samples)
+        if difference is not None and difference.clear:
+            found[bits] = difference
+    if not found:
+        return []
+    bits, difference = max(found.items(), key=lambda item: abs(item[1].mean))
     text = (
-        f"FP32 classifies {100 * accuracy.mean:.1f}% of the test samples right ({spread}). "
-        f"One of the {study.test_samples} test samples is {100 / study.test_samples:.2f} points."
+        f"Tutorial QAT takes its ranges from the batch: at {bits} bits one sample at a time is {difference.size} "
+        f"points {'better' if difference.mean > 0 else 'worse'} than 256 at a time."
     )
-    return Insight("baseline", FLOAT_BITS, accuracy.mean, None, True, text)
+    return [Insight("batch", bits, difference.mean, difference.margin, True, text)]
 
 
-def _longer(study: Study) -> list[Insight]:
-    difference = _compare(study, ("fp32_longer", FLOAT_BITS), ("fp32", FLOAT_BITS))
-    if difference is None:
+def _size(study: Study) -> list[Insight]:
+    """Of the model file at the lowest bits without a loss."""
+    found = best(study)
+    if found is None:
         return []
-    epochs = study.settings.epochs
-    more = f"FP32, trained for {epochs} more epoch{'s' if epochs > 1 else ''}, as fine-tuning does,"
-    if difference.clear:
-        text = f"{more} {'gains' if difference.mean > 0 else 'loses'} {_points(difference)} points."
-    else:
-        text = f"{more} is within noise of FP32 ({_signed(difference)} points)."
-    return [_insight("longer", FLOAT_BITS, difference, text)]
-
-
-def _ptq_drop(study: Study, bits: int, model: str) -> list[Insight]:
-    difference = _compare(study, ("fp32", FLOAT_BITS), (model, bits))
-    if difference is None:
-        return []
-    if difference.clear:
-        what = f"{'loses' if difference.mean > 0 else 'gains'} {_points(difference)} points against FP32."
-    else:
-        what = f"is within noise of FP32 ({_signed(difference, -1)} points)."
-    return [_insight("ptq_drop", bits, difference, f"{bits} bits: {TITLES[model]}, {what}")]
-
-
-def _qat_advantage(study: Study, bits: int, qat: str, ptq: str) -> list[Insight]:
-    difference = _compare(study, (qat, bits), (ptq, bits))
-    if difference is None:
-        return []
-    if not difference.clear:
-        text = f"{bits} bits: {TITLES[qat]}, is within noise of {TITLES[ptq]} ({_signed(difference)} points)."
-        return [_insight("qat_advantage", bits, difference, text)]
-    word = "better" if difference.mean > 0 else "worse"
-    text = f"{bits} bits: {TITLES[qat]}, is {_points(difference)} points {word} than {TITLES[ptq]}."
-    return [_insight("qat_advantage", bits, difference, text), *_recovery(study, bits, qat, ptq, difference)]
-
-
-def _recovery(study: Study, bits: int, qat: str, ptq: str, gain: Difference) -> list[Insight]:
-    """Only for a clear drop and a clear gain: a share of a drop within noise would mean nothing."""
-    drop = _compare(study, ("fp32", FLOAT_BITS), (ptq, bits))
-    if drop is None or not drop.clear or drop.mean <= 0 or gain.mean <= 0:
-        return []
-    share = gain.mean / drop.mean
-    back = f"{share:.0%}" if share < 1 else "all"
-    text = f"{bits} bits: {TITLES[qat]}, wins back {back} of what {TITLES[ptq]}, loses against FP32."
-    return [Insight("recovery", bits, share, None, True, text)]
-
-
-def _scores(study: Study, bits: int) -> list[Insight]:
-    difference = _compare(study, ("qat_finetuned_float_scores", bits), ("qat_finetuned", bits))
-    if difference is None or not difference.clear:
-        return []
-    classes = len(study.samples.class_names)
-    why = f"; {2**bits} levels cannot tell the scores of {classes} classes apart" if 2**bits < classes else ""
-    verb = "gains" if difference.mean > 0 else "loses"
-    gain = f"{verb} {_points(difference)} points"
-    text = f"{bits} bits: leaving the class scores in float {gain} for fine-tuned QAT{why}."
-    return [_insight("scores", bits, difference, text)]
-
-
-def _batch(study: Study, bits: int) -> list[Insight]:
-    one = study.accuracies("qat_finetuned", bits, "accuracy_batch_1")
-    many = study.accuracies("qat_finetuned", bits, "accuracy_batch_256")
-    difference = compare(one, many, train=study.train_samples, test=study.test_samples)
-    if difference is None or not difference.clear:
-        return []
-    better, worse = ("1", "256") if difference.mean > 0 else ("256", "1")
-    text = (
-        f"{bits} bits: with ranges taken from the batch, {TITLES['qat_finetuned']}, is {_points(difference)} points "
-        f"better at batch {better} than at batch {worse}; such an accuracy says little without its batch size."
-    )
-    return [_insight("batch", bits, difference, text)]
-
-
-def _size(study: Study, bits: int) -> list[Insight]:
+    bits, model = found
     files = {(file.model, file.bits): file.bytes for file in study.sizes}
-    fp32, quantized = files.get(("fp32", FLOAT_BITS)), files.get(("ptq", bits))
+    fp32, quantized = files.get(("fp32_longer", FLOAT_BITS)), files.get((model, bits))
     if fp32 is None or quantized is None:
         return []
-    ratio = fp32 / quantized
-    compared = f"{ratio:.1f} times smaller than" if ratio > 1 else f"{1 / ratio:.1f} times as large as"
-    text = f"{bits} bits: the model file has {quantized:,} bytes, {compared} the FP32 file of {fp32:,} bytes."
-    return [Insight("size", bits, ratio, None, True, text)]
+    text = f"The {TITLES[model]} file at {bits} bits has {quantized:,} bytes, {ratio(fp32, quantized)} FP32 ({fp32:,})."
+    return [Insight("size", bits, fp32 / quantized, None, True, text)]
+
+
+def ratio(fp32: int, quantized: int) -> str:
+    """``3.2 times smaller than`` or ``1.5 times as large as``."""
+    factor = fp32 / quantized
+    return f"{factor:.1f} times smaller than" if factor > 1 else f"{1 / factor:.1f} times as large as"
+
+
+def _sound(study: Study, *models: str) -> list[int]:
+    """The bits at which none of the models diverged: a mean over diverged trainings says nothing."""
+    return [
+        bits for bits in study.settings.bits if not any(study.divergences(model, bits) for model in models)
+    ]
+
+
+def _seeds(study: Study, model: str, bits: int, failed: Mapping[int, str]) -> str:
+    """``2 of 7 seeds``."""
+    count = len(study.accuracies(model, bits))
+    return f"{len(failed)} of {plural(count, 'seed')}"
 
 
 def _compare(study: Study, first: tuple[str, int], second: tuple[str, int]) -> Difference | None:
@@ -205,18 +330,3 @@ def _compare(study: Study, first: tuple[str, int], second: tuple[str, int]) -> D
         train=study.train_samples,
         test=study.test_samples,
     )
-
-
-def _insight(kind: str, bits: int, difference: Difference, text: str) -> Insight:
-    return Insight(kind, bits, difference.mean, difference.margin, difference.clear, text)
-
-
-def _points(difference: Difference) -> str:
-    """``2.3 ± 1.8``: the size of a difference, its direction is in the words around it."""
-    return f"{100 * abs(difference.mean):.1f} ±\N{NO-BREAK SPACE}{100 * difference.margin:.1f}"
-
-
-def _signed(difference: Difference, sign: int = 1) -> str:
-    """``+0.2 ± 0.6``."""
-    mean = round(100 * sign * difference.mean, 1) + 0.0  # -0.0 becomes 0.0
-    return f"{mean:+.1f} ±\N{NO-BREAK SPACE}{100 * difference.margin:.1f}"

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .ptq import linear_outputs, quantize_model
+from qatfast import QATLinear, QuantSpec, fake_quantize
+
+from .ptq import linear_outputs
 
 
 @dataclass(frozen=True)
@@ -16,10 +18,10 @@ class LayerError:
 
     Args:
         model: which model, by its key in the study.
-        bits: of weights and activations.
+        bits: of weights and inputs.
         layer: name of the layer.
         weight_error: of the weight matrix alone.
-        output_error: of the layer's quantized output on the test samples, with the errors of all layers before it.
+        output_error: of the layer's output on the test samples, with the errors of all layers before it.
     """
 
     model: str
@@ -31,29 +33,37 @@ class LayerError:
 
 @torch.no_grad()
 def layer_errors(
-    name: str, model: nn.Module, num_bits: int, calibration_inputs: Tensor, inputs: Tensor
+    name: str, num_bits: int, model: nn.Module, quantized: nn.Module, inputs: Tensor
 ) -> list[LayerError]:
-    """Compares each linear layer of ``model`` with the same layer of its quantized form (:func:`quantize_model`).
+    """Compares each linear layer of ``model`` with the same layer of its quantized form.
 
     Args:
         name: of the model, for the result.
+        num_bits: for the result.
         model: in float.
-        num_bits: 2 to 16.
-        calibration_inputs: (samples, features), from which the fixed ranges are taken.
+        quantized: from :func:`quantize_layers`.
         inputs: (samples, features), on which the outputs are compared.
 
     Returns:
-        One error a linear layer, in the order of the model.
+        One error per linear layer, in the order of the model.
     """
-    quantized = quantize_model(model, num_bits, calibration_inputs)
-    sums = linear_outputs(quantized, inputs)
+    outputs = linear_outputs(quantized, inputs)
     errors = []
     for layer, exact in linear_outputs(model, inputs).items():
-        rounded = quantized.get_submodule(f"model.{layer}.output")(sums[f"model.{layer}.linear"])
-        weight = quantized.get_parameter(f"model.{layer}.linear.weight")
-        weight_error = relative_error(weight, model.get_parameter(f"{layer}.weight"))
-        errors.append(LayerError(name, num_bits, layer, weight_error, relative_error(rounded, exact)))
+        weight = model.get_parameter(f"{layer}.weight")
+        weight_error = relative_error(quantized_weight(quantized.get_submodule(layer)), weight)
+        errors.append(LayerError(name, num_bits, layer, weight_error, relative_error(outputs[layer], exact)))
     return errors
+
+
+@torch.no_grad()
+def quantized_weight(layer: nn.Module) -> Tensor:
+    """The weight that a layer multiplies with: on the grid of its config, or as it is."""
+    assert isinstance(layer, nn.Linear)
+    spec: QuantSpec | None = layer.config.weight if isinstance(layer, QATLinear) else None
+    if spec is None:
+        return layer.weight.detach()
+    return fake_quantize(layer.weight, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
 
 
 def relative_error(approximate: Tensor, exact: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The models of the study: their keys in results.json, their titles, and what each of them is."""
+"""The models of the study: their keys in results.json, their labels, and what each of them is."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ FLOAT_BITS = 32
 """The bits of a model without quantization."""
 
 TITLES = {
-    "fp32": "FP32",
-    "fp32_longer": "FP32, trained longer",
-    "ptq_weights": "PTQ, weights only",
-    "ptq": "PTQ, weights + activations",
-    "qat_scratch": "QAT from scratch",
-    "qat_finetuned": "QAT, fine-tuned",
-    "ptq_float_scores": "PTQ, scores in float",
-    "qat_finetuned_float_scores": "QAT, fine-tuned, scores in float",
+    "fp32": "FP32 start",
+    "fp32_longer": "FP32",
+    "ptq": "PTQ",
+    "qat_finetuned": "QAT",
+    "ptq_every_layer": "PTQ every layer",
+    "ptq_tutorial": "Tutorial PTQ",
+    "qat_tutorial": "Tutorial QAT",
 }
-"""Title of each model, in the order of every table."""
+"""Label of each model, in the order of every table."""
 
 EXPLANATIONS = {
-    "fp32": "The network in 32-bit floats.",
-    "fp32_longer": "FP32 with as many further epochs as fine-tuning gets, to compare fine-tuned QAT with.",
-    "ptq_weights": "FP32 with weights and biases rounded afterwards; activations in float (what tutorials call PTQ).",
-    "ptq": "FP32 with everything rounded afterwards: input, weights, biases and the output of each layer (what a "
-    "device runs).",
-    "qat_scratch": "Everything rounded during training, from random weights.",
-    "qat_finetuned": "Everything rounded during further training of the FP32 weights (what practitioners do).",
-    "ptq_float_scores": "As PTQ, weights + activations, but the last layer's outputs, the class scores, stay float.",
-    "qat_finetuned_float_scores": "As QAT, fine-tuned, but the class scores stay in float.",
+    "fp32": "FP32 after the first half of the training: where QAT starts.",
+    "fp32_longer": "The network in 32-bit floats; all others are compared with it.",
+    "ptq": "Post-training quantization: FP32 with each layer's weights (per output channel) and inputs (per sample) "
+    "rounded; biases and outputs stay float.",
+    "qat_finetuned": "Quantization-aware training: the second half of the training has the rounding of PTQ.",
+    "ptq_every_layer": "As PTQ, but the first and the last layer have the few bits too.",
+    "ptq_tutorial": "FP32 on the grids of Tutorial QAT, and no further training.",
+    "qat_tutorial": "As QAT, but as tutorials teach it (QATConfig.tutorial): one grid per tensor for weights, "
+    "biases, the input and each layer's output, the class scores too.",
 }
 """What each model is."""
+
+
+def plural(count: int, word: str, many: str = "") -> str:
+    """``1 epoch``, ``2 epochs``, ``2 classes`` (with ``many``)."""
+    return f"{count:,} {word if count == 1 else many or word + 's'}"

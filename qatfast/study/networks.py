@@ -1,11 +1,19 @@
-"""The two networks of the study: the same three layers in float, and on the integer grid."""
+"""The networks of the study: the same three layers in float, on the recommended grids, and on the tutorials'."""
 
 from __future__ import annotations
+
+import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from qatfast import FakeQuantize, QATConfig, QATLinear, QuantSpec
+from qatfast import FakeQuantize, PerChannel, PerToken, QATConfig, QATLinear, QuantSpec
+
+EDGE_BITS = 8
+"""Below 8 bits the first and the last layer keep so many: few weights, and the most sensitive ones."""
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class ThreeLayerNet(nn.Module):
@@ -34,7 +42,10 @@ class ThreeLayerNet(nn.Module):
 
 
 class ThreeLayerNetQAT(nn.Module):
-    """ThreeLayerNet with its input and every weight, bias and layer output fake-quantized, each per tensor.
+    """ThreeLayerNet as tutorials quantize it: its input and every weight, bias and layer output, each per tensor.
+
+    At few bits this is the worst of the usual recipes, and the study shows it for comparison;
+    :func:`quantize_layers` is the recommended one.
 
     Its ``state_dict`` fits ThreeLayerNet and the other way round, and the same seed gives both the same first weights.
 
@@ -76,6 +87,84 @@ class ThreeLayerNetQAT(nn.Module):
         hidden = torch.relu(self.fc1(self.quantize_input(input)))
         hidden = torch.relu(self.fc2(hidden))
         return self.fc3(hidden)
+
+
+def recommended_config(num_bits: int) -> QATConfig:
+    """Input affine per token, weight symmetric per output channel, bias and output in float.
+
+    A sample's result depends on that sample only, and up to 8 bits the layer multiplies integers.
+    """
+    return QATConfig(
+        input=QuantSpec(num_bits, granularity=PerToken()),
+        weight=QuantSpec(num_bits, symmetric=True, granularity=PerChannel(0)),
+        bias=None,
+        output=None,
+    )
+
+
+def quantize_layers(model: Model, num_bits: int, *, edge_bits: int = EDGE_BITS) -> Model:
+    """A copy of a float model whose linear layers are QATLinear with the recommended config.
+
+    As it is, the copy is the model after PTQ; trained further, it is QAT.
+
+    Args:
+        model: linear layers are found anywhere in it; it stays as it is.
+        num_bits: 2 to 16, of the weight and the input of each layer.
+        edge_bits: the least bits of the first and the last layer.
+
+    Raises:
+        ValueError: ``num_bits`` is not from 2 to 16.
+
+    Source:
+        Jacob et al. 2018 (arXiv 1712.05877), section 3; STE: Bengio et al. 2013 (arXiv 1308.3432).
+
+    Example:
+        >>> quantize_layers(ThreeLayerNet(), 4).fc2
+        QATLinear(in_features=64, out_features=64, bias=True, num_bits=4, input=affine per token, \
+weight=symmetric per channel 0, bias=float, output=float)
+    """
+    quantized = copy.deepcopy(model)
+    layers = [name for name, module in quantized.named_modules() if isinstance(module, nn.Linear)]
+    for name in layers:
+        bits = max(num_bits, edge_bits) if name in (layers[0], layers[-1]) else num_bits
+        linear = quantized.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        quantized.set_submodule(name, QATLinear.from_float(linear, config=recommended_config(bits)))
+    return quantized
+
+
+def config_code(num_bits: int, *, train: bool) -> str:
+    """Python code that puts the recommended config into any model named ``model``: :func:`quantize_layers` to paste.
+
+    Args:
+        num_bits: 2 to 16.
+        train: whether the model is trained on with it (QAT) or used as it is (PTQ).
+    """
+    then = "# QAT: train it on, as before" if train else "# PTQ: use it as it is"
+    config = f"config = {_config_expression(num_bits)}"
+    if num_bits >= EDGE_BITS:
+        chosen = "config"
+    else:
+        config += f"\nedges = {_config_expression(EDGE_BITS)}  # the first and the last layer"
+        chosen = "edges if name in (names[0], names[-1]) else config"
+    return f"""from torch import nn
+from qatfast import PerChannel, PerToken, QATConfig, QATLinear, QuantSpec
+
+{config}
+names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+for name in names:
+    layer = QATLinear.from_float(model.get_submodule(name), config={chosen})
+    model.set_submodule(name, layer)
+{then}
+"""
+
+
+def _config_expression(num_bits: int) -> str:
+    return (
+        f"QATConfig(\n    input=QuantSpec({num_bits}, granularity=PerToken()),\n"
+        f"    weight=QuantSpec({num_bits}, symmetric=True, granularity=PerChannel(0)),\n"
+        "    bias=None,\n    output=None,\n)"
+    )
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -40,20 +40,39 @@ class Difference:
 
     Args:
         mean: first minus second accuracy, as a share (0.01 is one point).
-        margin: half the width of the 95 % interval around ``mean``.
+        margin: half the width of the 95 % interval around ``mean``; None for one seed, whose spread is unknown.
         resolution: the share that one test sample is.
         seeds: how many pairs there are.
     """
 
     mean: float
-    margin: float
+    margin: float | None
     resolution: float
     seeds: int
 
     @property
     def clear(self) -> bool:
-        """Whether it is more than chance: larger than its margin and than one test sample."""
-        return abs(self.mean) > max(self.margin, self.resolution * (1 + 1e-9))
+        """Whether it is more than chance: larger than its margin and than one test sample; never for one seed."""
+        return self.margin is not None and abs(self.mean) > max(self.margin, self.resolution * (1 + 1e-9))
+
+    def below(self, bound: float) -> bool:
+        """Whether the whole interval is below ``bound``; never for one seed."""
+        return self.margin is not None and self.mean + self.margin < bound
+
+    @property
+    def points(self) -> str:
+        """``-0.2 ± 0.6``: in points, with a sign."""
+        mean = round(100 * self.mean, 1) + 0.0  # -0.0 becomes 0.0
+        return f"{mean:+.1f}" + self._margin
+
+    @property
+    def size(self) -> str:
+        """``0.2 ± 0.6``: in points, where the words around it say the direction."""
+        return f"{100 * abs(self.mean):.1f}" + self._margin
+
+    @property
+    def _margin(self) -> str:
+        return "" if self.margin is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{100 * self.margin:.1f}"
 
 
 def compare(
@@ -61,10 +80,8 @@ def compare(
 ) -> Difference | None:
     """The mean difference of two models' accuracies over the seeds that both have, with its 95 % interval.
 
-    With several seeds the margin is ``t * std * sqrt(1 / n + test / train)``: the second term is there because the
-    seeds' splits share samples, and ``std`` is at least one test sample, finer than which no accuracy is known.
-    With one seed only the chance of the test samples is counted,
-    ``1.96 * sqrt(p (1 - p) / test + q (1 - q) / test)``.
+    The margin is ``t * std * sqrt(1 / n + test / train)``: the second term is there because the seeds' splits share
+    samples, and ``std`` is at least one test sample, finer than which no accuracy is known. One seed has no margin.
 
     Args:
         first: accuracy by seed.
@@ -84,10 +101,8 @@ def compare(
         return None
     differences = [one - other for one, other in pairs]
     count = len(pairs)
-    if count == 1:
-        variance = sum(accuracy * (1 - accuracy) / test for accuracy in pairs[0])
-        margin = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variance)
-    else:
+    margin = None
+    if count > 1:
         quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
         deviation = max(statistics.stdev(differences), 1 / test)
         margin = quantile * deviation * math.sqrt(1 / count + test / train)

@@ -18,41 +18,52 @@ STYLE = """
     --warn: #ffc78c; --warn-back: #3b2510; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink);
-  font: 1rem/1.55 system-ui, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
-main { max-width: 66rem; margin: 0 auto; padding: 1rem; }
+  font: 1rem/1.5 system-ui, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
+main { max-width: 70rem; margin: 0 auto; padding: .8rem; }
 section, header { background: var(--paper); border: 1px solid var(--lines); border-radius: .6rem;
-  padding: 1.1rem 1.3rem; margin: 0 0 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
-h2 { font-size: 1.2rem; margin: 0 0 .4rem; }
-h3 { font-size: 1rem; margin: 1rem 0 .2rem; }
-p, ul, dl { margin: .4rem 0 .8rem; max-width: 48rem; }
+  padding: .8rem 1.3rem; margin: 0 0 .8rem; }
+h1 { font-size: 1rem; font-weight: 600; color: var(--muted); margin: 0; }
+h2 { font-size: 1.15rem; margin: 0 0 .3rem; }
+p, ul, dl { margin: .3rem 0 .5rem; max-width: 60rem; }
+.headline { font-size: 1.6rem; line-height: 1.25; font-weight: 700; margin: .2rem 0 .6rem; }
 ul { padding-left: 1.2rem; }
-dt { font-weight: 600; margin-top: .4rem; }
+dl.verdict { display: grid; grid-template-columns: max-content 1fr; gap: .25rem .9rem; margin: 0 0 .6rem; }
+.verdict dt { font-weight: 700; }
+.verdict .best { color: var(--accent); }
+.facts dt { font-weight: 600; float: left; clear: left; margin-right: .5rem; }
 dd { margin: 0; }
-.note, figcaption, footer { color: var(--muted); font-size: .92rem; }
+nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none; padding: 0; margin: .4rem 0 0; }
+a, summary { color: var(--accent); }
+.note, figcaption, footer { color: var(--muted); font-size: .9rem; }
 .warning { background: var(--warn-back); color: var(--warn); border-radius: .4rem; padding: .6rem .8rem;
   font-weight: 600; }
-table { border-collapse: collapse; width: 100%; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--lines); text-align: right; vertical-align: baseline; }
+pre { background: var(--back); border: 1px solid var(--lines); border-radius: .4rem; padding: .7rem .9rem;
+  margin: .5rem 0;
+  font: .88rem/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; white-space: pre-wrap; }
+table { border-collapse: collapse; width: 100%; margin: .4rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--lines); text-align: right; vertical-align: baseline; }
 th { font-weight: 600; }
 thead th { color: var(--muted); font-size: .88rem; }
 th[scope=row], thead th:first-child { padding-left: 0; }
 th[scope=row], .words { text-align: left; }
 td:last-child, th:last-child { padding-right: 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: .8rem; }
-.figures.one { max-width: 40rem; }
-figure { margin: .4rem 0; min-width: 0; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem; }
+.beside > * { min-width: 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 14rem), 1fr)); gap: .8rem; }
+figure { margin: .3rem 0; min-width: 0; max-width: 34rem; }
 figure img { width: 100%; height: auto; display: block; }
-summary { cursor: pointer; font-weight: 600; padding: .4rem 0; color: var(--accent); }
-footer { padding: 0 1.3rem 1rem; }
+summary { cursor: pointer; font-weight: 600; padding: .25rem 0; }
 @media (max-width: 40rem) {
   main { padding: .5rem; }
-  section, header { padding: .9rem .8rem; }
+  section, header { padding: .8rem; }
+  .headline { font-size: 1.3rem; }
+  dl.verdict { grid-template-columns: 1fr; gap: 0; }
+  .verdict dd { margin-bottom: .5rem; }
   table, tbody, thead { display: block; }
-  tr { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); column-gap: .5rem;
+  tr { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); column-gap: .3rem;
     border-bottom: 1px solid var(--lines); padding: .3rem 0; }
-  th, td { border: 0; padding: 0; font-size: .9rem; }
-  th[scope=row] { grid-column: 1 / -1; }
+  th, td { border: 0; padding: 0; font-size: .8rem; }
+  th[scope=row] { grid-column: 1 / -1; font-size: .9rem; }
   thead th:first-child { display: none; }
 }
 """
@@ -85,9 +96,25 @@ def page(title: str, parts: Iterable[str]) -> str:
     return PAGE.substitute(title=escape(title), style=STYLE, body="\n".join(parts))
 
 
-def section(heading: str, *parts: str) -> str:
-    """A section with a heading (text) and its parts (HTML)."""
-    return f"<section>\n<h2>{escape(heading)}</h2>\n" + "\n".join(parts) + "\n</section>"
+def section(name: str, heading: str, *parts: str) -> str:
+    """A section with an anchor, a heading (text) and its parts (HTML)."""
+    return f'<section id="{escape(name)}">\n<h2>{escape(heading)}</h2>\n' + "\n".join(parts) + "\n</section>"
+
+
+def contents(headings: dict[str, str]) -> str:
+    """A list of links to sections, by their names."""
+    links = (f'<li><a href="#{escape(name)}">{escape(text)}</a></li>' for name, text in headings.items())
+    return f'<nav aria-label="contents"><ul>{"".join(links)}</ul></nav>'
+
+
+def code(text: str) -> str:
+    """Code to copy."""
+    return f"<pre><code>{escape(text)}</code></pre>"
+
+
+def beside(*parts: str) -> str:
+    """Parts side by side, or one below the other where the page is narrow."""
+    return '<div class="beside">\n' + "\n".join(f"<div>{part}</div>" for part in parts) + "\n</div>"
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -100,10 +127,17 @@ def bullets(texts: Iterable[str]) -> str:
     return "<ul>\n" + "\n".join(f"<li>{escape(text)}</li>" for text in texts) + "\n</ul>"
 
 
-def definitions(texts: dict[str, str]) -> str:
-    """A list of terms and what they mean."""
-    items = (f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in texts.items())
-    return "<dl>\n" + "\n".join(items) + "\n</dl>"
+def definitions(texts: dict[str, str], kind: str = "facts", best: str = "") -> str:
+    """A list of terms and what they mean; ``best`` is the term to stand out."""
+    items = (
+        f"<dt{_best(term == best)}>{escape(term)}</dt><dd{_best(term == best)}>{escape(meaning)}</dd>"
+        for term, meaning in texts.items()
+    )
+    return f'<dl class="{kind}">\n' + "\n".join(items) + "\n</dl>"
+
+
+def _best(yes: bool) -> str:
+    return ' class="best"' if yes else ""
 
 
 def table(content: Table) -> str:
@@ -147,17 +181,12 @@ def figure(svg: str, alt: str, caption: str) -> str:
 
 def figures(parts: Iterable[str]) -> str:
     """Figures side by side, or one below the other where the page is narrow."""
-    found = list(parts)
-    return f'<div class="{"figures" if len(found) > 1 else "figures one"}">\n' + "\n".join(found) + "\n</div>"
+    return '<div class="figures">\n' + "\n".join(parts) + "\n</div>"
 
 
-def details(summary: str, *parts: str, open: bool = False) -> str:
+def details(summary: str, *parts: str) -> str:
     """A part of the page that a click unfolds."""
-    return (
-        f"<details{' open' if open else ''}><summary>{escape(summary)}</summary>\n"
-        + "\n".join(parts)
-        + "\n</details>"
-    )
+    return f"<details><summary>{escape(summary)}</summary>\n" + "\n".join(parts) + "\n</details>"
 
 
 def _data_uri(svg: str) -> str:

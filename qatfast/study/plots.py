@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,18 +14,20 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor, nn
 
-from qatfast import choose_qparams
+from qatfast import PerTensor, QATLinear, QuantSpec, choose_qparams, fake_quantize
 
 from .figures import COLORS, INK, LINES, MUTED, PTQ, QAT, new_figure, styled
 from .layer_error import LayerError
-from .names import TITLES
+from .names import TITLES, plural
 from .noise import Spread
-from .ptq import quantize_model_weights
 from .signal_error import SignalError
 from .training import History
 
 GRID_LEVELS = 16
 """A grid of at most so many levels is drawn into the weight plots."""
+
+AXIS_SPAN = 0.1
+"""The accuracy axis is at most so long, or a point of accuracy would be too short to see."""
 
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
 """A share as a percentage with the decimals that it has: rounded ones would make even ticks look uneven."""
@@ -40,19 +43,19 @@ def plot_signal(signal: SignalError) -> Figure:
         A figure of two panels.
     """
     with styled():
-        figure, (above, below) = new_figure(2, height=4.6)
+        figure, (above, below) = new_figure(2, height=3.9)
         above.plot(signal.x, signal.original, color=MUTED, linewidth=0.9, label="original")
         above.plot(
             signal.x, signal.quantized, color=QAT, linewidth=1.1, drawstyle="steps-mid", label="quantized"
         )
-        above.set(title=f"2 sin(x) + noise on {signal.levels} levels ({signal.num_bits} bits)", xlabel="x")
+        above.set(title=f"2 sin(x) + noise, {signal.num_bits} bits: {signal.levels} levels", xlabel="x")
         above.legend(loc="upper right", ncols=2)
         above.margins(y=0.18)
         below.hist((signal.quantized - signal.original).numpy(), bins=41, color=QAT)
         for half in (-signal.scale / 2, signal.scale / 2):
             below.axvline(half, color=PTQ, linestyle="--", linewidth=1)
         below.set(
-            title="Error, and half a step to either side (dashed)",
+            title="Error; dashed: half a step",
             xlabel="quantized − original",
             ylabel="points",
         )
@@ -71,7 +74,7 @@ def plot_training_history(histories: History | Mapping[str, History]) -> Figure:
     """
     named = {"": histories} if isinstance(histories, History) else histories
     with styled():
-        figure, (above, below) = new_figure(2, height=5.0, share_x=True)
+        figure, (above, below) = new_figure(2, height=4.0, share_x=True)
         for number, (name, history) in enumerate(named.items()):
             color = COLORS.get(name, list(COLORS.values())[number % len(COLORS)])
             epochs = range(1, len(history.test_loss) + 1)
@@ -103,33 +106,32 @@ def visualize_weight_distributions(model: nn.Module, qat_model: nn.Module, num_b
 
     Args:
         model: trained in FP32.
-        qat_model: the same layers after QAT, raw weights.
-        num_bits: of the grids, 2 to 16. The levels of grids of at most 16 levels are drawn as lines.
+        qat_model: the same layers after QAT, raw weights. A QATLinear's config is that of its layer's grids, in PTQ
+            too; any other layer has one grid of ``num_bits`` bits.
+        num_bits: 2 to 16. The levels of grids of at most 16 levels are drawn as lines, where a layer has one grid.
 
     Returns:
-        One figure a linear layer, of three panels with the same x axis.
+        One figure per linear layer, of three panels with the same x axis.
     """
-    rounded, qat_rounded = (
-        quantize_model_weights(model, num_bits),
-        quantize_model_weights(qat_model, num_bits),
-    )
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [
-        _plot_weights(
-            layer,
-            num_bits,
-            {
-                "fp32": (_weight(model, layer), None),
-                "ptq": (_weight(rounded, layer), _levels(_weight(model, layer), num_bits)),
-                "qat_finetuned": (_weight(qat_rounded, layer), _levels(_weight(qat_model, layer), num_bits)),
-            },
-        )
-        for layer in layers
-    ]
+    figures = []
+    for layer in layers:
+        spec = _weight_spec(qat_model.get_submodule(layer), num_bits)
+        float_weight, qat_weight = _weight(model, layer), _weight(qat_model, layer)
+        panels = {
+            "fp32_longer": (float_weight.flatten(), None),
+            "ptq": _on_grid(float_weight, spec),
+            "qat_finetuned": _on_grid(qat_weight, spec),
+        }
+        figures.append(_plot_weights(layer, spec.num_bits, panels))
+    return figures
 
 
 def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: Spread | None) -> Figure:
-    """Mean test accuracy over bits, with one standard deviation to either side.
+    """Mean test accuracy over bits, most bits first, with one standard deviation to either side.
+
+    The axis does not start at 0, or 8 and 4 bits could not be told apart; its title says where it starts. Where
+    accuracies lie further apart than AXIS_SPAN, the lowest ones stand at its lower end, with their values.
 
     Args:
         figures: accuracy by model key and bits.
@@ -139,39 +141,70 @@ def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: S
         A figure of one panel.
     """
     with styled():
-        figure, (axes,) = new_figure(height=4.2)
-        widths = sorted({bits for by_bits in figures.values() for bits in by_bits})
+        figure, (axes,) = new_figure(height=3.3, width=4.6)
+        widths = sorted({bits for by_bits in figures.values() for bits in by_bits}, reverse=True)
+        bottom, top = _axis_ends(
+            [spread for by_bits in figures.values() for spread in by_bits.values()], fp32
+        )
         if fp32 is not None:
             deviation = fp32.std or 0.0
             axes.axhspan(fp32.mean - deviation, fp32.mean + deviation, color=MUTED, alpha=0.2, linewidth=0)
-            axes.axhline(fp32.mean, color=MUTED, linewidth=1.2, label=TITLES["fp32"])
+            axes.axhline(fp32.mean, color=MUTED, linewidth=1.2, label=TITLES["fp32_longer"])
         for number, (name, by_bits) in enumerate(figures.items()):
-            bits = sorted(by_bits)
+            bits = sorted(by_bits, reverse=True)
             # shifted a little to either side, or the error bars hide one another
-            shift = 0.05 * (number - (len(figures) - 1) / 2)
+            shift = 0.08 * (number - (len(figures) - 1) / 2)
+            positions = [widths.index(width) + shift for width in bits]
             axes.errorbar(
-                [widths.index(width) + shift for width in bits],
+                positions,
                 [by_bits[width].mean for width in bits],
                 yerr=[by_bits[width].std or 0.0 for width in bits],
                 color=COLORS[name],
                 marker="osD^vP"[number % 6],
                 markersize=4.5,
-                linestyle="--" if "float_scores" in name else "-",
+                linestyle="--" if "tutorial" in name else "-",
                 linewidth=1.3,
                 capsize=2.5,
                 label=TITLES.get(name, name),
             )
+            for position, width in zip(positions, bits, strict=True):
+                if by_bits[width].mean < bottom:
+                    _mark_below(axes, position, bottom, by_bits[width].mean, COLORS[name])
         axes.set_xticks(range(len(widths)), [str(width) for width in widths])
+        axes.set_xlim(-0.4, len(widths) - 0.6)
+        axes.set_ylim(bottom, top)
         _show_percent(axes)
         repeated = any(spread.std is not None for by_bits in figures.values() for spread in by_bits.values())
-        title = f"Test accuracy ({'mean ± standard deviation' if repeated else 'one seed'})"
-        axes.set(xlabel="bits", title=title)
-        figure.legend(loc="outside lower center", ncols=2)
+        spread = "mean ± standard deviation" if repeated else "one seed"
+        axes.set(xlabel="bits", title=f"Test accuracy, {spread}; axis from {PERCENT(bottom, 0)}")
+        figure.legend(loc="outside lower center", ncols=4)
     return figure
 
 
+def _axis_ends(spreads: Sequence[Spread], fp32: Spread | None) -> tuple[float, float]:
+    """Whole percentages around the accuracies and their deviations, at most AXIS_SPAN apart."""
+    every = [*spreads, *([fp32] if fp32 is not None else [])]
+    low = min((spread.mean - (spread.std or 0.0) for spread in every), default=0.0)
+    high = max((spread.mean + (spread.std or 0.0) for spread in every), default=1.0)
+    top = min(1.0, math.ceil(100 * high + 0.5) / 100)
+    return max(0.0, min(math.floor(100 * max(low, top - AXIS_SPAN) - 0.5) / 100, top - 0.02)), top
+
+
+def _mark_below(axes: Axes, position: float, bottom: float, mean: float, color: str) -> None:
+    """An arrow at the lower end of the axis for an accuracy below it, with its value."""
+    axes.plot(position, bottom, marker="v", markersize=7, color=color, clip_on=False, zorder=5)
+    axes.annotate(
+        f"{mean:.0%}",
+        (position, bottom),
+        xytext=(6, 5),
+        textcoords="offset points",
+        color=color,
+        fontsize=8,
+    )
+
+
 def plot_layer_errors(errors: Sequence[LayerError], figure_name: str, title: str) -> Figure:
-    """The relative error of each layer over bits, on a logarithmic axis.
+    """The relative error of each layer over bits, most bits first, on a logarithmic axis.
 
     Args:
         errors: of all models, layers and bits.
@@ -182,8 +215,8 @@ def plot_layer_errors(errors: Sequence[LayerError], figure_name: str, title: str
         A figure of one panel; colours are models, markers and line styles layers.
     """
     with styled():
-        figure, (axes,) = new_figure(height=3.9)
-        widths = sorted({error.bits for error in errors})
+        figure, (axes,) = new_figure(height=3.3)
+        widths = sorted({error.bits for error in errors}, reverse=True)
         models, layers = (
             list(dict.fromkeys(getattr(error, key) for error in errors)) for key in ("model", "layer")
         )
@@ -194,10 +227,11 @@ def plot_layer_errors(errors: Sequence[LayerError], figure_name: str, title: str
             )
         }
         for (model, layer), found in _by_model_and_layer(errors, figure_name).items():
-            bits = sorted(found)
+            bits = sorted(found, reverse=True)
             positions, values = [widths.index(width) for width in bits], [found[width] for width in bits]
             axes.plot(positions, values, color=COLORS[model], **looks[layer])
-        handles = [Line2D([], [], color=COLORS[model], label=TITLES[model]) for model in models]
+        named = models if len(models) > 1 else []
+        handles = [Line2D([], [], color=COLORS[model], label=TITLES[model]) for model in named]
         handles += [Line2D([], [], color=INK, label=layer, **looks[layer]) for layer in layers]
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
@@ -205,7 +239,7 @@ def plot_layer_errors(errors: Sequence[LayerError], figure_name: str, title: str
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(range(len(widths)), [str(width) for width in widths])
         axes.set(xlabel="bits", title=title)
-        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -227,7 +261,7 @@ def _show_percent(axes: Axes) -> None:
 
 def _plot_weights(layer: str, num_bits: int, panels: Mapping[str, tuple[Tensor, Tensor | None]]) -> Figure:
     with styled():
-        figure, all_axes = new_figure(len(panels), height=4.8, share_x=True)
+        figure, all_axes = new_figure(len(panels), height=3.9, share_x=True)
         ends = torch.cat([weights for weights, _ in panels.values()])
         edges = np.linspace(float(ends.min()), float(ends.max()), 62)
         for axes, (name, (weights, levels)) in zip(all_axes, panels.items(), strict=True):
@@ -236,14 +270,11 @@ def _plot_weights(layer: str, num_bits: int, panels: Mapping[str, tuple[Tensor, 
             else:
                 counts, _ = np.histogram(weights.numpy(), edges)
                 axes.stairs(counts, edges, fill=True, color=COLORS[name])
-            axes.set(
-                title=TITLES.get(name, name)
-                if levels is None
-                else f"{TITLES.get(name, name)}: {weights.unique().numel()} values used"
-            )
+            count = "" if name.startswith("fp32") else f": {plural(weights.unique().numel(), 'value')} used"
+            axes.set(title=f"{TITLES.get(name, name)}{count}")
             axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         all_axes[-1].set(xlabel="weight")
-        figure.suptitle(f"{layer}, {num_bits} bits", x=0.01, ha="left", color=INK)
+        figure.suptitle(f"Weights of {layer} at {num_bits} bits", x=0.01, ha="left", color=INK)
     return figure
 
 
@@ -256,11 +287,20 @@ def _draw_levels(axes: Axes, weights: Tensor, levels: Tensor, color: str) -> Non
     axes.vlines(levels.numpy(), 0, counts.numpy(), color=color, linewidth=4)
 
 
-def _levels(weights: Tensor, num_bits: int) -> Tensor:
-    """The values of the grid of ``weights``."""
-    scale, zero_point = choose_qparams(weights, num_bits)
-    return (torch.arange(2**num_bits) - zero_point) * scale
+def _weight_spec(layer: nn.Module, num_bits: int) -> QuantSpec:
+    spec = layer.config.weight if isinstance(layer, QATLinear) else None
+    return QuantSpec(num_bits) if spec is None else spec
+
+
+def _on_grid(weights: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """The weights on their grid, flat, and its levels where there is only one grid."""
+    options: dict[str, Any] = {"symmetric": spec.symmetric, "granularity": spec.granularity}
+    rounded = fake_quantize(weights, spec.num_bits, **options).flatten()
+    if not isinstance(spec.granularity, PerTensor):
+        return rounded, None
+    scale, zero_point = choose_qparams(weights, spec.num_bits, **options)
+    return rounded, (torch.arange(spec.quant_min, spec.quant_max + 1) - zero_point) * scale
 
 
 def _weight(model: nn.Module, layer: str) -> Tensor:
-    return model.get_parameter(f"{layer}.weight").detach().cpu().flatten()
+    return model.get_parameter(f"{layer}.weight").detach().cpu()

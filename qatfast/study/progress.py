@@ -1,7 +1,8 @@
-"""Progress bars on standard error; nothing is written where that is no terminal."""
+"""Progress: bars on a terminal, one line per training where there is none."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -51,6 +52,41 @@ def training_bar(epochs: int) -> Iterator[OnEpoch]:
     with _bar(Console(stderr=True)) as bar:
         task = bar.add_task("epoch", total=epochs, figures="")
         yield lambda epoch: bar.update(task, completed=epoch.number, figures=_figures(epoch))
+
+
+def study_progress(trainings: int, epochs: int) -> StudyBar | StudyLines:
+    """Bars where standard output and standard error are terminals, else a line per training on standard output."""
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    return StudyBar(trainings * epochs, epochs) if terminal else StudyLines(trainings, epochs)
+
+
+class StudyLines:
+    """One line when a training ends: its number, name and accuracy.
+
+    Args:
+        trainings: how many there are.
+        epochs: of one training.
+    """
+
+    def __init__(self, trainings: int, epochs: int) -> None:
+        self._trainings, self._epochs, self._begun = trainings, epochs, 0
+
+    def __enter__(self) -> StudyLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def training(self, name: str) -> OnEpoch:
+        """Begins one training; the result prints its line after the last epoch."""
+        self._begun += 1
+        start = f"{self._begun:>{len(str(self._trainings))}}/{self._trainings}  {name}:"
+
+        def show(epoch: Epoch) -> None:
+            if epoch.number == self._epochs:
+                print(f"{start} {_figures(epoch)}", flush=True)
+
+        return show
 
 
 class StudyBar:

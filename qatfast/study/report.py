@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from . import page, tables
 from .experiments import Study
 from .figures import svg
-from .names import EXPLANATIONS, FLOAT_BITS, TITLES
+from .insights import best, definition
+from .names import EXPLANATIONS, FLOAT_BITS, TITLES, plural
+from .networks import EDGE_BITS, config_code
 from .noise import Spread
 from .plots import (
     plot_accuracy_over_bits,
@@ -26,15 +28,14 @@ from .results import as_json
 from .signal_error import SignalError
 
 PNG_DPI = 160
+PLOTTED = ("ptq", "qat_finetuned", "qat_tutorial")
+FINDINGS = ("tutorial", "edges", "diverged", "batch", "size")
 LIMITS = (
-    "One small network and one data set: the order of the models may be another one elsewhere.",
-    "All grids are affine and per tensor, from the smallest to the largest value. Deployed networks often use one "
-    "scale per output channel and clip outliers, which helps PTQ at few bits.",
-    "Quantized models are simulated in float32 on the integer grid; no integer device ran them.",
-    "Learning rates and epochs were not tuned for any model, and fine-tuned models had the epochs of FP32 and as many "
-    "again; 'FP32, trained longer' is the fair one to compare them with.",
-    "Each interval holds for its own sentence. Of twenty differences that are only chance, about one is outside its "
-    "95 % interval.",
+    "One small network on one data set: in another one the order may differ, and the first and the last layer, which "
+    "keep 8 bits, may hold a smaller share of the weights.",
+    "Nothing was tuned for any model: learning rates, epochs and ranges are the same for all bit widths.",
+    "The integers are computed on this machine; no other device ran them.",
+    "Of twenty differences that are only chance about one lies outside its 95 % interval.",
 )
 
 
@@ -90,217 +91,235 @@ def _title(study: Study) -> str:
 def _body(
     study: Study, results: dict[str, Any], plots: dict[str, list[Plot]], signals: list[SignalError]
 ) -> Iterator[str]:
-    yield _header(study, results)
-    if study.runs:
-        yield page.section(
-            "Accuracy",
-            page.figures(plot.html() for plot in plots["accuracy"]),
-            page.table(tables.accuracy_table(study)),
-            page.definitions(
-                {TITLES[name]: text for name, text in EXPLANATIONS.items() if _has(study, name)}
-            ),
-        )
-        yield _findings(study, results)
-    for content in (tables.batch_table(study), tables.size_table(study), tables.time_table(study)):
-        if content.rows:
-            yield page.section(content.title, page.table(content))
-    if study.layer_errors:
-        content = tables.layer_table(study)
-        yield page.section(
-            content.title, page.figures(plot.html() for plot in plots["errors"]), page.table(content)
-        )
-    if plots["bits"]:
-        yield _training_and_weights(study, plots["bits"])
-    yield page.section(
-        "How quantization works",
-        page.paragraph(
-            "A value x becomes the integer q = clamp(round(x / scale) + zero point, 0, levels − 1) and is read back as "
-            "(q − zero point) · scale. Below, a noisy sine before and after."
-        ),
-        page.figures(plot.html() for plot in plots["signal"]),
-        page.table(tables.signal_table(signals)),
-    )
-    yield page.section("What these numbers do not say", page.bullets(LIMITS))
-    yield _how_it_was_done(study, results)
+    findings = [item["text"] for item in results["insights"] if item["kind"] in FINDINGS]
+    findings += results["timing"]["insights"]
+    sections = {
+        "accuracy": _accuracy(study, plots["accuracy"]) if study.runs else "",
+        "code": _code(study) if study.runs else "",
+        "findings": page.section("findings", "What else stands out", page.bullets(findings))
+        if findings
+        else "",
+        "limits": page.section("limits", "What these numbers do not say", page.bullets(LIMITS)),
+        "details": page.section("details", "Details", *_details(study, results, plots, signals)),
+    }
+    headings = {
+        "accuracy": "Accuracy",
+        "code": "Code to paste",
+        "findings": "Findings",
+        "limits": "Limits",
+        "details": "Details",
+    }
+    found = {name: html for name, html in sections.items() if html}
+    yield _header(study, results, page.contents({name: headings[name] for name in found}))
+    yield from found.values()
 
 
-def _header(study: Study, results: dict[str, Any]) -> str:
-    settings = study.settings
-    layers = " → ".join(str(size) for size in results["network"]["layers"])
-    epochs = "one epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
-    seeds = (
-        "one seed"
-        if settings.seeds == 1
-        else f"{settings.seeds} seeds: each seed is another split, other first weights and another order"
-    )
-    parts = [
-        f"<header>\n<h1>{page.escape(_title(study))}</h1>",
-        page.paragraph(
-            f"A network of three linear layers ({layers}, {study.parameters:,} parameters) is trained in 32-bit floats "
-            "(FP32), put on grids of few bits afterwards (post-training quantization, PTQ), and trained on these grids "
-            f"(quantization-aware training, QAT). {study.train_samples:,} samples for training, "
-            f"{study.test_samples:,} for testing, {epochs} a training, {seeds}."
-        ),
-    ]
-    parts += [page.paragraph(item["text"]) for item in results["insights"] if item["kind"] == "threshold"]
+def _header(study: Study, results: dict[str, Any], contents: str) -> str:
+    """The verdict: the headline, one line per bit width, and what it rests on."""
+    parts = [f"<header>\n<h1>Is QAT worth it, at how many bits? {page.escape(_title(study))}</h1>"]
     if not study.complete:
         done = len({run.seed for run in study.runs})
         parts.append(
             page.paragraph(
-                f"Partial report: the study was interrupted. It reached {done} of {settings.seeds} seeds, the last of "
-                "them perhaps not whole; what is missing below was not measured.",
+                f"Partial report: the study was interrupted. It reached {done} of "
+                f"{plural(study.settings.seeds, 'seed')}, the last of them perhaps not whole; what is missing below "
+                "was not measured.",
                 "warning",
             )
         )
-    return "\n".join([*parts, "</header>"])
+    parts += [
+        page.paragraph(item["text"], "headline") for item in results["insights"] if item["kind"] == "headline"
+    ]
+    lines = {
+        f"{item['bits']} bits": item["text"].removeprefix(f"{item['bits']} bits: ")
+        for item in results["insights"]
+        if item["kind"] == "verdict"
+    }
+    if lines:
+        winner = best(study)
+        lines = {bits: text[0].upper() + text[1:] for bits, text in lines.items()}
+        parts.append(page.definitions(lines, "verdict", f"{winner[0]} bits" if winner else ""))
+        parts.append(page.paragraph(f"{definition(study)} {_edges()}", "note"))
+    return "\n".join([*parts, contents, "</header>"])
 
 
-def _findings(study: Study, results: dict[str, Any]) -> str:
-    """The insights, grouped by bit width."""
-    groups: dict[int, list[str]] = {}
-    for insight in results["insights"]:
-        if insight["kind"] == "threshold":
-            continue  # stands in the header
-        groups.setdefault(insight["bits"], []).append(
-            insight["text"].removeprefix(f"{insight['bits']} bits: ")
-        )
-    parts = []
-    for bits, texts in groups.items():
-        heading = "Float" if bits == FLOAT_BITS else f"{bits} bits"
-        parts += [f"<h3>{heading}</h3>", page.bullets(text[0].upper() + text[1:] for text in texts)]
-    times = results["timing"]["insights"]
-    if times:
-        parts += ["<h3>Time</h3>", page.bullets(times)]
-    note = (
-        "Differences are in points of test accuracy, ± half the width of their 95 % interval; one that is not larger "
-        "than that, or than one test sample, is called noise. "
-        + (
-            "They are means of differences seed by seed."
-            if study.settings.seeds > 1
-            else "With one seed the interval holds only the chance of the test samples, not that of the training."
-        )
+def _edges() -> str:
+    return f"Below {EDGE_BITS} bits the first and the last layer keep {EDGE_BITS}."
+
+
+def _accuracy(study: Study, plots: list[Plot]) -> str:
+    labels = ("fp32_longer", "ptq", "qat_finetuned", "qat_tutorial")
+    words = page.definitions({TITLES[name]: EXPLANATIONS[name] for name in labels if _has(study, name)})
+    table = page.table(tables.accuracy_table(study))
+    return page.section("accuracy", "Accuracy", page.beside(*(plot.html() for plot in plots), table + words))
+
+
+def _code(study: Study) -> str:
+    winner = best(study)
+    bits, model = winner or (max(study.settings.bits), "qat_finetuned")
+    which = (
+        f"The config at {bits} bits, the lowest without a loss" if winner else f"The config at {bits} bits"
     )
-    return page.section("What the numbers show", page.paragraph(note, "note"), *parts)
+    text = f"{which}, for any model with nn.Linear layers ({'QAT' if model == 'qat_finetuned' else 'PTQ'})."
+    code = page.code(config_code(bits, train=model == "qat_finetuned"))
+    return page.section("code", "Code to paste", page.paragraph(text), code)
 
 
-def _training_and_weights(study: Study, plots: list[Plot]) -> str:
-    """The plots of each bit width, the lowest one unfolded."""
-    widths = sorted(study.settings.bits)
-    parts = []
-    for bits in widths:
-        found = [plot for plot in plots if plot.name.endswith(f"_{bits}bit")]
-        if found:
-            parts.append(
-                page.details(
-                    f"{bits} bits", page.figures(plot.html() for plot in found), open=bits == widths[0]
-                )
-            )
-    note = (
-        "First seed. The curves show each training epoch by epoch. The weights of each layer are shown in FP32 (before "
-        "PTQ), after PTQ, and of the fine-tuned QAT network; on grids of at most 16 levels thin lines mark the levels."
+def _details(
+    study: Study, results: dict[str, Any], plots: dict[str, list[Plot]], signals: list[SignalError]
+) -> Iterator[str]:
+    def shown(group: str) -> str:
+        return page.figures(plot.html() for plot in plots[group])
+
+    if study.runs:
+        batch = tables.batch_table(study)
+        others = [name for name in TITLES if name not in tables.MAIN and _has(study, name)]
+        yield page.details(
+            "All models, and what the batch does",
+            page.table(tables.accuracy_table(study, list(TITLES), deviations=True)),
+            page.definitions({TITLES[name]: EXPLANATIONS[name] for name in others}),
+            page.table(batch) if batch.rows else "",
+        )
+    if plots["training"]:
+        note = (
+            "The second half of the training, first seed: solid on test samples, dotted on training samples."
+        )
+        yield page.details("Training curves", page.paragraph(note, "note"), shown("training"))
+    for content, name in (
+        (tables.size_table(study), "Model files"),
+        (tables.time_table(study), "Training time"),
+    ):
+        if content.rows:
+            yield page.details(name, page.table(content))
+    if study.layer_errors:
+        content = tables.layer_table(study)
+        yield page.details(
+            content.title, page.beside(*(p.html() for p in plots["errors"]), page.table(content))
+        )
+    if plots["weights"]:
+        yield page.details("Weights", shown("weights"))
+    how = (
+        "A value x becomes the integer q = clamp(round(x / scale) + zero point, 0, levels − 1) and is read back as "
+        "(q − zero point) · scale. Below, a noisy sine before and after."
     )
-    return page.section("Training and weights", page.paragraph(note, "note"), *parts)
+    signal = page.table(tables.signal_table(signals))
+    yield page.details("How quantization works", page.paragraph(how), shown("signal"), signal)
+    yield page.details("How it was done", page.definitions(_facts(study, results)))
 
 
-def _how_it_was_done(study: Study, results: dict[str, Any]) -> str:
+def _facts(study: Study, results: dict[str, Any]) -> dict[str, str]:
     settings, machine, versions = study.settings, results["machine"], results["versions"]
-    facts = {
-        "Training": f"Adam, learning rate {settings.learning_rate:g} ({settings.finetune_learning_rate:g} to "
-        f"fine-tune), batch {settings.batch_size}, cross entropy.",
-        "Seeds": f"{settings.seed} to {settings.seed + settings.seeds - 1}. The same seeds on the same machine give "
-        "the same results.json, apart from its keys timing, machine, versions and date.",
-        "Data": f"{study.samples.name}, {results['data']['features']} features, classes "
-        f"{', '.join(study.samples.class_names[:20])}; split 80/20 with the same share of each class.",
-        "Machine": f"{machine['processor']}, {machine['system']}, {machine['threads']} threads, device "
-        f"{machine['device']}. Kernels: {machine['kernels']} ({machine['instruction set']}).",
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    layers = " → ".join(str(size) for size in results["network"]["layers"])
+    epochs = plural(settings.epochs, "epoch")
+    note = f" ({study.samples.note})" if study.samples.note else ""
+    return {
+        "Network": f"three linear layers with ReLU between them, {layers}, {study.parameters:,} parameters.",
+        "Training": f"{epochs} of FP32, then {epochs} of FP32 or QAT; Adam, learning rate {settings.learning_rate:g}, "
+        f"then {settings.finetune_learning_rate:g}; batch {settings.batch_size}, cross entropy.",
+        "Seeds": f"{settings.seed} to {settings.seed + settings.seeds - 1}: each one another split, other first "
+        "weights and another order. The same seeds on the same machine give the same results.json, apart from its "
+        "keys timing, machine, versions and date.",
+        "Intervals": "of the paired differences: t · std · √(1/n + test/train), std at least one test sample (Nadeau "
+        "and Bengio 2003).",
+        "Diverged": "a training whose loss is not finite or rose (by a quarter and 0.1 nats above its lowest), or "
+        "whose accuracy is that of guessing the most frequent class.",
+        "Data": f"{study.samples.name}{note}, {study.train_samples:,} training and {study.test_samples:,} test samples "
+        f"with the same share of each class; {plural(results['data']['features'], 'feature')}; classes "
+        f"{', '.join(study.samples.class_names[:20])}.",
+        "Machine": f"{machine['processor']}, {machine['system']}, {plural(int(machine['threads']), 'thread')} (one "
+        f"for the study's network), device {machine['device']}. Kernels: {machine['kernels']} "
+        f"({machine['instruction set']}).",
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "Time": f"{results['timing']['seconds']:.0f} s, ended {results['date']}.",
         "Files": "results.json beside this page holds every figure; models/ the model files; the plots are PNGs.",
     }
-    return page.section("How it was done", page.definitions(facts))
 
 
 def _plots(study: Study, signals: list[SignalError]) -> dict[str, Iterator[Plot]]:
     return {
         "accuracy": _accuracy_plots(study),
+        "training": _training_plots(study),
         "errors": _error_plots(study),
-        "bits": _bit_plots(study),
+        "weights": _weight_plots(study),
         "signal": _signal_plots(signals),
     }
 
 
 def _accuracy_plots(study: Study) -> Iterator[Plot]:
     found: dict[str, dict[int, Spread]] = {}
-    for run in study.runs:
-        if run.bits != FLOAT_BITS:
-            values = study.accuracies(run.model, run.bits)
-            found.setdefault(run.model, {})[run.bits] = Spread.of(list(values.values()))
-    fp32 = study.accuracies("fp32", FLOAT_BITS)
-    if not found:
+    left_out = []
+    for model in PLOTTED:
+        for bits in study.settings.bits:
+            values = study.accuracies(model, bits)
+            if study.divergences(model, bits):
+                left_out.append(f"{TITLES[model]} at {bits} bits")
+            elif values:
+                found.setdefault(model, {})[bits] = Spread.of(list(values.values()))
+    fp32 = study.accuracies("fp32_longer", FLOAT_BITS)
+    if not found or not fp32:
         return
-    ordered = {name: found[name] for name in TITLES if name in found}
     words = [
         f"{TITLES[name]}: " + ", ".join(f"{bits} bits {spread.mean:.1%}" for bits, spread in by_bits.items())
-        for name, by_bits in ordered.items()
+        for name, by_bits in found.items()
     ]
     base = Spread.of(list(fp32.values()))
+    caption = (
+        "Mean over the seeds; bars and band: one standard deviation."
+        if study.settings.seeds > 1
+        else "One seed: its spread is not known."
+    )
+    if left_out:
+        caption += f" Not drawn, because trainings diverged: {', '.join(left_out)}."
     yield Plot(
         "accuracy_over_bits",
-        plot_accuracy_over_bits(ordered, base),
+        plot_accuracy_over_bits(found, base),
         f"Test accuracy over bits. FP32: {100 * base.mean:.1f}%. {'; '.join(words)}.",
-        "Mean over the seeds; the bars and the band reach one standard deviation to either side."
-        if study.settings.seeds > 1
-        else "One seed: how much chance there is in it is not measured.",
+        caption,
     )
 
 
 def _error_plots(study: Study) -> Iterator[Plot]:
     if not study.layer_errors:
         return
-    for figure_name, title, caption in (
-        ("weight_error", "Error of the weights", "Of the weight matrix alone."),
-        (
-            "output_error",
-            "Error of the outputs",
-            "Of what the layer gives, with the errors of the layers before it.",
-        ),
-    ):
-        values = [getattr(error, figure_name) for error in study.layer_errors]
+    values = [error.output_error for error in study.layer_errors]
+    yield Plot(
+        "quantization_output_error",
+        plot_layer_errors(study.layer_errors, "output_error", "Error of the outputs, relative"),
+        f"Error of each layer's outputs over bits, from {min(values):.2%} to {max(values):.2%}; the table has all.",
+        "PTQ. Logarithmic axis.",
+    )
+
+
+def _training_plots(study: Study) -> Iterator[Plot]:
+    for bits in study.settings.bits:
+        keys = (("fp32_longer", FLOAT_BITS), ("qat_finetuned", bits), ("qat_tutorial", bits))
+        histories = {key[0]: study.histories[key] for key in keys if key in study.histories}
+        if len(histories) < 2:
+            continue
+        last = [f"{TITLES[name]} {history.test_accuracy[-1]:.1%}" for name, history in histories.items()]
         yield Plot(
-            f"quantization_{figure_name}",
-            plot_layer_errors(study.layer_errors, figure_name, f"{title}, relative"),
-            f"{title} of each layer over bits, from {min(values):.2%} to {max(values):.2%}; the table below has all.",
-            f"{caption} Logarithmic axis.",
+            f"training_{bits}bit",
+            plot_training_history(histories),
+            f"Loss and accuracy over the epochs at {bits} bits. Test accuracy after the last: {', '.join(last)}.",
+            f"{bits} bits",
         )
 
 
-def _bit_plots(study: Study) -> Iterator[Plot]:
-    for bits in study.settings.bits:
-        histories = {
-            name: history
-            for (name, width), history in study.histories.items()
-            if width == bits or (name, width) == ("fp32", FLOAT_BITS)
-        }
-        last = [f"{TITLES[name]} {history.test_accuracy[-1]:.1%}" for name, history in histories.items()]
-        if len(histories) > 1:
-            yield Plot(
-                f"training_{bits}bit",
-                plot_training_history(histories),
-                f"Loss and accuracy over the epochs at {bits} bits. Test accuracy after the last: {', '.join(last)}.",
-                "Ranges taken from the batch, as in training; fine-tuning starts from the FP32 weights.",
-            )
-        fp32, qat = study.weights.get(("fp32", FLOAT_BITS)), study.weights.get(("qat_finetuned", bits))
-        if fp32 is None or qat is None:
-            continue
-        layers = [name for name, _ in fp32.named_children()]
-        for layer, figure in zip(layers, visualize_weight_distributions(fp32, qat, bits), strict=True):
-            yield Plot(
-                f"weights_{layer}_{bits}bit",
-                figure,
-                f"Histograms of the weights of {layer}: FP32 spread smoothly; after PTQ and QAT on the grid of {bits} "
-                "bits.",
-                f"Weights of {layer}: how many have which value.",
-            )
+def _weight_plots(study: Study) -> Iterator[Plot]:
+    """At the lowest bits without a loss, or else at the lowest that were tried."""
+    winner = best(study)
+    bits = winner[0] if winner else min(study.settings.bits)
+    fp32, qat = study.weights.get(("fp32_longer", FLOAT_BITS)), study.weights.get(("qat_finetuned", bits))
+    if fp32 is None or qat is None:
+        return
+    layers = [name for name, _ in fp32.named_children()]
+    for layer, figure in zip(layers, visualize_weight_distributions(fp32, qat, bits), strict=True):
+        yield Plot(
+            f"weights_{layer}_{bits}bit",
+            figure,
+            f"Histograms of the weights of {layer} in FP32, after PTQ and after QAT at {bits} bits.",
+            f"Weights of {layer}: how many have which value. Each output channel has a grid of its own.",
+        )
 
 
 def _signal_plots(signals: list[SignalError]) -> Iterator[Plot]:
@@ -310,7 +329,7 @@ def _signal_plots(signals: list[SignalError]) -> Iterator[Plot]:
             plot_signal(signal),
             f"A noisy sine and its form on {signal.levels} levels; below, a histogram of the error, at most "
             f"{signal.max_error:.3g}.",
-            f"{signal.num_bits} bits: mean error {signal.mean_error:.3g}, largest {signal.max_error:.3g}.",
+            f"{signal.num_bits} bits: mean error {signal.mean_error:.3g}",
         )
 
 

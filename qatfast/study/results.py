@@ -10,10 +10,13 @@ same settings on the same machine give the same file, apart from the keys ``timi
     data              {name, features, classes, train_samples, test_samples}
     network           {layers: [in, hidden, hidden, out], parameters}
     models            {model: {title, explanation}}, what each model is
-    accuracy          [{model, bits, accuracy, accuracy_batch_1, accuracy_batch_256, loss}], each figure
-                      {mean, std, values}: values one a seed, std null for one seed
-    runs              [{seed, model, bits, loss, accuracy, accuracy_batch_1, accuracy_batch_256}]
-    insights          [{kind, bits, value, margin, clear, text}]
+    verdict           {bits, model, code}: the lowest bits without a loss, ptq or qat_finetuned, and code to paste; all
+                      null where no bits are known to be without a loss
+    accuracy          [{model, bits, diverged, accuracy, accuracy_batch_1, accuracy_batch_256, loss}]: diverged is how
+                      many trainings did, each figure {mean, std, values}: values one per seed, std null for one seed
+    runs              [{seed, model, bits, loss, accuracy, accuracy_batch_1, accuracy_batch_256, diverged}]: diverged
+                      is how the training failed, empty where it did not
+    insights          [{kind, bits, value, margin, clear, text}], the headline first, then a verdict per bit width
     histories         [{model, bits, train_loss, train_accuracy, test_loss, test_accuracy}] of the first seed, each a
                       list with one figure an epoch
     layer_errors      [{model, bits, layer, weight_error, output_error}] of the first seed
@@ -43,8 +46,9 @@ import torch
 from qatfast import __version__, kernels
 
 from .experiments import Study
-from .insights import find_insights, time_insights
+from .insights import best, find_insights, time_insights
 from .names import EXPLANATIONS, TITLES
+from .networks import config_code
 from .noise import Spread
 from .signal_error import SignalError
 
@@ -79,6 +83,7 @@ def as_json(study: Study, signals: list[SignalError], *, seconds: float) -> dict
         },
         "network": {"layers": [features, hidden, hidden, classes], "parameters": study.parameters},
         "models": {model: {"title": TITLES[model], "explanation": EXPLANATIONS[model]} for model in TITLES},
+        "verdict": _verdict(study),
         "accuracy": _accuracy(study),
         "runs": [asdict(run) for run in study.runs],
         "insights": [asdict(insight) for insight in find_insights(study)],
@@ -106,6 +111,12 @@ def as_json(study: Study, signals: list[SignalError], *, seconds: float) -> dict
     return _finite(results)
 
 
+def _verdict(study: Study) -> dict[str, Any]:
+    bits, model = best(study) or (None, None)
+    code = None if bits is None else config_code(bits, train=model == "qat_finetuned")
+    return {"bits": bits, "model": model, "code": code}
+
+
 def _accuracy(study: Study) -> list[dict[str, Any]]:
     keys = sorted(
         {(run.model, run.bits) for run in study.runs}, key=lambda key: (list(TITLES).index(key[0]), -key[1])
@@ -114,6 +125,7 @@ def _accuracy(study: Study) -> list[dict[str, Any]]:
         {
             "model": model,
             "bits": bits,
+            "diverged": len(study.divergences(model, bits)),
             **{
                 name: asdict(Spread.of(list(study.accuracies(model, bits, name).values())))
                 for name in FIGURES

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qatfast import choose_qparams, dequantize, quantize
+from qatfast import PerChannel, PerTensor, QATLinear, QuantSpec, choose_qparams, dequantize, quantize
 
 from .ptq import FixedFakeQuantize
 
@@ -57,30 +57,30 @@ def save_float(model: nn.Module, path: str | Path) -> None:
 def save_quantized(
     model: nn.Module, num_bits: int, path: str | Path, *, calibrated: nn.Module | None = None
 ) -> None:
-    """Writes each parameter as packed integers of ``num_bits`` bits with its scale and zero point.
+    """Writes each parameter as packed integers with its scales and zero points.
 
-    The integers are those of :func:`quantize_model_weights`: ``q = quantize(w, *choose_qparams(w, num_bits), ...)``.
+    A QATLinear's weight and bias are stored as its config says, float ones as float32. Every other parameter has
+    ``num_bits`` bits per tensor, as in :func:`quantize_model_weights`.
 
     Args:
-        model: in float.
-        num_bits: 2 to 16.
+        model: with its parameters in float.
+        num_bits: 2 to 16, of the parameters that no config describes.
         path: of the file.
         calibrated: the same model from :func:`quantize_model`; its activation ranges are stored too.
 
     Raises:
         ValueError: ``num_bits`` is not from 2 to 16.
     """
-    parameters: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().cpu()
-        scale, zero_point = choose_qparams(values, num_bits)
-        integers = quantize(values, scale, zero_point, 0, 2**num_bits - 1)
-        parameters[name] = {
-            "packed": pack(integers, num_bits),
-            "shape": list(values.shape),
-            "scale": float(scale),
-            "zero_point": int(zero_point),
-        }
+    specs = {
+        f"{name}.{kind}" if name else kind: getattr(module.config, kind)
+        for name, module in model.named_modules()
+        if isinstance(module, QATLinear)
+        for kind in ("weight", "bias")
+    }
+    parameters = {
+        name: _stored(parameter.detach().cpu(), specs.get(name, QuantSpec(num_bits)))
+        for name, parameter in model.named_parameters()
+    }
     activations = {
         name: (float(module.scale), int(module.zero_point))
         for name, module in (calibrated.named_modules() if calibrated is not None else ())
@@ -99,11 +99,47 @@ def load_quantized(path: str | Path) -> dict[str, Tensor]:
         ``(integer - zero_point) * scale`` for each parameter.
     """
     stored: Mapping[str, Any] = torch.load(path, weights_only=True)
-    state = {}
-    for name, entry in stored["parameters"].items():
-        integers = unpack(entry["packed"], stored["num_bits"], entry["shape"])
-        state[name] = dequantize(integers, entry["scale"], entry["zero_point"])
-    return state
+    return {name: _restored(entry) for name, entry in stored["parameters"].items()}
+
+
+def _stored(values: Tensor, spec: QuantSpec | None) -> Tensor | dict[str, Any]:
+    """Integers from 0, packed, with what turns them back; a float tensor as it is.
+
+    Raises:
+        ValueError: the granularity is neither per tensor nor per channel.
+    """
+    if spec is None:
+        return values.clone()
+    if not isinstance(spec.granularity, PerTensor | PerChannel):
+        raise ValueError(f"save_quantized: expected weights per tensor or per channel, got {spec}")
+    options: dict[str, Any] = {"symmetric": spec.symmetric, "granularity": spec.granularity}
+    scale, zero_point = choose_qparams(values, spec.num_bits, **options)
+    integers = quantize(
+        values, scale, zero_point, spec.quant_min, spec.quant_max, granularity=spec.granularity
+    )
+    return {
+        "packed": pack(integers.int() - spec.quant_min, spec.num_bits),
+        "num_bits": spec.num_bits,
+        "shape": list(values.shape),
+        "axis": spec.granularity.axis if isinstance(spec.granularity, PerChannel) else None,
+        # a tensor takes a file of its own inside the file
+        "scale": scale if scale.dim() else float(scale),
+        "zero_point": None if spec.symmetric else zero_point if zero_point.dim() else int(zero_point),
+    }
+
+
+def _restored(entry: Tensor | dict[str, Any]) -> Tensor:
+    if isinstance(entry, Tensor):
+        return entry
+    bits, axis, zero_point = entry["num_bits"], entry["axis"], entry["zero_point"]
+    integers = unpack(entry["packed"], bits, entry["shape"]).int()
+    if zero_point is None:
+        integers -= QuantSpec(bits, symmetric=True).quant_max
+        zero_point = torch.zeros_like(torch.as_tensor(entry["scale"]), dtype=torch.int32)
+    granularity = PerTensor() if axis is None else PerChannel(axis)
+    # dequantize takes integers of 8 and 16 bits
+    narrow = integers.to(torch.int16) if int(integers.min()) < 0 else integers.to(torch.uint16)
+    return dequantize(narrow, entry["scale"], zero_point, granularity=granularity)
 
 
 def _write(content: Mapping[str, Any], path: str | Path) -> None:
@@ -117,7 +153,7 @@ def pack(integers: Tensor, num_bits: int) -> Tensor:
     """Integers from 0 to ``2^num_bits - 1`` one after another without gaps, lowest bit first.
 
     Args:
-        integers: uint8 or uint16, any shape.
+        integers: any shape.
         num_bits: stored of each integer.
 
     Returns:
@@ -127,7 +163,7 @@ def pack(integers: Tensor, num_bits: int) -> Tensor:
         >>> pack(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), num_bits=2).tolist()
         [57]
     """
-    bits = integers.numpy().reshape(-1, 1) >> np.arange(num_bits, dtype=np.uint16) & 1
+    bits = integers.numpy().astype(np.uint16).reshape(-1, 1) >> np.arange(num_bits, dtype=np.uint16) & 1
     return torch.from_numpy(np.packbits(bits.astype(np.uint8), bitorder="little"))
 
 

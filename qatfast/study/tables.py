@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich import box
-from rich.console import Console
-from rich.table import Table as RichTable
-
 from .experiments import Study
-from .names import FLOAT_BITS, TITLES
+from .names import FLOAT_BITS, TITLES, plural
 from .noise import Spread
 from .signal_error import SignalError
 from .visualize import describe
@@ -35,31 +31,40 @@ class Table:
     text_columns: int = 1
 
 
-def accuracy_table(study: Study) -> Table:
-    """Test accuracy of every model at every bit width."""
+MAIN = ("fp32_longer", "ptq", "qat_finetuned", "qat_tutorial")
+"""What the first table shows; the other models are details."""
+
+
+def accuracy_table(study: Study, models: Sequence[str] = MAIN, *, deviations: bool = False) -> Table:
+    """Test accuracy of each model at each bit width.
+
+    Args:
+        study: that measured them.
+        models: their keys; each is a row.
+        deviations: whether to add the standard deviation over the seeds.
+    """
+    spread = "one seed"
+    if study.settings.seeds > 1:
+        seeds = plural(study.settings.seeds, "seed")
+        spread = f"mean ± standard deviation over {seeds}" if deviations else f"mean over {seeds}"
     explanation = (
-        "Share of test samples classified right, in percent"
-        + (", mean ± standard deviation over the seeds" if study.settings.seeds > 1 else ", one seed")
-        + ". Every quantized activation has a fixed range, taken from the training samples: the batch plays no part."
+        f"In percent, {spread}; one of {plural(study.test_samples, 'test sample')} is "
+        f"{100 / max(1, study.test_samples):.2f}."
     )
-    bits = study.settings.bits
     rows = []
-    for model, title in TITLES.items():
-        whole = study.accuracies(model, FLOAT_BITS)
-        if whole:
-            rows.append((title, _percent(whole), *[""] * len(bits)))
-        cells = [study.accuracies(model, width) for width in bits]
+    for model in models:
+        cells = [_accuracy(study, model, width, deviations) for width in widths(study)]
         if any(cells):
-            rows.append((title, "", *(_percent(cell) for cell in cells)))
-    return Table("Accuracy", explanation, ("model", "float", *(f"{width} bits" for width in bits)), rows)
+            rows.append((TITLES[model], *cells))
+    return Table("Test accuracy", explanation, _header(study), rows)
 
 
 def batch_table(study: Study) -> Table:
     """The models whose accuracy differs between batch 1 and batch 256, with both."""
     explanation = (
-        "The same models with each range taken from the batch itself, as in training: one test sample at a time / 256 "
-        "at a time. The ranges of a batch depend on its other samples, so the same sample may be classified "
-        "differently. In percent, mean over the seeds; an empty cell: both are the same for every seed."
+        "The tutorials' models with each range taken from the batch itself, as in training: one test sample at a time "
+        "/ 256 at a time. The ranges depend on the other samples of the batch, so the same sample may be classified "
+        "differently. In percent, mean over the seeds. All other models give the same result for any batch."
     )
     bits = study.settings.bits
     rows = []
@@ -67,36 +72,39 @@ def batch_table(study: Study) -> Table:
         cells = [_both_batches(study, model, width) for width in bits]
         if any(cells):
             rows.append((title, *cells))
-    return Table("Ranges from the batch", explanation, ("model", *(f"{width} bits" for width in bits)), rows)
+    return Table("Ranges from the batch", explanation, _header(study)[:1] + _header(study)[2:], rows)
 
 
 def size_table(study: Study) -> Table:
     """The bytes of the model files."""
     explanation = (
-        "Bytes of the files in models/, and how many times smaller than FP32: the float weights as torch.save writes "
-        "them, and for n bits the integers packed without gaps, with a scale and a zero point each; with quantized "
-        "activations their ranges too. The names and shapes that each file holds weigh more the smaller the network "
-        "is."
+        "Bytes of the files in models/, and how many times smaller than FP32: float weights as torch.save writes them; "
+        "else packed integers with their scales. Below 8 bits the first and the last layer of PTQ and QAT keep 8 bits. "
+        "The names and shapes in each file weigh more the smaller the network is."
     )
     bits = study.settings.bits
     found = {(file.model, file.bits): file.bytes for file in study.sizes}
-    fp32 = found.get(("fp32", FLOAT_BITS))
-    rows = []
-    for model in ("fp32", "ptq_weights", "ptq", "qat_finetuned"):
-        cells = [_bytes(found.get((model, width)), fp32) for width in (FLOAT_BITS, *bits)]
+    fp32 = found.get(("fp32_longer", FLOAT_BITS))
+    rows = [] if fp32 is None else [("FP32", f"{fp32:,}", *[""] * len(bits))]
+    for model, title in (
+        ("ptq", "PTQ and QAT"),
+        ("ptq_every_layer", "Every layer"),
+        ("ptq_tutorial", "Tutorial"),
+    ):
+        cells = [_bytes(found.get((model, width)), fp32) for width in bits]
         if any(cells):
-            rows.append((TITLES[model], *cells))
-    return Table("Model size", explanation, ("model", "float", *(f"{width} bits" for width in bits)), rows)
+            rows.append((title, "", *cells))
+    return Table("Model file", explanation, _header(study), rows)
 
 
 def time_table(study: Study) -> Table:
     """The times of a training step."""
     explanation = (
-        "Median time of one training step at 8 bits (forward, backward, Adam), the three networks taking turns in one "
-        "run; the ratio to FP32 is the median of the ratios turn by turn, and half of these lie in the range beside "
-        "it. Times depend on the machine and on what else it does; ratios less so."
+        "Median time of a training step (forward, backward, Adam), the networks taking turns in one run. Times FP32: "
+        "the median of the ratios turn by turn, and their middle half. QAT is the recommended config at 8 bits, the "
+        "tutorials' code is plain PyTorch."
     )
-    titles = {"fp32": "FP32", "tutorial": "QAT, plain PyTorch", "qatfast": "QAT, qatfast"}
+    titles = {"fp32": "FP32", "tutorial": "Tutorial code", "qatfast": "QAT"}
     rows = [
         (
             entry.network,
@@ -107,30 +115,27 @@ def time_table(study: Study) -> Table:
         )
         for entry in study.step_times
     ]
-    return Table(
-        "Training time", explanation, ("network", "model", "ms a step", "this / FP32", "middle half"), rows, 2
-    )
+    return Table("Training time", explanation, ("network", "", "ms", "times FP32", "middle half"), rows, 2)
 
 
 def layer_table(study: Study) -> Table:
     """The relative quantization error of each layer."""
     explanation = (
-        "Length of the error over length of the float values, in percent (first seed): of the weight matrix alone / of "
-        "what the layer gives for the test samples, with the errors of the layers before it."
+        "How far PTQ moves each layer, in percent of the float values' length (first seed): the weights alone / the "
+        "output for the test samples, with the errors of the layers before it. A layer that stands out is one to give "
+        "more bits."
     )
     bits = study.settings.bits
-    found = {(e.model, e.layer, e.bits): e for e in study.layer_errors}
+    found = {(e.layer, e.bits): e for e in study.layer_errors}
     rows = []
-    for model in TITLES:
-        for layer in dict.fromkeys(error.layer for error in study.layer_errors):
-            errors = [found.get((model, layer, width)) for width in bits]
-            if any(errors):
-                cells = [
-                    f"{100 * e.weight_error:.2g} / {100 * e.output_error:.2g}" if e is not None else ""
-                    for e in errors
-                ]
-                rows.append((f"{TITLES[model]}, {layer}", *cells))
-    return Table("Quantization error", explanation, ("layer", *(f"{width} bits" for width in bits)), rows)
+    for layer in dict.fromkeys(error.layer for error in study.layer_errors):
+        errors = [found.get((layer, width)) for width in bits]
+        cells = [
+            f"{100 * e.weight_error:.2g} / {100 * e.output_error:.2g}" if e is not None else ""
+            for e in errors
+        ]
+        rows.append((layer, *cells))
+    return Table("Error of each layer", explanation, _header(study)[:1] + _header(study)[2:], rows)
 
 
 def signal_table(signals: list[SignalError]) -> Table:
@@ -144,17 +149,13 @@ def signal_table(signals: list[SignalError]) -> Table:
     return Table("A signal", explanation, tuple(header), rest)
 
 
-def print_table(console: Console, table: Table) -> None:
-    """Prints one table to a terminal or a file."""
-    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    for number, name in enumerate(table.header):
-        words = number < table.text_columns
-        shown.add_column(name, justify="left" if words else "right", no_wrap=not words)
-    for row in table.rows:
-        shown.add_row(*row)
-    console.print(f"\n{table.title}", style="bold")
-    console.print(table.explanation, style="dim", highlight=False)
-    console.print(shown)
+def widths(study: Study) -> tuple[int, ...]:
+    """The bits of every table and figure, in their order."""
+    return (FLOAT_BITS, *study.settings.bits)
+
+
+def _header(study: Study) -> tuple[str, ...]:
+    return ("", *(f"{width} bits" for width in widths(study)))
 
 
 def _both_batches(study: Study, model: str, bits: int) -> str:
@@ -163,18 +164,28 @@ def _both_batches(study: Study, model: str, bits: int) -> str:
     return " / ".join(means)
 
 
+def _accuracy(study: Study, model: str, bits: int, deviations: bool) -> str:
+    """``96.7 ± 0.5``; where trainings diverged, how many: a mean over them says nothing."""
+    values, failed = study.accuracies(model, bits), study.divergences(model, bits)
+    if failed:
+        return f"{len(failed)} of {len(values)} diverged" if len(values) > 1 else "diverged"
+    return _percent(values, deviations)
+
+
 def _bytes(size: int | None, fp32: int | None) -> str:
     if size is None:
         return ""
     return f"{size:,}" if fp32 is None or size == fp32 else f"{size:,} ({fp32 / size:.1f}×)"
 
 
-def _percent(values: dict[int, float]) -> str:
+def _percent(values: dict[int, float], deviation: bool) -> str:
     if not values:
         return ""
     spread = Spread.of(list(values.values()))
     mean = f"{100 * spread.mean:.1f}"
-    return mean if spread.std is None else f"{mean} ±\N{NO-BREAK SPACE}{100 * spread.std:.1f}"
+    return (
+        mean if spread.std is None or not deviation else f"{mean} ±\N{NO-BREAK SPACE}{100 * spread.std:.1f}"
+    )
 
 
 def _milliseconds(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,6 +60,27 @@ class Evaluation:
 
     loss: float
     accuracy: float
+
+
+def divergence(history: History, chance: float, test_samples: int) -> str:
+    """How a training failed, in words; empty where it did not.
+
+    Args:
+        history: of the training.
+        chance: the share of the most frequent class: the accuracy of always guessing it.
+        test_samples: on which the accuracy was measured.
+
+    Returns:
+        ``the loss is not finite``; ``the accuracy is that of guessing``: no higher than chance and two standard
+        deviations of counting; ``the loss rose``: the last training loss is 1.25 times the lowest one and more, and
+        that rise is 0.1 nats and more.
+    """
+    if not all(math.isfinite(loss) for loss in (*history.train_loss, history.test_loss[-1])):
+        return "the loss is not finite"
+    if history.test_accuracy[-1] <= chance + 2 * math.sqrt(chance * (1 - chance) / test_samples):
+        return "the accuracy is that of guessing"
+    lowest, last = min(history.train_loss), history.train_loss[-1]
+    return "the loss rose" if last >= 1.25 * lowest and last >= lowest + 0.1 else ""
 
 
 @contextmanager

@@ -30,8 +30,18 @@ def visualize_quantization(num_bits: int = 8, *, seed: int = 42, path: str | Pat
     for name, value in describe(signal).items():
         print(f"{name:<16}{value}")
     if path is not None:
-        figure.savefig(path, dpi=160)
+        _save(figure, Path(path))
     return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Writes beside ``path`` and moves it there: an interrupted picture does not take the place of a whole one."""
+    partial = path.with_name(f".{path.stem}-partial{path.suffix}")
+    try:
+        figure.savefig(partial, dpi=160)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def describe(signal: SignalError) -> dict[str, str]:

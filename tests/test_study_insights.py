@@ -43,7 +43,7 @@ def compared(fp32, ptq, qat, **options):
             0.95,
             0.95,
             "Lowest bits without a loss: 4. PTQ is enough there.",
-            "4 bits: PTQ is enough. PTQ no loss",
+            "4 bits: PTQ is enough. PTQ has no loss",
         ),
         (
             0.75,
@@ -95,7 +95,7 @@ def test_seeds_that_scatter_more_than_they_differ_cannot_tell():
         headline.text == "5 seeds cannot tell which numbers of bits are without a loss."
         and not headline.clear
     )
-    assert "5 seeds cannot tell. PTQ unclear (" in verdict.text and not verdict.clear
+    assert "5 seeds cannot tell. PTQ is unclear (" in verdict.text and not verdict.clear
     assert findings == [] and best(study) is None
     assert "no loss" not in verdict.text and "loses" not in verdict.text
 
@@ -105,7 +105,7 @@ def test_one_seed_never_tells():
         study = compared(0.95, 0.94, qat, seeds=1)
         headline, verdict, *findings = find_insights(study)
         assert headline.text.startswith("One seed cannot tell") and findings == []
-        assert verdict.text.startswith("4 bits: one seed cannot tell. PTQ -1.") and not verdict.clear
+        assert verdict.text.startswith("4 bits: one seed cannot tell. PTQ is at -1.") and not verdict.clear
         assert "±" not in verdict.text and "loss" not in verdict.text and best(study) is None
         assert "One seed has no spread" in definition(study)
 
@@ -166,7 +166,7 @@ def test_worse_is_called_worse():
 def test_a_difference_of_nothing_has_no_minus():
     study = compared(0.95, 0.95, 0.95)
     study.runs[:] = [replace(run, accuracy=0.95) for run in study.runs]
-    assert "PTQ no loss (+0.0\u00a0±" in texts(study, "verdict")[0]
+    assert "PTQ has no loss (+0.0\u00a0±" in texts(study, "verdict")[0]
 
 
 def test_the_size_is_that_of_the_lowest_bits_without_a_loss():

@@ -149,12 +149,12 @@ def _outcome(study: Study, model: str, bits: int) -> Outcome | None:
         return Outcome(model, "diverged", difference, f"diverged in {_seeds(study, model, bits, failed)}")
     loss = Difference(-difference.mean, difference.margin, difference.resolution, difference.seeds)
     if difference.margin is None:
-        return Outcome(model, "unclear", difference, difference.points)
+        return Outcome(model, "unclear", difference, f"is at {difference.points}")
     if loss.clear and loss.mean > 0:
         return Outcome(model, "loses", difference, f"loses {loss.size}")
     if loss.below(TOLERANCE):
-        return Outcome(model, "lossless", difference, f"no loss ({difference.points})")
-    return Outcome(model, "unclear", difference, f"unclear ({difference.points})")
+        return Outcome(model, "lossless", difference, f"has no loss ({difference.points})")
+    return Outcome(model, "unclear", difference, f"is unclear ({difference.points})")
 
 
 def _headline(study: Study) -> Insight:

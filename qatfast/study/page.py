@@ -29,7 +29,7 @@ p, ul, dl { margin: .3rem 0 .5rem; max-width: 60rem; }
 ul { padding-left: 1.2rem; }
 dl.verdict { display: grid; grid-template-columns: max-content 1fr; gap: .25rem .9rem; margin: 0 0 .6rem; }
 .verdict dt { font-weight: 700; }
-.verdict .best { color: var(--accent); }
+.verdict .best { color: var(--accent); font-weight: 600; }
 .facts dt { font-weight: 600; float: left; clear: left; margin-right: .5rem; }
 dd { margin: 0; }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none; padding: 0; margin: .4rem 0 0; }

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from . import arguments
 
 
+class _Arguments:
+    """Copies and files of a dataclass hold the arguments of its constructor, and nothing that it makes of them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.init}  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        known = {each.name for each in fields(self) if each.init}  # type: ignore[arg-type]
+        self.__init__(**{name: value for name, value in state.items() if name in known})  # type: ignore[misc]
+
+
 @dataclass(frozen=True)
-class Granularity:
+class Granularity(_Arguments):
     """Which elements share a scale and a zero point; the base of the four below.
 
     ``code`` is the pair (kind, argument) that the operators take as ``int[2] granularity``.
@@ -92,7 +103,7 @@ def granularity_from_code(code: Sequence[int]) -> Granularity:
 
 
 @dataclass(frozen=True)
-class QuantSpec:
+class QuantSpec(_Arguments):
     """How one tensor is quantized.
 
     Args:
@@ -164,7 +175,7 @@ def quant_range(num_bits: int, symmetric: bool, narrow_range: bool) -> tuple[int
 
 
 @dataclass(frozen=True)
-class QATConfig:
+class QATConfig(_Arguments):
     """What a linear layer quantizes, and how; None leaves that tensor in float.
 
     The default quantizes weight, bias and output to 8 bits, affine, per tensor.
@@ -209,6 +220,17 @@ class QATConfig:
         """Input affine per tensor, weight symmetric per output channel, both 8 bits; bias and output in float."""
         weight = QuantSpec(8, symmetric=True, granularity=PerChannel(0))
         return cls(input=QuantSpec(8), weight=weight, bias=None, output=None)
+
+    @classmethod
+    def dynamic(cls, num_bits: int = 8) -> QATConfig:
+        """Input affine per token, weight symmetric per output channel; bias and output in float.
+
+        A row of the result depends on that row of the input only: nothing leaks between the samples of a batch or along
+        a causal sequence, as it does through the one range per tensor of ``int8()``. Up to 8 bits the layer multiplies
+        integers.
+        """
+        weight = QuantSpec(num_bits, symmetric=True, granularity=PerChannel(0))
+        return cls(input=QuantSpec(num_bits, granularity=PerToken()), weight=weight, bias=None, output=None)
 
     @classmethod
     def weight_only(cls, num_bits: int = 4, group_size: int = 32) -> QATConfig:

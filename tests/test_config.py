@@ -20,14 +20,28 @@ def test_a_granularity_is_its_code(granularity):
     assert [other for other in GRANULARITIES if other.code == granularity.code] == [granularity]
 
 
-@pytest.mark.parametrize("value", [*GRANULARITIES, QuantSpec(4), QATConfig.int8()], ids=str)
+VALUES = (*GRANULARITIES, QuantSpec(4), QuantSpec(4, symmetric=True, narrow_range=False), QATConfig.int8())
+
+
+@pytest.mark.parametrize("value", VALUES, ids=str)
 def test_values_are_frozen_hashable_and_survive_copies(value):
     for other in (copy.copy(value), copy.deepcopy(value), pickle.loads(pickle.dumps(value))):
         assert other == value
         assert hash(other) == hash(value)
+        assert vars(other) == vars(value)
     assert eval(repr(value)) == value
     with pytest.raises(dataclasses.FrozenInstanceError):
         value.num_bits = 3
+
+
+@pytest.mark.parametrize("value", VALUES, ids=str)
+def test_files_hold_the_arguments_and_not_what_is_made_of_them(value):
+    """So that a file of an older version, which may hold more or less, gets what this version makes of them."""
+    state = value.__getstate__()
+    assert state == {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+    other = type(value).__new__(type(value))
+    other.__setstate__({**state, "code": (), "codes": ((),)})
+    assert vars(other) == vars(value)
 
 
 def test_numpy_integers_become_ints():
@@ -43,13 +57,20 @@ def test_the_ends_of_the_integer_range(num_bits):
     assert (symmetric.quant_min, symmetric.quant_max) == (-(2 ** (num_bits - 1)) + 1, 2 ** (num_bits - 1) - 1)
 
 
-def test_the_three_recipes():
+def test_the_recipes():
     affine = QuantSpec(5, False, PerTensor())
     assert QATConfig() == QATConfig.tutorial(8) == QATConfig.tutorial()
     assert QATConfig.tutorial(5) == QATConfig(input=None, weight=affine, bias=affine, output=affine)
     assert QATConfig.int8() == QATConfig(
         input=QuantSpec(8),
         weight=QuantSpec(8, symmetric=True, granularity=PerChannel(0)),
+        bias=None,
+        output=None,
+    )
+    assert QATConfig.dynamic() == QATConfig.dynamic(num_bits=8)
+    assert QATConfig.dynamic(4) == QATConfig(
+        input=QuantSpec(4, granularity=PerToken()),
+        weight=QuantSpec(4, symmetric=True, granularity=PerChannel(0)),
         bias=None,
         output=None,
     )
@@ -91,8 +112,10 @@ def test_which_layers_multiply_integers(input, weight, expected):
         assert config.multiplies_integers(6) is expected
 
 
-def test_the_recipe_that_multiplies_integers():
+def test_the_recipes_that_multiply_integers():
     assert QATConfig.int8().multiplies_integers(100)
+    assert QATConfig.dynamic().multiplies_integers(100)
+    assert not QATConfig.dynamic(9).multiplies_integers(100)
     assert not QATConfig.tutorial().multiplies_integers(100)
     assert not QATConfig.weight_only(8, 100).multiplies_integers(100)
 
@@ -127,6 +150,8 @@ def test_words():
             TypeError,
             "QATConfig: expected weight to be a QuantSpec or None, got 8",
         ),
+        (lambda: QATConfig.dynamic(1), ValueError, "QuantSpec: expected num_bits to be from 2 to 16, got 1"),
+        (lambda: QATConfig.dynamic(True), TypeError, "QuantSpec: expected num_bits to be an int, got True"),
         (lambda: QATConfig.tutorial(0), ValueError, "QuantSpec: expected num_bits to be from 2 to 16, got 0"),
         (
             lambda: QATConfig.weight_only(4, 0),

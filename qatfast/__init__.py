@@ -1,5 +1,7 @@
 """Fake quantization for PyTorch: fused kernels, a drop-in nn.Linear and a reference in plain PyTorch."""
 
+import torch
+
 from . import functional, reference
 from .config import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec
 from .fake_quantizer import FakeQuantize
@@ -15,6 +17,11 @@ from .linear import QATLinear
 from .weight_cache import cached_weights
 
 __version__ = "0.1.0"
+
+# What a saved model holds of this package; torch.load(weights_only=True) makes objects of known classes only.
+torch.serialization.add_safe_globals(
+    [FakeQuantize, PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QATLinear, QuantSpec]
+)
 
 __all__ = [
     "FakeQuantize",

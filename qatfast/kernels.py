@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -75,10 +76,23 @@ def route(*tensors: Any) -> Any:
             return None  # the reference's checks say what is wrong
         if tensor.is_nested or tensor.is_quantized:
             return None
+        if is_dtensor(tensor):
+            # The operators of PyTorch know how to shard themselves: a range is that of the whole tensor.
+            _warn_once(
+                "qatfast has no compiled kernels for DTensors (tensor parallel) and computes them in plain PyTorch, "
+                "slowly, with the same results"
+            )
+            return None
         if not (tensor.is_cpu or (tensor.is_cuda and extension.has_cuda)):
             _warn_of_device(tensor.device.type)
             return None
     return None if torch._C._are_functorch_transforms_active() else torch.ops.qatfast
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a DTensor (tensor parallel), which only a process that has imported them can have."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def why_no_cuda() -> str:

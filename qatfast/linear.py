@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from collections import OrderedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+    _WrappedHook,
+)
+from torch.nn.parameter import is_lazy
 
-from . import weight_cache
+from . import checks, kernels, weight_cache
 from .config import PerChannel, PerGroup, QATConfig, QuantSpec, describe
 from .functional import qat_linear
+
+# One set for each open `unused_layers` block: the layers that ran since it was opened.
+open_blocks: list[set[nn.Module]] = []
+
+_MARK = "qatfast: this layer is called, its weight is not read"
+
+
+def _mark(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook of every quantized layer that does nothing.
+
+    In evaluation nn.TransformerEncoderLayer reads the weights of its linear layers and calls none of them (its fast
+    path), unless a layer has a hook. nn.Module takes 4 to 16 % longer to call a small layer that has one:
+    `QATLinear._call_impl` goes round that where there is no other hook.
+    """
 
 
 class QATLinear(nn.Linear):
@@ -55,42 +79,84 @@ bias=affine per tensor, output=affine per tensor)
                 f"QATLinear({in_features}, {out_features}, num_bits={bias!r})"
             )
         config = _config(num_bits, config)
-        _check_parameters(config, in_features, out_features, bias)
+        check_parameters(config, in_features, out_features, bias)
         super().__init__(in_features, out_features, bias, device, dtype)
+        self._forward_pre_hooks = OrderedDict({_MARK: _mark})
         self.config = config
 
     @classmethod
     def from_float(
         cls, linear: nn.Linear, *, num_bits: int | None = None, config: QATConfig | None = None
     ) -> QATLinear:
-        """A QATLinear on the parameters of ``linear`` themselves, with its training mode, device and dtype.
+        """A QATLinear on the parameters of ``linear`` themselves, with all that the layer carries.
+
+        That is its training mode, hooks of all kinds (copies: a handle made before removes a hook from ``linear``
+        only), other attributes, parameters, buffers and submodules. What ``linear.compile()`` made is left behind.
+
+        Args:
+            linear: an nn.Linear, or a subclass that has the forward of nn.Linear.
+            num_bits: short for ``config=QATConfig.tutorial(num_bits)``.
+            config: what is quantized how; None: the config of ``linear`` if it is a QATLinear, else as the constructor.
 
         Raises:
-            TypeError: ``linear`` is no nn.Linear, or its weight or bias is computed from other parameters.
+            TypeError: ``linear`` is no nn.Linear, or one whose result would be lost: it has another forward, or its
+                weight is computed from other parameters, not initialized, managed by FSDP, or no plain float matrix.
             ValueError: as the constructor.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 f"QATLinear.from_float: expected linear to be an nn.Linear, got {type(linear).__name__}"
             )
-        _check_own_parameters("QATLinear.from_float", linear)
+        obstacle = why_not_from_float(linear, cls)
+        if obstacle:
+            raise TypeError(f"QATLinear.from_float: {obstacle.message}")
+        if isinstance(linear, QATLinear) and num_bits is None and config is None:
+            config = linear.config
+        out_features, in_features = linear.weight.shape
         has_bias = linear.bias is not None
-        layer = cls(
-            linear.in_features, linear.out_features, has_bias, device="meta", num_bits=num_bits, config=config
-        )
-        return _share(linear, layer)
+        layer = cls(in_features, out_features, has_bias, device="meta", num_bits=num_bits, config=config)
+        return _carry_over(linear, layer)
 
     def to_float(self) -> nn.Linear:
-        """An nn.Linear on the parameters themselves (raw, not quantized), with the training mode, device and dtype.
+        """An nn.Linear on the parameters themselves (raw, not quantized), with all that the layer carries.
+
+        See :meth:`from_float`.
 
         Raises:
-            TypeError: weight or bias is computed from other parameters.
+            TypeError: weight or bias is computed from other parameters, or the layer has a forward of the instance.
         """
-        _check_own_parameters("QATLinear.to_float", self)
+        obstacle = _computed_parameter(self) or _forward_of_instance(self)
+        if obstacle:
+            raise TypeError(f"QATLinear.to_float: {obstacle.message}")
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        return _share(self, linear)
+        return _carry_over(self, linear)
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """That of nn.Module, which asks the same questions, and does not count `_mark` as a hook to run."""
+        pre_hooks = self._forward_pre_hooks
+        if (
+            len(pre_hooks) == 1
+            and _MARK in pre_hooks
+            and not (
+                self._forward_hooks
+                or self._backward_hooks
+                or self._backward_pre_hooks
+                or _global_forward_pre_hooks
+                or _global_forward_hooks
+                or _global_backward_pre_hooks
+                or _global_backward_hooks
+                or torch._C._get_tracing_state()
+            )
+        ):
+            return self.forward(*args, **kwargs)
+        return super()._call_impl(*args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:
+        if open_blocks:
+            for ran in tuple(open_blocks):
+                ran.add(self)
+        if getattr(input, "is_nested", False):
+            return _of_nested(self, input)
         own: dict[str, Any] = self._parameters
         if "weight" in own and "bias" in own:  # nn.Module's own way to them takes 0.5 us each
             weight, bias = own["weight"], own["bias"]
@@ -102,6 +168,16 @@ bias=affine per tensor, output=affine per tensor)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {describe(self.config)}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without `_mark`: files hold no function of ours."""
+        state = dict(super().__getstate__())
+        state["_forward_pre_hooks"] = OrderedDict(_hooks_of_user(self._forward_pre_hooks))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forward_pre_hooks = OrderedDict({_MARK: _mark, **_hooks_of_user(self._forward_pre_hooks)})
 
 
 def _config(num_bits: int | None, config: QATConfig | None) -> QATConfig:
@@ -117,7 +193,7 @@ def _config(num_bits: int | None, config: QATConfig | None) -> QATConfig:
     return config
 
 
-def _check_parameters(config: QATConfig, in_features: int, out_features: int, bias: bool) -> None:
+def check_parameters(config: QATConfig, in_features: int, out_features: int, bias: bool) -> None:
     """The granularities of ``config`` fit the layer's sizes: found out at construction, not in the first batch."""
     weight = (out_features, in_features)
     shapes: list[tuple[str, QuantSpec | None, tuple[int, ...]]] = [("weight", config.weight, weight)]
@@ -144,18 +220,139 @@ def _check_parameters(config: QATConfig, in_features: int, out_features: int, bi
             )
 
 
-def _check_own_parameters(op: str, linear: nn.Linear) -> None:
+class Obstacle(NamedTuple):
+    """Why a layer cannot be quantized: in a few words, and as the rule, what there is and the cure."""
+
+    reason: str
+    message: str
+
+
+def why_not_from_float(linear: nn.Linear, cls: type[QATLinear] = QATLinear) -> Obstacle | None:
+    """Why no ``cls`` can take the place of ``linear``; None if one can."""
+    kind = type(linear).__name__
+    if any(is_lazy(parameter) for parameter in linear.parameters(recurse=False)):
+        cure = "run the model once first"
+        return Obstacle(
+            f"lazy: {cure}", f"expected initialized parameters, got {kind} before its first forward; {cure}"
+        )
+    if _is_fsdp(linear):
+        return Obstacle(
+            "managed by FSDP",
+            "expected a layer outside of FSDP, got one that FSDP manages; quantize the model before fully_shard",
+        )
+    obstacle = _computed_parameter(linear) or _forward_of_instance(linear)
+    if obstacle:
+        return obstacle
+    if type(linear).forward not in (nn.Linear.forward, QATLinear.forward, cls.forward):
+        return Obstacle(
+            f"{kind} has a forward of its own",
+            f"expected the forward of nn.Linear, got {kind}, which has a forward of its own; write a subclass of "
+            "QATLinear that does the same",
+        )
+    for name, parameter in linear._parameters.items():
+        if name not in ("weight", "bias") or parameter is None:
+            continue
+        if type(parameter) is not nn.Parameter and not kernels.is_dtensor(parameter):
+            actual = type(parameter).__name__
+            return Obstacle(
+                f"{name} is of type {actual}",
+                f"expected {name} to be an nn.Parameter, got {actual}; convert it to a plain one first",
+            )
+        if parameter.dtype not in checks.FLOAT_DTYPES:
+            return Obstacle(
+                f"{name} is {checks.dtype_name(parameter.dtype)}",
+                f"expected {name} to be float32, float64, float16 or bfloat16, got {parameter.dtype}",
+            )
+    if linear.weight.dim() != 2:
+        shape = tuple(linear.weight.shape)
+        return Obstacle(
+            f"weight has the shape {shape}", f"expected weight to have 2 dimensions, got the shape {shape}"
+        )
+    if not isinstance(linear, QATLinear) and "config" in vars(linear):
+        return Obstacle(
+            "has an attribute config",
+            "expected no attribute config, which a QATLinear has of its own; rename that of the layer",
+        )
+    return None
+
+
+def _computed_parameter(linear: nn.Linear) -> Obstacle | None:
     """Pruning and parametrizations make a tensor from other parameters at each call; it cannot be shared."""
     for name in ("weight", "bias"):
-        if not isinstance(getattr(linear, name), nn.Parameter | None):
-            raise TypeError(
-                f"{op}: expected {name} to be an nn.Parameter, got a tensor computed from other parameters; call "
+        if name not in linear._parameters:
+            return Obstacle(
+                f"{name} is computed from other parameters",
+                f"expected {name} to be an nn.Parameter, got a tensor computed from other parameters; call "
                 "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove first, or apply "
-                "these to the new layer"
+                "these to the new layer",
             )
+    return None
 
 
-def _share(source: nn.Linear, target: Any) -> Any:
-    """``target`` on the parameters of ``source``, in its training mode."""
-    target.weight, target.bias = source.weight, source.bias
-    return target.train(source.training)
+def _forward_of_instance(linear: nn.Linear) -> Obstacle | None:
+    if "forward" in vars(linear):
+        return Obstacle(
+            "forward is set on the instance",
+            "expected the forward of the class, got one that is set on the instance; remove it first (accelerate: "
+            "remove_hook_from_module) and set it again on the new layer",
+        )
+    return None
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    """Only a process that has imported FSDP has a module of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+# What every nn.Module keeps in a dict or a set: parameters, buffers, submodules, hooks.
+CONTAINERS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
+# What belongs to one object: its config, the compiled call of it, what `prepare` notes on it.
+_OF_ONE_OBJECT = frozenset(["config", "_compiled_call_impl", "_qatfast_note"])
+
+
+def _carry_over(source: nn.Linear, target: Any) -> Any:
+    """``target`` with the parameters of ``source`` themselves and all else that it carries."""
+    own = vars(target)
+    for name, value in vars(source).items():
+        if name == "_forward_pre_hooks":
+            own[name].update(_hooks_of_user(value))
+        elif name == "_load_state_dict_pre_hooks":
+            own[name].update((key, _of_module(hook, target)) for key, hook in value.items())
+        elif name in CONTAINERS:
+            own[name].update(value)
+        elif name not in _OF_ONE_OBJECT:
+            own[name] = value
+    return target
+
+
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """``target`` takes over the dicts that hold the hooks of ``source``, so that handles remove them from it."""
+    own = vars(target)
+    for name in CONTAINERS:
+        kept = vars(source).get(name)
+        if kept and name.endswith(("_hooks", "_with_kwargs", "_always_called")):
+            kept.update(own[name])
+            own[name] = kept
+
+
+def _hooks_of_user(pre_hooks: dict[Any, Any]) -> dict[Any, Any]:
+    return {key: hook for key, hook in pre_hooks.items() if key != _MARK}
+
+
+def _of_module(hook: Any, module: nn.Module) -> Any:
+    """The hook for another module: nn.Module binds this one kind to the module that it was registered on."""
+    return _WrappedHook(hook.hook, module) if isinstance(hook, _WrappedHook) and hook.with_module else hook
+
+
+def _of_nested(layer: QATLinear, input: Tensor) -> Tensor:
+    """On the rows of a nested tensor, as nn.TransformerEncoder packs a padded batch in evaluation."""
+    if input.layout is torch.jagged:
+        jagged: Any = input
+        rows = layer.forward(jagged.values())
+        return torch.nested.nested_tensor_from_jagged(rows, jagged.offsets(), jagged.lengths())
+    parts = input.unbind()
+    rows = layer.forward(torch.cat([part.flatten(0, -2) for part in parts]))
+    sizes = [part.shape[:-1] for part in parts]
+    split = rows.split([size.numel() for size in sizes])
+    return torch.nested.as_nested_tensor([y.unflatten(0, size) for y, size in zip(split, sizes, strict=True)])

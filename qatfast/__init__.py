@@ -14,6 +14,7 @@ from .functional import (
     quantize,
 )
 from .linear import QATLinear
+from .model import Summary, prepare, summary, unused_layers
 from .weight_cache import cached_weights
 
 __version__ = "0.1.0"
@@ -32,13 +33,17 @@ __all__ = [
     "QATConfig",
     "QATLinear",
     "QuantSpec",
+    "Summary",
     "cached_weights",
     "choose_qparams",
     "dequantize",
     "fake_quantize",
     "fake_quantize_affine",
     "functional",
+    "prepare",
     "qat_linear",
     "quantize",
     "reference",
+    "summary",
+    "unused_layers",
 ]

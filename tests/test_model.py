@@ -1,0 +1,730 @@
+"""A whole model: prepare, summary, unused_layers."""
+
+import copy
+import gc
+import io
+import itertools
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+import torch.nn.utils.prune
+from torch import nn
+
+import cases
+import qatfast
+from qatfast import (
+    PerGroup,
+    QATConfig,
+    QATLinear,
+    QuantSpec,
+    cached_weights,
+    prepare,
+    qat_linear,
+    summary,
+    unused_layers,
+)
+
+DYNAMIC = QATConfig.dynamic()
+SMALL = QATConfig.dynamic(4)
+
+
+def mlp(*sizes):
+    torch.manual_seed(0)
+    layers = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Block(nn.Module):
+    """What a GPT repeats."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.qkv, self.out = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return x + self.mlp(x)
+
+
+class GPT(nn.Module):
+    def __init__(self, width=16, tokens=11):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.blocks = nn.Embedding(tokens, width), nn.ModuleList(Block(width) for _ in range(2))
+        self.head = nn.Linear(width, tokens, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.again = self.first
+
+    def forward(self, x):
+        return self.again(self.middle(self.first(x)))
+
+
+def encoder(**kwargs):
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2, **kwargs
+    )
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.positions, self.scale = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.ones(4))
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def kinds(model):
+    return {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def configs(model):
+    return {name: module.config for name, module in model.named_modules() if isinstance(module, QATLinear)}
+
+
+def reasons(model):
+    return {row.name: row.reason for row in summary(model).rows if row.reason is not None}
+
+
+# prepare
+
+
+def test_each_linear_becomes_a_quantized_one_on_its_parameters():
+    model = mlp(16, 32, 32, 4)
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    keys = list(model.state_dict())
+    assert prepare(model) is model
+    assert configs(model) == {"0": DYNAMIC, "2": DYNAMIC, "4": DYNAMIC}
+    assert list(model.state_dict()) == keys
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert all(
+        module is modules[name] for name, module in model.named_modules() if name not in "024" or not name
+    )
+    x = cases.normal((5, 16))
+    expected = x
+    for layer in model:
+        if isinstance(layer, QATLinear):
+            expected = qat_linear(expected, layer.weight, layer.bias, config=DYNAMIC)
+        else:
+            expected = layer(expected)
+    cases.assert_same(model(x), expected)
+
+
+def test_a_root_that_is_a_layer_is_a_new_one():
+    linear = nn.Linear(16, 6).eval()
+    layer = prepare(linear, SMALL, edges=None)
+    assert type(layer) is QATLinear
+    assert type(linear) is nn.Linear
+    assert layer.weight is linear.weight
+    assert not layer.training
+    assert layer.config == SMALL
+    assert [row.name for row in summary(layer).rows] == [""]
+    assert prepare(nn.Linear(16, 6), layers={"*": SMALL}).config == SMALL
+
+
+def test_an_optimizer_made_before_goes_on():
+    model = prepare(before := mlp(8, 16, 2))
+    optimizer = torch.optim.SGD(before.parameters(), lr=0.1, momentum=0.9)
+    torch.manual_seed(1)
+    x, y = torch.randn(64, 8), torch.randint(2, (64,))
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_checkpoints_load_both_ways():
+    before, other = mlp(8, 16, 2), mlp(8, 16, 2)
+    nn.init.ones_(other[0].weight)
+    state = {name: value.clone() for name, value in before.state_dict().items()}
+    prepare(other).load_state_dict(state, strict=True)
+    cases.assert_same(other[0].weight, before[0].weight)
+    mlp(8, 16, 2).load_state_dict(other.state_dict(), strict=True)
+
+
+def test_modes_flags_dtype_and_attributes_stay():
+    model = mlp(8, 16, 2).double().eval()
+    model[0].requires_grad_(False)
+    model[0].train()
+    model[2].lr_scale = 3
+    prepare(model)
+    assert model[0].training
+    assert not model[2].training
+    assert not model[0].weight.requires_grad
+    assert model[2].weight.requires_grad
+    assert model[2].lr_scale == 3
+    assert model(cases.normal((5, 8), torch.float64)).dtype == torch.float64
+
+
+def test_hooks_stay_and_their_handles_remove_them():
+    model, calls = mlp(8, 16, 2), []
+    linear = model[0]
+    handles = [
+        linear.register_forward_pre_hook(lambda *_: calls.append("pre")),
+        linear.register_forward_hook(lambda *_, **__: calls.append("post"), with_kwargs=True),
+        linear.register_full_backward_hook(lambda *_: calls.append("backward")),
+        linear.register_state_dict_post_hook(lambda *_: calls.append("state_dict")),
+        linear.register_load_state_dict_pre_hook(lambda *_: calls.append("load")),
+    ]
+    model.register_forward_hook(lambda *_: calls.append("root"))
+    del linear
+    prepare(model)
+    gc.collect()
+
+    def use():
+        model(cases.normal((5, 8), requires_grad=True)).sum().backward()
+        model.load_state_dict(model.state_dict())
+
+    use()
+    assert calls == ["pre", "post", "root", "backward", "state_dict", "load"]
+    for handle in handles:
+        handle.remove()
+    use()
+    assert calls[6:] == ["root"]
+    assert type(model[0])(3, 2)._forward_pre_hooks is not model[0]._forward_pre_hooks
+
+
+def test_a_module_used_twice_is_one_layer():
+    model = prepare(Shared(), layers={"again": SMALL})
+    assert model.first is model.again
+    assert model.first.config == SMALL
+    assert [row.name for row in summary(model).rows] == ["first", "middle"]
+    x = cases.normal((5, 8))
+    model(x).sum().backward()
+    once = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    other = Shared()
+    other.again = copy.deepcopy(other.first)
+    other = prepare(other, layers={"again": SMALL, "first": SMALL})
+    other(x).sum().backward()
+    cases.assert_same(once["first.weight"], other.again.weight.grad + other.first.weight.grad)
+
+
+def test_tied_weights_stay_tied():
+    model = prepare(GPT())
+    assert model.head.weight is model.embed.weight
+    assert type(model.head) is QATLinear
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    before = model(tokens)
+    model(tokens).sum().backward()
+    cases.assert_same(before[:, :3], model(torch.tensor([[1, 2, 3, 9]]))[:, :3])  # nothing leaks back
+    assert model.embed.weight.grad is model.head.weight.grad
+
+
+def test_plain_attributes_that_hold_a_layer_hold_the_new_one():
+    model = mlp(8, 16, 2)
+    object.__setattr__(model, "alias", model[0])
+    model.in_list, model.in_tuple = [model[0], 1], (model[2], None)
+    model.in_dict, other = {"head": model[2]}, ["untouched"]
+    model.other = other
+    prepare(model)
+    assert model.alias is model[0]
+    assert model.in_list[0] is model[0]
+    assert model.in_tuple == (model[2], None)
+    assert model.in_dict["head"] is model[2]
+    assert model.other is other
+
+
+@pytest.mark.parametrize("num_bits", [2, 4])
+def test_the_first_and_the_last_layer_have_more_bits(num_bits):
+    small = QATConfig.dynamic(num_bits)
+    assert list(configs(prepare(mlp(8, 8, 8, 8), small)).values()) == [DYNAMIC, small, DYNAMIC]
+    six = QATConfig.dynamic(6)
+    assert list(configs(prepare(mlp(8, 8, 8, 8), small, edges=6)).values()) == [six, small, six]
+    assert list(configs(prepare(mlp(8, 8, 8, 8), small, edges=None)).values()) == [small, small, small]
+    assert list(configs(prepare(mlp(8, 8), small)).values()) == [DYNAMIC]
+
+
+def test_edges_change_the_bits_of_specs_that_have_fewer_and_nothing_else():
+    config = QATConfig(QuantSpec(10), QuantSpec(3, True, PerGroup(4)), None, QuantSpec(4))
+    first = configs(prepare(mlp(8, 8, 8, 8), config))["0"]
+    assert first == QATConfig(QuantSpec(10), QuantSpec(8, True, PerGroup(4)), None, QuantSpec(8))
+
+
+def test_edges_leave_layers_alone_that_are_named_or_placed_by_hand():
+    assert configs(prepare(mlp(8, 8, 8, 8), SMALL, layers={"0": QATConfig.dynamic(3)})) == {
+        "0": QATConfig.dynamic(3),
+        "2": SMALL,
+        "4": DYNAMIC,
+    }
+    model = mlp(8, 8, 8, 8)
+    model[4] = hand = QATLinear(8, 8, num_bits=2)
+    assert configs(prepare(model, SMALL)) == {"0": DYNAMIC, "2": SMALL, "4": QATConfig.tutorial(2)}
+    assert model[4] is hand
+    # the first one that is quantized
+    assert configs(prepare(mlp(8, 8, 8, 8), SMALL, layers={"0": None})) == {"2": DYNAMIC, "4": DYNAMIC}
+
+
+def test_patterns_choose_and_the_last_match_wins():
+    layers = {"blocks.*": SMALL, "blocks.1.*": None, "*.mlp.2": QATConfig.int8()}
+    model = prepare(GPT(), layers=layers)
+    assert configs(model) == {
+        "blocks.0.qkv": SMALL,
+        "blocks.0.out": SMALL,
+        "blocks.0.mlp.0": SMALL,
+        "blocks.0.mlp.2": QATConfig.int8(),
+        "blocks.1.mlp.2": QATConfig.int8(),
+        "head": DYNAMIC,
+    }
+    assert reasons(model) == {
+        "embed": "no quantized layer for Embedding yet",
+        "blocks.1.qkv": "layers['blocks.1.*'] is None",
+        "blocks.1.out": "layers['blocks.1.*'] is None",
+        "blocks.1.mlp.0": "layers['blocks.1.*'] is None",
+    }
+
+
+def test_a_config_that_does_not_fit_is_decided_for_each_layer():
+    model = prepare(mlp(256, 288, 256, 4), QATConfig.weight_only(8, 256))
+    assert list(configs(model)) == ["0", "4"]
+    reason = "expected in_features to be divisible by group_size=256 of config.weight, got 288"
+    assert reasons(model) == {"2": reason}
+    with pytest.raises(ValueError) as caught:
+        prepare(mlp(256, 288, 256, 4), layers={"2": QATConfig.weight_only(8, 256)})
+    assert f"prepare: layers['2'] does not fit '2': {reason}; write" in str(caught.value)
+
+
+def transformer():
+    model = nn.Module()
+    model.encoder = encoder()
+    model.convolution, model.rnn = nn.Conv2d(3, 4, 3), nn.LSTM(4, 4)
+    model.scaled, model.lazy = Scaled(4, 4), nn.LazyLinear(4)
+    model.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    model.pruned = nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+    model.complex = nn.Linear(4, 4, dtype=torch.complex64)
+    model.own = nn.Linear(4, 4)
+    model.own.forward = lambda x: x
+    model.table = Table()
+    model.norm, model.batch_norm = nn.LayerNorm((3, 4)), nn.BatchNorm1d(4)
+    return model
+
+
+def test_what_stays_in_float_and_why():
+    model = transformer()
+    before = {name: id(module) for name, module in model.named_modules()}
+    prepare(model)
+    read = "its parent reads .weight"
+    computed = "weight is computed from other parameters"
+    expected = {
+        "encoder.layers.0.self_attn": "no quantized layer for MultiheadAttention yet",
+        "encoder.layers.0.self_attn.out_proj": read,
+        "encoder.layers.1.self_attn": "no quantized layer for MultiheadAttention yet",
+        "encoder.layers.1.self_attn.out_proj": read,
+        "convolution": "no quantized layer for Conv2d yet",
+        "rnn": "no quantized layer for LSTM yet",
+        "scaled": "Scaled has a forward of its own",
+        "lazy": "lazy: run the model once first",
+        "normed": computed,
+        "pruned": computed,
+        "complex": "weight is complex64",
+        "own": "forward is set on the instance",
+        "table": "has weights of its own: positions",
+    }
+    assert reasons(model) == expected
+    quantized = [f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    assert list(configs(model)) == quantized
+    after = {name: id(module) for name, module in model.named_modules()}
+    assert [name for name in before if before[name] != after[name]] == quantized
+
+
+def test_layers_that_a_parent_of_torch_reads_are_never_replaced():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    model[0].out_proj = nn.Linear(8, 8)
+    if hasattr(nn, "LinearCrossEntropyLoss"):
+        model.append(nn.LinearCrossEntropyLoss(8, 4))
+    model.append(nn.Linear(8, 8))
+    prepare(model)
+    assert list(configs(model)) == [str(len(model) - 1)]
+    model[0].out_proj = QATLinear(8, 8)  # by hand, where it is not called
+    assert reasons(model)["0.out_proj"] == "its parent reads .weight"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "whole"])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+def test_every_layer_of_a_transformer_encoder_runs(training, padded):
+    model = prepare(encoder().train(training))
+    x = cases.normal((3, 5, 16))
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [1]]) if padded else None
+    with torch.set_grad_enabled(training), unused_layers(model) as unused:
+        y = model(x, src_key_padding_mask=padding)
+    assert unused == []
+    assert y.shape == x.shape
+    with cached_weights(model), torch.no_grad():
+        cases.assert_same(model(x, src_key_padding_mask=padding), y.detach())
+
+
+def test_a_compiled_transformer_encoder_in_evaluation():
+    model = prepare(encoder().eval())
+    x = cases.normal((3, 5, 16))
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x), expected, atol=1e-5)
+        program = torch.export.export(model, (x,))
+        targets = {str(node.target) for node in program.graph.nodes}
+        assert torch.allclose(program.module()(x), expected, atol=1e-5)
+    if not cases.why_no_kernels("cpu"):
+        assert any(target.startswith("qatfast.qat_linear") for target in targets)
+
+
+def test_a_compiled_model_runs_the_new_layers():
+    for compiled in (mlp(8, 16, 2), torch.compile(mlp(8, 16, 2), backend="eager")):
+        if not hasattr(compiled, "_orig_mod"):
+            compiled.compile(backend="eager")
+        x = cases.normal((5, 8))
+        before = compiled(x)
+        assert prepare(compiled, QATConfig.dynamic(3), edges=None) is compiled
+        expected = prepare(mlp(8, 16, 2), QATConfig.dynamic(3), edges=None)(x)
+        cases.assert_same(compiled(x), expected)
+        assert not torch.equal(before, expected)
+
+
+def test_a_layer_that_torch_compile_wraps_is_refused():
+    model = nn.Sequential(torch.compile(nn.Linear(8, 8)), nn.Linear(8, 8))
+    with pytest.raises(
+        ValueError, match=r"prepare: expected layers that torch.compile does not wrap, got '0'"
+    ):
+        prepare(model)
+    assert type(model[1]) is nn.Linear
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_know_what_prepare_did(duplicate):
+    model = prepare(mlp(8, 16, 2), layers={"0": None})
+    before = repr(model), list(model.state_dict())
+    other = duplicate(model)
+    assert (repr(other), list(other.state_dict())) == before
+    assert str(summary(other)) == str(summary(model))
+    assert reasons(other) == {"0": "layers['0'] is None"}
+    with pytest.raises(
+        TypeError, match="prepare: expected a model that is not prepared, got one whose layer '2'"
+    ):
+        prepare(other)
+
+
+def test_a_part_that_is_prepared_is_refused_by_its_name():
+    model = nn.Sequential(prepare(mlp(8, 16, 2)), nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"whose layer '0.0' prepare made"):
+        prepare(model)
+    assert type(model[1]) is nn.Linear
+
+
+def test_a_layer_taken_back_to_float_can_be_prepared_again():
+    model = prepare(mlp(8, 2), SMALL)
+    model[0] = model[0].to_float()
+    assert configs(prepare(model, SMALL, edges=None)) == {"0": SMALL}
+
+
+def test_a_saved_model_loads_with_weights_only():
+    buffer = io.BytesIO()
+    torch.save(prepare(mlp(8, 16, 2), layers={"0": None}), buffer)
+    buffer.seek(0)
+    with torch.serialization.safe_globals([nn.Sequential, nn.ReLU, nn.Linear]):
+        other = torch.load(buffer, weights_only=True)
+    assert reasons(other) == {"0": "layers['0'] is None"}
+
+
+def test_a_model_without_a_layer_to_quantize_says_so():
+    with pytest.warns(UserWarning, match="prepare: no layer of Sequential is quantized"):
+        prepare(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare(mlp(8, 2), layers={"*": None})
+        prepare(nn.Sequential(QATLinear(8, 2)))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (("model",), TypeError, "prepare: expected model to be an nn.Module, got 'model'"),
+        ((nn.Linear,), TypeError, "prepare: expected model to be an nn.Module, got <class"),
+        (
+            (..., 4),
+            TypeError,
+            "prepare: expected config to be a QATConfig or None, got 4; for a number of bits write",
+        ),
+        ((..., QuantSpec()), TypeError, "prepare: expected config to be a QATConfig or None, got QuantSpec("),
+        (
+            (..., None, {"layers": ["0"]}),
+            TypeError,
+            "prepare: expected layers to be a dict from patterns to a QATConfig or None, got ['0']",
+        ),
+        (
+            (..., None, {"layers": {0: None}}),
+            TypeError,
+            "prepare: expected the patterns of layers to be strings, got 0",
+        ),
+        (
+            (..., None, {"layers": {"head": 8}}),
+            TypeError,
+            "prepare: expected layers['head'] to be a QATConfig or None, got 8",
+        ),
+        (
+            (..., None, {"edges": 1}),
+            ValueError,
+            "prepare: expected edges to be from 2 to 16 bits or None, got 1",
+        ),
+        ((..., None, {"edges": True}), TypeError, "prepare: expected edges to be an int, got True"),
+        ((..., None, {"edges": 8.0}), TypeError, "prepare: expected edges to be an int, got 8.0"),
+        (
+            (..., None, {"layers": {"haed": None}}),
+            ValueError,
+            "prepare: expected each pattern of layers to match a layer, got 'haed'; the nearest name is 'head'",
+        ),
+        (
+            (..., None, {"layers": {"blocks.7.*": SMALL}}),
+            ValueError,
+            "got 'blocks.7.*'; the nearest name is 'blocks.",
+        ),
+        (
+            (..., None, {"layers": {"blocks.0": None}}),
+            ValueError,
+            "prepare: expected the patterns of layers to match layers, got 'blocks.0', which holds some; write "
+            "'blocks.0.*'",
+        ),
+        (
+            (..., None, {"layers": {"embed": SMALL}}),
+            ValueError,
+            "prepare: expected layers['embed'] to match a layer that can be quantized, got 'embed', no quantized layer "
+            "for Embedding yet",
+        ),
+    ],
+)
+def test_errors_change_nothing(arguments, error, message):
+    model = GPT()
+    before = {name: id(module) for name, module in model.named_modules()}
+    *positional, keywords = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
+    with pytest.raises(error) as caught:
+        prepare(*(model if value is ... else value for value in positional), **keywords)
+    assert message in str(caught.value)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("name", ["scaled", "lazy", "normed", "own", "encoder.layers.0.self_attn.out_proj"])
+def test_a_name_of_a_layer_that_cannot_be_quantized_is_an_error(name):
+    with pytest.raises(
+        ValueError, match=r"prepare: expected layers\['.*'\] to match a layer that can be quantized"
+    ):
+        prepare(transformer(), layers={name: SMALL})
+    assert name in reasons(prepare(transformer(), layers={name: None, "encoder.*": SMALL}))
+
+
+def test_a_name_of_a_layer_that_is_quantized_by_hand_is_an_error():
+    with pytest.raises(ValueError, match=r"got '0', a QATLinear already, .*; set its .config"):
+        prepare(nn.Sequential(QATLinear(2, 2), nn.Linear(2, 2)), layers={"0": None})
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_script_modules_are_refused():
+    with pytest.raises(TypeError, match=r"got a ScriptModule; prepare it before torch.jit.script"):
+        prepare(torch.jit.script(mlp(8, 2)))
+
+
+# summary
+
+
+def test_rows_of_a_summary():
+    model = prepare(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(16, 8)), SMALL)
+    first, second = summary(model).rows
+    assert first._asdict() == {
+        "name": "0",
+        "kind": "Conv2d",
+        "weight": "float",
+        "input": "float",
+        "chain": None,
+        "range": None,
+        "clipped": None,
+        "bytes": 4 * 3 * 9 * 4,
+        "reason": "no quantized layer for Conv2d yet",
+    }
+    assert second._asdict() == {
+        "name": "2",
+        "kind": "QATLinear",
+        "weight": "8-bit symmetric per channel 0",
+        "input": "8-bit affine per token",
+        "chain": None,
+        "range": "dynamic",
+        "clipped": None,
+        "bytes": 8 * 16 + 8 * 4 + 8 * 4,  # integers, scales, bias
+        "reason": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        (QATConfig.dynamic(16), 2 * 6 * 18 + 4 * 6 + 4 * 6),
+        (QATConfig.dynamic(3), 6 * 9 + 4 * 6 + 4 * 6),
+        (QATConfig.dynamic(2), 6 * 5 + 4 * 6 + 4 * 6),  # rows are padded
+        (QATConfig.weight_only(4, 9), 6 * 9 + 2 * 6 * 8 + 4 * 6),
+        (QATConfig.tutorial(8), (6 * 18 + 8) + (6 + 8)),
+        (cases.CONFIGS["float"], 4 * 6 * 18 + 4 * 6),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_layer(config, expected):
+    assert summary(QATLinear(18, 6, config=config)).rows[0].bytes == expected
+
+
+def test_a_summary_is_a_table():
+    model = prepare(nn.Sequential(nn.Conv1d(3, 4, 3), nn.Linear(16, 1000)), layers={"1": QATConfig.int8()})
+    assert str(summary(model)) == (
+        "layer  kind       input                    weight                         range     bytes  in float because\n"
+        "0      Conv1d     float                    float                                      160  no quantized layer "
+        "for Conv1d yet\n"
+        "1      QATLinear  8-bit affine per tensor  8-bit symmetric per channel 0  dynamic  24,000\n"
+        "1 of 2 layers are quantized. Whether each of them runs: run the model once inside qatfast.unused_layers."
+    )
+    assert repr(summary(model)) == str(summary(model))
+
+
+def test_a_summary_of_models_that_are_not_prepared():
+    assert reasons(mlp(8, 2)) == {"0": "not prepared"}
+    assert summary(nn.Sequential(nn.ReLU())).rows == ()
+    assert str(summary(nn.ReLU())).endswith("0 of 0 layers are quantized.")
+    assert reasons(transformer())["lazy"] == "lazy: run the model once first"
+    with pytest.raises(TypeError, match=r"summary: expected model to be an nn.Module, got 3"):
+        summary(3)
+
+
+# unused_layers
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.called, self.read = QATLinear(8, 8), QATLinear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(self.called(x), self.read.weight)
+
+
+def test_layers_whose_weight_is_read_are_named():
+    model, x = nn.Sequential(Reads(), QATLinear(8, 8)), cases.normal((5, 8))
+    with unused_layers(model) as unused:
+        model(x)
+        assert unused == []
+    assert unused == ["0.read"]
+    with torch.no_grad(), unused_layers(model) as unused:
+        model(x)
+    assert unused == ["0.read"]
+    attention = nn.MultiheadAttention(8, 2)
+    attention.out_proj = QATLinear(8, 8)
+    with unused_layers(attention) as unused:
+        attention(x, x, x)
+    assert unused == ["out_proj"]
+
+
+def test_a_direct_call_of_forward_runs_a_layer():
+    layer = QATLinear(8, 8)
+    with unused_layers(layer) as unused:
+        layer.forward(cases.normal((5, 8)))
+    assert unused == []
+
+
+def test_a_shared_layer_is_named_once():
+    model = prepare(Shared())
+    with unused_layers(model) as unused:
+        pass
+    assert unused == ["first", "middle"]
+    with unused_layers(model) as unused:
+        model.again(cases.normal((5, 8)))
+    assert unused == ["middle"]
+
+
+def test_the_list_is_filled_where_the_block_raises():
+    model = prepare(mlp(8, 16, 2))
+    with pytest.raises(KeyError), unused_layers(model) as unused:
+        model[0](cases.normal((5, 8)))
+        raise KeyError
+    assert unused == ["2"]
+
+
+def test_blocks_nest_and_leave_nothing_behind():
+    model, x = prepare(mlp(8, 16, 2)), cases.normal((5, 8))
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    with unused_layers(model) as outer:
+        model[0](x)
+        with unused_layers(model) as inner, unused_layers(model[2]) as part:
+            pass
+        with unused_layers(model) as second:
+            model(x)
+    assert (outer, inner, part, second) == ([], ["0", "2"], [""], [])
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert qatfast.linear.open_blocks == []
+
+
+def test_blocks_overlap_between_threads():
+    model, x, results = prepare(mlp(8, 16, 2)), cases.normal((5, 8)), []
+    barrier = threading.Barrier(4)
+
+    def work(which):
+        for _ in range(50):
+            barrier.wait()
+            with unused_layers(model[which]) as unused:
+                model[which](x if which == 0 else cases.normal((5, 16)))
+            results.append(unused)
+
+    threads = [threading.Thread(target=work, args=(2 * (i % 2),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [[]] * 200
+    assert qatfast.linear.open_blocks == []
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_compiled_models_tell_too(when):
+    model = nn.Sequential(Reads(), QATLinear(8, 8))
+    x = cases.normal((5, 8))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    if when == "before":
+        expected = compiled(x)
+    for _ in range(3):
+        with unused_layers(compiled) as unused:
+            y = compiled(x)
+        assert unused == ["_orig_mod.0.read"]
+        cases.assert_same(compiled(x), y)
+    if when == "before":
+        cases.assert_same(y, expected)
+
+
+def test_unused_layers_takes_a_module():
+    with (
+        pytest.raises(TypeError, match=r"unused_layers: expected model to be an nn.Module, got None"),
+        unused_layers(None),
+    ):
+        pass

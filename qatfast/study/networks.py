@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from qatfast import FakeQuantize, PerChannel, PerToken, QATConfig, QATLinear, QuantSpec
+from qatfast import FakeQuantize, QATConfig, QATLinear, QuantSpec, prepare
 
 EDGE_BITS = 8
 """Below 8 bits the first and the last layer keep so many: few weights, and the most sensitive ones."""
@@ -22,7 +22,7 @@ class ThreeLayerNet(nn.Module):
     Args:
         in_features: of one sample.
         hidden_features: outputs of the first and the second layer.
-        num_classes: outputs of the third layer, one score a class.
+        num_classes: outputs of the third layer, one score per class.
 
     Example:
         >>> ThreeLayerNet()(torch.zeros(5, 10)).shape
@@ -52,7 +52,7 @@ class ThreeLayerNetQAT(nn.Module):
     Args:
         in_features: of one sample.
         hidden_features: outputs of the first and the second layer.
-        num_classes: outputs of the third layer, one score a class.
+        num_classes: outputs of the third layer, one score per class.
         num_bits: of everything quantized, 2 to 16.
         float_scores: True: the outputs of the third layer stay in float.
 
@@ -89,21 +89,8 @@ class ThreeLayerNetQAT(nn.Module):
         return self.fc3(hidden)
 
 
-def recommended_config(num_bits: int) -> QATConfig:
-    """Input affine per token, weight symmetric per output channel, bias and output in float.
-
-    A sample's result depends on that sample only, and up to 8 bits the layer multiplies integers.
-    """
-    return QATConfig(
-        input=QuantSpec(num_bits, granularity=PerToken()),
-        weight=QuantSpec(num_bits, symmetric=True, granularity=PerChannel(0)),
-        bias=None,
-        output=None,
-    )
-
-
 def quantize_layers(model: Model, num_bits: int, *, edge_bits: int = EDGE_BITS) -> Model:
-    """A copy of a float model whose linear layers are QATLinear with the recommended config.
+    """A copy of a float model whose linear layers are quantized by ``QATConfig.dynamic(num_bits)``.
 
     As it is, the copy is the model after PTQ; trained further, it is QAT.
 
@@ -123,48 +110,24 @@ def quantize_layers(model: Model, num_bits: int, *, edge_bits: int = EDGE_BITS) 
         QATLinear(in_features=64, out_features=64, bias=True, num_bits=4, input=affine per token, \
 weight=symmetric per channel 0, bias=float, output=float)
     """
-    quantized = copy.deepcopy(model)
-    layers = [name for name, module in quantized.named_modules() if isinstance(module, nn.Linear)]
-    for name in layers:
-        bits = max(num_bits, edge_bits) if name in (layers[0], layers[-1]) else num_bits
-        linear = quantized.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        quantized.set_submodule(name, QATLinear.from_float(linear, config=recommended_config(bits)))
-    return quantized
+    return cast(Model, prepare(copy.deepcopy(model), QATConfig.dynamic(num_bits), edges=edge_bits))
 
 
 def config_code(num_bits: int, *, train: bool) -> str:
-    """Python code that puts the recommended config into any model named ``model``: :func:`quantize_layers` to paste.
+    """Python code that quantizes any model named ``model`` as :func:`quantize_layers` does.
 
     Args:
         num_bits: 2 to 16.
         train: whether the model is trained on with it (QAT) or used as it is (PTQ).
     """
     then = "# QAT: train it on, as before" if train else "# PTQ: use it as it is"
-    config = f"config = {_config_expression(num_bits)}"
-    if num_bits >= EDGE_BITS:
-        chosen = "config"
-    else:
-        config += f"\nedges = {_config_expression(EDGE_BITS)}  # the first and the last layer"
-        chosen = "edges if name in (names[0], names[-1]) else config"
-    return f"""from torch import nn
-from qatfast import PerChannel, PerToken, QATConfig, QATLinear, QuantSpec
+    edges = "" if num_bits >= EDGE_BITS else f"  # the first and the last layer keep {EDGE_BITS} bits"
+    return f"""import qatfast
 
-{config}
-names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-for name in names:
-    layer = QATLinear.from_float(model.get_submodule(name), config={chosen})
-    model.set_submodule(name, layer)
+config = qatfast.QATConfig.dynamic({num_bits})
+model = qatfast.prepare(model, config){edges}
 {then}
 """
-
-
-def _config_expression(num_bits: int) -> str:
-    return (
-        f"QATConfig(\n    input=QuantSpec({num_bits}, granularity=PerToken()),\n"
-        f"    weight=QuantSpec({num_bits}, symmetric=True, granularity=PerChannel(0)),\n"
-        "    bias=None,\n    output=None,\n)"
-    )
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -5,7 +5,10 @@
 #include "ops.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SavedTensorHooks.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/SmallVector.h>
 #include <c10/util/irange.h>
 #include <torch/csrc/Exceptions.h>
@@ -115,6 +118,35 @@ PyObject* takes(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(!watched);
 }
 
+// What weight_cache._state tells of a weight, as bytes: they are the same only while it is as it was. None where the
+// weight is no plain parameter or something else than autograd takes part in the call: _state looks closer there.
+PyObject* weight_state(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 1, "weight_state: expected 1 argument, got ", count);
+  if (Py_TYPE(args[0]) != reinterpret_cast<PyTypeObject*>(ParameterClass)) {
+    Py_RETURN_NONE;
+  }
+  const auto& weight = THPVariable_Unpack(args[0]);
+  if (weight.layout() != at::kStrided || weight.is_inference() || weight.is_nested() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer) ||
+      c10::impl::TorchDispatchModeTLS::stack_len() != 0 || at::impl::PythonTorchFunctionTLS::stack_len() != 0 ||
+      at::SavedTensorDefaultHooks::get_hooks()) {
+    Py_RETURN_NONE;
+  }
+  const auto device = weight.device();
+  const auto stream = device.is_cpu() ? 0 : c10::impl::VirtualGuardImpl(device.type()).getStream(device).id();
+  const auto& storage = weight.storage();
+  c10::SmallVector<int64_t, 12> state = {reinterpret_cast<intptr_t>(storage.unsafeGetStorageImpl()),
+      reinterpret_cast<intptr_t>(storage.data()), weight.storage_offset(), weight._version(),
+      static_cast<int64_t>(weight.scalar_type()), weight.requires_grad(), stream};
+  state.append(weight.sizes().begin(), weight.sizes().end());
+  state.append(weight.strides().begin(), weight.strides().end());
+  return PyBytes_FromStringAndSize(
+      reinterpret_cast<const char*>(state.data()), static_cast<Py_ssize_t>(state.size() * sizeof(int64_t)));
+  END_HANDLE_TH_ERRORS
+}
+
 // How the CUDA kernels divide a tensor, for tests without a device.
 pybind11::dict cuda_plan(int64_t outer, int64_t blocks, int64_t inner, int64_t item_size, int64_t skipped,
     bool quantizes, int64_t multiprocessors, int64_t shared_memory, bool cooperative) {
@@ -138,6 +170,7 @@ namespace op = qatfast::op;
 
 PyMethodDef methods[] = {
     method("takes", takes),
+    method("weight_state", weight_state),
     method("fake_quantize", direct<op::fake_quantize>),
     method("fake_quantize_affine", direct<op::fake_quantize_affine>),
     method("choose_qparams", direct<op::choose_qparams>),

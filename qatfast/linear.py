@@ -162,8 +162,9 @@ bias=affine per tensor, output=affine per tensor)
             weight, bias = own["weight"], own["bias"]
         else:  # computed from others, by a parametrization
             weight, bias = self.weight, self.bias
-        if weight_cache.serves(self):
-            return weight_cache.linear(self, input, weight, bias, self.config)
+        slot = weight_cache.slot_of(self)
+        if slot is not None:
+            return weight_cache.linear(slot, input, weight, bias, self.config)
         return qat_linear(input, weight, bias, config=self.config)
 
     def extra_repr(self) -> str:

@@ -1,17 +1,23 @@
 """The compiled extension: whether it is loaded, why not, and what it runs on.
 
-``qatfast._C`` is loaded once, at import, and only with the torch it was built with (``_build.json`` beside it says
-which): another torch may crash it. Without it, the reference serves every function after one warning.
+``qatfast._C`` is loaded once per process, at import, and only if that is safe: ``_build.json`` beside it names the
+torch that it was built with (another one may crash it), the file is whole, and no other copy of qatfast has registered
+its operators (torch would abort). Otherwise the reference serves every function after one warning; no installation,
+however damaged, makes ``import qatfast`` fail.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
+import re
+import struct
 import sys
 import warnings
 from importlib import import_module
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,31 +29,95 @@ _REINSTALL = "Install qatfast again (pip install --force-reinstall --no-deps, fr
 _COMPILER = "Install a C++ compiler (g++ or clang++) and install qatfast again."
 
 
-def build_record() -> dict[str, object]:
-    """What setup.py wrote of the build: torch, kernels, reason, compiler, debug, sanitize; empty if there is none."""
+def _read_record() -> tuple[dict[str, Any], str]:
+    """(what setup.py wrote of the build, ""), or (nothing, why there is none and what to do)."""
     path = Path(__file__).with_name("_build.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, f"the package was not installed, only imported from its source. {_REINSTALL}"
+    except OSError as error:
+        return {}, f"{path} cannot be read ({error.strerror}). Make it readable, or install qatfast again."
+    except (ValueError, RecursionError) as error:
+        return {}, f"{path} is damaged ({error}). {_REINSTALL}"
+    types = {"kernels": bool, "torch": str | None, "reason": str}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), types[key]) for key in types):
+        return {}, f"{path} is damaged (it does not say what was built). {_REINSTALL}"
+    return record, ""
+
+
+_record, _no_record = _read_record()
+
+
+def build_record() -> dict[str, Any]:
+    """What setup.py wrote of the build: torch, kernels, reason, compiler, debug, sanitize; empty if there is none."""
+    return _record
 
 
 def _load() -> tuple[ModuleType | None, str]:
     """(the extension, "") or (None, why not and what to do)."""
     if os.environ.get("QATFAST_NO_EXT", "") not in ("", "0"):
         return None, "QATFAST_NO_EXT is set. Unset it to use the kernels."
-    record = build_record()
-    if not record:
-        return None, f"the package was not installed, only imported from its source. {_REINSTALL}"
-    if not record["kernels"]:
-        cure = _COMPILER if "compiler" in str(record["reason"]) else _REINSTALL
-        return None, f"the package was built without kernels ({record['reason']}). {cure}"
-    if record["torch"] != torch.__version__:
+    if _no_record:
+        return None, _no_record
+    if not _record["kernels"]:
+        cure = _COMPILER if "compiler" in _record["reason"] else _REINSTALL
+        return None, f"the package was built without kernels ({_record['reason']}). {cure}"
+    if _record["torch"] != torch.__version__:
         return (
             None,
-            f"they were built with torch {record['torch']}, and this is torch {torch.__version__}. {_REINSTALL}",
+            f"they were built with torch {_record['torch']}, and this is torch {torch.__version__}. {_REINSTALL}",
+        )
+    folder = Path(__file__).parent
+    path = next(filter(Path.is_file, (folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES)), None)
+    if path is None:
+        others = ", ".join(sorted(found.name for found in folder.glob("_C.*.so"))) or "none"
+        return (
+            None,
+            f"there is no library for Python {platform.python_version()} in {folder} (found: {others}). {_REINSTALL}",
+        )
+    if not _is_whole(path):
+        return None, f"the library {path} is damaged or cannot be read. {_REINSTALL}"
+    if hasattr(torch.ops.qatfast, "fake_quantize") and not _is_loaded(path):
+        return (
+            None,
+            f"another copy of qatfast has loaded its kernels in this process ({_loaded_libraries()}), and this copy is "
+            f"{folder}. Import one copy only: uninstall the other, or take it off sys.path.",
         )
     try:
         return import_module("qatfast._C"), ""
-    except ImportError as error:
+    except Exception as error:  # whatever it is, the reference can serve
         return None, f"the library does not load ({error}). {_REINSTALL}"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a 64-bit ELF file has its section headers, which come last: loading a truncated one is a bus error."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(64)
+            order = "<" if header[5:6] == b"\x01" else ">"
+            sections, size, count = struct.unpack_from(f"{order}Q10xHH", header, 40)
+            return header[:5] == b"\x7fELF\x02" and sections + size * count <= file.seek(0, os.SEEK_END)
+    except (OSError, struct.error):
+        return False
+
+
+def _is_loaded(path: Path) -> bool:
+    """Whether this very file (by device and inode, or by name) is part of the process already."""
+    try:
+        ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+    except OSError:
+        return False
+    return True
+
+
+def _loaded_libraries() -> str:
+    """The qatfast libraries in this process."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return "from an unknown place"
+    return ", ".join(dict.fromkeys(re.findall(r"/.*/qatfast/_C\..*", maps))) or "from an unknown place"
 
 
 extension, _reason = _load()
@@ -101,7 +171,8 @@ def why_no_cuda() -> str:
         return _reason
     if extension.has_cuda:
         return ""
-    return f"{build_record()['cuda_reason']}. Install qatfast again with a torch and an nvcc of one CUDA version."
+    cause = _record.get("cuda_reason", "not built for CUDA")
+    return f"{cause}. Install qatfast again with a torch and an nvcc of one CUDA version."
 
 
 def _warn_of_device(device: str) -> None:
@@ -129,9 +200,10 @@ def info() -> dict[str, str]:
     """What ``qatfast info`` prints: versions, kernels and why not, instruction set, threads, CUDA."""
     from . import __version__
 
-    record = build_record()
     kernels = (
-        f"kernels for {record['cuda_architectures']}" if not why_no_cuda() else f"no kernels: {why_no_cuda()}"
+        f"no kernels: {why_no_cuda()}"
+        if why_no_cuda()
+        else f"kernels for {_record.get('cuda_architectures')}"
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
     cuda = f"{device}, torch CUDA {torch.version.cuda or 'none'}; {kernels}"
@@ -140,8 +212,8 @@ def info() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "kernels": "loaded" if extension is not None else f"not loaded: {_reason}",
-        "built with": f"torch {record['torch']}, {record['compiler']}"
-        if record.get("kernels")
+        "built with": f"torch {_record['torch']}, {_record.get('compiler')}"
+        if _record.get("kernels")
         else "nothing built",
         "instruction set": extension.instruction_set() if extension is not None else "none (plain PyTorch)",
         "torch capability": torch.backends.cpu.get_cpu_capability(),

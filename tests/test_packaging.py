@@ -125,7 +125,7 @@ print("\\n".join(str(w.message) for w in caught))
             {"torch": "2.0.0", "kernels": True},
             f"built with torch 2.0.0, and this is torch {torch.__version__}",
         ),
-        ({"kernels": True}, "does not load"),
+        ({"kernels": True}, "is damaged"),
         ({"kernels": False, "reason": "no C++ compiler was found"}, "Install a C++ compiler"),
         ({"kernels": False, "reason": "QATFAST_NO_EXT was set"}, "QATFAST_NO_EXT was set"),
     ],
@@ -145,6 +145,136 @@ def test_one_warning_says_why_there_are_no_kernels(package, record, said):
     run = succeeds(python("-c", USE, cwd=package))
     (line,) = run.stdout.splitlines()
     assert said in line
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "Expecting value"),
+        (b'{"torch": "2.13.0", "kern', "Unterminated string"),
+        (b"\xff\xfe\x00", "can't decode"),
+        (b"[" * 100_000, "recursion"),
+        (b"[1, 2]", "does not say what was built"),
+        (b"{}", "does not say what was built"),
+        (b'{"name": "another project", "reason": ""}', "does not say what was built"),
+        (b'{"torch": "2.13.0", "kernels": "yes", "reason": ""}', "does not say what was built"),
+        (b'{"torch": "2.13.0", "kernels": false, "reason": null}', "does not say what was built"),
+        (None, "cannot be read (Is a directory)"),
+    ],
+    ids=["empty", "cut", "no text", "nested", "list", "no keys", "foreign", "type", "no reason", "folder"],
+)
+def test_a_damaged_record_is_a_warning_with_the_cure(package, content, said):
+    path = package / "qatfast" / "_build.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    run = succeeds(python("-c", USE, cwd=package))
+    (line,) = run.stdout.splitlines()
+    assert f"{path} " in line and said in line
+    assert "nstall qatfast again" in line
+    assert said in succeeds(python("-m", "qatfast", "info", cwd=package)).stdout
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """Two folders with a copy of the installed package each."""
+    if kernels.reason():
+        pytest.skip(f"kernels are not loaded: {kernels.reason()}")
+    folders = tmp_path / "first", tmp_path / "second"
+    for folder in folders:
+        ignored = shutil.ignore_patterns("__pycache__", "study")
+        shutil.copytree(Path(qatfast.__file__).parent, folder / "qatfast", ignore=ignored)
+    return folders
+
+
+def library_in(folder):
+    (path,) = (folder / "qatfast").glob("_C*.so")
+    return path
+
+
+@pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.999], ids="{:.1%}".format)
+def test_a_cut_library_is_a_warning_and_no_bus_error(copies, part):
+    path = library_in(copies[0])
+    os.truncate(path, int(path.stat().st_size * part))
+    (line,) = succeeds(python("-c", USE, cwd=copies[0])).stdout.splitlines()
+    assert f"the library {path} is damaged" in line
+
+
+def test_a_library_for_another_python_is_a_warning_that_names_it(copies):
+    path = library_in(copies[0])
+    other = path.rename(path.with_name("_C.cpython-39-x86_64-linux-gnu.so"))
+    (line,) = succeeds(python("-c", USE, cwd=copies[0])).stdout.splitlines()
+    assert "there is no library for Python" in line and other.name in line
+    other.unlink()
+    (line,) = succeeds(python("-c", USE, cwd=copies[0])).stdout.splitlines()
+    assert "(found: none)" in line
+
+
+AGAIN = """
+import importlib, sys
+import torch, qatfast
+from qatfast import functional, kernels
+assert not kernels.reason(), kernels.reason()
+first, x = qatfast.fake_quantize, torch.linspace(-1, 3, 1000)
+{again}
+import qatfast
+from qatfast import kernels
+print(kernels.reason())
+for warned in range(2):
+    assert torch.equal(qatfast.fake_quantize(x, 4), first(x, 4))
+    qatfast.QATLinear(1000, 2)(x).sum().backward()
+assert torch.equal(torch.compile(qatfast.fake_quantize, backend="eager", fullgraph=True)(x, 4), first(x, 4))
+"""
+FORGET = "for name in [n for n in sys.modules if n.partition('.')[0] == 'qatfast']: del sys.modules[name]"
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        "for module in (qatfast, kernels, functional): importlib.reload(module)",
+        FORGET,
+        FORGET + "\nsys.path.insert(0, r'{link}')",
+    ],
+    ids=["reload", "import again", "through a link"],
+)
+def test_the_same_library_twice_in_a_process_serves_on(copies, again):
+    link = copies[0].with_name("link")
+    link.symlink_to(copies[0])
+    run = succeeds(python("-W", "error", "-c", AGAIN.format(again=again.format(link=link)), cwd=copies[0]))
+    assert run.stdout.strip() == ""
+
+
+def test_a_second_copy_in_a_process_is_a_warning_and_no_abort(copies):
+    first, second = copies
+    again = f"{FORGET}\nsys.path.insert(0, r'{second}')"
+    run = succeeds(python("-c", AGAIN.format(again=again), cwd=first))
+    assert (
+        f"another copy of qatfast has loaded its kernels in this process ({library_in(first)})" in run.stdout
+    )
+    assert f"this copy is {second / 'qatfast'}" in run.stdout
+    assert run.stderr.count("RuntimeWarning: qatfast runs without its compiled kernels") == 1
+
+
+def test_import_needs_no_home_and_writes_nothing(copies):
+    environment = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+    before = sorted(copies[0].rglob("*"))
+    run = subprocess.run(
+        [sys.executable, "-c", "import qatfast; print(qatfast.kernels.reason())"],
+        cwd=copies[0],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert succeeds(run).stdout.strip() == ""
+    assert sorted(copies[0].rglob("*")) == before
+
+
+def test_python_m_qatfast_is_the_command():
+    run = succeeds(python("-m", "qatfast", "--help", cwd=ROOT))
+    assert run.stdout.startswith("usage: qatfast ") and "__main__" not in run.stdout
+    assert (
+        succeeds(python("-m", "qatfast", "--version", cwd=ROOT)).stdout == f"qatfast {qatfast.__version__}\n"
+    )
+    run = python("-m", "qatfast", "visualize", "--bits", "1", cwd=ROOT)
+    assert (run.returncode, run.stderr.partition(":")[0]) == (2, "qatfast visualize")
 
 
 # What setup.py does

@@ -97,9 +97,40 @@ def why_no_cuda():
 
 
 def architectures():
-    """TORCH_CUDA_ARCH_LIST, or what this torch itself is built for, the newest as PTX too for later devices."""
-    built_for = re.findall(r"\bsm_(\d+)(\d)\b", torch._C._cuda_getArchFlags() or "")
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(map(".".join, built_for)) + "+PTX"
+    """What the CUDA kernels are compiled for: TORCH_CUDA_ARCH_LIST, or the GPUs present, or else one architecture.
+
+    TORCH_CUDA_ARCH_LIST=all is every architecture of this torch. The newest of a list is there as PTX too, from which
+    the driver makes code for later devices: without a GPU, the oldest one from 8.0 on serves all that came after it.
+    """
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if given and given.lower() != "all":
+        return given
+    names = re.findall(r"\bsm_(\d+)(\d)\b", torch._C._cuda_getArchFlags() or "")
+    built_for = sorted((int(major), int(minor)) for major, minor in names) or [(8, 0)]
+    chosen = set(built_for)
+    if not given:
+        chosen = {min(gpu, built_for[-1]) for gpu in gpus() if gpu >= built_for[0]}
+    if not chosen:
+        major, minor = next((each for each in built_for if each >= (8, 0)), built_for[-1])
+        chosen = {(major, minor)}
+        print(
+            "qatfast: no GPU was found, so the CUDA kernels are compiled for compute capability "
+            f"{major}.{minor} and, as PTX, for later ones. Set TORCH_CUDA_ARCH_LIST to choose others "
+            "(9.0, 8.6;9.0+PTX, or all: every one of this torch, which takes several times as long), or FORCE_CUDA=0 "
+            "to build for CPUs only.",
+            file=sys.stderr,
+        )
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(chosen)) + "+PTX"
+
+
+def gpus():
+    """The compute capabilities of the GPUs present; none where the driver does not answer, as in many containers."""
+    try:
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+        return [torch.cuda.get_device_capability(device) for device in devices]
+    except Exception as error:
+        print(f"qatfast: the GPUs cannot be asked for their compute capability ({error}).", file=sys.stderr)
+        return []
 
 
 debug = switch("QATFAST_DEBUG")

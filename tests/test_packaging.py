@@ -27,6 +27,7 @@ SWITCHES = (
     "QATFAST_DEBUG",
     "QATFAST_SANITIZE",
     "PYTHONPATH",
+    "TORCH_CUDA_ARCH_LIST",
 )
 
 needs_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs in the source tree only")
@@ -342,6 +343,89 @@ def test_switches_reach_the_compiler_and_the_record(project):
     assert "-march" not in command
     record = record_of(project)
     assert (record["kernels"], record["debug"], record["sanitize"]) == (True, True, "address,undefined")
+
+
+FAKE_TORCH = {
+    "__init__.py": """
+import os
+from types import SimpleNamespace
+from torch import cuda, version
+__version__ = "2.99.0"
+flags = os.environ.get("FAKE_FLAGS", "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120 compute_120")
+_C = SimpleNamespace(_cuda_getArchFlags=lambda: flags)
+""",
+    "version.py": "cuda = '13.0'",
+    "cuda.py": """
+import os
+given = os.environ["FAKE_GPUS"]
+gpus = [tuple(map(int, gpu.split("."))) for gpu in given.split()] if given[:1].isdigit() else []
+def is_available():
+    return given != ""
+def device_count():
+    return 1 if given == "broken" else len(gpus)
+def get_device_capability(device):
+    if given == "broken":
+        raise RuntimeError("CUDA driver initialization failed")
+    return gpus[device]
+""",
+    "utils/__init__.py": "",
+    "utils/cpp_extension.py": """
+import os
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+class BuildExtension(build_ext):
+    def run(self):
+        print("list:", os.environ.get("TORCH_CUDA_ARCH_LIST"))
+def CppExtension(name, sources, **arguments):
+    return Extension(name, sources)
+CUDAExtension = CppExtension
+def include_paths():
+    return []
+""",
+}
+
+
+@needs_source
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize(
+    "gpus, environment, expected, said",
+    [
+        ("", {}, "8.0+PTX", "no GPU was found, so the CUDA kernels are compiled for compute capability 8.0"),
+        ("broken", {}, "8.0+PTX", "(CUDA driver initialization failed)"),
+        ("", {"FAKE_FLAGS": "sm_70 sm_75"}, "7.5+PTX", "compute capability 7.5"),
+        ("", {"FAKE_FLAGS": "sm_90 sm_120"}, "9.0+PTX", "compute capability 9.0"),
+        ("", {"FAKE_FLAGS": ""}, "8.0+PTX", "compute capability 8.0"),
+        ("9.0", {}, "9.0+PTX", ""),
+        ("9.0 8.9 9.0", {}, "8.9;9.0+PTX", ""),
+        ("12.1", {}, "12.0+PTX", ""),  # newer than this torch's kernels
+        ("6.1", {}, "8.0+PTX", "no GPU was found"),  # older than this torch runs on
+        ("9.0", {"TORCH_CUDA_ARCH_LIST": "8.6;9.0"}, "8.6;9.0", ""),
+        ("", {"TORCH_CUDA_ARCH_LIST": "8.6"}, "8.6", ""),
+        ("9.0", {"TORCH_CUDA_ARCH_LIST": "All"}, "7.5;8.0;8.6;9.0;10.0;12.0+PTX", ""),
+        ("broken", {"TORCH_CUDA_ARCH_LIST": "all"}, "7.5;8.0;8.6;9.0;10.0;12.0+PTX", ""),
+    ],
+)
+def test_cuda_is_compiled_for_the_gpus_present_or_one_architecture(
+    project, gpus, environment, expected, said
+):
+    for name, text in FAKE_TORCH.items():
+        path = project / "fake" / "torch" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    nvcc = project / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.88'\n")
+    nvcc.chmod(0o755)
+    environment = {
+        "PYTHONPATH": str(project / "fake"),
+        "CUDA_HOME": str(project / "cuda"),
+        "FAKE_GPUS": gpus,
+    } | environment
+    run = succeeds(python("setup.py", "-q", "build_ext", "--inplace", cwd=project, **environment))
+    assert f"list: {expected}" in run.stdout.splitlines()
+    record = record_of(project)
+    assert (record["cuda"], record["cuda_architectures"]) == (True, expected)
+    assert said in run.stderr if said else "qatfast:" not in run.stderr
 
 
 # What is packed

@@ -31,7 +31,7 @@ help:  ## list the targets
 	@echo "Variables: PYTHON, VENV, TORCH, REPORT, DEMO_ARGS, TEST_ARGS, DEVICE, BENCH_ARGS (PYTHON counts when $(VENV) is made)"
 
 demo: $(call ready,study)  ## train FP32, PTQ and QAT on handwritten digits; write report/index.html
-	$(PY) -m qatfast.cli compare --out $(REPORT) $(DEMO_ARGS)
+	$(PY) -m qatfast compare --out $(REPORT) $(DEMO_ARGS)
 
 test: $(call ready,test)  ## run the whole suite (TEST_ARGS="-x -k linear")
 	$(PY) -m pytest $(TEST_ARGS)

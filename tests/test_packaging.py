@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -276,6 +277,37 @@ def test_python_m_qatfast_is_the_command():
     )
     run = python("-m", "qatfast", "visualize", "--bits", "1", cwd=ROOT)
     assert (run.returncode, run.stderr.partition(":")[0]) == (2, "qatfast visualize")
+
+
+# What the README says
+
+
+@needs_source
+def test_the_code_of_the_readme_runs_from_top_to_bottom(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 4
+    path = tmp_path / "readme.py"
+    path.write_text("\n".join(blocks))
+    warnings = () if kernels.reason() else ("-W", "error::RuntimeWarning")
+    succeeds(python(*warnings, path, cwd=tmp_path, PYTHONPATH=str(Path(qatfast.__file__).parent.parent)))
+
+
+@needs_source
+def test_the_versions_that_are_claimed_are_those_that_ci_tests():
+    readme = (ROOT / "README.md").read_text()
+    pairs = re.findall(r"(\d\.\d+) \(Python (3\.\d+)\)", readme)
+    assert len(pairs) == 3
+    (oldest_torch, oldest), (torch_between, _), (newest_torch, newest) = pairs
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert f'OLDEST=(python{oldest} "torch=={oldest_torch}.' in ci
+    assert (
+        f'FIRST_TORCH="torch=={torch_between}.' in ci
+        and f"TORCH ?= torch=={torch_between}." in (ROOT / "Makefile").read_text()
+    )
+    assert f'NEWEST=(python{newest} "torch=={newest_torch}.' in ci
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'"torch>={oldest_torch}"' in project and f'requires-python = ">={oldest}"' in project
+    assert re.findall(r"Python :: (3\.\d+)", project) == [python for _, python in pairs]
 
 
 # What setup.py does

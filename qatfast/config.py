@@ -160,9 +160,8 @@ class QuantSpec(_Arguments):
             words = f"per channel {self.granularity.axis}"
         elif isinstance(self.granularity, PerGroup):
             words = f"per group of {self.granularity.group_size}"
-        full_range = self.symmetric and not self.narrow_range
-        grid = f"symmetric{' full range' if full_range else ''}" if self.symmetric else "affine"
-        return f"{self.num_bits}-bit {grid} {words}"
+        symmetric = "symmetric" if self.narrow_range else "symmetric full range"
+        return f"{self.num_bits}-bit {symmetric if self.symmetric else 'affine'} {words}"
 
 
 def quant_range(num_bits: int, symmetric: bool, narrow_range: bool) -> tuple[int, int]:

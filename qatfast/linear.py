@@ -47,7 +47,9 @@ class QATLinear(nn.Linear):
         bias: whether to learn a bias; a bool.
         device: of the parameters.
         dtype: of the parameters.
-        num_bits: short for ``config=QATConfig.tutorial(num_bits)``; None means 8.
+        num_bits: short for ``config=QATConfig.tutorial(num_bits)``; None means 8. That is the recipe of tutorials, for
+            comparison with them; for fewer than 8 bits write ``config=QATConfig.dynamic(num_bits)``, which keeps far
+            more of the accuracy.
         config: what is quantized how.
 
     Raises:

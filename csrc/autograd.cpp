@@ -9,8 +9,12 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/sparse_coo_tensor.h>
+#include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
@@ -29,11 +33,29 @@ bool wants_gradient(const Tensor& x) {
   return at::GradMode::is_enabled() && x.requires_grad();
 }
 
+// Whether x has a tangent (forward-mode AD, which grad mode does not switch off).
+bool is_dual(const Tensor& x) {
+  const auto* meta = torch::autograd::impl::get_autograd_meta(x);
+  const bool may_be = meta && (meta->is_view_ || meta->fw_grad_); // to ask for the tangent takes a lock
+  return may_be && x._fw_grad(/*level=*/0).defined();
+}
+
+// x without its tangent: torch::autograd::Function takes no duals.
+Tensor primal_of(const Tensor& x) {
+  return is_dual(x) ? x._fw_primal(/*level=*/0) : x;
+}
+
+// `tangent` is in memory of its own: a later write into y writes into it, too.
+const Tensor& with_tangent(const Tensor& y, const Tensor& tangent) {
+  y._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
+  return y;
+}
+
 // A given scale gets no gradient, so one that waits for it is a mistake that nobody else would notice.
 void check_fixed(const char* op, const Tensor& scale) {
-  TORCH_CHECK_VALUE(!wants_gradient(scale), op,
-      ": expected scale not to require grad, got one that does; write fake_quantize_learned to train it, or "
-      "scale.detach()");
+  constexpr auto cure = "; write fake_quantize_learned to train it, or scale.detach()";
+  TORCH_CHECK_VALUE(!wants_gradient(scale), op, ": expected scale not to require grad, got one that does", cure);
+  TORCH_CHECK_VALUE(!is_dual(scale), op, ": expected scale to have no tangent, got one that does", cure);
 }
 
 // The range comes from the data itself: the gradient passes as it is, and nothing is kept.
@@ -79,6 +101,12 @@ std::vector<c10::SymInt> contiguous_strides(c10::SymIntArrayRef sizes) {
   return strides;
 }
 
+// The order of the mask's bits.
+std::vector<c10::SymInt> strides_of_mask(const Tensor& output, at::IntArrayRef granularity) {
+  const bool by_rows = Granularity{static_cast<Granularity::Kind>(granularity[0])}.by_rows();
+  return by_rows ? contiguous_strides(output.sym_sizes()) : output.sym_strides().vec();
+}
+
 struct FakeQuantizeAffineNode : Function<FakeQuantizeAffineNode> {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& scale,
       const Variable& zero_point, int64_t quant_min, int64_t quant_max, at::IntArrayRef granularity) {
@@ -87,8 +115,7 @@ struct FakeQuantizeAffineNode : Function<FakeQuantizeAffineNode> {
     const auto [output, mask] =
         op::fake_quantize_affine_forward(input, scale, zero_point, quant_min, quant_max, granularity);
     ctx->save_for_backward({mask});
-    const bool by_rows = Granularity{static_cast<Granularity::Kind>(granularity[0])}.by_rows();
-    ctx->saved_data["stride"] = by_rows ? contiguous_strides(input.sym_sizes()) : output.sym_strides().vec();
+    ctx->saved_data["stride"] = strides_of_mask(output, granularity);
     return output;
   }
 
@@ -114,10 +141,20 @@ struct StraightThroughNode : Function<StraightThroughNode> {
   }
 };
 
+Tensor straight_through(const Tensor& x, const Tensor& value) {
+  const auto y = StraightThroughNode::apply(primal_of(x), value);
+  return is_dual(x) ? with_tangent(y, x._fw_grad(/*level=*/0).clone()) : y;
+}
+
 // A backward that nobody differentiates skips the autograd keys of its operators: 4 % of a small layer's step.
 std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd_unless_needed(const Tensor& grad) {
-  const bool needed = at::GradMode::is_enabled() || grad._fw_grad(/*level=*/0).defined();
+  const bool needed = at::GradMode::is_enabled() || is_dual(grad);
   return needed ? std::nullopt : std::make_optional<at::AutoDispatchBelowADInplaceOrView>();
+}
+
+// A gradient may be sparse: that of a table of embeddings is.
+Tensor as_dense(const Tensor& grad) {
+  return grad.is_sparse() ? grad.to_dense() : grad;
 }
 
 // (..., features) as (rows, features).
@@ -134,8 +171,12 @@ Tensor weight_gradient(const Tensor& dy, const Tensor& x_hat, bool is_differenti
   return op::qat_linear_grad_weight(dy, x_hat);
 }
 
+// x itself if the code leaves it in float.
 Tensor fake_quantized(const Tensor& x, at::IntArrayRef code) {
   const auto spec = spec_of(code);
+  if (!spec) {
+    return x;
+  }
   return op::fake_quantize(x, spec->num_bits, spec->symmetric, code.slice(2), spec->narrow_range);
 }
 
@@ -168,11 +209,12 @@ struct QATLinearNode : Function<QATLinearNode> {
       return result;
     }
     const auto saved = ctx->get_saved_variables(); // may run hooks, which need autograd
-    const auto below = below_autograd_unless_needed(grads[0]);
-    const auto dy = as_rows(grads[0]);
+    const auto grad = as_dense(grads[0]);
+    const auto below = below_autograd_unless_needed(grad);
+    const auto dy = as_rows(grad);
     if (ctx->needs_input_grad(0)) {
       const auto w_hat = quantized_weight(saved[1], saved[2], dy.scalar_type());
-      result[0] = grads[0].dim() == 2 ? at::mm(dy, w_hat) : at::matmul(grads[0], w_hat);
+      result[0] = grad.dim() == 2 ? at::mm(dy, w_hat) : at::matmul(grad, w_hat);
     }
     if (ctx->needs_input_grad(1)) {
       const auto x_hat = as_rows(as_dtype(quantized_input(ctx, saved[0]), dy.scalar_type()));
@@ -198,7 +240,7 @@ struct QATLinearNode : Function<QATLinearNode> {
     if (!weight_hat.defined()) {
       return as_dtype(weight, dtype);
     }
-    return wants_gradient(weight) ? StraightThroughNode::apply(weight, weight_hat) : weight_hat;
+    return as_dtype(wants_gradient(weight) ? straight_through(weight, weight_hat) : weight_hat, dtype);
   }
 };
 
@@ -207,7 +249,7 @@ struct QATLinearNode : Function<QATLinearNode> {
 Tensor in_place_of_input(const Tensor& value, uint32_t index) {
   const auto stand_in = at::empty({0}, value.options());
   torch::autograd::impl::set_gradient_edge(stand_in, torch::autograd::get_current_node()->next_edge(index));
-  return StraightThroughNode::apply(stand_in, value);
+  return straight_through(stand_in, value);
 }
 
 // The same layer on integers, with the same gradients. Kept: the input's integers, from which x_hat is made again, and
@@ -240,28 +282,28 @@ struct QATLinearIntegersNode : Function<QATLinearIntegersNode> {
       return result;
     }
     const auto saved = ctx->get_saved_variables(); // may run hooks, which need autograd
-    const auto below = below_autograd_unless_needed(grads[0]);
+    const auto grad = as_dense(grads[0]);
+    const auto below = below_autograd_unless_needed(grad);
     const auto& values = saved[0];
     const auto& weight = saved[3];
-    const auto dy = as_rows(grads[0]);
+    const auto dy = as_rows(grad);
     const bool needs_input = ctx->needs_input_grad(0), needs_weight = ctx->needs_input_grad(1);
     const auto spec = ctx->saved_data["weight_spec"].toIntVector();
     if (below && needs_input && needs_weight) {
       const auto [dx, dw] = op::qat_linear_integers_backward(dy, values, saved[1], saved[2], weight, spec);
-      result[0] = grads[0].dim() == 2 ? dx : dx.view_symint(shape_of_input(grads[0], weight));
+      result[0] = grad.dim() == 2 ? dx : dx.view_symint(shape_of_input(grad, weight));
       result[1] = dw;
     } else {
       const auto dtype = dy.scalar_type();
       if (needs_weight) {
         auto x_hat = op::qat_linear_input(values, saved[1], saved[2], dtype);
-        if (!below && needs_input) {
-          x_hat = as_rows(in_place_of_input(x_hat.view_symint(shape_of_input(grads[0], weight)), 0));
+        if (!below && weight.defined()) { // the input requires grad, whether or not this task asks for its gradient
+          x_hat = as_rows(in_place_of_input(x_hat.view_symint(shape_of_input(grad, weight)), 0));
         }
         result[1] = weight_gradient(dy, x_hat, !below);
       }
       if (needs_input) {
-        const auto w_hat = as_dtype(fake_quantized(weight, spec), dtype);
-        result[0] = at::matmul(grads[0], w_hat);
+        result[0] = at::matmul(grad, as_dtype(fake_quantized(weight, spec), dtype));
       }
     }
     const bool has_bias = saved.size() == 5;
@@ -279,10 +321,41 @@ struct QATLinearIntegersNode : Function<QATLinearIntegersNode> {
   }
 };
 
+// fake_quantize_affine_backward of a sparse gradient, as a sparse one.
+Tensor of_sparse(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef stride) {
+  const auto ones = at::ones_symint(grad.sym_sizes(), grad.options().layout(at::kStrided));
+  const auto inside = op::fake_quantize_affine_backward(ones, mask, stride);
+  const auto coalesced = grad.coalesce();
+  c10::List<std::optional<Tensor>> places;
+  for (const auto& index : coalesced.indices().unbind(0)) {
+    places.push_back(index);
+  }
+  const auto values = at::where(inside.index(places) != 0, coalesced.values(), 0);
+  return at::sparse_coo_tensor(coalesced.indices(), values, grad.sizes(), grad.options(), /*is_coalesced=*/true);
+}
+
+bool any_dual(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  return is_dual(input) || is_dual(weight) || (bias && is_dual(*bias));
+}
+
+// `value`, which a layer gives, with the derivatives of its product on floats: of every order, in both modes.
+Tensor with_derivatives_of_product(const Tensor& value, const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& bias, at::IntArrayRef specs) {
+  const auto hat = [&](const Tensor& x, Role role) {
+    return as_dtype(fake_quantized(x, code_of(specs, role)), value.scalar_type());
+  };
+  const auto b_hat = bias ? std::optional<Tensor>(hat(*bias, Role::bias)) : std::nullopt;
+  return straight_through(at::linear(hat(input, Role::input), hat(weight, Role::weight), b_hat), value);
+}
+
 } // namespace
 
 Tensor fake_quantize(
     const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range) {
+  if (is_dual(input)) {
+    const auto y = fake_quantize(primal_of(input), num_bits, symmetric, granularity, narrow_range);
+    return with_tangent(y, input._fw_grad(/*level=*/0).clone());
+  }
   if (wants_gradient(input)) {
     return FakeQuantizeNode::apply(input, num_bits, symmetric, granularity, narrow_range);
   }
@@ -293,6 +366,14 @@ Tensor fake_quantize(
 Tensor fake_quantize_affine(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
     int64_t quant_max, at::IntArrayRef granularity) {
   check_fixed("fake_quantize_affine", scale);
+  if (is_dual(input)) {
+    const auto primal = primal_of(input);
+    const auto y = fake_quantize_affine(primal, scale, zero_point, quant_min, quant_max, granularity);
+    const auto mask = std::get<1>(op::fake_quantize_affine_forward(
+        primal.detach(), scale.detach(), zero_point, quant_min, quant_max, granularity));
+    const auto stride = strides_of_mask(y, granularity);
+    return with_tangent(y, op::fake_quantize_affine_backward(input._fw_grad(/*level=*/0), mask, stride));
+  }
   if (wants_gradient(input)) {
     return FakeQuantizeAffineNode::apply(input, scale.detach(), zero_point, quant_min, quant_max, granularity);
   }
@@ -301,6 +382,13 @@ Tensor fake_quantize_affine(const Tensor& input, const Tensor& scale, const Tens
 }
 
 Tensor fake_quantize_affine_backward(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef stride) {
+  if (grad.is_sparse()) {
+    return of_sparse(grad, mask, stride);
+  }
+  if (is_dual(grad)) {
+    const auto tangent = op::fake_quantize_affine_backward(grad._fw_grad(/*level=*/0), mask, stride);
+    return with_tangent(op::fake_quantize_affine_backward(primal_of(grad), mask, stride), tangent);
+  }
   if (wants_gradient(grad)) {
     return FakeQuantizeAffineBackwardNode::apply(grad, mask, stride);
   }
@@ -336,6 +424,13 @@ Tensor dequantize(const Tensor& input, const Tensor& scale, const Tensor& zero_p
 
 Tensor qat_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef specs,
     std::optional<at::ScalarType> dtype) {
+  if (any_dual(input, weight, bias)) {
+    const auto y = [&] {
+      at::AutoDispatchBelowADInplaceOrView below;
+      return op::qat_linear(input, weight, bias, specs, dtype);
+    }();
+    return with_derivatives_of_product(y, input, weight, bias, specs);
+  }
   if (wants_gradient(input) || wants_gradient(weight) || (bias && wants_gradient(*bias))) {
     if (multiplies_integers(weight, specs)) {
       return QATLinearIntegersNode::apply(input, weight, bias, at::TensorList(), specs, dtype);
@@ -348,6 +443,13 @@ Tensor qat_linear(const Tensor& input, const Tensor& weight, const std::optional
 
 Tensor qat_linear_integers(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
     at::TensorList weight_integers, at::IntArrayRef specs, std::optional<at::ScalarType> dtype) {
+  if (any_dual(input, weight, bias)) {
+    const auto y = [&] {
+      at::AutoDispatchBelowADInplaceOrView below;
+      return op::qat_linear_integers(input, weight, bias, weight_integers, specs, dtype);
+    }();
+    return with_derivatives_of_product(y, input, weight, bias, specs);
+  }
   if (wants_gradient(input) || wants_gradient(weight) || (bias && wants_gradient(*bias))) {
     return QATLinearIntegersNode::apply(input, weight, bias, weight_integers, specs, dtype);
   }

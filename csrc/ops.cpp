@@ -16,6 +16,7 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/SmallVector.h>
 #include <c10/util/irange.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -699,6 +700,11 @@ TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
   m.impl("qat_linear", autograd::qat_linear);
   m.impl("qat_linear_weight", autograd::qat_linear_weight);
   m.impl("qat_linear_integers", autograd::qat_linear_integers);
+  // An error where one of these is differentiated: the operators above call them below autograd.
+  for (const char* name : {"fake_quantize_affine_forward", "qat_linear_forward", "qat_linear_integers_forward",
+           "qat_linear_input", "qat_linear_integers_backward", "qat_linear_grad_weight"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 TORCH_LIBRARY_IMPL(qatfast, AutocastCPU, m) {

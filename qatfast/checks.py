@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .arguments import integer
 from .config import Granularity, PerChannel, PerGroup, PerTensor
@@ -191,11 +192,13 @@ def qparams(
 
 def fixed_scale(op: str, scale: Any) -> None:
     """A given scale gets no gradient, so one that waits for it is a mistake that nobody else would notice."""
-    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{op}: expected scale not to require grad, got one that does; write fake_quantize_learned to train it, "
-            "or scale.detach()"
-        )
+    if not isinstance(scale, Tensor):
+        return
+    cure = "; write fake_quantize_learned to train it, or scale.detach()"
+    if scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: expected scale not to require grad, got one that does{cure}")
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(scale).tangent is not None:
+        raise ValueError(f"{op}: expected scale to have no tangent, got one that does{cure}")
 
 
 def linear_operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import arguments, checks, kernels, reference
-from .config import Granularity, PerTensor, QATConfig, checked_granularity, granularity_from_code
+from . import _fake, arguments, checks, kernels, reference
+from .config import Granularity, PerTensor, QATConfig, checked_granularity
 
 _PER_TENSOR = PerTensor()
 _DEFAULT_CONFIG = QATConfig()
@@ -345,126 +341,5 @@ def qat_linear(
     return reference.qat_linear(input, weight, bias, config=config)
 
 
-def _register_fakes() -> None:
-    """Shapes, dtypes and strides of each operator, for torch.compile, torch.export and meta tensors."""
-    fake = torch.library.register_fake
-
-    def same_device(op: str, input: Tensor, **others: Tensor | None) -> None:
-        for name, other in others.items():
-            if other is not None:
-                checks.same_device(op, name, other, input)
-
-    @fake("qatfast::fake_quantize")
-    def _(input: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.empty_like(input)
-
-    @fake("qatfast::fake_quantize_affine")
-    def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> Tensor:
-        same_device("fake_quantize_affine", input, scale=scale, zero_point=zero_point)
-        return torch.empty_like(input)
-
-    @fake("qatfast::fake_quantize_affine_forward")
-    def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        same_device("fake_quantize_affine", input, scale=scale, zero_point=zero_point)
-        return torch.empty_like(input), input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
-
-    @fake("qatfast::fake_quantize_affine_backward")
-    def _(grad: Tensor, mask: Tensor, stride: Sequence[int]) -> Tensor:
-        same_device("fake_quantize_affine_backward", grad, mask=mask)
-        return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device)
-
-    @fake("qatfast::choose_qparams")
-    def _(
-        input: Tensor,
-        num_bits: int = 8,
-        symmetric: bool = False,
-        granularity: Sequence[int] = (0, 0),
-        *_: Any,
-        **__: Any,
-    ) -> tuple[Tensor, Tensor]:
-        shape = checks.shape_of_qparams(input.shape, granularity_from_code(granularity))
-        dtype = checks.compute_dtype(input.dtype)
-        return input.new_empty(shape, dtype=dtype), input.new_empty(shape, dtype=torch.int32)
-
-    @fake("qatfast::quantize")
-    def _(
-        input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, *_: Any, **__: Any
-    ) -> Tensor:
-        same_device("quantize", input, scale=scale, zero_point=zero_point)
-        return torch.empty_like(input, dtype=reference.quantized_dtype(quant_min, quant_max))
-
-    @fake("qatfast::dequantize")
-    def _(
-        input: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        granularity: Sequence[int] = (0, 0),
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        same_device("dequantize", input, scale=scale, zero_point=zero_point)
-        return torch.empty_like(input, dtype=dtype)
-
-    def layer_output(
-        input: Tensor, weight: Tensor, bias: Tensor | None, *_: Any, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        same_device("qat_linear", input, weight=weight, bias=bias)
-        return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or input.dtype)
-
-    fake("qatfast::qat_linear", layer_output)
-
-    @fake("qatfast::qat_linear_forward")
-    def _(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        specs: Sequence[int],
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        output = layer_output(input, weight, bias, dtype=dtype)
-        weight_hat = weight.new_empty(weight.shape if specs[4] else (0,), dtype=output.dtype)
-        return output, weight_hat
-
-    def rows_of(matrix: Tensor, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            matrix.new_empty((rows, matrix.shape[-1]), dtype=torch.int8),
-            matrix.new_empty((rows,), dtype=checks.compute_dtype(matrix.dtype)),
-            matrix.new_empty((rows,), dtype=torch.int32),
-        )
-
-    @fake("qatfast::qat_linear_weight")
-    def _(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = weight.shape[0]
-        return *rows_of(weight, rows), weight.new_empty((rows,), dtype=torch.int64)
-
-    fake("qatfast::qat_linear_integers", layer_output)
-
-    @fake("qatfast::qat_linear_integers_forward")
-    def _(
-        input: Tensor, weight: Tensor, bias: Tensor | None, *_: Any, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = layer_output(input, weight, bias, dtype=dtype)
-        return output, *rows_of(input, math.prod(input.shape[:-1]))
-
-    @fake("qatfast::qat_linear_input")
-    def _(values: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty_like(values, dtype=dtype)
-
-    @fake("qatfast::qat_linear_integers_backward")
-    def _(
-        grad: Tensor,
-        values: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        weight: Tensor,
-        weight_spec: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
-        return grad.new_empty(values.shape), grad.new_empty(weight.shape)
-
-    @fake("qatfast::qat_linear_grad_weight")
-    def _(grad: Tensor, input: Tensor) -> Tensor:
-        return grad.new_empty((grad.shape[1], input.shape[1]))
-
-
 if kernels.extension is not None:
-    _register_fakes()
+    _fake.register()

@@ -47,7 +47,7 @@ def fake_quantize(
     x = input.detach()
     scale, zero_point = _choose_qparams(x, quant_min, quant_max, symmetric, granularity)
     value, _ = _fake_quantize(x, scale, zero_point, quant_min, quant_max, granularity)
-    return _StraightThrough.apply(input, value, None)
+    return _straight_through(input, value)
 
 
 def fake_quantize_affine(
@@ -65,7 +65,7 @@ def fake_quantize_affine(
         op, input, scale, zero_point, quant_min, quant_max, granularity
     )
     value, inside = _fake_quantize(input.detach(), scale, zero_point, quant_min, quant_max, granularity)
-    return _StraightThrough.apply(input, value, inside)
+    return _straight_through(input, value, inside)
 
 
 def choose_qparams(
@@ -137,14 +137,14 @@ def qat_linear(
     w_hat = _by_spec(op, "weight", weight, config.weight)
     b_hat = None if bias is None else _by_spec(op, "bias", bias, config.bias)
     product = F.linear(x_hat, w_hat, b_hat)
-    if not config.multiplies_integers(weight.shape[1]):
+    if product.is_meta or not config.multiplies_integers(weight.shape[1]):  # a meta tensor has no values
         return _by_spec(op, "output", product, config.output)
     assert config.input is not None and config.weight is not None
     y = _integer_product(input.detach(), config.input, weight.detach(), config.weight)
     if b_hat is not None:
         y = y + b_hat.detach()
     y = _by_spec(op, "output", y, config.output)
-    return _StraightThrough.apply(product, y.to(product.dtype), None)
+    return _straight_through(product, y.to(product.dtype))
 
 
 def quantized_dtype(quant_min: int, quant_max: int) -> torch.dtype:
@@ -297,9 +297,19 @@ def _like(value: Tensor, input: Tensor) -> Tensor:
     return torch.empty_like(input, dtype=value.dtype).copy_(value)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """``value`` forward; backward the gradient of ``input``, unchanged or (``inside`` given) zero outside."""
+def _straight_through(input: Tensor, value: Tensor, inside: Tensor | None = None) -> Tensor:
+    """``value``, with the derivative of ``input``: unchanged, or (``inside`` given) zero outside."""
+    if not torch.compiler.is_dynamo_compiling():
+        return _StraightThroughBothModes.apply(input, value, inside)
+    if not torch._C._are_functorch_transforms_active():
+        return _StraightThrough.apply(input, value, inside)
+    # In a transform, torch.compile drops the backward of autograd functions. This drops the derivative only where
+    # ``input`` is not finite.
+    passes = input.isfinite() if inside is None else inside & input.isfinite()
+    return value + torch.where(passes, input - input.detach(), 0)
 
+
+class _StraightThrough(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -311,10 +321,29 @@ class _StraightThrough(torch.autograd.Function):
         ctx.has_inside = inputs[2] is not None
         if ctx.has_inside:  # else nothing is kept, and backward may run again
             ctx.save_for_backward(inputs[2])
+            ctx.save_for_forward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if not ctx.has_inside:
-            return grad, None, None
-        (inside,) = ctx.saved_tensors
-        return torch.where(inside, grad, 0), None, None
+        return (_where(ctx.saved_tensors[0], grad) if ctx.has_inside else grad), None, None
+
+
+class _StraightThroughBothModes(_StraightThrough):
+    """Apart, because torch.compile takes no autograd function with a ``jvp``."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        # in memory of its own: a write into the output writes into its tangent, too
+        return _where(ctx.saved_tensors[0], tangent) if ctx.has_inside else tangent.clone()
+
+
+def _where(inside: Tensor, derivative: Tensor) -> Tensor:
+    """``derivative``, zero outside; a sparse one, as tables of embeddings have, stays sparse."""
+    if not derivative.is_sparse:
+        return torch.where(inside, derivative, 0)
+    derivative = derivative.coalesce()
+    indices = derivative.indices()
+    values = torch.where(inside[tuple(indices)], derivative.values(), 0)
+    return torch.sparse_coo_tensor(
+        indices, values, derivative.shape, is_coalesced=True, check_invariants=False
+    )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -15,14 +16,17 @@ from qatfast import (
     PerToken,
     QATConfig,
     QATLinear,
+    QuantSpec,
     functional,
 )
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
+    """Nothing is left of earlier compilations: a cached graph would hide what the fake kernels say now."""
     torch._dynamo.reset()
-    yield
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
     torch._dynamo.reset()
 
 
@@ -96,6 +100,86 @@ def test_strides_of_the_compiled_result(layout, device):
 def test_qat_linear(config, device):
     operands = cases.linear(((5,), 16, 6), device=device, requires_grad=True)
     assert_compiles(lambda *operands: functional.qat_linear(*operands, config=config), *operands)
+
+
+def strided_operands(device):
+    """Inputs and weights as models have them: (input, weight) as functions of contiguous leaves."""
+    x = cases.normal((5, 16), device=device, requires_grad=True)
+    weight = cases.normal((6, 16), seed=1, device=device, requires_grad=True)
+    wide = cases.normal((5, 2, 32), seed=2, device=device, requires_grad=True)
+    conv1d = cases.normal((16, 6), seed=3, device=device, requires_grad=True)
+    row = cases.normal((1, 16), seed=4, device=device, requires_grad=True)
+
+    def places(x, weight, wide, conv1d, row):
+        return {
+            "weight of GPT-2's Conv1D": (x, conv1d.t()),
+            "rows of a larger weight": (x, weight[1:5]),
+            "columns of a larger weight": (wide[..., 16:], weight),
+            "every other row": (x, weight[::2]),
+            "every other column": (x[:, ::2], wide[:, 0, ::4]),
+            "expanded": (row.expand(4, 16), row.expand(6, 16)),
+            "permuted input": (wide.permute(1, 0, 2)[..., ::2], weight),
+            "transposed input": (conv1d.t(), weight),
+        }
+
+    return (x, weight, wide, conv1d, row), places
+
+
+def every_place(places, config):
+    """One function of the leaves: a layer on each pair, so that one compilation serves all."""
+
+    def function(*leaves):
+        return tuple(
+            functional.qat_linear(input, weight, config=config) for input, weight in places(*leaves).values()
+        )
+
+    return function
+
+
+def assert_trains_compiled(function, leaves, backend):
+    found = []
+    for one in (compiled(function, backend), function):
+        results = one(*leaves)
+        upstream = [
+            cases.normal(tuple(y.shape), seed=9, device=y.device.type).mT.contiguous().mT for y in results
+        ]
+        gradients = torch.autograd.grad(results, leaves, upstream, allow_unused=True, materialize_grads=True)
+        found.append([*results, *gradients])
+    for ours, eager in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+        assert ours.stride() == eager.stride()
+
+
+STRIDED_CONFIGS = {
+    **{name: cases.CONFIGS[name] for name in ("tutorial", "int8", "weight_only", "float", "input_only")},
+    "per_channel_weight": QATConfig(None, QuantSpec(3, granularity=PerChannel(1)), None, QuantSpec(8)),
+    "per_token_weight": QATConfig(None, QuantSpec(9, granularity=PerToken()), None, None),
+}
+
+
+@pytest.mark.parametrize("config", STRIDED_CONFIGS.values(), ids=STRIDED_CONFIGS)
+def test_training_with_strided_operands(config, device):
+    leaves, places = strided_operands(device)
+    assert_trains_compiled(every_place(places, config), leaves, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(counted.SIMULATED, reason="a simulated device does not run what Triton compiles")
+def test_inductor_trains_with_strided_operands(device):
+    """Its graphs assert the strides that the fake kernels promise."""
+    leaves, places = strided_operands(device)
+    configs = [STRIDED_CONFIGS[name] for name in ("tutorial", "int8", "weight_only")]
+    functions = [every_place(places, config) for config in configs]
+    grid = cases.grid((16,), PerChannel(0), quant_range=(0, 15), device=device)
+
+    def every_config(*leaves):
+        inputs = [input for input, _ in places(*leaves).values() if input.shape[-1] == 16]
+        given = [
+            functional.fake_quantize_affine(x, *grid, granularity=PerChannel(-1)) for x in inputs
+        ] + [functional.fake_quantize(x, 4, granularity=PerGroup(4)) for x in inputs]
+        return *(y for function in functions for y in function(*leaves)), *given
+
+    assert_trains_compiled(every_config, leaves, "inductor")
 
 
 EITHER = pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8()], ids=["tutorial", "int8"])
@@ -259,6 +343,54 @@ def test_shapes_of_fake_tensors(op):
         for one, other in zip(results, expected, strict=True):
             assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
             assert one.device.type == "cpu"
+
+
+@pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8(), STRIDED_CONFIGS["input_only"]], ids=str)
+def test_transforms_of_a_layer_under_compile(config, device):
+    """Of which torch.compile drops the backwards of autograd functions."""
+    operands = tuple(cases.linear(((5,), 16, 6), device=device))
+    tangents = tuple(cases.normal(tuple(x.shape), seed=8, device=device) for x in operands)
+
+    def layer(*operands):
+        return functional.qat_linear(*operands, config=config)
+
+    def loss(*operands):
+        return layer(*operands).pow(2).sum()
+
+    assert_transforms_compile(
+        lambda *operands: torch.func.jvp(layer, operands, tangents),
+        lambda *operands: torch.func.grad(loss, (0, 1, 2))(*operands),
+        lambda *operands: torch.vmap(torch.func.grad(loss, (0, 1)), (0, None, None))(*operands),
+        lambda *operands: torch.vmap(layer, (0, None, None))(*operands),
+        arguments=operands,
+    )
+
+
+def assert_transforms_compile(*functions, arguments):
+    for function in functions:
+        expected, found = function(*arguments), compiled(function, "eager")(*arguments)
+        if isinstance(expected, torch.Tensor):
+            expected, found = (expected,), (found,)
+        for one, other in zip(found, expected, strict=True):
+            assert other.abs().sum() > 0
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_transforms_of_the_quantizers_under_compile(device):
+    x = cases.normal((5, 8), device=device)
+    direction = cases.normal((5, 8), seed=8, device=device)
+    grid = cases.grid((5, 8), PerChannel(1), quant_range=(0, 7), device=device)
+    for quantizer in (
+        functional.fake_quantize,
+        lambda x: functional.fake_quantize_affine(x, *grid, granularity=PerChannel(1)),
+    ):
+        assert_transforms_compile(
+            lambda x, quantizer=quantizer: torch.func.jvp(quantizer, (x,), (direction,)),
+            lambda x, quantizer=quantizer: torch.func.grad(lambda x: quantizer(x).pow(3).sum())(x),
+            lambda x, quantizer=quantizer: torch.func.jacfwd(quantizer)(x),
+            lambda x, quantizer=quantizer: torch.func.jacrev(quantizer)(x),
+            arguments=(x,),
+        )
 
 
 def test_errors_under_compile_are_errors(device):

@@ -1,0 +1,166 @@
+"""Shapes, dtypes and strides of each operator, for torch.compile, torch.export and meta tensors; FLOPs for counters.
+
+Strides are those of the operators themselves (``csrc/ops.cpp``): what a compiled graph reads must lie where it says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import checks, reference
+from .config import PerGroup, PerToken, granularity_from_code
+
+
+def register() -> None:
+    """Registers everything; the extension is loaded."""
+    _register_fakes()
+    _register_flops()
+
+
+def _register_fakes() -> None:
+    fake = torch.library.register_fake
+
+    def same_device(op: str, input: Tensor, **others: Tensor | None) -> None:
+        for name, other in others.items():
+            if other is not None:
+                checks.same_device(op, name, other, input)
+
+    @fake("qatfast::fake_quantize")
+    def _(input: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.empty_like(input)
+
+    @fake("qatfast::fake_quantize_affine")
+    def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> Tensor:
+        same_device("fake_quantize_affine", input, scale=scale, zero_point=zero_point)
+        return torch.empty_like(input)
+
+    @fake("qatfast::fake_quantize_affine_forward")
+    def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        same_device("fake_quantize_affine", input, scale=scale, zero_point=zero_point)
+        return torch.empty_like(input), input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
+
+    @fake("qatfast::fake_quantize_affine_backward")
+    def _(grad: Tensor, mask: Tensor, stride: Sequence[int]) -> Tensor:
+        same_device("fake_quantize_affine_backward", grad, mask=mask)
+        return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device)
+
+    @fake("qatfast::choose_qparams")
+    def _(
+        input: Tensor,
+        num_bits: int = 8,
+        symmetric: bool = False,
+        granularity: Sequence[int] = (0, 0),
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Tensor, Tensor]:
+        shape = checks.shape_of_qparams(input.shape, granularity_from_code(granularity))
+        dtype = checks.compute_dtype(input.dtype)
+        return input.new_empty(shape, dtype=dtype), input.new_empty(shape, dtype=torch.int32)
+
+    @fake("qatfast::quantize")
+    def _(
+        input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, *_: Any, **__: Any
+    ) -> Tensor:
+        same_device("quantize", input, scale=scale, zero_point=zero_point)
+        return torch.empty_like(input, dtype=reference.quantized_dtype(quant_min, quant_max))
+
+    @fake("qatfast::dequantize")
+    def _(
+        input: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        granularity: Sequence[int] = (0, 0),
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        same_device("dequantize", input, scale=scale, zero_point=zero_point)
+        return torch.empty_like(input, dtype=dtype)
+
+    def layer_output(
+        input: Tensor, weight: Tensor, bias: Tensor | None, *_: Any, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        same_device("qat_linear", input, weight=weight, bias=bias)
+        return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or input.dtype)
+
+    fake("qatfast::qat_linear", layer_output)
+
+    def weight_hat(weight: Tensor, code: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if code[0] == 0:
+            return weight.new_empty((0,), dtype=dtype)
+        by_rows = isinstance(granularity_from_code(code[2:]), (PerGroup, PerToken))
+        return torch.empty_like(weight.contiguous() if by_rows else weight, dtype=dtype)
+
+    @fake("qatfast::qat_linear_forward")
+    def _(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        specs: Sequence[int],
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        output = layer_output(input, weight, bias, dtype=dtype)
+        return output, weight_hat(weight, specs[4:8], output.dtype)
+
+    def rows_of(matrix: Tensor, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            matrix.new_empty((rows, matrix.shape[-1]), dtype=torch.int8),
+            matrix.new_empty((rows,), dtype=checks.compute_dtype(matrix.dtype)),
+            matrix.new_empty((rows,), dtype=torch.int32),
+        )
+
+    @fake("qatfast::qat_linear_weight")
+    def _(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = weight.shape[0]
+        return *rows_of(weight, rows), weight.new_empty((rows,), dtype=torch.int64)
+
+    fake("qatfast::qat_linear_integers", layer_output)
+
+    @fake("qatfast::qat_linear_integers_forward")
+    def _(
+        input: Tensor, weight: Tensor, bias: Tensor | None, *_: Any, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = layer_output(input, weight, bias, dtype=dtype)
+        return output, *rows_of(input, math.prod(input.shape[:-1]))
+
+    @fake("qatfast::qat_linear_input")
+    def _(values: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.new_empty(values.shape, dtype=dtype)
+
+    @fake("qatfast::qat_linear_integers_backward")
+    def _(
+        grad: Tensor,
+        values: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        weight: Tensor,
+        weight_spec: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        return grad.new_empty(values.shape), grad.new_empty(weight.shape)
+
+    @fake("qatfast::qat_linear_grad_weight")
+    def _(grad: Tensor, input: Tensor) -> Tensor:
+        return grad.new_empty((grad.shape[1], input.shape[1]))
+
+
+def _register_flops() -> None:
+    """The products, as torch counts those of nn.Linear: 2 M N K each. Quantizers count as other elementwise work: 0."""
+    ops = torch.ops.qatfast
+    forwards = [ops.qat_linear, ops.qat_linear_forward, ops.qat_linear_integers, ops.qat_linear_integers_forward]
+
+    @register_flop_formula(forwards)
+    def _(input: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * math.prod(input) * weight[0]
+
+    @register_flop_formula(ops.qat_linear_grad_weight)
+    def _(grad: Sequence[int], input: Sequence[int], **_: Any) -> int:
+        return 2 * math.prod(grad) * input[1]
+
+    @register_flop_formula(ops.qat_linear_integers_backward)
+    def _(grad: Sequence[int], values: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * 2 * math.prod(grad) * values[1]

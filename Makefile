@@ -24,7 +24,7 @@ ready = $(VENV)/.extra-$(1) $(VENV)/.built
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # the recipes share one environment
-.PHONY: help demo test bench lint format sanitize mutants clean FORCE
+.PHONY: help demo test bench docs lint format sanitize mutants clean FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ bench: $(call ready,bench)  ## measure against other implementations; rewrite be
 	@mkdir -p .benchmarks
 	$(PY) -m pytest benchmarks --device $(DEVICE) --benchmark-json .benchmarks/$(DEVICE).json $(BENCH_ARGS)
 	$(PY) benchmarks/results.py .benchmarks/$(DEVICE).json
+
+docs: $(call ready,docs)  ## build the documentation into docs/_build
+	$(PY) -m sphinx -W --keep-going --quiet docs docs/_build
 
 lint: $(call ready,lint)  ## check style and types
 	$(PY) -m ruff check .
@@ -59,7 +62,7 @@ sanitize: $(call ready,test) sanitize-address,undefined  ## run the operator tes
 
 clean:  ## remove what make and the build made, the environment too
 	rm -rf $(VENV) build dist *.egg-info qatfast/*.so qatfast/_build.json
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks docs/_build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # These files are rewritten only when their text changes, and what depends on them is then made again.

@@ -1,0 +1,26 @@
+"""Sphinx: the pages of this folder, and the API from the docstrings."""
+
+import qatfast
+
+project = "qatfast"
+author = "qatfast developers"
+project_copyright = "2026, qatfast developers"
+version = release = qatfast.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
+myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+nitpicky = True
+# Types of torch and of Python, whose pages cannot be looked up without a network, and ours by their modules' names.
+nitpick_ignore_regex = [("py:.*", r"(torch|nn\.|collections|typing|Any|Tensor|Iterator|Mapping).*|qatfast\.(config\.Granularity|model\.Summary(Row)?)")]
+
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = f"qatfast {release}"
+html_copy_source = False
+html_show_sphinx = False

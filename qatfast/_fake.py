@@ -151,7 +151,12 @@ def _register_fakes() -> None:
 def _register_flops() -> None:
     """The products, as torch counts those of nn.Linear: 2 M N K each. Quantizers count as other elementwise work: 0."""
     ops = torch.ops.qatfast
-    forwards = [ops.qat_linear, ops.qat_linear_forward, ops.qat_linear_integers, ops.qat_linear_integers_forward]
+    forwards = [
+        ops.qat_linear,
+        ops.qat_linear_forward,
+        ops.qat_linear_integers,
+        ops.qat_linear_integers_forward,
+    ]
 
     @register_flop_formula(forwards)
     def _(input: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:

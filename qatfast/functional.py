@@ -308,9 +308,10 @@ def qat_linear(
     then one rounding to the result's dtype; a NaN in a row of the input or of the weight makes that row or column NaN.
 
     Gradients are those of the float product with the straight-through estimator: ``dx = dy @ w_hat``,
-    ``dw = dy.T @ x_hat``, ``db = dy.sum(0)``, second ones too. Kept for backward are the input, the weight itself and
-    its fake-quantized values; of the integer product the input's integers and the weight itself. Under
-    ``torch.autocast`` the quantizers see the tensors as they are, and what they give is cast for the product.
+    ``dw = dy.T @ x_hat``, ``db = dy.sum(0)``, those of higher order and forward mode too. Kept for backward are the
+    input, the weight itself and its fake-quantized values; of the integer product the input's integers and the weight
+    itself. Under ``torch.autocast`` the quantizers see the tensors as they are, and what they give is cast for the
+    product.
 
     Args:
         input: ``(..., in_features)``, float32, float64, float16 or bfloat16.

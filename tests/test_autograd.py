@@ -46,9 +46,7 @@ LAYOUTS_OF_GRID = pytest.mark.parametrize(
 def subsets(things):
     """All that are not empty."""
     things = list(things)
-    return [
-        chosen for size in range(1, len(things) + 1) for chosen in itertools.combinations(things, size)
-    ]
+    return [chosen for size in range(1, len(things) + 1) for chosen in itertools.combinations(things, size)]
 
 
 def by_spec(x, spec):
@@ -350,10 +348,10 @@ def test_a_scale_with_a_tangent_is_refused(ops, device):
 
     with forward_ad.dual_level():
         for call in calls(forward_ad.make_dual(scale, torch.ones_like(scale)))[:2]:
-            with pytest.raises(ValueError, match="expected scale to have no tangent.*fake_quantize_learned"):
+            with pytest.raises(ValueError, match=r"expected scale to have no tangent.*fake_quantize_learned"):
                 call()
         ops.quantize(x, forward_ad.make_dual(scale, torch.ones_like(scale)), *rest)
-    with pytest.raises(ValueError, match="expected scale to have no tangent.*fake_quantize_learned"):
+    with pytest.raises(ValueError, match=r"expected scale to have no tangent.*fake_quantize_learned"):
         calls(scale)[2]()
 
 
@@ -450,9 +448,7 @@ def test_forward_over_reverse_of_a_given_grid(ops, device):
         return lambda x: function(x.pow(2)).pow(3).sum()
 
     ours = cubes(lambda x: ops.fake_quantize_affine(x, *grid, granularity=PerChannel(1)))
-    expected = torch.autograd.functional.hessian(
-        cubes(lambda x: affine_surrogate(x, grid, PerChannel(1))), x
-    )
+    expected = torch.autograd.functional.hessian(cubes(lambda x: affine_surrogate(x, grid, PerChannel(1))), x)
     assert expected.abs().sum() > 0
     close(torch.autograd.functional.hessian(ours, x), expected)
     options = {"outer_jacobian_strategy": "forward-mode", "vectorize": True}
@@ -546,7 +542,9 @@ def test_sparse_gradients_are_sparse(ops, device):
 
 
 def test_a_sparse_gradient_that_is_infinite_is_zero_outside(ops, device):
-    grid = cases.Grid(torch.tensor(1.0, device=device), torch.tensor(0, dtype=torch.int32, device=device), 0, 7)
+    grid = cases.Grid(
+        torch.tensor(1.0, device=device), torch.tensor(0, dtype=torch.int32, device=device), 0, 7
+    )
     leaf = torch.tensor([[1.0], [100.0], [3.0]], device=device, requires_grad=True)
     indices = torch.tensor([[0, 1], [0, 0]], device=device)
     values = torch.full((2,), torch.inf, device=device)
@@ -602,7 +600,9 @@ def test_gradients_of_every_kind_through_the_quantizers(ops, name, device):
         assert torch.equal(found, expected), kind
     ones = torch.autograd.grad(function(x), x, torch.ones_like(dense))[0]
     assert torch.equal(torch.autograd.grad(function(x).sum(), x)[0], ones)
-    assert torch.equal(torch.autograd.grad(function(x), x, torch.ones((), device=device).expand(10, 4))[0], ones)
+    assert torch.equal(
+        torch.autograd.grad(function(x), x, torch.ones((), device=device).expand(10, 4))[0], ones
+    )
     (zero,) = torch.autograd.grad(function(x), x, torch._efficientzerotensor((10, 4), device=device))
     assert torch.equal(zero + 0.0, torch.zeros_like(dense))
 

@@ -174,9 +174,9 @@ def test_inductor_trains_with_strided_operands(device):
 
     def every_config(*leaves):
         inputs = [input for input, _ in places(*leaves).values() if input.shape[-1] == 16]
-        given = [
-            functional.fake_quantize_affine(x, *grid, granularity=PerChannel(-1)) for x in inputs
-        ] + [functional.fake_quantize(x, 4, granularity=PerGroup(4)) for x in inputs]
+        given = [functional.fake_quantize_affine(x, *grid, granularity=PerChannel(-1)) for x in inputs] + [
+            functional.fake_quantize(x, 4, granularity=PerGroup(4)) for x in inputs
+        ]
         return *(y for function in functions for y in function(*leaves)), *given
 
     assert_trains_compiled(every_config, leaves, "inductor")

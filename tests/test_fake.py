@@ -81,7 +81,9 @@ def granularities(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name)
 @pytest.mark.parametrize(
-    "shape", [(5,), (0,), (), (4, 6), (1, 6), (4, 1), (0, 6), (2, 3, 4), (1, 3, 4), (2, 3, 4, 5)], ids=cases.name
+    "shape",
+    [(5,), (0,), (), (4, 6), (1, 6), (4, 1), (0, 6), (2, 3, 4), (1, 3, 4), (2, 3, 4, 5)],
+    ids=cases.name,
 )
 def test_the_quantizers(kernels, shape, dtype, device):
     for x in layouts(shape, dtype, device):
@@ -109,7 +111,9 @@ SPECS = (
 LAYERS = [QATConfig(None, spec, QuantSpec(8), None) for spec in SPECS] + [
     QATConfig(QuantSpec(9, granularity=PerChannel(-1)), SPECS[3], None, QuantSpec(8, granularity=PerToken())),
     QATConfig.int8(),
-    QATConfig(QuantSpec(8, granularity=PerToken()), QuantSpec(8), QuantSpec(8), QuantSpec(8, granularity=PerToken())),
+    QATConfig(
+        QuantSpec(8, granularity=PerToken()), QuantSpec(8), QuantSpec(8), QuantSpec(8, granularity=PerToken())
+    ),
     QATConfig(QuantSpec(8), QuantSpec(8, granularity=PerToken()), None, QuantSpec(5)),
 ]
 
@@ -134,7 +138,9 @@ def test_the_layer(kernels, leading, inputs, outputs, dtype, product, device):
 
 
 @pytest.mark.parametrize(
-    "leading, inputs, outputs", [((5,), 6, 4), ((), 6, 4), ((2, 3), 6, 4), ((1,), 6, 1), ((0,), 6, 4)], ids=str
+    "leading, inputs, outputs",
+    [((5,), 6, 4), ((), 6, 4), ((2, 3), 6, 4), ((1,), 6, 1), ((0,), 6, 4)],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name)
 def test_the_operators_of_the_integer_layer(kernels, leading, inputs, outputs, dtype, device):

@@ -119,7 +119,8 @@ PyObject* takes(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // What weight_cache._state tells of a weight, as bytes: they are the same only while it is as it was. None where the
-// weight is no plain parameter or something else than autograd takes part in the call: _state looks closer there.
+// weight is no plain parameter on a device with kernels, or something else than autograd takes part in the call: _state
+// looks closer there.
 PyObject* weight_state(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 1, "weight_state: expected 1 argument, got ", count);
@@ -127,7 +128,8 @@ PyObject* weight_state(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   }
   const auto& weight = THPVariable_Unpack(args[0]);
-  if (weight.layout() != at::kStrided || weight.is_inference() || weight.is_nested() ||
+  if (!(weight.is_cpu() || (has_cuda && weight.is_cuda())) || weight.layout() != at::kStrided ||
+      weight.is_inference() || weight.is_nested() ||
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer) ||
       c10::impl::TorchDispatchModeTLS::stack_len() != 0 || at::impl::PythonTorchFunctionTLS::stack_len() != 0 ||

@@ -146,24 +146,23 @@ def _make(slot: _Slot, weight: Tensor, state: Any, config: QATConfig) -> tuple[A
     too; (None, None) if this weight must not be cached. ``state`` and generation are read before the weight is, so that
     a write meanwhile leaves an entry that is out of date.
     """
-    global _generation
     spec = config.weight
     if spec is None or ((slot.not_gathered is not weight or weight.__dict__) and _is_gathered(slot, weight)):
         return None, None
-    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+    # 0: whatever the number of features; asked first, as the shape costs more than all else here
+    has_integers = config.multiplies_integers(0) or config.multiplies_integers(weight.shape[-1])
+    if torch.is_inference_mode_enabled() or not (has_integers or torch.is_grad_enabled()):
         # what is made serves all calls: an ordinary tensor, with a gradient if the weight has one
         with torch.inference_mode(False), torch.enable_grad():
             return _make(slot, weight, state, config)
     generation = _generation
-    if generation is None:
-        _generation = generation = object()
     made: Any
     rest: QATConfig | None = None
-    if config.multiplies_integers(weight.shape[-1]):
-        extension = kernels.extension
-        if extension is None or not (weight.is_cpu or (weight.is_cuda and extension.has_cuda)):
+    if has_integers:
+        ops = kernels.extension if type(state) is bytes else kernels.route(weight)
+        if ops is None:
             return None, None
-        made = extension.qat_linear_weight(weight, spec.code)
+        made = ops.qat_linear_weight(weight, spec.code)
     else:
         made, rest = fake_quantize(weight, **spec.arguments), _without_weight(config)
     if not _running_steps:
@@ -232,14 +231,12 @@ def _is_gathered(slot: _Slot, weight: Tensor) -> bool:
 
 # Fused optimizers write parameters and leave their versions: what was made before a step is of another generation.
 # Inside a step, whose closure and hooks may run forwards before and after the writes, nothing is kept.
-_generation: object | None = None
+_generation = object()
 _running_steps: list[int] = []  # ids of optimizers; a step that raises stays until all blocks have ended
 _hooks: list[tuple[Any, int, Callable[..., None]]] = []  # torch's dict of hooks, the key in it, the hook
 _is_hooked = False
 _open_blocks = 0
-_lock = (
-    threading.RLock()
-)  # of these three; reentrant, as a block that is garbage ends wherever it is collected
+_lock = threading.RLock()  # of the three above; reentrant, as a block that is garbage ends anywhere
 
 
 def _count_blocks(change: int) -> None:
@@ -274,27 +271,20 @@ def _hook_optimizers() -> None:
             _hooks.append((handle.hooks_dict_ref(), handle.id, hook))
 
 
-# The order of the two lines of each hook counts for the threads that read them. In a compiled step, no object is made
-# and no list is read, on which Dynamo would have guards; compiled forwards are not served.
+# The order of the two writes of each hook counts for the threads that read them.
 
 
 def _begin_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     global _generation
-    if is_dynamo_compiling():
-        _generation = None
-    else:
-        _running_steps.append(id(optimizer))
-        _generation = object()
+    _running_steps.append(id(optimizer))
+    _generation = object()
 
 
 def _end_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     global _generation
-    if is_dynamo_compiling():
-        _generation = None
-    else:
-        _generation = object()
-        if id(optimizer) in _running_steps:  # else it began when no block was open
-            _running_steps.remove(id(optimizer))
+    _generation = object()
+    if id(optimizer) in _running_steps:  # else it began when no block was open
+        _running_steps.remove(id(optimizer))
 
 
 def _renew_lock() -> None:

@@ -277,6 +277,7 @@ def test_blocks_compile_a_layer_and_a_step_at_most_twice():
                 forward(x).sum().backward()
                 step()
                 cases.assert_same(layer(x), copy.deepcopy(layer)(x))
+                assert blocks == 0 or None not in held(layer)  # a compiled step ends, too
         compiled.append(frames["total"])
     assert compiled[2:] == [compiled[2]] * 6
 
@@ -900,6 +901,25 @@ def test_one_quantization_serves_all_gradient_modes(quantizations):
         layer(x).sum().backward()
     assert len(quantizations) == 1
     assert layer.weight.grad is not None
+
+
+@EITHER
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.enable_grad])
+def test_no_inference_tensor_is_kept(config, grad, kernels):
+    layer, x = QATLinear(8, 4, config=config), numbers(5, 8)
+    with torch.inference_mode(), grad(), cached_weights(layer):
+        layer(x)
+        made = held(layer)[0][4]
+    assert not any(tensor.is_inference() for tensor in (made if isinstance(made, tuple) else [made]))
+
+
+def test_a_group_that_is_a_row_multiplies_integers(kernels):
+    config = QATConfig(QuantSpec(8), QuantSpec(8, granularity=PerGroup(8)), None, None)
+    layer, x = QATLinear(8, 4, config=config), numbers(5, 8)
+    with cached_weights(layer), Operators() as operators:
+        found = layer(x)
+    assert "qat_linear_weight" in operators.seen
+    cases.assert_same(found, layer(x))
 
 
 @EITHER

@@ -103,8 +103,8 @@ std::vector<c10::SymInt> contiguous_strides(c10::SymIntArrayRef sizes) {
 
 // The order of the mask's bits.
 std::vector<c10::SymInt> strides_of_mask(const Tensor& output, at::IntArrayRef granularity) {
-  const bool by_rows = Granularity{static_cast<Granularity::Kind>(granularity[0])}.by_rows();
-  return by_rows ? contiguous_strides(output.sym_sizes()) : output.sym_strides().vec();
+  const bool contiguous = takes_contiguous(output, {static_cast<Granularity::Kind>(granularity[0])});
+  return contiguous ? contiguous_strides(output.sym_sizes()) : output.sym_strides().vec();
 }
 
 struct FakeQuantizeAffineNode : Function<FakeQuantizeAffineNode> {

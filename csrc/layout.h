@@ -17,14 +17,16 @@ struct Granularity {
   }
 };
 
-// Element (o, b, i) of memory belongs to block b and lies at (o * blocks + b) * inner + i.
+// Element (p, o, b, i) of memory belongs to block p * blocks + b and lies at ((p * outer + o) * blocks + b) * inner +
+// i. There is more than one part only where rows of a tensor lie across its memory, and then inner is 1.
 struct Layout {
   int64_t outer;
   int64_t blocks;
   int64_t inner;
+  int64_t parts = 1;
 
   int64_t numel() const {
-    return outer * blocks * inner;
+    return parts * outer * blocks * inner;
   }
 };
 
@@ -39,7 +41,12 @@ inline int64_t blocks_of(const at::Tensor& x, Granularity granularity) {
   return granularity.kind == Granularity::per_token ? rows : rows * (x.size(-1) / granularity.argument);
 }
 
-// `x` is non-overlapping and dense, and contiguous where blocks are rows.
+// Whether x has to be contiguous: loops on the CPU alone take blocks that lie across memory.
+inline bool takes_contiguous(const at::Tensor& x, Granularity granularity) {
+  return granularity.by_rows() && !x.is_cpu();
+}
+
+// `x` is non-overlapping and dense, and as takes_contiguous says. The blocks are in the order of memory.
 inline Layout layout_of(const at::Tensor& x, Granularity granularity) {
   const auto blocks = blocks_of(x, granularity);
   if (x.numel() == 0) {
@@ -48,6 +55,13 @@ inline Layout layout_of(const at::Tensor& x, Granularity granularity) {
   if (granularity.kind == Granularity::per_channel && blocks > 1) {
     const auto inner = x.stride(granularity.argument); // in a dense tensor: how many elements lie within one index
     return {x.numel() / (blocks * inner), blocks, inner};
+  }
+  if (granularity.by_rows()) {
+    const auto size = granularity.kind == Granularity::per_token ? x.size(-1) : granularity.argument;
+    const auto inner = x.size(-1) > 1 ? x.stride(-1) : 1;
+    if (size > 1 && inner > 1) {
+      return {size, inner, 1, x.numel() / (size * inner)};
+    }
   }
   return {1, blocks, x.numel() / blocks};
 }

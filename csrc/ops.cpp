@@ -2,6 +2,8 @@
 // Checks say the words of qatfast/checks.py.
 #include "ops.h"
 
+#include "copy.h"
+#include "cpu/arithmetic.h"
 #include "integer_product.h"
 #include "kernels.h"
 #include "memory.h"
@@ -230,6 +232,7 @@ QParams checked_qparams(const char* op, const Tensor& input, const Tensor& scale
   check_one("zero_point", zero_point);
   QParams qparams{scale.contiguous(), zero_point.contiguous(), quant_min, quant_max};
   if (input.is_cpu()) { // elsewhere reading a value would wait for the device
+    const cpu::StandardArithmetic arithmetic;
     qparams.scale.scalar_type() == at::kDouble ? check_scale_values<double>(op, qparams.scale)
                                                : check_scale_values<float>(op, qparams.scale);
     check_zero_point_values(op, qparams.zero_point, quant_min, quant_max);
@@ -266,25 +269,54 @@ void check_linear(
 
 // ---- memory ----
 
+Tensor fresh_like(const Tensor& x, at::ScalarType dtype) {
+  return with_large_pages(at::empty_like(x, x.options().dtype(dtype)));
+}
+
 // x where its memory is laid out as a Layout says; else a copy that is, and that nobody else sees.
 Tensor as_blocks(const Tensor& x, Granularity granularity) {
-  if (granularity.by_rows()) {
+  if (takes_contiguous(x, granularity)) {
     return x.contiguous();
   }
-  return x.is_non_overlapping_and_dense() ? x : x.clone(at::MemoryFormat::Preserve);
+  return x.is_non_overlapping_and_dense() ? x : copied(x, fresh_like(x, x.scalar_type()));
 }
 
 // `values` in the strides of empty_like(x).
 Tensor laid_out_like(const Tensor& x, const Tensor& values, Granularity granularity) {
-  if (!granularity.by_rows() || x.is_contiguous()) {
+  if (!takes_contiguous(x, granularity) || x.is_contiguous()) {
     return values;
   }
   auto like = at::empty_like(x, values.options());
   return like.strides() == values.strides() ? values : like.copy_(values);
 }
 
-Tensor fresh_like(const Tensor& x, at::ScalarType dtype) {
-  return with_large_pages(at::empty_like(x, x.options().dtype(dtype)));
+// The dimensions of scale and zero point in the order in which the blocks of x, as_blocks, lie in memory; none where
+// that is the order they have.
+at::DimVector block_order(const Tensor& x, Granularity granularity) {
+  at::DimVector order;
+  if (granularity.by_rows() && !x.is_contiguous()) {
+    at::DimVector strides(x.strides());
+    strides.back() *= granularity.argument;
+    order.resize(granularity.kind == Granularity::per_group ? x.dim() : x.dim() - 1);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      return strides[a] > strides[b];
+    });
+  }
+  return order;
+}
+
+// Scale and zero point as the blocks of x, as_blocks, lie in memory.
+QParams in_memory_order(const QParams& qparams, const Tensor& x, Granularity granularity) {
+  const auto order = block_order(x, granularity);
+  if (order.empty()) {
+    return qparams;
+  }
+  const auto shape = qparams_shape(x, granularity);
+  const auto ordered = [&](const Tensor& of_blocks) {
+    return contiguous(of_blocks.view(shape).permute(order));
+  };
+  return {ordered(qparams.scale), ordered(qparams.zero_point), qparams.quant_min, qparams.quant_max};
 }
 
 // from -> to, so that `to` may be written: `from` itself where it is a copy already.
@@ -337,7 +369,8 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_either(const Tensor& input, cons
   const auto from = as_blocks(input, granularity);
   const auto to = writable(input, from);
   const auto mask = keep_mask ? at::empty({(input.numel() + 7) / 8}, input.options().dtype(at::kByte)) : Tensor();
-  QATFAST_ON(input, fake_quantize_affine)(from, to, mask, qparams, layout_of(from, granularity));
+  QATFAST_ON(input, fake_quantize_affine)(
+      from, to, mask, in_memory_order(qparams, from, granularity), layout_of(from, granularity));
   return {laid_out_like(input, to, granularity), mask};
 }
 
@@ -365,7 +398,7 @@ Tensor fake_quantize_affine_backward_kernel(const Tensor& grad, const Tensor& ma
   TORCH_CHECK_VALUE(
       to.is_non_overlapping_and_dense(), op, ": expected the strides of a dense tensor, got ", tuple(stride));
   const bool same_order = grad.strides() == stride;
-  QATFAST_ON(grad, fake_quantize_affine_backward)(same_order ? grad : to.copy_(grad), mask, to);
+  QATFAST_ON(grad, fake_quantize_affine_backward)(same_order ? grad : copied(grad, to), mask, to);
   return to;
 }
 
@@ -376,10 +409,22 @@ std::tuple<Tensor, Tensor> choose_qparams_kernel(
   check_float(op, "input", input);
   check_blocks(op, input, spec.granularity);
   const auto shape = qparams_shape(input, spec.granularity);
-  const auto scale = at::empty(shape, input.options().dtype(compute_dtype(input.scalar_type())));
-  const auto zero_point = at::empty(shape, input.options().dtype(at::kInt));
-  QATFAST_ON(input, choose_qparams)(as_blocks(input, spec.granularity), spec, scale, zero_point);
-  return {scale, zero_point};
+  const auto from = as_blocks(input, spec.granularity);
+  const auto order = block_order(from, spec.granularity);
+  const auto empty = [&](at::ScalarType dtype) {
+    const auto of_blocks = at::empty(shape, input.options().dtype(dtype));
+    return order.empty() ? of_blocks : at::empty(of_blocks.permute(order).sizes(), of_blocks.options());
+  };
+  const auto scale = empty(compute_dtype(input.scalar_type())), zero_point = empty(at::kInt);
+  QATFAST_ON(input, choose_qparams)(from, spec, scale, zero_point);
+  if (order.empty()) {
+    return {scale, zero_point};
+  }
+  at::DimVector dims(order.size());
+  for (const auto i : c10::irange(order.size())) {
+    dims[order[i]] = static_cast<int64_t>(i);
+  }
+  return {contiguous(scale.permute(dims)), contiguous(zero_point.permute(dims))};
 }
 
 Tensor quantize_kernel(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
@@ -394,7 +439,7 @@ Tensor quantize_kernel(const Tensor& input, const Tensor& scale, const Tensor& z
   const auto dtype = quantized_dtype(quant_min, quant_max);
   const auto from = as_blocks(input, granularity);
   const auto to = fresh_like(from, dtype);
-  QATFAST_ON(input, quantize)(from, to, qparams, layout_of(from, granularity));
+  QATFAST_ON(input, quantize)(from, to, in_memory_order(qparams, from, granularity), layout_of(from, granularity));
   return laid_out_like(input, to, granularity);
 }
 
@@ -411,7 +456,7 @@ Tensor dequantize_kernel(
   const auto qparams = checked_qparams(op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output");
   const auto from = as_blocks(input, granularity);
   const auto to = fresh_like(from, dtype);
-  QATFAST_ON(input, dequantize)(from, to, qparams, layout_of(from, granularity));
+  QATFAST_ON(input, dequantize)(from, to, in_memory_order(qparams, from, granularity), layout_of(from, granularity));
   return laid_out_like(input, to, granularity);
 }
 
@@ -513,8 +558,9 @@ std::tuple<Tensor, IntegerRows> qat_linear_integers_either(const Tensor& input, 
   auto y = integer_product(x, w, b_hat, output_spec ? compute : product_dtype).view(shape);
   if (output_spec) {
     check_blocks("qat_linear: output", y, output_spec->granularity);
-    QATFAST_ON(y, fake_quantize)({y, y, *output_spec});
-    y = as_dtype(y, product_dtype);
+    const auto to = rounds_to(y, product_dtype) ? fresh(y.sizes(), product_dtype, y) : y;
+    QATFAST_ON(y, fake_quantize)({y, to, *output_spec});
+    y = as_dtype(to, product_dtype);
   }
   return {y, x};
 }
@@ -579,7 +625,7 @@ std::tuple<Tensor, Tensor> qat_linear_integers_backward_kernel(const Tensor& gra
       tuple(values.sizes()), ", ", tuple(weight.sizes()));
   const auto dtype = grad.scalar_type();
   const auto w_hat_then_dw = fresh(weight.sizes(), dtype, weight);
-  const auto w = weight.contiguous();
+  const auto w = contiguous(weight);
   if (w.scalar_type() == dtype || rounds_to(w, dtype)) {
     QATFAST_ON(w, fake_quantize)({w, w_hat_then_dw, spec});
   } else {
@@ -641,7 +687,7 @@ TORCH_LIBRARY(qatfast, m) {
       "qat_linear(Tensor input, Tensor weight, Tensor? bias, int[] specs, *, ScalarType? dtype=None) -> Tensor", tags);
 
   // What autograd calls: forwards that also return what their backward needs.
-  // mask: one bit an element in the memory order of the output (of a contiguous one where blocks are rows).
+  // mask: one bit per element in the memory order of the output (on a GPU of a contiguous one where blocks are rows).
   m.def(
       "fake_quantize_affine_forward(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
       "int[2] granularity=[0, 0]) -> (Tensor output, Tensor mask)",

@@ -93,7 +93,8 @@ def _register_fakes() -> None:
         if code[0] == 0:
             return weight.new_empty((0,), dtype=dtype)
         by_rows = isinstance(granularity_from_code(code[2:]), (PerGroup, PerToken))
-        return torch.empty_like(weight.contiguous() if by_rows else weight, dtype=dtype)
+        contiguous = by_rows and weight.device.type != "cpu"
+        return torch.empty_like(weight.contiguous() if contiguous else weight, dtype=dtype)
 
     @fake("qatfast::qat_linear_forward")
     def _(

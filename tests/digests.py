@@ -38,6 +38,32 @@ BLOCKS = (
     ((2, 300, 65), PerChannel(1)),
     ((3, 64, 17, 17), PerChannel(1)),
     ((40, 7, 5), PerChannel(-1)),
+    # short blocks: their rows or columns share vectors
+    *(((23, 1260), PerGroup(size)) for size in (1, 2, 3, 4, 5, 6, 7, 9, 10, 12, 14, 15, 18, 20, 21, 28, 30)),
+    *(((37, 16 * size), PerGroup(size)) for size in (8, 11, 13, 16, 17, 23, 31, 33)),
+    *(((rows, columns), PerToken()) for rows, columns in ((2049, 3), (700, 6), (130, 31))),
+    *(((rows, columns), PerChannel(1)) for rows, columns in ((3001, 5), (900, 17), (3, 20000), (70, 1100))),
+    *(
+        ((6, blocks, inner), PerChannel(1))
+        for blocks, inner in ((70, 9), (1200, 3), (2, 31), (3, 32), (5, 250))
+    ),
+    ((150, 3, 2), PerChannel(1)),
+    ((2, 40, 300), PerChannel(1)),
+)
+# Blocks that lie across memory: (shape, order of the dimensions in memory, granularity)
+ACROSS = (
+    *(
+        ((rows, columns), (1, 0), granularity)
+        for rows, columns in ((70, 96), (3, 4104), (1030, 24), (5, 72))
+        for granularity in (PerToken(), *(PerGroup(size) for size in (1, 2, 3, 8, 24)))
+    ),
+    *(
+        ((3, 10, 16, 8), order, granularity)
+        for order in ((0, 2, 1, 3), (0, 1, 3, 2), (3, 2, 1, 0), (1, 3, 0, 2))
+        for granularity in (PerToken(), PerGroup(4), PerGroup(1), PerChannel(1), PerChannel(-1))
+    ),
+    ((300, 400), (1, 0), PerToken()),
+    ((256, 512), (1, 0), PerGroup(32)),
 )
 OFFSETS = (1, 3, 5)
 # Of layers that multiply integers (rows, in_features, out_features): around vectors; more than one block of products.
@@ -72,6 +98,10 @@ def inputs(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Any]]:
     for shape, granularity in BLOCKS:
         yield f"{cases.name(shape)} {granularity}", sprinkled(shape, dtype), granularity
         yield f"{cases.name(shape)} {granularity} finite", cases.normal(shape, dtype), granularity
+    for shape, order, granularity in ACROSS:
+        in_memory = sprinkled(tuple(shape[dim] for dim in order), dtype)
+        x = in_memory.permute([order.index(dim) for dim in range(len(shape))])
+        yield f"{cases.name(shape)} in order {order} {granularity}", x, granularity
     yield "67x61 transposed", sprinkled((67, 61), dtype).t(), PerChannel(0)
     yield (
         "2x3x17x19 channels last",

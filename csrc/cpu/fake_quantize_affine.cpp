@@ -24,13 +24,21 @@ void fake_quantize_affine(
     const auto grids = grids_of<compute_t<T>>(qparams);
     const auto& loops = chosen().loops<T>();
     auto* bits = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
-    map_with_grids(layout, grids, [&](int64_t offset, int64_t rows, int64_t n, const auto& of_piece) {
+    const auto clear = [&](int64_t begin, int64_t end) {
       if (bits) {
-        loops.fake_quantize_mask(x + offset, y + offset, bits, offset, rows, n, of_piece);
-      } else {
-        loops.fake_quantize(x + offset, y + offset, rows, n, of_piece);
+        std::fill(bits + begin / 8, bits + (end + 7) / 8, uint8_t{0});
       }
-    });
+    };
+    map_with_grids(
+        layout, grids,
+        [&](int64_t offset, int64_t rows, int64_t n, const auto& of_piece) {
+          if (bits) {
+            loops.fake_quantize_mask(x + offset, y + offset, bits, offset, rows, n, of_piece);
+          } else {
+            loops.fake_quantize(x + offset, y + offset, rows, n, of_piece);
+          }
+        },
+        clear);
   });
 }
 

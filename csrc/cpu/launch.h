@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels.h"
+#include "arithmetic.h"
 #include "loops.h"
 
 #include <ATen/Parallel.h>
@@ -9,12 +10,18 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <vector>
 
 namespace qatfast::cpu {
 
-constexpr int64_t grain = 32768;  // elements that are worth a thread, as in ATen
-constexpr int64_t tile_rows = 64; // at most
+constexpr int64_t grain = 32768;        // elements that are worth a thread, as in ATen
+constexpr int64_t tile_rows = 1024;     // at most
+constexpr int64_t strip_columns = 1024; // at most
+constexpr int64_t joined_columns = 32;  // shorter rows are joined
+// The elements that a block may have in a row and be quantized as columns (longer ones fill vectors of their own), or
+// have its range found as columns, with one reduction for all rows.
+constexpr int64_t longest_mapped = 31, longest_ranged = 256;
 
 // f(Q{}) with the C++ type of an 8 or 16-bit integer dtype.
 template <class F>
@@ -31,9 +38,28 @@ void with_integer_type(at::ScalarType dtype, F f) {
   }
 }
 
-// Whether blocks alternate element by element: they are the columns of a matrix.
-inline bool are_columns(const Layout& layout) {
-  return layout.inner == 1 && layout.blocks > 1;
+// at::parallel_for whose tasks all compute in the same way.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain_size, F f) {
+  at::parallel_for(begin, end, grain_size, [&](int64_t first, int64_t last) {
+    const StandardArithmetic arithmetic;
+    f(first, last);
+  });
+}
+
+// Whether blocks are `longest` elements or less of each row of a matrix: loops then go along the rows, over columns.
+inline bool are_columns(const Layout& layout, int64_t longest) {
+  return layout.parts > 1 || (layout.outer > 1 && layout.blocks > 1 && layout.inner <= longest);
+}
+
+// How many of the rows to take as one, so that it is some vectors long.
+inline int64_t joined_rows(int64_t columns, int64_t rows) {
+  if (columns >= joined_columns) {
+    return 1;
+  }
+  constexpr int64_t vector = 32, enough = 128;
+  const auto whole = vector / std::gcd(columns, vector); // rows that are whole vectors
+  return std::min(rows, (enough + whole * columns - 1) / (whole * columns) * whole);
 }
 
 // f(offset, rows, n, first block) for the memory [begin, end) in pieces of `rows` runs of n elements, a block each.
@@ -57,7 +83,7 @@ void for_each_piece(const Layout& layout, int64_t begin, int64_t end, F f) {
 template <class F>
 void parallel_over_memory(int64_t n, F f) {
   constexpr int64_t unit = 64;
-  at::parallel_for(0, (n + unit - 1) / unit, grain / unit, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (n + unit - 1) / unit, grain / unit, [&](int64_t begin, int64_t end) {
     f(begin * unit, std::min(end * unit, n));
   });
 }
@@ -68,19 +94,49 @@ Grids<C> grids_of(const QParams& qparams) {
       static_cast<C>(qparams.quant_min), static_cast<C>(qparams.quant_max)};
 }
 
-// loop(offset, rows, n, grids) over all of a tensor with given grids; what one thread does begins at a multiple of 64.
+// f(offset, rows, n, grids) for the memory [begin, end) of a tensor whose blocks are columns.
 template <class C, class F>
-void map_with_grids(Layout layout, Grids<C> grids, F loop) {
-  grids.of_columns = are_columns(layout);
-  const auto columns = layout.blocks;
-  if (grids.of_columns) {
-    layout = {1, layout.outer, columns}; // its rows
+void for_each_piece_of_columns(const Layout& layout, int64_t begin, int64_t end, Grids<C> grids, F f) {
+  const auto columns = layout.blocks * layout.inner, part_size = layout.outer * columns;
+  grids.columns = layout.blocks;
+  grids.repeat = layout.inner;
+  while (begin < end) {
+    const auto part = begin / part_size, left = std::min(end, (part + 1) * part_size) - begin;
+    auto some = grids.from(part * layout.blocks);
+    some.first_column = begin % columns;
+    if (columns >= joined_columns && some.first_column > 0) { // the end of a long row
+      const auto n = std::min(left, columns - some.first_column);
+      some.stride = n;
+      f(begin, 1, n, some);
+      begin += n;
+      continue;
+    }
+    const auto width = columns * joined_rows(columns, std::max<int64_t>(1, left / columns));
+    const auto rows = std::max<int64_t>(1, left / width), n = std::min(width, left);
+    some.stride = n;
+    f(begin, rows, n, some);
+    begin += rows * n;
   }
+}
+
+// loop(offset, rows, n, grids) over all of a tensor with given grids; what one thread does begins at a multiple of 64,
+// with before(begin, end).
+template <class C, class F, class B>
+void map_with_grids(const Layout& layout, const Grids<C>& grids, F loop, B before) {
   parallel_over_memory(layout.numel(), [&](int64_t begin, int64_t end) {
+    before(begin, end);
+    if (are_columns(layout, longest_mapped)) {
+      return for_each_piece_of_columns(layout, begin, end, grids, loop);
+    }
     for_each_piece(layout, begin, end, [&](int64_t offset, int64_t rows, int64_t n, int64_t block) {
-      loop(offset, rows, n, grids.from(grids.of_columns ? offset % columns : block));
+      loop(offset, rows, n, grids.from(block));
     });
   });
+}
+
+template <class C, class F>
+void map_with_grids(const Layout& layout, const Grids<C>& grids, F loop) {
+  map_with_grids(layout, grids, loop, [](int64_t, int64_t) {});
 }
 
 // f(first row, rows) for all rows in parallel, a tile of them at a time that stays in cache between two loops over it.
@@ -92,7 +148,7 @@ void for_each_tile(int64_t rows, int64_t columns, F f) {
   // what fits in L1, or as many rows as are reduced together if they fit in L2
   const int64_t tile =
       std::clamp<int64_t>(std::max(rows_of(4096), std::min<int64_t>(16, rows_of(16384))), 1, tile_rows);
-  at::parallel_for(0, rows, std::max<int64_t>(1, rows_of(grain)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, std::max<int64_t>(1, rows_of(grain)), [&](int64_t begin, int64_t end) {
     for (; begin < end; begin += tile) {
       f(begin, std::min(tile, end - begin));
     }
@@ -101,7 +157,85 @@ void for_each_tile(int64_t rows, int64_t columns, F f) {
 
 // Whether every block is one run of memory, and none needs to be split among threads.
 inline bool are_whole_rows(const Layout& layout) {
-  return layout.outer == 1 && (layout.blocks >= at::get_num_threads() || layout.numel() <= grain);
+  return layout.outer == 1 && layout.parts == 1 && (layout.blocks >= at::get_num_threads() || layout.numel() <= grain);
+}
+
+// The ranges of `blocks` blocks of inner columns each, over rows that begin `stride` apart; whether all are finite.
+template <class T>
+bool range_of_blocks(
+    const T* x, int64_t rows, int64_t stride, int64_t blocks, int64_t inner, compute_t<T>* lo, compute_t<T>* hi) {
+  using C = compute_t<T>;
+  const auto& loops = chosen().loops<T>();
+  const auto columns = blocks * inner;
+  const auto joined = columns == stride ? joined_rows(columns, rows) : 1; // of all columns only
+  if (joined == 1 && inner == 1) {
+    return loops.range_of_columns(x, rows, stride, columns, lo, hi);
+  }
+  std::fill_n(lo, blocks, C(0));
+  std::fill_n(hi, blocks, C(0));
+  C column_lo[strip_columns], column_hi[strip_columns];
+  const auto widen = [&](const T* from, int64_t count, int64_t n) {
+    const bool is_finite = loops.range_of_columns(from, count, joined * stride, n, column_lo, column_hi);
+    for (int64_t j = 0, block = 0, left = inner; j < n; ++j) {
+      lo[block] = widen_lo(lo[block], column_lo[j]);
+      hi[block] = widen_hi(hi[block], column_hi[j]);
+      if (--left == 0) {
+        left = inner;
+        block = block + 1 == blocks ? 0 : block + 1;
+      }
+    }
+    return is_finite;
+  };
+  bool is_finite = widen(x, rows / joined, joined * columns);
+  if (rows % joined > 0) {
+    is_finite &= widen(x + rows / joined * joined * stride, 1, rows % joined * columns);
+  }
+  return is_finite;
+}
+
+// The same of runs of memory: blocks [0, blocks) in each of `rows` rows.
+template <class T>
+bool range_of_runs(
+    const T* x, int64_t rows, int64_t stride, int64_t blocks, int64_t inner, compute_t<T>* lo, compute_t<T>* hi) {
+  using C = compute_t<T>;
+  const auto& loops = chosen().loops<T>();
+  bool is_finite = true;
+  std::fill_n(lo, blocks, C(0));
+  std::fill_n(hi, blocks, C(0));
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      is_finite &= loops.range(x + row * stride + block * inner, inner, lo + block, hi + block);
+    }
+  }
+  return is_finite;
+}
+
+// A tensor as strips of some neighbouring blocks over all rows.
+struct Strips {
+  int64_t blocks; // of a strip, the last one of each part may have fewer
+  int64_t of_part;
+
+  // As few as there are of at most `most` blocks, and no fewer than there are tasks if there are so many blocks.
+  Strips(const Layout& layout, int64_t most, int64_t tasks) {
+    constexpr int64_t vector = 16;
+    const auto tasks_a_part = (tasks + layout.parts - 1) / layout.parts;
+    const auto wanted = ((layout.blocks + most - 1) / most + tasks_a_part - 1) / tasks_a_part * tasks_a_part;
+    blocks = std::max<int64_t>(1, layout.blocks / wanted);
+    if (layout.inner == 1) {
+      blocks = std::min(most, (blocks + vector - 1) / vector * vector);
+    }
+    of_part = (layout.blocks + blocks - 1) / blocks;
+  }
+};
+
+// f(first block, blocks, offset of its first element) for strips [begin, end).
+template <class F>
+void for_each_strip(const Layout& layout, const Strips& strips, int64_t begin, int64_t end, F f) {
+  for (; begin < end; ++begin) {
+    const auto part = begin / strips.of_part, block = begin % strips.of_part * strips.blocks;
+    f(part * layout.blocks + block, std::min(strips.blocks, layout.blocks - block),
+        (part * layout.outer * layout.blocks + block) * layout.inner);
+  }
 }
 
 // Scale and zero point of every block from the range of its values; whether none of these would be clamped.
@@ -109,51 +243,70 @@ template <class T>
 bool choose_qparams_of_blocks(
     const T* x, const Layout& layout, const QuantSpec& spec, compute_t<T>* scale, int32_t* zero_point) {
   using C = compute_t<T>;
+  const StandardArithmetic arithmetic;
   const auto& loops = chosen().loops<T>();
-  const auto min = static_cast<C>(spec.quant_min()), max = static_cast<C>(spec.quant_max());
+  const RangeSpec<C> range_spec = {static_cast<C>(spec.quant_min()), static_cast<C>(spec.quant_max()), spec.symmetric};
   const auto n = layout.numel();
   std::atomic<bool> unclamped{true};
+  const auto note = [&](bool some_unclamped) {
+    if (!some_unclamped) {
+      unclamped = false;
+    }
+  };
   if (are_whole_rows(layout)) {
     const auto blocks_a_task = std::max<int64_t>(1, grain / std::max<int64_t>(1, layout.inner));
-    at::parallel_for(0, layout.blocks, blocks_a_task, [&](int64_t begin, int64_t end) {
-      if (!loops.choose_qparams(x + begin * layout.inner, end - begin, layout.inner, {min, max, spec.symmetric},
-              scale + begin, zero_point + begin)) {
-        unclamped = false;
-      }
+    parallel_for(0, layout.blocks, blocks_a_task, [&](int64_t begin, int64_t end) {
+      note(loops.choose_qparams(
+          x + begin * layout.inner, end - begin, layout.inner, range_spec, scale + begin, zero_point + begin));
     });
     return unclamped;
   }
-  // a range of every block for every task, each over its own stretch of memory
-  const int64_t tasks = std::clamp<int64_t>(n / grain, 1, at::get_num_threads());
-  std::vector<C> lo(tasks * layout.blocks, C(0)), hi(tasks * layout.blocks, C(0));
-  at::parallel_for(0, n == 0 ? 0 : tasks, 1, [&](int64_t first, int64_t last) {
+  const auto tasks = std::clamp<int64_t>(n / grain, 1, at::get_num_threads());
+  const bool by_columns = are_columns(layout, longest_ranged);
+  const auto range = by_columns ? range_of_blocks<T> : range_of_runs<T>;
+  const auto columns = layout.blocks * layout.inner;
+  const Strips strips(layout, by_columns ? strip_columns / layout.inner : strip_columns, tasks);
+  const auto count = layout.parts * strips.of_part;
+  if (count >= tasks) { // every task finds all of a range
+    parallel_for(0, count, (count + tasks - 1) / tasks, [&](int64_t begin, int64_t end) {
+      for_each_strip(layout, strips, begin, end, [&](int64_t first, int64_t blocks, int64_t offset) {
+        C lo[strip_columns], hi[strip_columns];
+        const bool is_finite = range(x + offset, layout.outer, columns, blocks, layout.inner, lo, hi);
+        note(loops.choose(lo, hi, blocks, range_spec, scale + first, zero_point + first) && is_finite);
+      });
+    });
+    return unclamped;
+  }
+  // few blocks: every task finds ranges over its own stretch of memory
+  const auto blocks = layout.parts * layout.blocks;
+  std::vector<C> lo(tasks * blocks, C(0)), hi(tasks * blocks, C(0));
+  parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
-      C* const task_lo = lo.data() + task * layout.blocks;
-      C* const task_hi = hi.data() + task * layout.blocks;
-      bool is_finite = true;
-      if (are_columns(layout)) {
+      C* const task_lo = lo.data() + task * blocks;
+      C* const task_hi = hi.data() + task * blocks;
+      if (by_columns) {
         const auto row = layout.outer * task / tasks, end = layout.outer * (task + 1) / tasks;
-        is_finite = loops.range_of_columns(x + row * layout.blocks, end - row, layout.blocks, task_lo, task_hi);
+        for_each_strip(layout, strips, 0, count, [&](int64_t block, int64_t some, int64_t offset) {
+          note(range(
+              x + offset + row * columns, end - row, columns, some, layout.inner, task_lo + block, task_hi + block));
+        });
       } else {
         for_each_piece(layout, n * task / tasks, n * (task + 1) / tasks,
-            [&](int64_t offset, int64_t rows, int64_t count, int64_t block) {
+            [&](int64_t offset, int64_t rows, int64_t run, int64_t block) {
               for (int64_t i = 0; i < rows; ++i) {
-                is_finite &= loops.range(x + offset + i * count, count, task_lo + block + i, task_hi + block + i);
+                note(loops.range(x + offset + i * run, run, task_lo + block + i, task_hi + block + i));
               }
             });
-      }
-      if (!is_finite) {
-        unclamped = false;
       }
     }
   });
   for (int64_t task = 1; task < tasks; ++task) {
-    for (int64_t block = 0; block < layout.blocks; ++block) {
-      lo[block] = widen_lo(lo[block], lo[task * layout.blocks + block]);
-      hi[block] = widen_hi(hi[block], hi[task * layout.blocks + block]);
+    for (int64_t block = 0; block < blocks; ++block) {
+      lo[block] = widen_lo(lo[block], lo[task * blocks + block]);
+      hi[block] = widen_hi(hi[block], hi[task * blocks + block]);
     }
   }
-  return loops.choose(lo.data(), hi.data(), layout.blocks, {min, max, spec.symmetric}, scale, zero_point) && unclamped;
+  return loops.choose(lo.data(), hi.data(), blocks, range_spec, scale, zero_point) && unclamped;
 }
 
 } // namespace qatfast::cpu

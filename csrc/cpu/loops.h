@@ -14,19 +14,25 @@ namespace qatfast::cpu {
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// The grids of a matrix: row i has grid i, or column j has grid j.
+// The grids of a matrix: row i has grid i, or column j has grid (first_column + j) / repeat % columns.
 template <class C>
 struct Grids {
   const C* scale;
   const int32_t* zero_point;
   C quant_min;
   C quant_max;
-  bool of_columns = false;
   bool unclamped = false; // every block's own range chose its grid, and choose() found that it holds all of them
   C factor = 0;           // where it is one grid, and unclamped: that of its ProductGrid, if there is one
+  int64_t columns = 0;    // how many grids the columns have; 0: the rows have them
+  int64_t repeat = 1;
+  int64_t first_column = 0;
+  int64_t stride = 0; // of columns: from one row to the next
 
   Grids from(int64_t first) const {
-    return {scale + first, zero_point + first, quant_min, quant_max, of_columns, unclamped, factor};
+    Grids some = *this;
+    some.scale += first;
+    some.zero_point += first;
+    return some;
   }
 };
 
@@ -55,7 +61,7 @@ struct RangeSpec {
   }
 };
 
-// All loops below take a matrix of `rows` rows of n values, one after the other in memory.
+// All loops below take a matrix of `rows` rows of n values, one after the other in memory, or `stride` apart.
 
 // To and from one 8 or 16-bit integer type Q.
 template <class T, class Q>
@@ -71,7 +77,7 @@ struct FloatLoops {
   // Widens the range in lo[0], hi[0] by the finite ones of n values; whether all are.
   bool (*range)(const T* x, int64_t n, C* lo, C* hi);
   // The range of each column: lo[j], hi[j].
-  bool (*range_of_columns)(const T* x, int64_t rows, int64_t n, C* lo, C* hi);
+  bool (*range_of_columns)(const T* x, int64_t rows, int64_t stride, int64_t n, C* lo, C* hi);
   // Scale and zero point of n ranges; whether no value in a range would be clamped, and all results are normal or 0.
   bool (*choose)(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
   // The factor of the ProductGrid of an unclamped grid for values from -most to most; 0: none is known.
@@ -79,7 +85,7 @@ struct FloatLoops {
   // The same as choose, of each row.
   bool (*choose_qparams)(const T* x, int64_t rows, int64_t n, const RangeSpec<C>& spec, C* scale, int32_t* zero_point);
   void (*fake_quantize)(const T* x, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
-  // Also writes the mask's bits from `first` on: 1 where the gradient passes; 0 beyond, in the last byte.
+  // Also sets the mask's bits from `first` on where the gradient passes; they are 0 before.
   void (*fake_quantize_mask)(
       const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids);
 };

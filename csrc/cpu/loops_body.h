@@ -91,7 +91,8 @@ QATFAST_INLINE Vec<To, N> integers_as(Vec<From, N> v) {
     using Half = std::conditional_t<sizeof(From) == 8, int32_t, int16_t>;
     return integers_as<To, N, Half>(__builtin_convertvector(v, Vec<Half, N>));
   } else if constexpr (sizeof(To) > sizeof(From) * 2) {
-    using Double = std::conditional_t<std::is_signed_v<From>, int16_t, uint16_t>;
+    using Double =
+        std::conditional_t<sizeof(From) == 2, int32_t, std::conditional_t<std::is_signed_v<From>, int16_t, uint16_t>>;
     return integers_as<To, N, Double>(__builtin_convertvector(v, Vec<Double, N>));
   } else {
     return __builtin_convertvector(v, Vec<To, N>);
@@ -238,6 +239,9 @@ QATFAST_INLINE Vec<E, N> first_of(const void* p, int64_t n) {
   } else if constexpr (sizeof(E) * N == 32) {
     const auto some = _mm256_maskz_loadu_epi8(static_cast<__mmask32>(used), p);
     return bits_as<Vec<E, N>>(&some);
+  } else if constexpr (sizeof(E) * N == 16) {
+    const auto some = _mm_maskz_loadu_epi8(static_cast<__mmask16>(used), p);
+    return bits_as<Vec<E, N>>(&some);
   }
 #endif
   Vec<E, N> some = {};
@@ -268,6 +272,8 @@ QATFAST_INLINE void store_some(T* p, Values v, int64_t n) {
     return _mm512_mask_storeu_epi8(p, used, bits_as<__m512i>(padded));
   } else if constexpr (sizeof(padded) == 32) {
     return _mm256_mask_storeu_epi8(p, static_cast<__mmask32>(used), bits_as<__m256i>(padded));
+  } else if constexpr (sizeof(padded) == 16) {
+    return _mm_mask_storeu_epi8(p, static_cast<__mmask16>(used), bits_as<__m128i>(padded));
   }
 #endif
   std::memcpy(p, padded, n * sizeof(T));
@@ -304,6 +310,39 @@ QATFAST_INLINE Vec<E, sizeof...(I)> shuffled(Vec<E, N> a, Vec<E, N> b, std::inte
   return Vec<E, sizeof...(I)>{(I < N ? a[I % N] : b[I % N])...};
 #endif
 }
+
+// The lanes of v that `lanes` names.
+template <class E, int N>
+QATFAST_INLINE Vec<E, N> permuted(Vec<E, N> v, Vec<mask_t<E>, N> lanes) {
+#ifdef __clang__
+  Vec<E, N> result;
+  for (int i = 0; i < N; ++i) {
+    result[i] = v[lanes[i]];
+  }
+  return result;
+#else
+  return __builtin_shuffle(v, lanes);
+#endif
+}
+
+// Rows shorter than this are taken N at a time: they are as many vectors as a row has elements.
+constexpr int64_t short_row = 32;
+
+// The row, of the N of n elements each, that a lane of one of their n vectors is in.
+template <int N>
+struct RowsOfLanes {
+  uint8_t of[short_row][short_row][N] = {};
+
+  constexpr RowsOfLanes() {
+    for (int n = 1; n < short_row; ++n) {
+      for (int i = 0; i < n * N; ++i) {
+        of[n][i / N][i % N] = static_cast<uint8_t>(i / n);
+      }
+    }
+  }
+};
+template <int N>
+constexpr RowsOfLanes<N> rows_of_lanes;
 
 // N / 2 lanes from the one at `start` on.
 template <int start, class E, int N, int... I>
@@ -382,16 +421,31 @@ struct GridTile {
   C quant_min;
   C quant_max;
 
-  // Whether all have a reciprocal.
-  QATFAST_MEMBER bool fill(const Grids<C>& grids, int64_t count) {
+  // Those of rows or columns from `first` on. Whether all have a reciprocal.
+  QATFAST_MEMBER bool fill(const Grids<C>& grids, int64_t first, int64_t count) {
     constexpr int N = lanes<C>;
     quant_min = grids.quant_min;
     quant_max = grids.quant_max;
+    const auto column = grids.columns == 0 ? 0 : (grids.first_column + first) % (grids.columns * grids.repeat);
+    const bool in_order = grids.columns == 0 || (grids.repeat == 1 && column + count <= grids.columns);
+    if (!in_order) {
+      auto grid = column / grids.repeat, left = grids.repeat - column % grids.repeat;
+      for (int64_t i = 0; i < count; ++i) {
+        scale[i] = grids.scale[grid];
+        zero_point[i] = static_cast<C>(grids.zero_point[grid]);
+        if (--left == 0) {
+          left = grids.repeat;
+          grid = grid + 1 == grids.columns ? 0 : grid + 1;
+        }
+      }
+    }
+    const auto from = grids.columns == 0 ? first : column;
     bool all_have = multiplies<C>;
     for (int64_t i = 0; i < count; i += N) {
       const auto m = count - i < N ? count - i : N;
-      const auto some = load_some<C, C>(grids.scale + i, m);
-      const auto zero = load_some<int32_t, C>(grids.zero_point + i, m);
+      const auto some = load_some<C, C>(in_order ? grids.scale + from + i : scale + i, m);
+      const auto zero =
+          in_order ? load_some<int32_t, C>(grids.zero_point + from + i, m) : load_some<C, C>(zero_point + i, m);
       store<C, C>(scale + i, some);
       store<C, C>(zero_point + i, zero);
       if constexpr (multiplies<C>) {
@@ -409,6 +463,22 @@ template <class C, class G>
 struct Found {
   V<C> zero_point;
   G grid;
+
+  // Of one grid a lane: those that `lanes` names.
+  QATFAST_MEMBER Found permuted_by(Vec<mask_t<C>, lanes<C>> by) const {
+    constexpr int N = lanes<C>;
+    const auto one = [by](V<C> v) {
+      return permuted<C, N>(v, by);
+    };
+    if constexpr (std::is_same_v<G, Grid<V<C>>>) {
+      return {one(zero_point), {one(grid.scale), one(grid.lo), one(grid.hi)}};
+    } else if constexpr (std::is_same_v<G, ReciprocalGrid<V<C>>>) {
+      return {one(zero_point),
+          {{one(grid.scale), one(grid.lo), one(grid.hi)}, one(grid.reciprocal), one(grid.least), one(grid.most)}};
+    } else {
+      return {one(zero_point), {one(grid.scale), one(grid.reciprocal)}};
+    }
+  }
 };
 
 // The grid of a row or those of a vector of columns, by how to divide.
@@ -446,11 +516,11 @@ struct TileOf {
 // Which kinds of grid a loop is compiled for: `own` ones were chosen for the values themselves and may be unclamped.
 enum class Compiled { exact, given, own };
 
-// f(tile of `count` grids)
+// f(tile of the `count` grids of rows or columns from `first` on)
 template <Compiled kinds, class C, class F>
-QATFAST_INLINE void with_tile(const Grids<C>& grids, int64_t count, F f) {
+QATFAST_INLINE void with_tile(const Grids<C>& grids, int64_t first, int64_t count, F f) {
   GridTile<C> tile;
-  const bool all_have_reciprocals = tile.fill(grids, count);
+  const bool all_have_reciprocals = tile.fill(grids, first, count);
   if constexpr (multiplies<C> && kinds == Compiled::own) {
     if (grids.unclamped) {
       return f(TileOf<UnclampedGrid, C>{tile});
@@ -476,28 +546,29 @@ template <Compiled kinds, class From, class To, class C, class F>
 QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n, const Grids<C>& grids, F f) {
   constexpr auto size = GridTile<C>::size;
   constexpr int64_t N = lanes<C>;
-  if (grids.of_columns) {
+  if (grids.columns > 0) {
+    const auto stride = grids.stride;
     const int64_t band = n > size ? 32 : rows; // rows that stay in L2 while one tile after the other passes over them
     for (int64_t row = 0; row < rows; row += band) {
-      const auto end = (rows - row < band ? rows : row + band) * n;
+      const auto end = (rows - row < band ? rows : row + band) * stride;
       for (int64_t j = 0; j < n; j += size) {
         const auto m = n - j < size ? n - j : size;
-        with_tile<kinds>(grids.from(j), m, [&](auto tile) {
+        with_tile<kinds>(grids, j, m, [&](auto tile) {
           constexpr auto result = result_of<From, To, decltype(tile)>;
-          int64_t at = row * n + j;
-          for (; n % 16 == 0 && at + 3 * n < end; at += 4 * n) { // four rows load a grid once
+          int64_t at = row * stride + j;
+          for (; m % 16 == 0 && at + 3 * stride < end; at += 4 * stride) { // four rows load a grid once
             for (int64_t i = 0; i < m; i += N) {
               const auto found = tile.columns(i);
               const auto one = [&](int64_t k) {
                 store<To, C, result>(to + k, f(load<From, C>(from + k), found, k, N));
               };
               one(at + i);
-              one(at + n + i);
-              one(at + 2 * n + i);
-              one(at + 3 * n + i);
+              one(at + stride + i);
+              one(at + 2 * stride + i);
+              one(at + 3 * stride + i);
             }
           }
-          for (; at < end; at += n) {
+          for (; at < end; at += stride) {
             map<From, To, C, result>(from + at, to + at, m, [&](V<C> v, int64_t i, int64_t used) {
               return f(v, tile.columns(i), at + i, used);
             });
@@ -509,8 +580,26 @@ QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n
   }
   for (int64_t row = 0; row < rows; row += size) {
     const auto count = rows - row < size ? rows - row : size;
-    with_tile<kinds>(grids.from(row), count, [&](auto tile) {
+    with_tile<kinds>(grids, row, count, [&](auto tile) {
       constexpr auto result = result_of<From, To, decltype(tile)>;
+      if (n == 1) {
+        return map<From, To, C, result>(from + row, to + row, count, [&](V<C> v, int64_t i, int64_t used) {
+          return f(v, tile.columns(i), row + i, used);
+        });
+      }
+      if (n < short_row && n % N != 0) {
+        for (int64_t k = 0; k < count; k += N) {
+          const auto some = tile.columns(k);
+          const auto begin = (row + k) * n, end = (count - k < N ? row + count : row + k + N) * n;
+          for (int64_t i = 0; begin + i < end; i += N) {
+            const auto at = begin + i, used = end - at < N ? end - at : N;
+            const auto rows_of_vector = bits_as<Vec<uint8_t, N>>(rows_of_lanes<N>.of[n][i / N]);
+            const auto found = some.permuted_by(integers_as<mask_t<C>, N, uint8_t>(rows_of_vector));
+            store_some<To, C, result>(to + at, f(load_some<From, C>(from + at, used), found, at, used), used);
+          }
+        }
+        return;
+      }
       const auto rows_of = [&](int64_t length) __attribute__((always_inline)) {
         for (int64_t k = 0; k < count; ++k) {
           const auto found = tile.row(k);
@@ -711,6 +800,53 @@ QATFAST_INLINE RangeBits<T> bits_of_all_rows(const T* x, int64_t count, int64_t 
   return merged<N / unrolled>(bits);
 }
 
+// The lanes of a vector as rows of `length` lanes, the next power of two, made of rows of n elements: the last element
+// stands in the lanes that are too many.
+template <int N>
+struct PaddedLanes {
+  uint8_t of[N][N] = {};
+
+  constexpr PaddedLanes() {
+    for (int n = 1, length = 1; n < N; ++n) {
+      length = n > length ? 2 * length : length;
+      for (int i = 0; i < N; ++i) {
+        of[n][i] = static_cast<uint8_t>(i / length * n + (i % length < n ? i % length : n - 1));
+      }
+    }
+  }
+};
+template <int N>
+constexpr PaddedLanes<N> padded_lanes;
+
+// The same of N whole rows of n elements, fewer than N: rows of `length` lanes fill as many vectors.
+template <int length, class T>
+QATFAST_INLINE RangeBits<T> bits_of_short_rows(const T* x, int64_t n) {
+  using Bits = RangeBits<T>;
+  constexpr int N = Bits::N;
+  if constexpr (length < N) {
+    if (n > length) {
+      return bits_of_short_rows<2 * length>(x, n);
+    }
+  }
+  Bits bits[length];
+  if (n == length) {
+    for (int i = 0; i < length; ++i) {
+      bits[i] = Bits::of(x + i * N);
+    }
+  } else {
+    const auto rows_of_vector = N / length;
+    const auto lanes = integers_as<typename Bits::I, N, uint8_t>(bits_as<Vec<uint8_t, N>>(padded_lanes<N>.of[n]));
+    for (int i = 0; i < length; ++i) {
+      const auto from = x + i * rows_of_vector * n;
+      const auto v = i + 1 < length ? bits_as<Vec<typename Bits::U, N>>(from)
+                                    : first_of<typename Bits::U, N>(from, rows_of_vector * n);
+      const auto padded = permuted<typename Bits::U, N>(v, lanes);
+      bits[i] = Bits::of(&padded);
+    }
+  }
+  return merged<length>(bits);
+}
+
 // lo[i] and hi[i] of row i; whether all values are finite.
 template <class T>
 QATFAST_INLINE bool range_of_rows(const T* x, int64_t rows, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
@@ -726,8 +862,9 @@ QATFAST_INLINE bool range_of_rows(const T* x, int64_t rows, int64_t n, compute_t
       break;
     }
     const T* from = x + row * n;
-    const auto bits =
-        n == common_group ? bits_of_all_rows(from, count, common_group) : bits_of_all_rows(from, count, n);
+    const auto bits = count == N && n > 0 && n < N ? bits_of_short_rows<1>(from, n)
+        : n == common_group                        ? bits_of_all_rows(from, count, common_group)
+                                                   : bits_of_all_rows(from, count, n);
     if (!bits.to_floats(count, lo + row, hi + row)) {
       is_finite = false;
       for (int64_t i = row; i < row + count; ++i) {
@@ -757,7 +894,7 @@ QATFAST_INLINE void widen_columns(const T* x, int64_t stride, int64_t n, RangeBi
 }
 
 template <class T>
-bool range_of_columns(const T* x, int64_t rows, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
+bool range_of_columns(const T* x, int64_t rows, int64_t stride, int64_t n, compute_t<T>* lo, compute_t<T>* hi) {
   constexpr int N = RangeBits<T>::N;
   constexpr int64_t tile = 512; // columns whose ranges stay in L1
   bool is_finite = true;
@@ -769,16 +906,16 @@ bool range_of_columns(const T* x, int64_t rows, int64_t n, compute_t<T>* lo, com
     }
     int64_t row = 0;
     for (; row + 4 <= rows; row += 4) {
-      widen_columns<4>(x + row * n + start, n, m, bits);
+      widen_columns<4>(x + row * stride + start, stride, m, bits);
     }
     for (; row < rows; ++row) {
-      widen_columns<1>(x + row * n + start, n, m, bits);
+      widen_columns<1>(x + row * stride + start, stride, m, bits);
     }
     for (int64_t i = 0; i < m; i += N) {
       const auto j = start + i, used = m - i < N ? m - i : N;
       if (!bits[i / N].to_floats(used, lo + j, hi + j)) {
         is_finite = false;
-        filtered_range_of_columns(x + j, rows, n, used, lo + j, hi + j);
+        filtered_range_of_columns(x + j, rows, stride, used, lo + j, hi + j);
       }
     }
   }
@@ -927,14 +1064,20 @@ QATFAST_INLINE uint32_t bits_of_lanes(Vec<E, N> masks) {
 #endif
 }
 
-// n bits from bit `at` of the mask on, written in order: the first bit of a byte clears the others.
+// n of N bits, from bit `at` of the mask on, in any order: they are 0 before.
+template <int N>
 QATFAST_INLINE void store_bits(uint8_t* mask, int64_t at, uint32_t bits, int64_t n) {
   mask += at / 8;
   const auto skipped = at % 8;
+  if constexpr (N % 8 == 0) {
+    if (skipped == 0 && n == N) {
+      std::memcpy(mask, &bits, N / 8);
+      return;
+    }
+  }
   const auto shifted = (bits & ((uint32_t{1} << n) - 1)) << skipped;
-  *mask = static_cast<uint8_t>((skipped ? *mask : 0) | shifted);
-  for (int64_t done = 8; done < skipped + n; done += 8) {
-    *++mask = static_cast<uint8_t>(shifted >> done);
+  for (int64_t done = 0; done < skipped + n; done += 8) {
+    *mask++ |= static_cast<uint8_t>(shifted >> done);
   }
 }
 
@@ -942,15 +1085,9 @@ template <class T>
 void fake_quantize_mask_loop(
     const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<compute_t<T>>& grids) {
   using C = compute_t<T>;
-  if (grids.of_columns && n > GridTile<C>::size && n % 8 != 0 && rows > 1) { // tiles would write bits out of order
-    for (int64_t i = 0; i < rows * n; i += n) {
-      fake_quantize_mask_loop(x + i, y + i, mask, first + i, 1, n, grids);
-    }
-    return;
-  }
   map_matrix<Compiled::given>(x, y, rows, n, grids, [&](V<C> v, const auto& at, int64_t i, int64_t m) {
     const auto [value, passes] = fake_quantize_inside(v, at.grid);
-    store_bits(mask, first + i, bits_of_lanes<scalar_t<decltype(passes)>, lanes<C>>(passes), m);
+    store_bits<lanes<C>>(mask, first + i, bits_of_lanes<scalar_t<decltype(passes)>, lanes<C>>(passes), m);
     return value;
   });
 }
@@ -1011,7 +1148,7 @@ void integers_loop(const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<c
   constexpr auto size = GridTile<C>::size;
   for (int64_t row = 0; row < rows; row += size) {
     const auto count = rows - row < size ? rows - row : size;
-    with_tile<Compiled::own>(grids.from(row), count, [&](auto tile) {
+    with_tile<Compiled::own>(grids, row, count, [&](auto tile) {
       for (int64_t k = 0; k < count; ++k) {
         integers_of_row(tile.row(k), row + k);
       }

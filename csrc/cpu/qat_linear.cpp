@@ -42,7 +42,7 @@ void integer_rows(const at::Tensor& x, const QuantSpec& spec, const IntegerRows&
         zero_point[first + i] = chosen_zero_point[i] - shift;
       }
       loops.integers(from, q + first * columns, count, columns,
-          {chosen_scale, zero_point + first, min - shift, max - shift, false, unclamped}, scale + first, steps + first);
+          {chosen_scale, zero_point + first, min - shift, max - shift, unclamped}, scale + first, steps + first);
     });
   });
 }
@@ -69,7 +69,7 @@ void integer_outputs(const ProductTask& task) {
     const auto* weight_scale = task.weight.scale.const_data_ptr<C>();
     const auto* bias = task.bias.defined() ? task.bias.const_data_ptr<C>() : nullptr;
     auto* y = task.y.mutable_data_ptr<T>();
-    at::parallel_for(0, rows, std::max<int64_t>(1, grain / columns), [&](int64_t row, int64_t end) {
+    parallel_for(0, rows, std::max<int64_t>(1, grain / columns), [&](int64_t row, int64_t end) {
       for (; row < end; ++row) {
         outputs(products + row * columns, y + row * columns, columns,
             {scale[row], zero_point[row], static_cast<int32_t>(steps[row]), weight_scale,

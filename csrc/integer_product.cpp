@@ -1,16 +1,23 @@
 #include "integer_product.h"
 
+#include "copy.h"
+#include "cpu/arithmetic.h"
 #include "memory.h"
 #include "specs.h"
 
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_int_mm.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <omp.h>
+
+#include <atomic>
+#include <memory>
 
 namespace qatfast {
 namespace {
@@ -18,6 +25,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t int32_features = 33025; // 255 * 255 times as many fit in 32 bits
+constexpr int64_t float_features = 1024;  // -128 * -128 times as many are 2^24: float32 holds all integers up to there
 constexpr int64_t slice = 65536;          // -128 * -128 times as many, too, even if a library shifts one of them by 128
 constexpr int64_t small_work = 1 << 22;   // multiplications; fewer take less time than to wake another thread
 constexpr int64_t packing_rows = 32;      // that many rows take the time in which the library packs the weight
@@ -44,8 +52,19 @@ class OneThread {
   const int before_;
 };
 
-void multiply_in_float64(const Tensor& products, const Tensor& x, const Tensor& weight) {
-  products.copy_(at::mm(x.to(at::kDouble), weight.to(at::kDouble).t()));
+// products = x @ weight.T in float32, whose sums of so few products are exact in any order, and are so with factors
+// rounded to bfloat16 too, as torch.set_float32_matmul_precision may have it.
+void multiply_in_floats(const Tensor& products, const Tensor& x, const Tensor& weight) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset); // it would round the sums
+  const auto features = x.size(1);
+  for (int64_t begin = 0; begin < features; begin += float_features) {
+    const auto count = std::min(float_features, features - begin);
+    const auto some = [&](const Tensor& matrix) {
+      return matrix.narrow(1, begin, count).to(at::kFloat);
+    };
+    const auto sums = at::mm(some(x), some(weight).t());
+    begin == 0 ? products.copy_(sums) : products.add_(sums.to(at::kInt));
+  }
 }
 
 // products = x @ weight.T by the library
@@ -70,22 +89,44 @@ void multiply_padded(const Tensor& products, const Tensor& x, const Tensor& weig
   products.copy_(result.narrow(0, 0, rows).narrow(1, 0, outputs));
 }
 
-// Whether the library multiplies the largest integers exactly: on processors without VNNI it may saturate in 16 bits.
-bool is_exact_on_cpu() {
-  for (const int64_t rows : {1, 33}) {
-    for (const int64_t features : {3, 64, 200}) {
-      for (const int left : {-128, 127}) {
-        for (const int right : {-128, 127}) {
-          const auto x = at::full({rows, features}, left, at::kChar);
-          const auto weight = at::full({48, features}, right, at::kChar);
-          if (!at::_int_mm(x, weight.t()).eq(left * right * features).all().item<bool>()) {
-            return false;
-          }
-        }
+// Whether the library multiplies the largest integers exactly: on processors without VNNI it adds pairs of products in
+// 16 bits, which saturates at any size of two columns or more. The last size has sums that no float32 holds.
+bool is_exact(int64_t rows, int64_t features) {
+  for (const int left : {-128, 127}) {
+    for (const int right : {-128, 127}) {
+      const auto x = at::full({rows, features}, left, at::kChar);
+      const auto weight = at::full({48, features}, right, at::kChar);
+      if (!at::_int_mm(x, weight.t()).eq(left * right * features).all().item<bool>()) {
+        return false;
       }
     }
   }
   return true;
+}
+
+// Whether oneDNN may serve this product. torch.backends.mkldnn.enabled is asked at each call: without it torch takes a
+// loop of its own, which is exact, so that what it gives proves nothing of oneDNN, and slow.
+bool is_exact_on_cpu() {
+  const auto uses_library = [] {
+    return at::globalContext().userEnabledMkldnn();
+  };
+  static std::atomic<int> proved{-1}; // 1: it is exact, 0: it is not, -1: not known
+  if (!uses_library()) {
+    return false;
+  }
+  if (proved < 0) {
+    bool exact = true;
+    for (const int64_t rows : {1, 33}) {
+      for (const int64_t features : {3, 64, 200, 4099}) {
+        exact = exact && is_exact(rows, features);
+      }
+    }
+    if (!uses_library()) { // another thread has just switched it off
+      return false;
+    }
+    proved = exact;
+  }
+  return proved == 1;
 }
 
 // products = x @ weight.T, int8 to int32, exact for at most `slice` columns.
@@ -94,11 +135,11 @@ void multiply(const Tensor& products, const Tensor& x, const Tensor& weight) {
     products.zero_();
   } else if (x.is_cuda()) {
     multiply_padded(products, x, weight);
-  } else if (static const bool exact = is_exact_on_cpu(); exact) {
+  } else if (is_exact_on_cpu()) {
     const OneThread one_thread((x.size(0) + packing_rows) * weight.numel() <= small_work);
     multiply_by_library(products, x, weight);
   } else {
-    multiply_in_float64(products, x, weight);
+    multiply_in_floats(products, x, weight);
   }
 }
 
@@ -118,6 +159,9 @@ Tensor wide_product(const IntegerRows& x, const IntegerRows& weight, const Tenso
   };
   sum -= column(x.zero_point) * (weight.steps + weight.zero_point.to(at::kLong) * features);
   sum -= column(x.steps) * weight.zero_point;
+  // from here on numbers are rounded, which the threads of torch's own loops might do in another way
+  const OneThread one_thread(sum.is_cpu());
+  const auto arithmetic = sum.is_cpu() ? std::make_unique<cpu::StandardArithmetic>() : nullptr;
   auto y = sum.to(x.scale.scalar_type()) * (column(x.scale) * weight.scale);
   if (bias.defined()) {
     y += bias;
@@ -177,7 +221,7 @@ bool multiplies_integers(const Tensor& weight, at::IntArrayRef specs) {
 IntegerRows integer_rows(const Tensor& matrix, const QuantSpec& spec, Memory memory) {
   const auto result = memory == Memory::apart ? rows_apart(matrix) : rows_in_one_memory(matrix);
   if (matrix.size(0) > 0) {
-    QATFAST_ON(matrix, integer_rows)(matrix.contiguous(), spec, result);
+    QATFAST_ON(matrix, integer_rows)(contiguous(matrix), spec, result);
   }
   return result;
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import warnings
@@ -107,6 +108,181 @@ def test_a_library_that_saturates_changes_no_integer_product(kernels, instructio
     known = {label: digests.digest(value) for label, value in layers}
     assert len(known) > 100
     assert [label for label in known if found[label] != known[label]] == []
+
+
+PRODUCTS = """
+import json, sys, torch
+import qatfast
+from qatfast import PerToken, QATConfig, QuantSpec, functional
+
+torch.manual_seed(0)
+config = QATConfig(QuantSpec(8, granularity=PerToken()), QuantSpec(8, True, PerToken()), None, None)
+shapes = [(1, 2, 1), (1, 200, 33), (1, 4099, 16), (2, 3, 5), (3, 1027, 48), (16, 64, 64), (33, 49, 33), (129, 2200, 70)]
+wrong = {}
+for word in sys.argv[1].split():
+    torch.backends.mkldnn.enabled = word == "on"
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for rows, inputs, outputs in shapes:
+            for kind in ("ends", "random"):
+                x, w = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+                if kind == "ends":  # the largest products, mostly of one sign
+                    x, w = torch.where(x > -1, 1.0, -1.0), torch.where(w > -1, 1.0, -1.0)
+                sx, zx = functional.choose_qparams(x, granularity=PerToken())
+                sw, zw = functional.choose_qparams(w, symmetric=True, granularity=PerToken())
+                qx = functional.quantize(x, sx, zx, 0, 255, granularity=PerToken()).long() - zx[:, None]
+                qw = functional.quantize(w, sw, zw, -127, 127, granularity=PerToken()).long()
+                expected = (qx @ qw.t()).float() * (sx[:, None] * sw)
+                y = functional.qat_linear(x, w, config=config)
+                differing = int((y != expected).sum())
+                if differing:
+                    wrong[f"{word} {threads} threads {rows}x{inputs}x{outputs} {kind}"] = differing
+print(json.dumps(wrong))
+"""
+
+
+@pytest.mark.parametrize("order", ["off on", "on off on"])
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "DEFAULT"])
+def test_integer_products_are_exact_whenever_onednn_is_switched(kernels, instructions, order):
+    """What torch's own loop gives while oneDNN is off must not pass for a proof that oneDNN is exact."""
+    assert json.loads(run(["-c", PRODUCTS, order], ONEDNN_MAX_CPU_ISA=instructions)) == {}
+
+
+@pytest.mark.parametrize("setting", ["autocast", "precision"])
+def test_no_setting_of_float_products_reaches_integer_products(kernels, setting):
+    """Where oneDNN is not exact, integers are multiplied as floats."""
+    code = """
+import contextlib, sys, torch
+from qatfast import QATConfig, functional
+
+x, w = torch.where(torch.randn(2, 65, 2050) > -1, 1.0, -1.0)
+specs = QATConfig.int8().codes
+forward = torch.ops.qatfast.qat_linear_integers_forward
+expected = forward(x, w, None, [], specs)[0]
+torch.backends.mkldnn.enabled = False
+if sys.argv[1] == "precision":
+    torch.set_float32_matmul_precision("medium")
+    settings = contextlib.nullcontext()
+else:
+    settings = torch.autocast("cpu", torch.bfloat16)
+for enabled in (False, True):
+    torch.backends.mkldnn.enabled = enabled
+    with settings:
+        y = forward(x, w, None, [], specs)[0]
+    assert torch.equal(y, expected), (y - expected).abs().max()
+"""
+    run(["-c", code, setting], ONEDNN_MAX_CPU_ISA="AVX2")
+
+
+ARITHMETIC = """
+import ctypes, sys, torch
+import cases
+from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec, functional, reference
+
+setting = sys.argv[1]
+libm = ctypes.CDLL("libm.so.6")
+torch.set_num_threads(1)  # the other threads begin later, with what is set then
+
+def calls():
+    for dtype in cases.FLOATS:
+        tiny = torch.finfo(cases.compute_dtype(dtype)).tiny
+        for shape, granularity in (
+            ((5,), PerTensor()), ((300, 401), PerTensor()), ((300, 401), PerChannel(0)), ((300, 401), PerChannel(1)),
+            ((300, 400), PerToken()), ((300, 400), PerGroup(4)), ((300, 400), PerGroup(40)),
+            ((64, 12, 9), PerChannel(1)),
+        ):
+            for factor in (1.0, 40 * tiny):  # ordinary numbers, and those whose steps are subnormal
+                x = cases.mixed(shape, dtype)
+                if dtype in (torch.float32, torch.float64):
+                    x = x * factor
+                g = {"granularity": granularity}
+                yield "fake_quantize", (x,), g
+                yield "choose_qparams", (x, 4), {"symmetric": True, **g}
+                scale, zero_point = reference.choose_qparams(x, 8, **g)
+                if factor != 1.0:
+                    scale = scale * 0.3  # subnormal where it was the smallest normal number
+                yield "fake_quantize_affine", (x, scale, zero_point, 0, 255), g
+                yield "quantize", (x, scale, zero_point, 0, 255), g
+                q = reference.quantize(x, scale, zero_point, 0, 255, **g)
+                yield "dequantize", (q, scale, zero_point), {"dtype": dtype, **g}
+        for inputs in (65, 33030):
+            operands = cases.linear(((40,), inputs, 3), dtype)
+            per_token = QATConfig(QuantSpec(8, granularity=PerToken()), QuantSpec(8), QuantSpec(8), QuantSpec(8))
+            for config in (QATConfig.int8(), per_token):
+                yield "qat_linear", operands, {"config": config}
+
+known = [(op, args, kwargs, getattr(reference, op)(*args, **kwargs)) for op, args, kwargs in calls()]
+rounding = {"upward": 0x800, "downward": 0x400, "towardzero": 0xC00}
+if setting in rounding:
+    assert libm.fesetround(rounding[setting]) == 0
+elif setting == "flush_denormal":
+    assert torch.set_flush_denormal(True)
+else:
+    assert libm.feenableexcept(0x3D) >= 0  # all
+found = []
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    found.append([getattr(functional, op)(*args, **kwargs) for op, args, kwargs, _ in known])
+if setting in rounding:
+    assert libm.fegetround() == rounding[setting], "it is left as it was"
+    libm.fesetround(0)
+elif setting == "flush_denormal":
+    assert (torch.tensor(2.0**-149) * 1.0).item() == 0, "it is left as it was"
+    torch.set_flush_denormal(False)
+else:
+    assert libm.fegetexcept() == 0x3D, "it is left as it was"
+    libm.fedisableexcept(0x3D)
+torch.set_num_threads(1)
+for (op, args, kwargs, expected), *results in zip(known, *found, strict=True):
+    for y in results:
+        try:
+            cases.assert_all_same(y, expected)
+        except AssertionError as error:
+            raise AssertionError(f"{op} {args[0].dtype} {tuple(args[0].shape)} {kwargs}: {error}") from None
+print(len(known))
+"""
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or sys.platform != "linux", reason="the constants are those of x86-64"
+)
+@pytest.mark.parametrize("setting", ["upward", "downward", "towardzero", "traps", "flush_denormal"])
+def test_the_arithmetic_of_the_thread_changes_no_bit(kernels, setting):
+    """Rounding, traps and flushing as another library may leave them; given back as they were."""
+    assert int(run(["-c", ARITHMETIC, setting])) > 300
+
+
+def test_ranges_of_columns_take_no_memory_for_every_thread(kernels):
+    code = """
+import resource, torch
+from qatfast import PerChannel, functional
+
+torch.set_num_threads(64)
+x = torch.ones(2, 4_000_000)
+functional.choose_qparams(x[:, :1000], granularity=PerChannel(1))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+scale, _ = functional.choose_qparams(x, granularity=PerChannel(1))
+functional.fake_quantize(x, granularity=PerChannel(1))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    kilobytes = int(run(["-c", code], OMP_NUM_THREADS="64"))
+    assert kilobytes < 4 * 32_000, "scale, zero point and the result have 64 MB"
+
+
+@DTYPES
+@pytest.mark.parametrize("count", [3, 64])
+@pytest.mark.parametrize(
+    "shape", [(2, 70000), (70000, 2), (600, 500), (9, 4, 9000), (500, 90, 5), (3, 50, 700)], ids=cases.name
+)
+def test_columns_and_blocks_on_more_threads_than_they_are(kernels, threads, dtype, shape, count):
+    threads(count)
+    x = cases.mixed(shape, dtype)
+    for axis in range(len(shape)):
+        granularity = PerChannel(axis)
+        expected = reference.choose_qparams(x, granularity=granularity)
+        cases.assert_all_same(functional.choose_qparams(x, granularity=granularity), expected)
+        y = functional.fake_quantize(x, granularity=granularity)
+        cases.assert_same(y, reference.fake_quantize(x, granularity=granularity))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -65,11 +65,14 @@ def test_numbers_per_tensor(device):
 
 
 def test_nothing_requires_grad(ops, device):
+    q = cases.integers((9,), torch.int8, device=device)
     scale = torch.tensor(0.5, device=device, requires_grad=True)
     zero_point = torch.tensor(0, dtype=torch.int32, device=device)
-    assert not ops.dequantize(
-        cases.integers((9,), torch.int8, device=device), scale, zero_point
-    ).requires_grad
+    with pytest.raises(ValueError, match="dequantize: expected scale not to require grad"):
+        ops.dequantize(q, scale, zero_point)
+    assert not ops.dequantize(q, scale.detach(), zero_point).requires_grad
+    with torch.no_grad():
+        assert not ops.dequantize(q, scale, zero_point).requires_grad
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)

@@ -13,7 +13,10 @@ myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 nitpicky = True
 # Types of torch and of Python, whose pages cannot be looked up without a network, and ours by their modules' names.
-nitpick_ignore_regex = [("py:.*", r"(torch|nn\.|collections|typing|Any|Tensor|Iterator|Mapping).*|qatfast\.(config\.Granularity|model\.Summary(Row)?)")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|nn\.|collections|typing|Any|Tensor|Iterator|Mapping).*"),
+    ("py:.*", r"qatfast\.(config\.Granularity|model\.Summary(Row)?)"),
+]
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import checks, reference
 from .config import PerGroup, PerToken, granularity_from_code
@@ -158,6 +158,8 @@ def _register_flops() -> None:
         ops.qat_linear_integers,
         ops.qat_linear_integers_forward,
     ]
+    for op in (*forwards, ops.qat_linear_grad_weight, ops.qat_linear_integers_backward):
+        flop_registry.pop(op, None)  # of an earlier import in this process; torch takes no second formula
 
     @register_flop_formula(forwards)
     def _(input: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:

@@ -6,6 +6,7 @@ Numbers come from numpy: ``torch.randn`` gives other ones for other instruction 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -420,3 +421,12 @@ def assert_all_same(actual: Any, expected: Any) -> None:
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
         assert_same(one, other)
+
+
+def end_process_group() -> None:
+    """Destroys the default group once gloo's threads are idle.
+
+    They take the GIL to free the last collective, and destroying a group waits for them without releasing it.
+    """
+    time.sleep(0.5)
+    torch.distributed.destroy_process_group()

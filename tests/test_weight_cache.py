@@ -1218,7 +1218,7 @@ def group(tmp_path):
         pytest.skip("torch was built without gloo")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    cases.end_process_group()
 
 
 class Alternating(nn.Module):

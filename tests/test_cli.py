@@ -110,7 +110,8 @@ def on_a_terminal(code, columns, **changes):
 
 
 FULL_STUDY = """
-import itertools
+import itertools, warnings
+warnings.simplefilter("ignore")  # that there are no kernels
 from qatfast.study import Settings, Study, quantize_signal
 from qatfast.study.command import _announcement, _print, _results
 from qatfast.study.data import digits_samples

@@ -93,7 +93,9 @@ def test_it_has_its_files(op, place):
 @OPS
 def test_no_other_file_of_a_device_is_an_operator_of_another_name(op):
     files = {path.stem for path in (ROOT / "csrc").glob("c*/*.c*") if not path.stem.startswith("loops")}
-    shared = {"copy", "instruction_set", "plan"} | {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cuh")}
+    shared = {"copy", "instruction_set", "plan"} | {
+        path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cuh")
+    }
     assert files <= {*cases.OPS, *shared}
 
 

@@ -59,6 +59,14 @@ def model(config):
     return nn.Sequential(QATLinear(8, 4, config=config), nn.ReLU(), QATLinear(4, 4, config=config))
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """A function that was compiled too often for other tests would run in eager mode."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def quantizations(monkeypatch):
     """How many weights the cache has quantized."""

@@ -127,7 +127,12 @@ QATFAST_FORMULA T choose_scale(T lo, T hi, T steps, bool symmetric) {
   return width <= std::numeric_limits<scalar_t<T>>::max() ? scale_of_width(width, steps) : hi / steps - lo / steps;
 }
 
-// The same on a symmetric grid with one step more below 0 than above: neither side is clipped.
+// Whether a symmetric grid has one step more below 0 than above.
+QATFAST_FORMULA bool is_full_range(T quant_min, T quant_max, bool symmetric) {
+  return symmetric && quant_min != -quant_max;
+}
+
+// The scale of such a grid: neither side is clipped.
 QATFAST_FORMULA T choose_full_range_scale(T lo, T hi, T quant_min, T quant_max) {
   const T eps = T{} + std::numeric_limits<scalar_t<T>>::min();
   return widen_hi(eps, widen_hi(lo / quant_min, hi / quant_max));

@@ -175,10 +175,6 @@ def _without_weight(config: QATConfig) -> QATConfig:
     return dataclasses.replace(config, weight=None)
 
 
-# The hooks of saved tensors. Before torch 2.8 Python cannot ask: any call that records gradients may have some.
-_saved_tensor_hooks: Callable[[bool], Any] = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: torch.is_grad_enabled() or None
-)
 _has_cuda = torch.version.cuda is not None or torch.version.hip is not None
 _ordinary_state: Callable[[Tensor], bytes | None] = (
     kernels.extension.weight_state if kernels.extension is not None else lambda weight: None
@@ -196,7 +192,7 @@ def _state(weight: Tensor) -> tuple[Any, ...] | None:
         or weight.is_inference()  # has no version
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
-        or _saved_tensor_hooks(False) is not None
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     ):
         return None
     if any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):

@@ -55,10 +55,6 @@ struct RangeSpec {
   C quant_min;
   C quant_max;
   bool symmetric;
-
-  bool is_full_range() const {
-    return symmetric && quant_min != -quant_max;
-  }
 };
 
 // All loops below take a matrix of `rows` rows of n values, one after the other in memory, or `stride` apart.

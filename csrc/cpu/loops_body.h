@@ -464,7 +464,7 @@ struct Found {
   V<C> zero_point;
   G grid;
 
-  // Of one grid a lane: those that `lanes` names.
+  // One grid per lane: that of lane by[i] becomes that of lane i.
   QATFAST_MEMBER Found permuted_by(Vec<mask_t<C>, lanes<C>> by) const {
     constexpr int N = lanes<C>;
     const auto one = [by](V<C> v) {
@@ -936,7 +936,7 @@ bool choose_loop(const C* lo, const C* hi, int64_t n, const RangeSpec<C>& spec, 
   constexpr int N = lanes<C>;
   const V<C> quant_min = all_lanes(spec.quant_min), quant_max = all_lanes(spec.quant_max);
   const V<C> steps = steps_of(quant_min, quant_max, spec.symmetric);
-  const bool full_range = spec.is_full_range();
+  const bool full_range = is_full_range(spec.quant_min, spec.quant_max, spec.symmetric);
   bool unclamped = multiplies<C>;
   constexpr float least_normal = std::is_same_v<T, c10::Half> ? 0x1p-14f : 0; // the others' have no reciprocal
   for (int64_t i = 0; i < n; i += N) {

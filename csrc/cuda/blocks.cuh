@@ -14,10 +14,6 @@ struct RangeSpec {
   int32_t quant_min;
   int32_t quant_max;
   bool symmetric;
-
-  __device__ __forceinline__ bool is_full_range() const {
-    return symmetric && quant_min != -quant_max;
-  }
 };
 
 inline RangeSpec range_spec(const QuantSpec& spec) {
@@ -114,7 +110,7 @@ struct QParam {
     const C lo = C(0) - bits_as<C>(keys.below);
     const C hi = bits_as<C>(keys.above);
     const C quant_min = spec.quant_min, quant_max = spec.quant_max;
-    const C scale = spec.is_full_range()
+    const C scale = is_full_range(spec.quant_min, spec.quant_max, spec.symmetric)
         ? choose_full_range_scale(lo, hi, quant_min, quant_max)
         : choose_scale(lo, hi, steps_of(quant_min, quant_max, spec.symmetric), spec.symmetric);
     const C low_step = round_half_even(lo / scale);

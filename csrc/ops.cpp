@@ -409,7 +409,9 @@ std::tuple<Tensor, Tensor> choose_qparams_kernel(
   check_float(op, "input", input);
   check_blocks(op, input, spec.granularity);
   const auto shape = qparams_shape(input, spec.granularity);
-  const auto from = as_blocks(input, spec.granularity);
+  // Blocks of one or two elements have more results than elements: a copy of the input is cheaper than two of the results.
+  const bool many_blocks = spec.granularity.kind == Granularity::per_group && spec.granularity.argument <= 2;
+  const auto from = many_blocks ? contiguous(input) : as_blocks(input, spec.granularity);
   const auto order = block_order(from, spec.granularity);
   const auto empty = [&](at::ScalarType dtype) {
     const auto of_blocks = at::empty(shape, input.options().dtype(dtype));

@@ -115,25 +115,25 @@ def _register_fakes() -> None:
             matrix.new_empty((rows,), dtype=torch.int32),
         )
 
-    @fake("qatfast::qat_linear_weight")
+    @fake("qatfast::qat_linear_int8_weight")
     def _(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = weight.shape[0]
         return *rows_of(weight, rows), weight.new_empty((rows,), dtype=torch.int64)
 
-    fake("qatfast::qat_linear_integers", layer_output)
+    fake("qatfast::qat_linear_int8", layer_output)
 
-    @fake("qatfast::qat_linear_integers_forward")
+    @fake("qatfast::qat_linear_int8_forward")
     def _(
         input: Tensor, weight: Tensor, bias: Tensor | None, *_: Any, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         output = layer_output(input, weight, bias, dtype=dtype)
         return output, *rows_of(input, math.prod(input.shape[:-1]))
 
-    @fake("qatfast::qat_linear_input")
+    @fake("qatfast::qat_linear_int8_input")
     def _(values: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
         return values.new_empty(values.shape, dtype=dtype)
 
-    @fake("qatfast::qat_linear_integers_backward")
+    @fake("qatfast::qat_linear_int8_backward")
     def _(
         grad: Tensor,
         values: Tensor,
@@ -155,10 +155,10 @@ def _register_flops() -> None:
     forwards = [
         ops.qat_linear,
         ops.qat_linear_forward,
-        ops.qat_linear_integers,
-        ops.qat_linear_integers_forward,
+        ops.qat_linear_int8,
+        ops.qat_linear_int8_forward,
     ]
-    for op in (*forwards, ops.qat_linear_grad_weight, ops.qat_linear_integers_backward):
+    for op in (*forwards, ops.qat_linear_grad_weight, ops.qat_linear_int8_backward):
         flop_registry.pop(op, None)  # of an earlier import in this process; torch takes no second formula
 
     @register_flop_formula(forwards)
@@ -169,6 +169,6 @@ def _register_flops() -> None:
     def _(grad: Sequence[int], input: Sequence[int], **_: Any) -> int:
         return 2 * math.prod(grad) * input[1]
 
-    @register_flop_formula(ops.qat_linear_integers_backward)
+    @register_flop_formula(ops.qat_linear_int8_backward)
     def _(grad: Sequence[int], values: Sequence[int], *_: Any, **__: Any) -> int:
         return 2 * 2 * math.prod(grad) * values[1]

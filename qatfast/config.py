@@ -202,7 +202,7 @@ class QATConfig(_Arguments):
         object.__setattr__(self, "codes", sum(codes, ()))
         object.__setattr__(self, "_integer_features", _integer_features(self.input, self.weight))
 
-    def multiplies_integers(self, in_features: int) -> bool:
+    def uses_int8_gemm(self, in_features: int) -> bool:
         """Whether a layer multiplies integers: its input is quantized per tensor or per token and its weight per tensor
         or per output channel (its rows, however that is spelled), both to at most 8 bits.
         """

@@ -298,7 +298,7 @@ def qat_linear(
 
         y = fake_quantize(F.linear(fake_quantize(input), fake_quantize(weight), fake_quantize(bias)))
 
-    each ``fake_quantize`` as ``config`` says, or left out. Where ``config.multiplies_integers(in_features)`` (the input
+    each ``fake_quantize`` as ``config`` says, or left out. Where ``config.uses_int8_gemm(in_features)`` (the input
     quantized per tensor or per token, the weight per tensor or per output channel, both to at most 8 bits) the product
     is one of integers, the same bits on every device::
 

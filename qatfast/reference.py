@@ -137,7 +137,7 @@ def qat_linear(
     w_hat = _by_spec(op, "weight", weight, config.weight)
     b_hat = None if bias is None else _by_spec(op, "bias", bias, config.bias)
     product = F.linear(x_hat, w_hat, b_hat)
-    if product.is_meta or not config.multiplies_integers(weight.shape[1]):  # a meta tensor has no values
+    if product.is_meta or not config.uses_int8_gemm(weight.shape[1]):  # a meta tensor has no values
         return _by_spec(op, "output", product, config.output)
     assert config.input is not None and config.weight is not None
     y = _integer_product(input.detach(), config.input, weight.detach(), config.weight)

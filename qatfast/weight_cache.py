@@ -138,7 +138,7 @@ def linear(slot: _Slot, input: Tensor, weight: Tensor, bias: Tensor | None, conf
     ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
     if ops is None:
         return qat_linear(input, weight, bias, config=config)
-    return ops.qat_linear_integers(input, weight, bias, made, config.codes)
+    return ops.qat_linear_int8(input, weight, bias, made, config.codes)
 
 
 def _make(slot: _Slot, weight: Tensor, state: Any, config: QATConfig) -> tuple[Any, QATConfig | None]:
@@ -150,7 +150,7 @@ def _make(slot: _Slot, weight: Tensor, state: Any, config: QATConfig) -> tuple[A
     if spec is None or ((slot.not_gathered is not weight or weight.__dict__) and _is_gathered(slot, weight)):
         return None, None
     # 0: whatever the number of features; asked first, as the shape costs more than all else here
-    has_integers = config.multiplies_integers(0) or config.multiplies_integers(weight.shape[-1])
+    has_integers = config.uses_int8_gemm(0) or config.uses_int8_gemm(weight.shape[-1])
     if torch.is_inference_mode_enabled() or not (has_integers or torch.is_grad_enabled()):
         # what is made serves all calls: an ordinary tensor, with a gradient if the weight has one
         with torch.inference_mode(False), torch.enable_grad():
@@ -162,7 +162,7 @@ def _make(slot: _Slot, weight: Tensor, state: Any, config: QATConfig) -> tuple[A
         ops = kernels.extension if type(state) is bytes else kernels.route(weight)
         if ops is None:
             return None, None
-        made = ops.qat_linear_weight(weight, spec.code)
+        made = ops.qat_linear_int8_weight(weight, spec.code)
     else:
         made, rest = fake_quantize(weight, **spec.arguments), _without_weight(config)
     if not _running_steps:

@@ -263,7 +263,7 @@ def fake_quantize_affine_array(
     return np.where(np.isnan(x), x, y), integer.astype(np.int32)
 
 
-def multiplies_integers(config: QATConfig, in_features: int) -> bool:
+def uses_int8_gemm(config: QATConfig, in_features: int) -> bool:
     """Whether the layer is the integer product: where it is not, it is the float formula."""
     if config.input is None or config.weight is None:
         return False

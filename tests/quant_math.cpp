@@ -2,7 +2,7 @@
 // of a midpoint between two floats, S being the divisor's significand; elsewhere its last rounding cannot go wrong:
 // what it rounds is off by at most 3 units in the last place (of the first product) times 2^-23 (of remainder and
 // reciprocal).
-#include "quant_math.h"
+#include "common/quant_math.h"
 
 #include <cstdio>
 

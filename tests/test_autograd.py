@@ -82,9 +82,9 @@ def layers(config, weight):
         "public": lambda *operands: functional.qat_linear(*operands, config=config),
         "reference": lambda *operands: reference.qat_linear(*operands, config=config),
     }
-    if not cases.why_no_kernels(str(weight.device)) and config.multiplies_integers(8):
-        given = list(torch.ops.qatfast.qat_linear_weight(weight.detach(), config.codes[4:8]))
-        found["given_integers"] = lambda *operands: torch.ops.qatfast.qat_linear_integers(
+    if not cases.why_no_kernels(str(weight.device)) and config.uses_int8_gemm(8):
+        given = list(torch.ops.qatfast.qat_linear_int8_weight(weight.detach(), config.codes[4:8]))
+        found["given_integers"] = lambda *operands: torch.ops.qatfast.qat_linear_int8(
             *operands, given, config.codes
         )
     return found
@@ -484,19 +484,19 @@ def test_the_operators_inside_refuse_to_be_differentiated(kernels, device):
     ops, codes = torch.ops.qatfast, QATConfig.int8().codes
     x, weight, bias = operands_of(True, device)
     grid = cases.grid((5, 8), PerTensor(), torch.float64, device=device)
-    values, scale, zero_point = ops.qat_linear_integers_forward(x, weight, bias, [], codes)[1:]
+    values, scale, zero_point = ops.qat_linear_int8_forward(x, weight, bias, [], codes)[1:]
     dy = cases.normal((5, 6), torch.float64, device=device)
     calls = {
         "fake_quantize_affine_forward": lambda x: ops.fake_quantize_affine_forward(x, *grid)[0],
         "qat_linear_forward": lambda x: ops.qat_linear_forward(x, weight, bias, QATConfig().codes)[0],
-        "qat_linear_integers_forward": lambda x: ops.qat_linear_integers_forward(x, weight, bias, [], codes)[
+        "qat_linear_int8_forward": lambda x: ops.qat_linear_int8_forward(x, weight, bias, [], codes)[
             0
         ],
-        "qat_linear_integers_backward": lambda x: ops.qat_linear_integers_backward(
+        "qat_linear_int8_backward": lambda x: ops.qat_linear_int8_backward(
             dy + x.sum(), values, scale, zero_point, weight, codes[4:8]
         )[0],
         "qat_linear_grad_weight": lambda x: ops.qat_linear_grad_weight(dy, x),
-        "qat_linear_input": lambda x: ops.qat_linear_input(
+        "qat_linear_int8_input": lambda x: ops.qat_linear_int8_input(
             values, scale.expand(5) + 0 * x.sum(), zero_point, torch.float64
         ),
     }

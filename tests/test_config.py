@@ -109,15 +109,15 @@ def test_the_codes_of_a_config():
 def test_which_layers_multiply_integers(input, weight, expected):
     for others in (QuantSpec(16), None):
         config = QATConfig(input, weight, others, others)
-        assert config.multiplies_integers(6) is expected
+        assert config.uses_int8_gemm(6) is expected
 
 
 def test_the_recipes_that_multiply_integers():
-    assert QATConfig.int8().multiplies_integers(100)
-    assert QATConfig.dynamic().multiplies_integers(100)
-    assert not QATConfig.dynamic(9).multiplies_integers(100)
-    assert not QATConfig.tutorial().multiplies_integers(100)
-    assert not QATConfig.weight_only(8, 100).multiplies_integers(100)
+    assert QATConfig.int8().uses_int8_gemm(100)
+    assert QATConfig.dynamic().uses_int8_gemm(100)
+    assert not QATConfig.dynamic(9).uses_int8_gemm(100)
+    assert not QATConfig.tutorial().uses_int8_gemm(100)
+    assert not QATConfig.weight_only(8, 100).uses_int8_gemm(100)
 
 
 def test_words():

@@ -367,33 +367,33 @@ def test_specs_that_do_not_exist(kernels, code, position):
 
 def integers(*, rows=3, columns=6, dtype=torch.float32, **changes):
     """The integers of a weight but for ``changes``."""
-    kinds = {"scale": dtype, "zero_point": torch.int32, "steps": torch.int64}
+    kinds = {"scale": dtype, "zero_point": torch.int32, "level_sums": torch.int64}
     right = {name: x(rows, dtype=kind) for name, kind in kinds.items()}
     return list({"values": x(rows, columns, dtype=torch.int8), **right, **changes}.values())
 
 
-WEIGHT_INTEGERS = "expected weight_integers as qat_linear_weight gives them for this weight"
+INT8_WEIGHT = "expected int8_weight as qat_linear_int8_weight returns it for this weight"
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        (integers()[:3], "expected the 4 tensors of qat_linear_weight, got 3"),
-        (integers(rows=4), WEIGHT_INTEGERS),
-        (integers(columns=5), WEIGHT_INTEGERS),
-        (integers(dtype=torch.float64), WEIGHT_INTEGERS),
-        (integers(values=x(3, 6, dtype=torch.uint8)), WEIGHT_INTEGERS),
-        (integers(values=x(6, 3, dtype=torch.int8).t()), WEIGHT_INTEGERS),
-        (integers(scale=x(3, 1)), WEIGHT_INTEGERS),
-        (integers(scale=x(6)[::2]), WEIGHT_INTEGERS),
-        (integers(zero_point=x(3, dtype=torch.int64)), WEIGHT_INTEGERS),
-        (integers(zero_point=x(dtype=torch.int32)), WEIGHT_INTEGERS),
-        (integers(steps=x(2, dtype=torch.int64)), WEIGHT_INTEGERS),
-        (integers(steps=x(3, dtype=torch.int32)), WEIGHT_INTEGERS),
+        (integers()[:3], "expected the 4 tensors of qat_linear_int8_weight, got 3"),
+        (integers(rows=4), INT8_WEIGHT),
+        (integers(columns=5), INT8_WEIGHT),
+        (integers(dtype=torch.float64), INT8_WEIGHT),
+        (integers(values=x(3, 6, dtype=torch.uint8)), INT8_WEIGHT),
+        (integers(values=x(6, 3, dtype=torch.int8).t()), INT8_WEIGHT),
+        (integers(scale=x(3, 1)), INT8_WEIGHT),
+        (integers(scale=x(6)[::2]), INT8_WEIGHT),
+        (integers(zero_point=x(3, dtype=torch.int64)), INT8_WEIGHT),
+        (integers(zero_point=x(dtype=torch.int32)), INT8_WEIGHT),
+        (integers(level_sums=x(2, dtype=torch.int64)), INT8_WEIGHT),
+        (integers(level_sums=x(3, dtype=torch.int32)), INT8_WEIGHT),
     ],
 )
 def test_integers_of_another_weight_crash_nothing(kernels, given, message):
-    for operator in (torch.ops.qatfast.qat_linear_integers, torch.ops.qatfast.qat_linear_integers_forward):
+    for operator in (torch.ops.qatfast.qat_linear_int8, torch.ops.qatfast.qat_linear_int8_forward):
         with pytest.raises(ValueError, match=f"qat_linear: {message}"):
             operator(x(4, 6), x(3, 6), x(3), given, QATConfig.int8().codes)
 
@@ -406,21 +406,21 @@ def test_the_integer_product_takes_no_other_specs(kernels, code):
     words = "qat_linear: expected a weight spec of at most 8 bits per tensor or per row, got "
     for shape in ((3, 6), (6,)):
         with pytest.raises(ValueError, match=words):
-            operators.qat_linear_weight(x(*shape), code)
+            operators.qat_linear_int8_weight(x(*shape), code)
     with pytest.raises(ValueError, match=words):
-        operators.qat_linear_integers(x(4, 6), x(3, 6), None, [], specs[:4] + code + specs[8:])
+        operators.qat_linear_int8(x(4, 6), x(3, 6), None, [], specs[:4] + code + specs[8:])
     words = "qat_linear: expected an input spec of at most 8 bits per tensor or per token, got "
     with pytest.raises(ValueError, match=words):
-        operators.qat_linear_integers(x(4, 6), x(3, 6), None, [], code + specs[4:])
+        operators.qat_linear_int8(x(4, 6), x(3, 6), None, [], code + specs[4:])
 
 
 def test_the_weight_of_the_integer_product_is_a_float_matrix(kernels):
     code = QATConfig.int8().weight.code
     with pytest.raises(TypeError, match=f"qat_linear: expected weight {FLOAT_RULE}, got int8"):
-        torch.ops.qatfast.qat_linear_weight(x(3, 6, dtype=torch.int8), code)
+        torch.ops.qatfast.qat_linear_int8_weight(x(3, 6, dtype=torch.int8), code)
     for shape in ((6,), (), (2, 3, 6)):
         with pytest.raises(ValueError, match="qat_linear: expected a weight"):
-            torch.ops.qatfast.qat_linear_weight(x(*shape), code)
+            torch.ops.qatfast.qat_linear_int8_weight(x(*shape), code)
 
 
 @pytest.mark.parametrize(
@@ -436,9 +436,9 @@ def test_the_weight_of_the_integer_product_is_a_float_matrix(kernels):
     ],
 )
 def test_wrong_integers_of_an_input_crash_nothing(kernels, given):
-    words = "qat_linear_input: expected the values, scale and zero_point of the layer's forward"
+    words = "qat_linear_int8_input: expected the values, scale and zero_point of the layer's forward"
     with pytest.raises(ValueError, match=words):
-        torch.ops.qatfast.qat_linear_input(*given[:3], torch.float32)
+        torch.ops.qatfast.qat_linear_int8_input(*given[:3], torch.float32)
 
 
 LAYER_OF_BACKWARD = r"expected the gradient, input and weight of one layer, got \("
@@ -460,8 +460,8 @@ ROWS_SPEC = (8, True, 3, 0)
 )
 def test_a_backward_of_the_integer_product_says_what_does_not_fit(kernels, grad, weight, spec, words):
     values, scale, zero_point, _ = integers()
-    with pytest.raises(ValueError, match=f"qat_linear_integers_backward: {words}"):
-        torch.ops.qatfast.qat_linear_integers_backward(grad, values, scale, zero_point, weight, spec)
+    with pytest.raises(ValueError, match=f"qat_linear_int8_backward: {words}"):
+        torch.ops.qatfast.qat_linear_int8_backward(grad, values, scale, zero_point, weight, spec)
 
 
 @pytest.mark.parametrize("grad, input", [(x(3), x(3, 6)), (x(3, 4), x(3)), (x(3, 4), x(4, 6))])

@@ -149,15 +149,15 @@ def test_the_operators_of_the_integer_layer(kernels, leading, inputs, outputs, d
     pairs += [(one, weight) for one in layouts(x.shape, dtype, device)]
     for (x, weight), config in itertools.product(pairs, LAYERS[-3:]):
         weight_spec = config.codes[4:8]
-        integers = list(assert_as_faked(OPS.qat_linear_weight, weight, weight_spec))
+        integers = list(assert_as_faked(OPS.qat_linear_int8_weight, weight, weight_spec))
         for given in ([], integers):
             arguments = (x, weight, bias, given, config.codes)
-            assert_as_faked(OPS.qat_linear_integers, *arguments)
-            results = assert_as_faked(OPS.qat_linear_integers_forward, *arguments, dtype=torch.bfloat16)
-        x_hat = assert_as_faked(OPS.qat_linear_input, *results[1:], dtype)
+            assert_as_faked(OPS.qat_linear_int8, *arguments)
+            results = assert_as_faked(OPS.qat_linear_int8_forward, *arguments, dtype=torch.bfloat16)
+        x_hat = assert_as_faked(OPS.qat_linear_int8_input, *results[1:], dtype)
         grads = [cases.normal((len(x_hat), outputs), dtype, device=device)]
         for dy in layouts(grads[0].shape, dtype, device) if weight is pairs[0][1] else grads:
-            assert_as_faked(OPS.qat_linear_integers_backward, dy, *results[1:], weight, weight_spec)
+            assert_as_faked(OPS.qat_linear_int8_backward, dy, *results[1:], weight, weight_spec)
             assert_as_faked(OPS.qat_linear_grad_weight, dy, x_hat)
 
 

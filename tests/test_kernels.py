@@ -157,7 +157,7 @@ from qatfast import QATConfig, functional
 
 x, w = torch.where(torch.randn(2, 65, 2050) > -1, 1.0, -1.0)
 specs = QATConfig.int8().codes
-forward = torch.ops.qatfast.qat_linear_integers_forward
+forward = torch.ops.qatfast.qat_linear_int8_forward
 expected = forward(x, w, None, [], specs)[0]
 torch.backends.mkldnn.enabled = False
 if sys.argv[1] == "precision":

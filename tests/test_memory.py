@@ -99,7 +99,7 @@ def test_qat_linear_keeps_input_weight_and_quantized_weight_at_most(kernels, sha
     storages, _ = kept(lambda: functional.qat_linear(*operands, config=config))
     own = {tensor.untyped_storage().data_ptr() for tensor in operands[:2]}
     extra = sum(size for address, size in storages.items() if address not in own)
-    if oracle.multiplies_integers(config, shape[1]):
+    if oracle.uses_int8_gemm(config, shape[1]):
         assert extra == integers_of(operands.input)
         assert sum(storages.values()) == bytes_of(operands.weight) + extra
         return
@@ -213,7 +213,7 @@ def test_the_peak_of_a_step_is_that_of_nn_linear_and_the_weight(kernels, shape, 
         return peak(lambda: module(x).backward(gradient), forget_gradients)
 
     more = bytes_of(linear.weight)
-    if oracle.multiplies_integers(config, inputs):  # backward makes the quantized input again
+    if oracle.uses_int8_gemm(config, inputs):  # backward makes the quantized input again
         more += bytes_of(x)
     assert peak_of_a_step(layer) <= peak_of_a_step(linear) + more + 64 * 1024
 

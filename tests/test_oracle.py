@@ -137,8 +137,8 @@ def test_the_integer_layer_is_the_float_formula_of_exact_numbers():
 )
 def test_which_weights_have_a_grid_a_row(granularity, expected):
     weight = QuantSpec(8, granularity=granularity)
-    assert oracle.multiplies_integers(QATConfig(QuantSpec(8), weight), 6) == expected
-    assert not oracle.multiplies_integers(QATConfig(QuantSpec(9), weight), 6)
-    assert not oracle.multiplies_integers(QATConfig(QuantSpec(8), QuantSpec(9)), 6)
-    assert not oracle.multiplies_integers(QATConfig(None, weight), 6)
-    assert not oracle.multiplies_integers(QATConfig(QuantSpec(8, granularity=PerGroup(6)), weight), 6)
+    assert oracle.uses_int8_gemm(QATConfig(QuantSpec(8), weight), 6) == expected
+    assert not oracle.uses_int8_gemm(QATConfig(QuantSpec(9), weight), 6)
+    assert not oracle.uses_int8_gemm(QATConfig(QuantSpec(8), QuantSpec(9)), 6)
+    assert not oracle.uses_int8_gemm(QATConfig(None, weight), 6)
+    assert not oracle.uses_int8_gemm(QATConfig(QuantSpec(8, granularity=PerGroup(6)), weight), 6)

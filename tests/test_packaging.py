@@ -353,7 +353,7 @@ def test_a_build_without_kernels_records_why(project, environment, said):
 @needs_source
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_a_compiler_that_fails_stops_the_build_with_its_message(project):
-    (project / "csrc" / "module.cpp").write_text("#error broken on purpose\n")
+    (project / "csrc" / "python.cpp").write_text("#error broken on purpose\n")
     run = python("setup.py", "-q", "build_ext", "--inplace", cwd=project)
     assert run.returncode != 0
     assert "broken on purpose" in run.stdout + run.stderr
@@ -363,7 +363,7 @@ def test_a_compiler_that_fails_stops_the_build_with_its_message(project):
 @needs_source
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_switches_reach_the_compiler_and_the_record(project):
-    (project / "csrc" / "module.cpp").write_text(
+    (project / "csrc" / "python.cpp").write_text(
         '#ifdef NDEBUG\n#error no asserts\n#endif\nextern "C" void* PyInit__C() { return nullptr; }\n'
     )
     switches = {"QATFAST_DEBUG": "1", "QATFAST_SANITIZE": "address,undefined", "CXX": "g++"}

@@ -42,7 +42,7 @@ def quantized(x, spec):
 
 def formula(input, weight, bias, config):
     """The contract written out: on integers the oracle, else the public quantizer and torch's own product."""
-    if oracle.multiplies_integers(config, weight.shape[1]):
+    if oracle.uses_int8_gemm(config, weight.shape[1]):
         return oracle.integer_linear(input, weight, bias, config)
     return float_formula(input, weight, bias, config)
 
@@ -145,7 +145,7 @@ def test_an_exact_product_gives_the_oracles_numbers(ops, dtype, output, device):
 
 def assert_layers_are_the_oracles(ops, operands, configs, device, **options):
     for config, (input, weight, bias) in itertools.product(configs, operands):
-        assert oracle.multiplies_integers(config, weight.shape[1])
+        assert oracle.uses_int8_gemm(config, weight.shape[1])
         expected = oracle.integer_linear(input, weight, bias, config)
         on_device = [None if x is None else x.to(device) for x in (input, weight, bias)]
         try:
@@ -284,11 +284,11 @@ def test_a_small_layer_leaves_the_number_of_threads(kernels, threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.name)
 def test_integers_that_operators_return_share_no_memory(kernels, dtype, device):
     operands, config = cases.linear(((5,), 16, 6), dtype, device=device), QATConfig.int8()
-    integers = torch.ops.qatfast.qat_linear_weight(operands.weight, config.weight.code)
+    integers = torch.ops.qatfast.qat_linear_int8_weight(operands.weight, config.weight.code)
     for tensors in (
         integers,
-        torch.ops.qatfast.qat_linear_integers_forward(*operands, [], config.codes),
-        torch.ops.qatfast.qat_linear_integers_forward(*operands, list(integers), config.codes),
+        torch.ops.qatfast.qat_linear_int8_forward(*operands, [], config.codes),
+        torch.ops.qatfast.qat_linear_int8_forward(*operands, list(integers), config.codes),
     ):
         memories = {x.untyped_storage().data_ptr() for x in (*operands, *tensors)}
         assert len(memories) == 3 + len(tensors)
@@ -435,7 +435,7 @@ def test_strides_change_neither_values_nor_gradients(ops, config, layout, device
     expected = run(*operands)
     moved_bias = cases.LAYOUTS["offset_3"][0](operands.bias)
     moved = run(place(operands.input), place(operands.weight), moved_bias)
-    if oracle.multiplies_integers(config, 16):
+    if oracle.uses_int8_gemm(config, 16):
         cases.assert_same(moved[0], expected[0])
     for one, other in zip(moved, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
@@ -569,19 +569,19 @@ def test_opcheck_of_the_operators_of_the_integer_product(kernels, dtype, shape):
     operators = torch.ops.qatfast
     operands = cases.linear(shape, dtype, bias=shape != ((2, 3), 16, 6))
     weight_spec = config.weight.code
-    torch.library.opcheck(operators.qat_linear_weight.default, (operands.weight, weight_spec))
-    integers = list(operators.qat_linear_weight(operands.weight, weight_spec))
+    torch.library.opcheck(operators.qat_linear_int8_weight.default, (operands.weight, weight_spec))
+    integers = list(operators.qat_linear_int8_weight(operands.weight, weight_spec))
     for given in ([], integers):
         arguments = (*operands, given, config.codes)
-        torch.library.opcheck(operators.qat_linear_integers_forward.default, arguments)
-        torch.library.opcheck(operators.qat_linear_integers.default, arguments)
+        torch.library.opcheck(operators.qat_linear_int8_forward.default, arguments)
+        torch.library.opcheck(operators.qat_linear_int8.default, arguments)
         leaves = [x if x is None else x.detach().requires_grad_() for x in operands]
-        torch.library.opcheck(operators.qat_linear_integers.default, (*leaves, given, config.codes))
-    _, *input_integers = operators.qat_linear_integers_forward(*operands, integers, config.codes)
-    torch.library.opcheck(operators.qat_linear_input.default, (*input_integers, dtype))
+        torch.library.opcheck(operators.qat_linear_int8.default, (*leaves, given, config.codes))
+    _, *input_integers = operators.qat_linear_int8_forward(*operands, integers, config.codes)
+    torch.library.opcheck(operators.qat_linear_int8_input.default, (*input_integers, dtype))
     grad = cases.normal((input_integers[0].shape[0], 6), dtype)
     arguments = (grad, *input_integers, operands.weight, weight_spec)
-    torch.library.opcheck(operators.qat_linear_integers_backward.default, arguments)
+    torch.library.opcheck(operators.qat_linear_int8_backward.default, arguments)
     torch.library.opcheck(
         operators.qat_linear_grad_weight.default, (grad, cases.normal((len(grad), 16), dtype))
     )
@@ -592,7 +592,7 @@ def test_opcheck_of_the_operators_of_the_integer_product(kernels, dtype, shape):
 def test_what_is_kept_of_the_input_is_its_fake_quantization(kernels, config, dtype, device):
     input, weight, bias = cases.linear(((2, 3), 19, 6), dtype, device=device)
     input[1, 0, 3] = torch.inf
-    _, *integers = torch.ops.qatfast.qat_linear_integers_forward(input, weight, bias, [], config.codes)
+    _, *integers = torch.ops.qatfast.qat_linear_int8_forward(input, weight, bias, [], config.codes)
     assert integers[0].dtype == torch.int8
-    x_hat = torch.ops.qatfast.qat_linear_input(*integers, dtype)
+    x_hat = torch.ops.qatfast.qat_linear_int8_input(*integers, dtype)
     cases.assert_same(x_hat.view_as(input), quantized(input, config.input))

@@ -1,4 +1,4 @@
-"""csrc/quant_math.h alone: the division that is none, on every quotient that could go wrong."""
+"""csrc/common/quant_math.h alone: the division that is none, on every quotient that could go wrong."""
 
 import re
 import shutil

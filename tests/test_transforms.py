@@ -25,7 +25,7 @@ EITHER = pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8()], ids=
 
 
 def is_integer(config):
-    return oracle.multiplies_integers(config, 16)
+    return oracle.uses_int8_gemm(config, 16)
 
 
 @pytest.mark.parametrize("op", cases.OPS[:5])

@@ -138,7 +138,7 @@ def test_the_integers_of_each_weight_are_made_once(kernels, bias):
             net(x)
         with torch.no_grad():
             net(x)
-    assert operators.seen.count("qat_linear_weight") == 2
+    assert operators.seen.count("qat_linear_int8_weight") == 2
     assert not {"qat_linear", "fake_quantize"} & {*operators.seen}  # the bias is quantized inside
     plain = copy.deepcopy(net)
     with cached_weights(net), Operators() as operators:
@@ -149,7 +149,7 @@ def test_the_integers_of_each_weight_are_made_once(kernels, bias):
             y.square().sum().backward()
             optimizer.step()
             plain.load_state_dict(net.state_dict())
-            assert operators.seen.count("qat_linear_weight") == 2 * (step + 1)
+            assert operators.seen.count("qat_linear_int8_weight") == 2 * (step + 1)
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 3)], ids=cases.name)
@@ -926,7 +926,7 @@ def test_a_group_that_is_a_row_multiplies_integers(kernels):
     layer, x = QATLinear(8, 4, config=config), numbers(5, 8)
     with cached_weights(layer), Operators() as operators:
         found = layer(x)
-    assert "qat_linear_weight" in operators.seen
+    assert "qat_linear_int8_weight" in operators.seen
     cases.assert_same(found, layer(x))
 
 

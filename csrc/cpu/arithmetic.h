@@ -1,4 +1,5 @@
-// The floating-point environment of a thread. For code outside of the loops: it includes nothing of an instruction set.
+// The floating-point environment of a thread, for code outside of the loops: this includes nothing of an instruction
+// set.
 #pragma once
 
 #ifdef __x86_64__
@@ -10,8 +11,9 @@
 namespace qatfast::cpu {
 
 // While it lives, this thread rounds half to even, keeps subnormal numbers and traps nothing, whatever the user or
-// another library has set (fesetround, feenableexcept, torch.set_flush_denormal); then it is as it was. Each thread has
-// an environment of its own, so that every task of a parallel loop needs this. Where nothing is set it costs 1 ns.
+// another library has set (fesetround, feenableexcept, torch.set_flush_denormal). The destructor restores the
+// environment. Each thread has one of its own, so that every task of a parallel loop needs this. It costs 1 ns if
+// nothing is set.
 class StandardArithmetic {
  public:
   StandardArithmetic(const StandardArithmetic&) = delete;
@@ -30,11 +32,11 @@ class StandardArithmetic {
   }
 
  private:
-  static constexpr unsigned flags = 0x3F;      // what has happened
+  static constexpr unsigned flags = 0x3F;      // exceptions that were raised
   static constexpr unsigned standard = 0x1F80; // all exceptions masked, to nearest, no flushing
 
   static void set(unsigned state) {
-    asm volatile("" ::: "memory"); // the compiler moves no access to memory, and so no arithmetic on it, past this
+    asm volatile("" ::: "memory"); // the compiler moves no memory access, and so no arithmetic on its value, past this
     _mm_setcsr(state);
     asm volatile("" ::: "memory");
   }

@@ -1,5 +1,5 @@
-#include "../copy.h"
-#include "launch.h"
+#include "common/copy.h"
+#include "cpu/launch.h"
 
 #include <c10/util/SmallVector.h>
 #include <c10/util/irange.h>
@@ -16,7 +16,8 @@ struct Dim {
   int64_t to;
 };
 
-// Those of more than one element, from the largest stride of `to` on; neighbours that are one in both tensors, joined.
+// The dimensions of more than one element, by decreasing stride of `to`. Neighbours that form one dimension in both
+// tensors are joined.
 c10::SmallVector<Dim, 5> dims_of(const at::Tensor& from, const at::Tensor& to) {
   c10::SmallVector<Dim, 5> dims;
   for (const auto d : c10::irange(from.dim())) {
@@ -40,12 +41,12 @@ c10::SmallVector<Dim, 5> dims_of(const at::Tensor& from, const at::Tensor& to) {
 
 template <class U>
 void copy_row(const U* from, U* to, int64_t n, int64_t stride) {
-  constexpr int64_t call = 16; // fewer are copied sooner than a function is called
+  constexpr int64_t call = 16; // below, a loop is faster than a function call
   if (stride == 1 && n >= call) {
     std::copy_n(from, n, to);
   } else if (stride == 0) {
     std::fill_n(to, n, *from);
-  } else if (stride == 2) { // the compiler has vectors for a known one
+  } else if (stride == 2) { // the compiler vectorizes a constant stride
     for (int64_t i = 0; i < n; ++i) {
       to[i] = from[2 * i];
     }
@@ -56,7 +57,7 @@ void copy_row(const U* from, U* to, int64_t n, int64_t stride) {
   }
 }
 
-// to[r][c] = from[c][r], for a cache line of rows.
+// to[r][c] = from[c][r] for a cache line of rows.
 template <class U, int64_t columns>
 void copy_tile(const U* from, U* to, int64_t from_stride, int64_t to_stride) {
   constexpr int64_t rows = 64 / sizeof(U);
@@ -73,7 +74,7 @@ void copy_tile(const U* from, U* to, int64_t from_stride, int64_t to_stride) {
   }
 }
 
-// Rows of `to` are columns of `from`: by tiles that read and write whole cache lines.
+// Rows of `to` are columns of `from`. Tiles read and write whole cache lines.
 template <class U>
 void copy_transposed(const U* from, U* to, Dim row, Dim column) {
   constexpr int64_t line = 64 / sizeof(U);
@@ -99,7 +100,7 @@ void copy_elements(const U* from, U* to, c10::SmallVector<Dim, 5> dims) {
     return;
   }
   const auto column = dims.pop_back_val(); // the dimension along which `to` is contiguous
-  Dim row = {1, 0, 0};                     // the one along which `from` is read best, if it is another
+  Dim row = {1, 0, 0};                     // the dimension along which `from` is read best, if it is another
   const auto nearest = std::min_element(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
     return a.from < b.from;
   });
@@ -112,7 +113,7 @@ void copy_elements(const U* from, U* to, c10::SmallVector<Dim, 5> dims) {
   for (const auto& dim : dims) {
     others *= dim.size;
   }
-  // What a thread does at a time: some rows, or a piece of one, for one index of the other dimensions.
+  // A task is some rows, or a piece of one, for one index of the other dimensions.
   constexpr int64_t line = 64 / sizeof(U);
   const auto length = std::min(column.size, grain), pieces = (column.size + length - 1) / length;
   const auto height = std::min(

@@ -1,20 +1,14 @@
-#include "launch.h"
+#include "cpu/launch.h"
 
 namespace qatfast::cpu {
 
 void dequantize(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout) {
-  with_float_type(to.scalar_type(), [&](auto float_type) {
-    with_integer_type(from.scalar_type(), [&](auto integer_type) {
-      using T = decltype(float_type);
-      using Q = decltype(integer_type);
-      const auto* q = from.const_data_ptr<Q>();
-      auto* y = to.mutable_data_ptr<T>();
-      const auto loop = chosen().loops<T>().template integer<Q>().dequantize;
-      map_with_grids(
-          layout, grids_of<compute_t<T>>(qparams), [&](int64_t offset, int64_t rows, int64_t n, const auto& of_piece) {
-            loop(q + offset, y + offset, rows, n, of_piece);
-          });
-    });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, to.scalar_type(), "dequantize", [&] {
+    const auto& loops = chosen().loops<scalar_t>();
+    AT_DISPATCH_V2(from.scalar_type(), "dequantize", AT_WRAP([&] {
+      map_tensor(from, to, qparams, layout, loops.template integer<scalar_t>().dequantize);
+    }),
+        at::kChar, at::kByte, at::kShort, at::kUInt16);
   });
 }
 

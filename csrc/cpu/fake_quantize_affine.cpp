@@ -1,4 +1,4 @@
-#include "launch.h"
+#include "cpu/launch.h"
 
 namespace qatfast::cpu {
 namespace {
@@ -17,12 +17,11 @@ void apply_mask(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor
 
 void fake_quantize_affine(
     const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, const QParams& qparams, Layout layout) {
-  with_float_type(from.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    const auto* x = from.const_data_ptr<T>();
-    auto* y = to.mutable_data_ptr<T>();
-    const auto grids = grids_of<compute_t<T>>(qparams);
-    const auto& loops = chosen().loops<T>();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "fake_quantize_affine", [&] {
+    const auto* x = from.const_data_ptr<scalar_t>();
+    auto* y = to.mutable_data_ptr<scalar_t>();
+    const auto grids = grids_of<opmath_type<scalar_t>>(qparams);
+    const auto& loops = chosen().loops<scalar_t>();
     auto* bits = mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr;
     const auto clear = [&](int64_t begin, int64_t end) {
       if (bits) {

@@ -1,10 +1,11 @@
-// What the CPU launchers share: the dtype switch, runs of equal grids, and parallel loops over memory.
+// What the CPU launchers share: runs of equal grids, and parallel loops over memory.
 #pragma once
 
-#include "../kernels.h"
-#include "arithmetic.h"
-#include "loops.h"
+#include "launchers.h"
+#include "cpu/arithmetic.h"
+#include "cpu/simd/loops.h"
 
+#include <ATen/Dispatch_v2.h>
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
@@ -16,29 +17,14 @@
 namespace qatfast::cpu {
 
 constexpr int64_t grain = 32768;        // elements that are worth a thread, as in ATen
-constexpr int64_t tile_rows = 1024;     // at most
-constexpr int64_t strip_columns = 1024; // at most
+constexpr int64_t tile_rows = 1024;     // the most rows of a tile
+constexpr int64_t strip_columns = 1024; // the most columns of a strip
 constexpr int64_t joined_columns = 32;  // shorter rows are joined
-// The elements that a block may have in a row and be quantized as columns (longer ones fill vectors of their own), or
-// have its range found as columns, with one reduction for all rows.
+// The most elements per row of a block that is quantized as columns (longer runs fill vectors of their own), and of one
+// whose range is found as columns, with one reduction for all rows.
 constexpr int64_t longest_mapped = 31, longest_ranged = 256;
 
-// f(Q{}) with the C++ type of an 8 or 16-bit integer dtype.
-template <class F>
-void with_integer_type(at::ScalarType dtype, F f) {
-  switch (dtype) {
-    case at::kChar:
-      return f(int8_t{});
-    case at::kByte:
-      return f(uint8_t{});
-    case at::kShort:
-      return f(int16_t{});
-    default:
-      return f(uint16_t{});
-  }
-}
-
-// at::parallel_for whose tasks all compute in the same way.
+// at::parallel_for with tasks that all compute in the standard floating-point environment.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain_size, F f) {
   at::parallel_for(begin, end, grain_size, [&](int64_t first, int64_t last) {
@@ -47,22 +33,23 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain_size, F f) {
   });
 }
 
-// Whether blocks are `longest` elements or less of each row of a matrix: loops then go along the rows, over columns.
+// Whether blocks have at most `longest` elements of each row of a matrix. Loops then go along the rows, over columns.
 inline bool are_columns(const Layout& layout, int64_t longest) {
   return layout.parts > 1 || (layout.outer > 1 && layout.blocks > 1 && layout.inner <= longest);
 }
 
-// How many of the rows to take as one, so that it is some vectors long.
-inline int64_t joined_rows(int64_t columns, int64_t rows) {
+// The number of rows to take as one, so that it is some vectors long.
+inline int64_t rows_to_join(int64_t columns, int64_t rows) {
   if (columns >= joined_columns) {
     return 1;
   }
   constexpr int64_t vector = 32, enough = 128;
-  const auto whole = vector / std::gcd(columns, vector); // rows that are whole vectors
+  const auto whole = vector / std::gcd(columns, vector); // the fewest rows that fill whole vectors
   return std::min(rows, (enough + whole * columns - 1) / (whole * columns) * whole);
 }
 
-// f(offset, rows, n, first block) for the memory [begin, end) in pieces of `rows` runs of n elements, a block each.
+// Calls f(offset, rows, n, first block) for the memory [begin, end) in pieces of `rows` runs of n elements, one per
+// block.
 template <class F>
 void for_each_piece(const Layout& layout, int64_t begin, int64_t end, F f) {
   int64_t block = begin / layout.inner % layout.blocks;
@@ -79,7 +66,7 @@ void for_each_piece(const Layout& layout, int64_t begin, int64_t end, F f) {
   }
 }
 
-// f(begin, end) over [0, n) in parallel; pieces start at multiples of 64 elements, a whole number of mask bytes.
+// Calls f(begin, end) over [0, n) in parallel. Pieces start at multiples of 64 elements, a whole number of mask bytes.
 template <class F>
 void parallel_over_memory(int64_t n, F f) {
   constexpr int64_t unit = 64;
@@ -94,7 +81,7 @@ Grids<C> grids_of(const QParams& qparams) {
       static_cast<C>(qparams.quant_min), static_cast<C>(qparams.quant_max)};
 }
 
-// f(offset, rows, n, grids) for the memory [begin, end) of a tensor whose blocks are columns.
+// Calls f(offset, rows, n, grids) for the memory [begin, end) of a tensor whose blocks are columns.
 template <class C, class F>
 void for_each_piece_of_columns(const Layout& layout, int64_t begin, int64_t end, Grids<C> grids, F f) {
   const auto columns = layout.blocks * layout.inner, part_size = layout.outer * columns;
@@ -102,25 +89,25 @@ void for_each_piece_of_columns(const Layout& layout, int64_t begin, int64_t end,
   grids.repeat = layout.inner;
   while (begin < end) {
     const auto part = begin / part_size, left = std::min(end, (part + 1) * part_size) - begin;
-    auto some = grids.from(part * layout.blocks);
-    some.first_column = begin % columns;
-    if (columns >= joined_columns && some.first_column > 0) { // the end of a long row
-      const auto n = std::min(left, columns - some.first_column);
-      some.stride = n;
-      f(begin, 1, n, some);
+    auto of_piece = grids.from(part * layout.blocks);
+    of_piece.first_column = begin % columns;
+    if (columns >= joined_columns && of_piece.first_column > 0) { // the end of a long row
+      const auto n = std::min(left, columns - of_piece.first_column);
+      of_piece.stride = n;
+      f(begin, 1, n, of_piece);
       begin += n;
       continue;
     }
-    const auto width = columns * joined_rows(columns, std::max<int64_t>(1, left / columns));
+    const auto width = columns * rows_to_join(columns, std::max<int64_t>(1, left / columns));
     const auto rows = std::max<int64_t>(1, left / width), n = std::min(width, left);
-    some.stride = n;
-    f(begin, rows, n, some);
+    of_piece.stride = n;
+    f(begin, rows, n, of_piece);
     begin += rows * n;
   }
 }
 
-// loop(offset, rows, n, grids) over all of a tensor with given grids; what one thread does begins at a multiple of 64,
-// with before(begin, end).
+// Calls loop(offset, rows, n, grids) over all of a tensor. The part of each thread begins at a multiple of 64 elements,
+// and with before(begin, end).
 template <class C, class F, class B>
 void map_with_grids(const Layout& layout, const Grids<C>& grids, F loop, B before) {
   parallel_over_memory(layout.numel(), [&](int64_t begin, int64_t end) {
@@ -139,13 +126,24 @@ void map_with_grids(const Layout& layout, const Grids<C>& grids, F loop) {
   map_with_grids(layout, grids, loop, [](int64_t, int64_t) {});
 }
 
-// f(first row, rows) for all rows in parallel, a tile of them at a time that stays in cache between two loops over it.
+// to = loop(from) over all of a tensor with static grids.
+template <class C, class From, class To>
+void map_tensor(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, const Layout& layout,
+    void (*loop)(const From* x, To* y, int64_t rows, int64_t n, const Grids<C>& grids)) {
+  const auto* x = from.const_data_ptr<From>();
+  auto* y = to.mutable_data_ptr<To>();
+  map_with_grids(layout, grids_of<C>(qparams), [&](int64_t offset, int64_t rows, int64_t n, const Grids<C>& grids) {
+    loop(x + offset, y + offset, rows, n, grids);
+  });
+}
+
+// Calls f(first row, rows) for all rows in parallel, a tile of them at a time that stays in cache between two loops.
 template <class F>
 void for_each_tile(int64_t rows, int64_t columns, F f) {
   const auto rows_of = [&](int64_t elements) {
     return elements / std::max<int64_t>(1, columns);
   };
-  // what fits in L1, or as many rows as are reduced together if they fit in L2
+  // What fits in L1, or as many rows as are reduced together if they fit in L2.
   const int64_t tile =
       std::clamp<int64_t>(std::max(rows_of(4096), std::min<int64_t>(16, rows_of(16384))), 1, tile_rows);
   parallel_for(0, rows, std::max<int64_t>(1, rows_of(grain)), [&](int64_t begin, int64_t end) {
@@ -155,19 +153,20 @@ void for_each_tile(int64_t rows, int64_t columns, F f) {
   });
 }
 
-// Whether every block is one run of memory, and none needs to be split among threads.
+// Whether every block is one run of memory, and none has to be split among threads.
 inline bool are_whole_rows(const Layout& layout) {
   return layout.outer == 1 && layout.parts == 1 && (layout.blocks >= at::get_num_threads() || layout.numel() <= grain);
 }
 
-// The ranges of `blocks` blocks of inner columns each, over rows that begin `stride` apart; whether all are finite.
+// The ranges of `blocks` blocks of `inner` columns each, over rows that begin `stride` apart. Returns whether all
+// values are finite.
 template <class T>
 bool range_of_blocks(
-    const T* x, int64_t rows, int64_t stride, int64_t blocks, int64_t inner, compute_t<T>* lo, compute_t<T>* hi) {
-  using C = compute_t<T>;
+    const T* x, int64_t rows, int64_t stride, int64_t blocks, int64_t inner, opmath_type<T>* lo, opmath_type<T>* hi) {
+  using C = opmath_type<T>;
   const auto& loops = chosen().loops<T>();
   const auto columns = blocks * inner;
-  const auto joined = columns == stride ? joined_rows(columns, rows) : 1; // of all columns only
+  const auto joined = columns == stride ? rows_to_join(columns, rows) : 1; // only rows without gaps
   if (joined == 1 && inner == 1) {
     return loops.range_of_columns(x, rows, stride, columns, lo, hi);
   }
@@ -193,11 +192,11 @@ bool range_of_blocks(
   return is_finite;
 }
 
-// The same of runs of memory: blocks [0, blocks) in each of `rows` rows.
+// The same for blocks that are runs of memory: blocks [0, blocks) in each of `rows` rows.
 template <class T>
 bool range_of_runs(
-    const T* x, int64_t rows, int64_t stride, int64_t blocks, int64_t inner, compute_t<T>* lo, compute_t<T>* hi) {
-  using C = compute_t<T>;
+    const T* x, int64_t rows, int64_t stride, int64_t blocks, int64_t inner, opmath_type<T>* lo, opmath_type<T>* hi) {
+  using C = opmath_type<T>;
   const auto& loops = chosen().loops<T>();
   bool is_finite = true;
   std::fill_n(lo, blocks, C(0));
@@ -210,16 +209,16 @@ bool range_of_runs(
   return is_finite;
 }
 
-// A tensor as strips of some neighbouring blocks over all rows.
+// A tensor as strips of neighbouring blocks over all rows.
 struct Strips {
-  int64_t blocks; // of a strip, the last one of each part may have fewer
-  int64_t of_part;
+  int64_t blocks;  // per strip; the last one of each part may have fewer
+  int64_t of_part; // strips per part
 
-  // As few as there are of at most `most` blocks, and no fewer than there are tasks if there are so many blocks.
+  // Chooses as few strips of at most `most` blocks as possible, but no fewer than tasks if there are so many blocks.
   Strips(const Layout& layout, int64_t most, int64_t tasks) {
     constexpr int64_t vector = 16;
-    const auto tasks_a_part = (tasks + layout.parts - 1) / layout.parts;
-    const auto wanted = ((layout.blocks + most - 1) / most + tasks_a_part - 1) / tasks_a_part * tasks_a_part;
+    const auto tasks_per_part = (tasks + layout.parts - 1) / layout.parts;
+    const auto wanted = ((layout.blocks + most - 1) / most + tasks_per_part - 1) / tasks_per_part * tasks_per_part;
     blocks = std::max<int64_t>(1, layout.blocks / wanted);
     if (layout.inner == 1) {
       blocks = std::min(most, (blocks + vector - 1) / vector * vector);
@@ -228,7 +227,7 @@ struct Strips {
   }
 };
 
-// f(first block, blocks, offset of its first element) for strips [begin, end).
+// Calls f(first block, blocks, offset of its first element) for strips [begin, end).
 template <class F>
 void for_each_strip(const Layout& layout, const Strips& strips, int64_t begin, int64_t end, F f) {
   for (; begin < end; ++begin) {
@@ -238,26 +237,26 @@ void for_each_strip(const Layout& layout, const Strips& strips, int64_t begin, i
   }
 }
 
-// Scale and zero point of every block from the range of its values; whether none of these would be clamped.
+// Scale and zero point of every block from the range of its values. Returns whether no value is clamped.
 template <class T>
 bool choose_qparams_of_blocks(
-    const T* x, const Layout& layout, const QuantSpec& spec, compute_t<T>* scale, int32_t* zero_point) {
-  using C = compute_t<T>;
+    const T* x, const Layout& layout, const QuantSpec& spec, opmath_type<T>* scale, int32_t* zero_point) {
+  using C = opmath_type<T>;
   const StandardArithmetic arithmetic;
   const auto& loops = chosen().loops<T>();
-  const RangeSpec<C> range_spec = {static_cast<C>(spec.quant_min()), static_cast<C>(spec.quant_max()), spec.symmetric};
+  const auto quant_range = spec.quant_range<C>();
   const auto n = layout.numel();
   std::atomic<bool> unclamped{true};
-  const auto note = [&](bool some_unclamped) {
-    if (!some_unclamped) {
+  const auto note = [&](bool is_unclamped) {
+    if (!is_unclamped) {
       unclamped = false;
     }
   };
   if (are_whole_rows(layout)) {
-    const auto blocks_a_task = std::max<int64_t>(1, grain / std::max<int64_t>(1, layout.inner));
-    parallel_for(0, layout.blocks, blocks_a_task, [&](int64_t begin, int64_t end) {
+    const auto blocks_per_task = std::max<int64_t>(1, grain / std::max<int64_t>(1, layout.inner));
+    parallel_for(0, layout.blocks, blocks_per_task, [&](int64_t begin, int64_t end) {
       note(loops.choose_qparams(
-          x + begin * layout.inner, end - begin, layout.inner, range_spec, scale + begin, zero_point + begin));
+          x + begin * layout.inner, end - begin, layout.inner, quant_range, scale + begin, zero_point + begin));
     });
     return unclamped;
   }
@@ -267,17 +266,17 @@ bool choose_qparams_of_blocks(
   const auto columns = layout.blocks * layout.inner;
   const Strips strips(layout, by_columns ? strip_columns / layout.inner : strip_columns, tasks);
   const auto count = layout.parts * strips.of_part;
-  if (count >= tasks) { // every task finds all of a range
+  if (count >= tasks) { // every task finds whole ranges
     parallel_for(0, count, (count + tasks - 1) / tasks, [&](int64_t begin, int64_t end) {
       for_each_strip(layout, strips, begin, end, [&](int64_t first, int64_t blocks, int64_t offset) {
         C lo[strip_columns], hi[strip_columns];
         const bool is_finite = range(x + offset, layout.outer, columns, blocks, layout.inner, lo, hi);
-        note(loops.choose(lo, hi, blocks, range_spec, scale + first, zero_point + first) && is_finite);
+        note(loops.choose(lo, hi, blocks, quant_range, scale + first, zero_point + first) && is_finite);
       });
     });
     return unclamped;
   }
-  // few blocks: every task finds ranges over its own stretch of memory
+  // There are few blocks: every task finds ranges over its own stretch of memory.
   const auto blocks = layout.parts * layout.blocks;
   std::vector<C> lo(tasks * blocks, C(0)), hi(tasks * blocks, C(0));
   parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
@@ -286,9 +285,9 @@ bool choose_qparams_of_blocks(
       C* const task_hi = hi.data() + task * blocks;
       if (by_columns) {
         const auto row = layout.outer * task / tasks, end = layout.outer * (task + 1) / tasks;
-        for_each_strip(layout, strips, 0, count, [&](int64_t block, int64_t some, int64_t offset) {
-          note(range(
-              x + offset + row * columns, end - row, columns, some, layout.inner, task_lo + block, task_hi + block));
+        for_each_strip(layout, strips, 0, count, [&](int64_t first_block, int64_t blocks_of_strip, int64_t offset) {
+          note(range(x + offset + row * columns, end - row, columns, blocks_of_strip, layout.inner,
+              task_lo + first_block, task_hi + first_block));
         });
       } else {
         for_each_piece(layout, n * task / tasks, n * (task + 1) / tasks,
@@ -306,7 +305,7 @@ bool choose_qparams_of_blocks(
       hi[block] = widen_hi(hi[block], hi[task * blocks + block]);
     }
   }
-  return loops.choose(lo.data(), hi.data(), blocks, range_spec, scale, zero_point) && unclamped;
+  return loops.choose(lo.data(), hi.data(), blocks, quant_range, scale, zero_point) && unclamped;
 }
 
 } // namespace qatfast::cpu

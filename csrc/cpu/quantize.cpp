@@ -1,20 +1,14 @@
-#include "launch.h"
+#include "cpu/launch.h"
 
 namespace qatfast::cpu {
 
 void quantize(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout) {
-  with_float_type(from.scalar_type(), [&](auto float_type) {
-    with_integer_type(to.scalar_type(), [&](auto integer_type) {
-      using T = decltype(float_type);
-      using Q = decltype(integer_type);
-      const auto* x = from.const_data_ptr<T>();
-      auto* q = to.mutable_data_ptr<Q>();
-      const auto loop = chosen().loops<T>().template integer<Q>().quantize;
-      map_with_grids(
-          layout, grids_of<compute_t<T>>(qparams), [&](int64_t offset, int64_t rows, int64_t n, const auto& of_piece) {
-            loop(x + offset, q + offset, rows, n, of_piece);
-          });
-    });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "quantize", [&] {
+    const auto& loops = chosen().loops<scalar_t>();
+    AT_DISPATCH_V2(to.scalar_type(), "quantize", AT_WRAP([&] {
+      map_tensor(from, to, qparams, layout, loops.template integer<scalar_t>().quantize);
+    }),
+        at::kChar, at::kByte, at::kShort, at::kUInt16);
   });
 }
 

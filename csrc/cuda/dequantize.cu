@@ -1,5 +1,5 @@
-#include "given.cuh"
-#include "launch.h"
+#include "cuda/static_quantize.cuh"
+#include "cuda/launch.h"
 
 namespace qatfast::cuda {
 namespace {
@@ -7,9 +7,9 @@ namespace {
 // A thread owns 16 bytes of y at a time and loops. Bound by memory: one read, one write. Q has the size of the
 // integers.
 template <class T, class Q>
-__global__ void __launch_bounds__(given_threads) dequantize_kernel(
-    const Q* from, T* to, int64_t numel, bool is_signed, bool aligned, GivenGrids<compute_t<T>> grids) {
-  using C = compute_t<T>;
+__global__ void __launch_bounds__(static_threads) dequantize_kernel(
+    const Q* from, T* to, int64_t numel, bool is_signed, bool aligned, StaticGrids<opmath_type<T>> grids) {
+  using C = opmath_type<T>;
   constexpr int N = lanes<T>;
   const auto only = grids.only();
   for_each_unit<N>(numel, [&](int64_t begin, int count) {
@@ -31,11 +31,9 @@ void launch(const at::Tensor& from, const at::Tensor& to, const QParams& qparams
   const auto* q = static_cast<const Q*>(from.const_data_ptr());
   auto* y = to.mutable_data_ptr<T>();
   const bool is_signed = from.scalar_type() == at::kChar || from.scalar_type() == at::kShort;
-  dequantize_kernel<T, Q>
-      <<<blocks_for((layout.numel() + lanes<T> - 1) / lanes<T>, given_threads, from.device().index()), given_threads, 0,
-          c10::cuda::getCurrentCUDAStream()>>>(q, y, layout.numel(), is_signed,
-          is_aligned(y, 16) && is_aligned(q, lanes<T> * sizeof(Q)), grids_of<compute_t<T>>(qparams, layout));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const bool aligned = is_aligned(y, 16) && is_aligned(q, lanes<T> * sizeof(Q));
+  launch_over_units<T>(from, dequantize_kernel<T, Q>, q, y, layout.numel(), is_signed, aligned,
+      grids_of<opmath_type<T>>(qparams, layout));
 }
 
 } // namespace
@@ -44,11 +42,9 @@ void dequantize(const at::Tensor& from, const at::Tensor& to, const QParams& qpa
   if (layout.numel() == 0) {
     return;
   }
-  const c10::cuda::CUDAGuard guard(from.device());
-  with_float_type(to.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    from.element_size() == 1 ? launch<T, uint8_t>(from, to, qparams, layout)
-                             : launch<T, uint16_t>(from, to, qparams, layout);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, to.scalar_type(), "dequantize", [&] {
+    from.element_size() == 1 ? launch<scalar_t, uint8_t>(from, to, qparams, layout)
+                             : launch<scalar_t, uint16_t>(from, to, qparams, layout);
   });
 }
 

@@ -1,6 +1,6 @@
-#include "blocks.cuh"
-#include "fused.h"
-#include "launch.h"
+#include "cuda/dynamic_quantize.cuh"
+#include "cuda/dynamic_quantize.h"
+#include "cuda/launch.h"
 
 #include <ATen/ops/empty.h>
 
@@ -14,7 +14,7 @@
 namespace qatfast::cuda {
 namespace {
 
-// QATFAST_CUDA_COOPERATIVE=0: two launches in place of a grid barrier, as on a device that has none.
+// QATFAST_CUDA_COOPERATIVE=0 replaces the grid barrier by two launches, as on a device without cooperative launches.
 bool barrier_is_wanted() {
   const auto* value = std::getenv("QATFAST_CUDA_COOPERATIVE");
   return !value || std::string(value) != "0";
@@ -32,14 +32,14 @@ DeviceLimits measured_limits(int device) {
   limits.cooperative = attribute(cudaDevAttrCooperativeLaunch, device) != 0;
   C10_CUDA_CHECK(cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(limits.shared_memory)));
-  int a_multiprocessor = 0;
+  int per_multiprocessor = 0;
   C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-      &a_multiprocessor, kernel, max_threads, static_cast<size_t>(limits.shared_memory)));
-  limits.resident = limits.multiprocessors * std::max(a_multiprocessor, 1);
+      &per_multiprocessor, kernel, max_threads, static_cast<size_t>(limits.shared_memory)));
+  limits.resident = limits.multiprocessors * std::max(per_multiprocessor, 1);
   return limits;
 }
 
-// Of the current device, asked once.
+// The limits of the current device, which are queried once.
 template <class T, class Units>
 DeviceLimits limits_of(int device) {
   static std::mutex mutex;
@@ -57,18 +57,19 @@ DeviceLimits limits_of(int device) {
 }
 
 template <class T>
-BlockTask block_task(const FusedTask& task, const Plan& plan) {
+KernelTask kernel_task(const DynamicTask& task, const Plan& plan) {
   const auto distance = [](const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % 16;
   };
   const void* from = task.from.const_data_ptr();
   void* to = task.to.defined() ? task.to.mutable_data_ptr() : nullptr;
   return {plan, from, to, task.scale.defined() ? task.scale.mutable_data_ptr() : nullptr,
-      task.zero_point.defined() ? task.zero_point.mutable_data_ptr<int32_t>() : nullptr, nullptr, range_spec(task.spec),
-      distance(from) == distance(to)};
+      task.zero_point.defined() ? task.zero_point.mutable_data_ptr<int32_t>() : nullptr, nullptr,
+      task.spec.quant_range<int32_t>(), distance(from) == distance(to)};
 }
 
-// The leaner kernel is there where units are whole: of the others it would be as much code again, for odd sizes only.
+// The kernel that holds everything in registers is compiled for whole units only: for others it would double the code
+// for odd sizes.
 template <class T, class Units>
 const void* kernel_for(bool all_held) {
   if constexpr (std::is_same_v<Units, WholeUnits<T>>) {
@@ -81,14 +82,14 @@ const void* kernel_for(bool all_held) {
 
 // Whether every block is a run of whole 16-byte windows, and few enough for an int.
 template <class T>
-bool has_whole_units(const FusedTask& task) {
+bool has_whole_units(const DynamicTask& task) {
   const auto layout = layout_of(task.from, task.spec.granularity);
   return layout.outer == 1 && layout.inner % lanes<T> == 0 && layout.inner / lanes<T> < 1 << 30 &&
       is_aligned(task.from.const_data_ptr(), 16) && (!task.to.defined() || is_aligned(task.to.const_data_ptr(), 16));
 }
 
 template <class T, class Units>
-void launch(c10::ArrayRef<FusedTask> tasks) {
+void launch(c10::ArrayRef<DynamicTask> tasks) {
   const auto& first = tasks[0];
   const auto device = first.from.device().index();
   const auto limits = limits_of<T, Units>(device);
@@ -103,15 +104,15 @@ void launch(c10::ArrayRef<FusedTask> tasks) {
   } else {
     plans[0] = plan_of(shape(0), first.to.defined(), limits);
   }
-  BlockLaunch launch{};
+  KernelLaunch launch{};
   launch.second = plans[0].grid;
   launch.barrier = plans[0].barrier;
   for (size_t i = 0; i < tasks.size(); ++i) {
-    launch.tasks[i] = block_task<T>(tasks[i], plans[i]);
+    launch.tasks[i] = kernel_task<T>(tasks[i], plans[i]);
   }
   at::Tensor partials; // freed in stream order
   if (plans[0].team > 1) {
-    using C = compute_t<T>;
+    using C = opmath_type<T>;
     partials = at::empty({plans[0].partials()}, first.from.options().dtype(c10::CppTypeToScalarType<C>::value));
     launch.tasks[0].partials = partials.mutable_data_ptr();
   }
@@ -136,18 +137,17 @@ void launch(c10::ArrayRef<FusedTask> tasks) {
 
 } // namespace
 
-void launch_fused(c10::ArrayRef<FusedTask> tasks) {
+void launch_dynamic_quantize(c10::ArrayRef<DynamicTask> tasks) {
   const c10::cuda::CUDAGuard guard(tasks[0].from.device());
-  with_float_type(tasks[0].from.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    std::all_of(tasks.begin(), tasks.end(), has_whole_units<T>) ? launch<T, WholeUnits<T>>(tasks)
-                                                                : launch<T, BlockUnits<T>>(tasks);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, tasks[0].from.scalar_type(), "fake_quantize", [&] {
+    std::all_of(tasks.begin(), tasks.end(), has_whole_units<scalar_t>) ? launch<scalar_t, WholeUnits<scalar_t>>(tasks)
+                                                                       : launch<scalar_t, BlockUnits<scalar_t>>(tasks);
   });
 }
 
 void fake_quantize(const FakeQuantizeTask& task) {
   if (task.from.numel() > 0) {
-    launch_fused(FusedTask{task.from, task.to, task.spec, {}, {}});
+    launch_dynamic_quantize(DynamicTask{task.from, task.to, task.spec, {}, {}});
   }
 }
 

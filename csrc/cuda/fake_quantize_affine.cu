@@ -1,15 +1,15 @@
-#include "given.cuh"
-#include "launch.h"
+#include "cuda/static_quantize.cuh"
+#include "cuda/launch.h"
 
 namespace qatfast::cuda {
 namespace {
 
-// A thread owns 16 bytes at a time and loops; nothing is shared but mask bits, which threads of a warp gather into
-// bytes. Bound by memory: one read, one write, one bit an element.
+// A thread owns 16 bytes at a time and loops. Threads share only mask bits, which a warp gathers into bytes. Bound by
+// memory: one read, one write, one bit per element.
 template <class T>
-__global__ void __launch_bounds__(given_threads) fake_quantize_affine_kernel(
-    const T* from, T* to, uint8_t* mask, int64_t numel, bool aligned, GivenGrids<compute_t<T>> grids) {
-  using C = compute_t<T>;
+__global__ void __launch_bounds__(static_threads) fake_quantize_affine_kernel(
+    const T* from, T* to, uint8_t* mask, int64_t numel, bool aligned, StaticGrids<opmath_type<T>> grids) {
+  using C = opmath_type<T>;
   constexpr int N = lanes<T>;
   const auto only = grids.only();
   for_each_unit<N>(numel, [&](int64_t begin, int count) {
@@ -31,9 +31,9 @@ __global__ void __launch_bounds__(given_threads) fake_quantize_affine_kernel(
   });
 }
 
-// The same for the gradient, which passes where its bit is set; U has its size, what it holds does not matter.
+// The gradient passes if its bit is set. U has the size of its elements, whose meaning does not matter.
 template <class U>
-__global__ void __launch_bounds__(given_threads)
+__global__ void __launch_bounds__(static_threads)
     fake_quantize_affine_backward_kernel(const U* grad, const uint8_t* mask, U* to, int64_t numel, bool aligned) {
   constexpr int N = lanes<U>;
   for_each_unit<N>(numel, [&](int64_t begin, int count) {
@@ -49,15 +49,10 @@ __global__ void __launch_bounds__(given_threads)
 
 template <class U>
 void apply_mask(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& to) {
-  const c10::cuda::CUDAGuard guard(grad.device());
-  const auto numel = grad.numel();
   const auto* from = static_cast<const U*>(grad.const_data_ptr());
-  auto* out = static_cast<U*>(to.mutable_data_ptr());
-  fake_quantize_affine_backward_kernel<U>
-      <<<blocks_for((numel + lanes<U> - 1) / lanes<U>, given_threads, grad.device().index()), given_threads, 0,
-          c10::cuda::getCurrentCUDAStream()>>>(
-          from, mask.const_data_ptr<uint8_t>(), out, numel, is_aligned(from, 16) && is_aligned(out, 16));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  auto* y = static_cast<U*>(to.mutable_data_ptr());
+  launch_over_units<U>(grad, fake_quantize_affine_backward_kernel<U>, from, mask.const_data_ptr<uint8_t>(), y,
+      grad.numel(), is_aligned(from, 16) && is_aligned(y, 16));
 }
 
 } // namespace
@@ -67,16 +62,12 @@ void fake_quantize_affine(
   if (layout.numel() == 0) {
     return;
   }
-  const c10::cuda::CUDAGuard guard(from.device());
-  with_float_type(from.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    const auto* x = from.const_data_ptr<T>();
-    auto* y = to.mutable_data_ptr<T>();
-    fake_quantize_affine_kernel<T>
-        <<<blocks_for((layout.numel() + lanes<T> - 1) / lanes<T>, given_threads, from.device().index()), given_threads,
-            0, c10::cuda::getCurrentCUDAStream()>>>(x, y, mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr,
-            layout.numel(), is_aligned(x, 16) && is_aligned(y, 16), grids_of<compute_t<T>>(qparams, layout));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "fake_quantize_affine", [&] {
+    const auto* x = from.const_data_ptr<scalar_t>();
+    auto* y = to.mutable_data_ptr<scalar_t>();
+    launch_over_units<scalar_t>(from, fake_quantize_affine_kernel<scalar_t>, x, y,
+        mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr, layout.numel(),
+        is_aligned(x, 16) && is_aligned(y, 16), grids_of<opmath_type<scalar_t>>(qparams, layout));
   });
 }
 

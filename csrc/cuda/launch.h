@@ -1,9 +1,10 @@
-// What the CUDA launchers share: the device's limits, grids of thread blocks.
+// What the CUDA launchers share: device attributes, numbers of CTAs.
 #pragma once
 
-#include "../kernels.h"
-#include "plan.h"
+#include "launchers.h"
+#include "cuda/plan.h"
 
+#include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -22,8 +23,8 @@ inline bool is_aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// Thread blocks for one unit a thread, as many as are resident together at the most; the kernels loop.
-inline unsigned blocks_for(int64_t units, int64_t threads, int device) {
+// The number of CTAs for one unit per thread, but no more than are resident together: the kernels loop.
+inline unsigned ctas_for(int64_t units, int64_t threads, int device) {
   const int64_t resident = attribute(cudaDevAttrMultiProcessorCount, device) *
       attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device) / threads;
   return static_cast<unsigned>(std::min((units + threads - 1) / threads, resident));

@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "cuda/plan.h"
 
 #include <algorithm>
 
@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t unit_size = 16; // bytes of the widest access
 constexpr int64_t warp = 32;
 constexpr int64_t memory_line = 128; // bytes that a warp should read at a time
-constexpr int64_t waves = 16;        // thread blocks of few_threads a multiprocessor that keep it busy
+constexpr int64_t waves = 16;        // CTAs of few_threads per multiprocessor that keep it busy
 
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -22,30 +22,30 @@ int64_t power_of_two_from(int64_t n) {
   return power;
 }
 
-// 16-byte windows that a run of `inner` elements touches; the most of all runs, if they start at different places.
+// The 16-byte windows that a run of `inner` elements touches, or the most of all runs if they differ.
 int64_t windows_of_a_run(const Shape& shape) {
   const auto& layout = shape.layout;
   const int64_t lanes = unit_size / shape.item_size;
-  const bool alike = layout.outer * layout.blocks == 1 || layout.inner % lanes == 0;
-  return layout.inner == 0 ? 0 : divide_up((alike ? shape.skipped : lanes - 1) + layout.inner, lanes);
+  const bool same_offset = layout.outer * layout.blocks == 1 || layout.inner % lanes == 0;
+  return layout.inner == 0 ? 0 : divide_up((same_offset ? shape.skipped : lanes - 1) + layout.inner, lanes);
 }
 
-// What one thread does for a tile, in pieces: 16-byte units, or single elements of a column.
-struct Work {
-  int64_t a_pass; // pieces that one thread block of max_threads handles at a time
+// The work on a tile in pieces: 16-byte units, or single elements of a column.
+struct TileWork {
+  int64_t per_pass; // pieces that one CTA of max_threads handles at a time
   int64_t pieces;
   int64_t piece_size;
   int64_t held; // pieces that a thread keeps in registers
 
   int64_t passes(int64_t team, int64_t threads) const {
-    const int64_t at_a_time = a_pass * threads / max_threads;
+    const int64_t at_a_time = per_pass * threads / max_threads;
     return divide_up(divide_up(pieces, team), std::max<int64_t>(1, at_a_time));
   }
 };
 
-// Whole thread blocks for a tile: a small one for a small tile, a team of large ones where there are too few tiles to
-// fill the device; and shared memory for what registers do not hold.
-void choose_threads(Plan& plan, const Work& work, bool quantizes, const DeviceLimits& device) {
+// Chooses whole CTAs for a tile: a small one for a small tile, or a team of large ones if there are too few tiles to
+// fill the device. Chooses shared memory for what registers do not hold.
+void choose_threads(Plan& plan, const TileWork& work, bool quantizes, const DeviceLimits& device) {
   plan.threads = few_threads;
   while (plan.threads < max_threads && work.passes(1, plan.threads) > work.held) {
     plan.threads *= 2;
@@ -54,7 +54,7 @@ void choose_threads(Plan& plan, const Work& work, bool quantizes, const DeviceLi
   const bool idle = plan.tiles * 2 <= device.resident;
   if (idle && work.passes(1, max_threads) > work.held) {
     const int64_t most = device.resident / plan.tiles;
-    plan.team = std::clamp<int64_t>(work.passes(1, max_threads) / 2, 1, most); // two passes are worth a thread block
+    plan.team = std::clamp<int64_t>(work.passes(1, max_threads) / 2, 1, most); // a CTA pays from two passes on
     plan.barrier = plan.team > 1 && device.cooperative;
   }
   if (quantizes && (plan.team == 1 || plan.barrier)) {
@@ -81,15 +81,15 @@ Plan plan_of(const Shape& shape, bool quantizes, const DeviceLimits& device) {
     plan.tile_blocks = std::min(layout.blocks, wanted);
     plan.tiles = divide_up(layout.blocks, plan.tile_blocks);
     const int64_t width = plan.tile_blocks * layout.inner;
-    // few_threads / width rows at a time, and no fewer in a larger thread block
-    const Work work{few_threads / width * (max_threads / few_threads), layout.outer, item_size, held_elements};
+    // few_threads / width rows at a time, and as many more in a larger CTA
+    const TileWork work{few_threads / width * (max_threads / few_threads), layout.outer, item_size, held_elements};
     choose_threads(plan, work, quantizes, device);
     return plan;
   }
   plan.tiles = layout.blocks;
   const int64_t units = layout.outer * plan.units_per_run;
   if (units <= warp * held_units(item_size) && (layout.blocks > 1 || units <= warp)) {
-    // two units a thread: the reduction and the scale cost as much as quantizing some elements
+    // Two units per thread: the reduction and the scale cost as much as quantizing some elements.
     plan.all_held = true;
     plan.width = static_cast<int>(std::min(warp, power_of_two_from(divide_up(units, 2))));
     plan.grid = std::min(divide_up(plan.tiles * plan.width, plan.threads), device.multiprocessors * waves);
@@ -100,12 +100,12 @@ Plan plan_of(const Shape& shape, bool quantizes, const DeviceLimits& device) {
 }
 
 std::array<Plan, 2> plan_of_two(const std::array<Shape, 2>& shapes, const DeviceLimits& device) {
-  // the second is a bias: rarely more than one thread block's work
+  // The second is a bias, which is rarely more than the work of one CTA.
   DeviceLimits rest = device;
   rest.resident = std::max<int64_t>(1, device.resident - 1);
   auto first = plan_of(shapes[0], true, rest);
-  const DeviceLimits one{1, 0, 1, false};
-  auto second = plan_of(shapes[1], true, one);
+  const DeviceLimits one_cta{1, 0, 1, false};
+  auto second = plan_of(shapes[1], true, one_cta);
   second.cached = second.shared_bytes = 0;
   if (second.width > warp) {
     second.width = first.threads;

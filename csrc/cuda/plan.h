@@ -1,52 +1,54 @@
-// How the blocks of a tensor are divided among the threads of a device: host arithmetic only, for any size and device.
+// How the blocks of a tensor are divided among the threads of a device. This is host arithmetic, for any size and
+// device. A block is a quantization block; a CTA is CUDA's thread block.
 #pragma once
 
-#include "../layout.h"
+#include "common/layout.h"
 
 #include <array>
 #include <cstdint>
 
 namespace qatfast::cuda {
 
-// The fused kernel is compiled for this many threads at the most, and so for 128 registers a thread.
+// The most threads that the kernel for dynamic ranges is compiled for, which leaves 128 registers per thread.
 constexpr int max_threads = 512;
 constexpr int few_threads = 128;
-// What a thread keeps of its block in registers between finding the range and quantizing.
-constexpr int held_units(int64_t item_size) { // of 16 bytes; a division of doubles needs registers itself
+// What a thread keeps of its block in registers between finding the range and quantizing: units of 16 bytes (fewer of
+// doubles, whose division needs registers), or elements of a column.
+constexpr int held_units(int64_t item_size) {
   return item_size == 8 ? 4 : 6;
 }
-constexpr int held_elements = 12; // of a column
-// Channels whose ranges a thread block reduces at a time.
+constexpr int held_elements = 12;
+// The most channels whose ranges a CTA reduces at a time.
 constexpr int max_tile_columns = 128;
 
 struct DeviceLimits {
   int64_t multiprocessors;
-  int64_t shared_memory; // bytes that one thread block may have, less what the kernel needs itself
-  int64_t resident;      // thread blocks of max_threads and all shared memory that are resident together
-  bool cooperative;      // whether they may wait for each other
+  int64_t shared_memory; // bytes per CTA, less what the kernel itself needs
+  int64_t resident;      // CTAs of max_threads and all shared memory that are resident together
+  bool cooperative;      // whether resident CTAs may wait for each other
 };
 
-// A tile is what is reduced and quantized together: one block, or (columns) neighbouring blocks whose elements
-// alternate in memory. `width` threads of a thread block work on one tile, or a team of whole thread blocks does.
+// A tile is reduced and quantized together. It is one block, or (columns) neighbouring blocks whose elements alternate
+// in memory. Either `width` threads of a CTA work on one tile, or a team of whole CTAs.
 struct Plan {
   Layout layout;
   bool columns = false;
   int threads = few_threads;
   int width = few_threads; // a power of 2 up to 32, or `threads`
   int64_t tiles = 0;
-  int64_t team = 1;          // thread blocks that share a tile
+  int64_t team = 1;          // CTAs that share a tile
   int64_t tile_blocks = 1;   // blocks of the tensor in a tile
   int64_t units_per_run = 0; // 16-byte windows that a run of `inner` elements can touch
-  int64_t grid = 0;          // thread blocks
+  int64_t grid = 0;          // CTAs
   int64_t cached = 0;        // units (columns: elements) that a thread keeps in shared memory
   int64_t shared_bytes = 0;
-  bool all_held = false; // registers keep a thread's whole share, and nobody waits for another thread block
-  bool barrier = false;  // the team waits for each other in one launch; else there are two launches
+  bool all_held = false; // whether registers keep a thread's whole share, and no CTA waits for another
+  bool barrier = false;  // whether the team waits for each other in one launch; else there are two launches
 
   int64_t launches() const {
     return grid == 0 ? 0 : team > 1 && !barrier ? 2 : 1;
   }
-  // Numbers of workspace: two ends of a range for every thread block and block of the tensor in its tile.
+  // The numbers in the workspace: two ends of a range for every CTA and every block in its tile.
   int64_t partials() const {
     return team > 1 ? grid * tile_blocks * 2 : 0;
   }
@@ -55,15 +57,14 @@ struct Plan {
 // A tensor as a plan sees it.
 struct Shape {
   Layout layout;
-  int64_t item_size; // bytes an element
-  int64_t skipped;   // elements from the 16-byte boundary before its first one
+  int64_t item_size; // bytes per element
+  int64_t skipped;   // elements between the 16-byte boundary before the first element and that element
 };
 
-// `quantizes`: false where only the ranges are wanted, so that nothing is kept.
+// `quantizes`: false if only the ranges are needed, so that nothing is kept.
 Plan plan_of(const Shape& shape, bool quantizes, const DeviceLimits& device);
 
-// Two tensors in one launch, the larger first: the second gets a few thread blocks of the same shape beside the
-// first's.
+// Plans two tensors in one launch, the larger first. The second receives a few CTAs of the same shape.
 std::array<Plan, 2> plan_of_two(const std::array<Shape, 2>& shapes, const DeviceLimits& device);
 
 } // namespace qatfast::cuda

@@ -1,15 +1,15 @@
-#include "given.cuh"
-#include "launch.h"
+#include "cuda/static_quantize.cuh"
+#include "cuda/launch.h"
 
 namespace qatfast::cuda {
 namespace {
 
 // A thread owns 16 bytes of x at a time and loops. Bound by memory: one read, one write. Q has the size of the result;
-// its sign does not change the bits.
+// the bits do not depend on its sign.
 template <class T, class Q>
-__global__ void __launch_bounds__(given_threads)
-    quantize_kernel(const T* from, Q* to, int64_t numel, bool aligned, GivenGrids<compute_t<T>> grids) {
-  using C = compute_t<T>;
+__global__ void __launch_bounds__(static_threads)
+    quantize_kernel(const T* from, Q* to, int64_t numel, bool aligned, StaticGrids<opmath_type<T>> grids) {
+  using C = opmath_type<T>;
   constexpr int N = lanes<T>;
   const auto only = grids.only();
   for_each_unit<N>(numel, [&](int64_t begin, int count) {
@@ -30,10 +30,9 @@ template <class T, class Q>
 void launch(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, const Layout& layout) {
   const auto* x = from.const_data_ptr<T>();
   auto* q = static_cast<Q*>(to.mutable_data_ptr());
-  quantize_kernel<T, Q><<<blocks_for((layout.numel() + lanes<T> - 1) / lanes<T>, given_threads, from.device().index()),
-      given_threads, 0, c10::cuda::getCurrentCUDAStream()>>>(x, q, layout.numel(),
-      is_aligned(x, 16) && is_aligned(q, lanes<T> * sizeof(Q)), grids_of<compute_t<T>>(qparams, layout));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const bool aligned = is_aligned(x, 16) && is_aligned(q, lanes<T> * sizeof(Q));
+  launch_over_units<T>(
+      from, quantize_kernel<T, Q>, x, q, layout.numel(), aligned, grids_of<opmath_type<T>>(qparams, layout));
 }
 
 } // namespace
@@ -42,11 +41,9 @@ void quantize(const at::Tensor& from, const at::Tensor& to, const QParams& qpara
   if (layout.numel() == 0) {
     return;
   }
-  const c10::cuda::CUDAGuard guard(from.device());
-  with_float_type(from.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    to.element_size() == 1 ? launch<T, uint8_t>(from, to, qparams, layout)
-                           : launch<T, uint16_t>(from, to, qparams, layout);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "quantize", [&] {
+    to.element_size() == 1 ? launch<scalar_t, uint8_t>(from, to, qparams, layout)
+                           : launch<scalar_t, uint16_t>(from, to, qparams, layout);
   });
 }
 

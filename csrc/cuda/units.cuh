@@ -1,8 +1,9 @@
-// 16-byte pieces of memory and their conversion: what every kernel reads and writes with.
+// Loads, stores and conversions of 16-byte pieces of memory, which all kernels share.
 #pragma once
 
-#include "../quant_math.h"
+#include "common/quant_math.h"
 
+#include <ATen/OpMathType.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <cuda_bf16.h>
@@ -12,14 +13,12 @@
 
 namespace qatfast::cuda {
 
-// float16 and bfloat16 compute in float.
-template <class T>
-using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using at::opmath_type;
 
 template <class T>
 constexpr int lanes = 16 / sizeof(T);
 
-// N elements that are read or written at once where the pointer allows it.
+// N elements that are read or written by one access if the pointer is aligned.
 template <class T, int N = lanes<T>>
 struct alignas(N * sizeof(T)) Unit {
   T at[N];
@@ -33,7 +32,7 @@ __device__ __forceinline__ To bits_as(From from) {
   return to;
 }
 
-// f(grid) with the grid that divides fastest: a reciprocal of 0 stands for none.
+// Calls f(grid) with the grid that divides fastest. A reciprocal of 0 means that there is none.
 template <class C, class F>
 __device__ __forceinline__ void with_fastest(const ReciprocalGrid<C>& grid, F f) {
   if constexpr (std::is_same_v<C, float>) {
@@ -53,8 +52,8 @@ __device__ __forceinline__ ReciprocalGrid<C> with_reciprocal(const Grid<C>& grid
   return {grid, reciprocal, grid.lo * grid.scale, grid.hi * grid.scale};
 }
 
-// One access of 2 to 16 bytes. An intrinsic, since the compiler would take a plain store apart to merge it with the
-// one for single elements.
+// Stores 2 to 16 bytes by one access. The intrinsic keeps the compiler from splitting the store to merge it with those
+// of single elements.
 template <class T, int N>
 __device__ __forceinline__ void store_whole(T* to, const Unit<T, N>& unit) {
   constexpr int size = N * sizeof(T);
@@ -64,7 +63,8 @@ __device__ __forceinline__ void store_whole(T* to, const Unit<T, N>& unit) {
   __stwb(reinterpret_cast<Word*>(to), bits_as<Word>(unit));
 }
 
-// Two values rounded once, half to even, to T; what underflows in T is 0.0, never -0.0. `normal`: nothing underflows.
+// Two values rounded once, half to even, to T. What underflows in T becomes 0.0, never -0.0. `normal`: nothing
+// underflows.
 template <class T, bool normal>
 __device__ __forceinline__ uint32_t rounded_pair(float a, float b) {
   uint32_t pair;
@@ -80,7 +80,7 @@ __device__ __forceinline__ uint32_t rounded_pair(float a, float b) {
   return pair >> 16 == 0x8000 ? pair & 0xFFFF : pair;
 }
 
-// A unit of T of which `values` are the elements.
+// `values` as a unit of T.
 template <class T, bool normal = false, class C, int N>
 __device__ __forceinline__ Unit<T, N> narrowed(const C (&values)[N]) {
   Unit<T, N> unit;

@@ -1,9 +1,0 @@
-// Any processor: 16-byte vectors (SSE2, NEON).
-#include "loops.h"
-
-#define QATFAST_VECTOR_BYTES 16
-#include "loops_body.h"
-
-namespace qatfast::cpu {
-extern const InstructionSet baseline = instruction_set_named("baseline");
-} // namespace qatfast::cpu

@@ -1,0 +1,150 @@
+// The loops that each instruction set offers, as tables of serial functions. The table is chosen once, at run time.
+#pragma once
+
+#include "common/quant_range.h"
+
+#include <ATen/OpMathType.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+namespace qatfast::cpu {
+
+using at::opmath_type;
+
+// The grids of a matrix: row i has grid i, or column j has grid (first_column + j) / repeat % columns.
+template <class C>
+struct Grids {
+  const C* scale;
+  const int32_t* zero_point;
+  C quant_min;
+  C quant_max;
+  bool unclamped = false; // the grids are dynamic, and choose() found that each holds all values of its block
+  C factor = 0;           // of the ProductGrid, if there is one grid, which is unclamped and has one; else 0
+  int64_t columns = 0;    // the number of grids of the columns; 0 if the rows have grids
+  int64_t repeat = 1;
+  int64_t first_column = 0;
+  int64_t stride = 0; // from one row to the next, if columns have grids
+
+  Grids from(int64_t first) const {
+    Grids rest = *this;
+    rest.scale += first;
+    rest.zero_point += first;
+    return rest;
+  }
+};
+
+// One row of an int8 GEMM. The sum of (q_x - zero_point) (q_w - zero_point) over in_features is, modulo 2^32,
+// products[j] - input_zero_point * weight_sum[j] - input_level_sum * weight_zero_point[j].
+template <class C>
+struct EpilogueRow {
+  C input_scale;
+  int32_t input_zero_point;
+  int32_t input_level_sum;
+  const C* weight_scale;            // one per column, as those below
+  const int32_t* weight_zero_point; // null if all are 0
+  const int32_t* weight_sum;        // of q_w
+  const C* bias;                    // null if there is none
+};
+
+// All loops below take a matrix of `rows` rows of n values that follow each other in memory or begin `stride` apart.
+
+// Conversions to and from one 8 or 16-bit integer type Q.
+template <class T, class Q>
+struct IntegerLoops {
+  using C = opmath_type<T>;
+  void (*quantize)(const T* x, Q* q, int64_t rows, int64_t n, const Grids<C>& grids);
+  void (*dequantize)(const Q* q, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
+};
+
+template <class T>
+struct FloatLoops {
+  using C = opmath_type<T>;
+  // Widens the range in lo[0], hi[0] by the finite values. Returns whether all are finite.
+  bool (*range)(const T* x, int64_t n, C* lo, C* hi);
+  // The range of the finite values of each column: lo[j], hi[j]. Returns whether all are finite.
+  bool (*range_of_columns)(const T* x, int64_t rows, int64_t stride, int64_t n, C* lo, C* hi);
+  // Scale and zero point of n ranges. Returns whether no value in a range is clamped and all results are normal or 0.
+  bool (*choose)(const C* lo, const C* hi, int64_t n, const QuantRange<C>& spec, C* scale, int32_t* zero_point);
+  // The factor of the ProductGrid of an unclamped grid for values from -most to most. Returns 0 if none is found.
+  C (*factor)(C most, C scale);
+  // choose() for the range of each row.
+  bool (*choose_qparams)(const T* x, int64_t rows, int64_t n, const QuantRange<C>& spec, C* scale, int32_t* zero_point);
+  void (*fake_quantize)(const T* x, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
+  // Also sets the mask's bits from `first` on, which are 0 before, if the gradient passes.
+  void (*fake_quantize_mask)(
+      const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids);
+};
+
+// What the int8 GEMM needs beside the product.
+template <class T>
+struct Int8Loops {
+  using C = opmath_type<T>;
+  // Rows as int8, with the sum of each row's levels (q - zero_point). The scale of a row that holds a NaN is NaN.
+  void (*quantize_rows)(
+      const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<C>& grids, C* scale, int64_t* level_sums);
+  void (*epilogue)(const int32_t* products, T* y, int64_t n, const EpilogueRow<C>& row);
+};
+
+template <class T>
+struct Loops : FloatLoops<T>,
+               Int8Loops<T>,
+               IntegerLoops<T, int8_t>,
+               IntegerLoops<T, uint8_t>,
+               IntegerLoops<T, int16_t>,
+               IntegerLoops<T, uint16_t> {
+  template <class Q>
+  const IntegerLoops<T, Q>& integer() const {
+    return *this;
+  }
+};
+
+// grad if the mask's bit is set, else zero, for elements of that size. The first element has a whole byte of the mask.
+template <class U>
+using MaskLoop = void (*)(const U* grad, const uint8_t* mask, U* to, int64_t n);
+
+// fake_quantize of float32 with results that are rounded once more.
+template <class To>
+using RoundedLoop = void (*)(const float* x, To* y, int64_t rows, int64_t n, const Grids<float>& grids);
+
+struct InstructionSet {
+  const char* name;
+  Loops<float> f32;
+  Loops<double> f64;
+  Loops<c10::Half> f16;
+  Loops<c10::BFloat16> bf16;
+  MaskLoop<uint16_t> mask16;
+  MaskLoop<uint32_t> mask32;
+  MaskLoop<uint64_t> mask64;
+  RoundedLoop<c10::Half> f32_to_f16;
+  RoundedLoop<c10::BFloat16> f32_to_bf16;
+
+  template <class T>
+  const Loops<T>& loops() const {
+    if constexpr (std::is_same_v<T, float>) {
+      return f32;
+    } else if constexpr (std::is_same_v<T, double>) {
+      return f64;
+    } else if constexpr (std::is_same_v<T, c10::Half>) {
+      return f16;
+    } else {
+      return bf16;
+    }
+  }
+};
+
+extern const InstructionSet baseline;
+#ifdef __x86_64__
+extern const InstructionSet avx2;
+extern const InstructionSet avx512;
+extern const Loops<c10::BFloat16> avx512_bf16;
+#endif
+
+// The best one that torch's own CPU capability allows. ATEN_CPU_CAPABILITY=default|avx2|avx512 forces one, without
+// extensions of it.
+const InstructionSet& chosen();
+
+} // namespace qatfast::cpu

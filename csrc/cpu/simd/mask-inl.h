@@ -1,0 +1,44 @@
+// The gradient of fake_quantize_affine.
+
+namespace qatfast::cpu {
+namespace {
+
+template <class U>
+QATFAST_INLINE Vec<U, 8> masked(Vec<U, 8> grad, uint8_t mask) {
+  const Vec<U, 8> bit = {1, 2, 4, 8, 16, 32, 64, 128};
+  return grad & static_cast<Vec<U, 8>>(((Vec<U, 8>{} + mask) & bit) != 0);
+}
+
+template <class U>
+void mask_loop(const U* grad, const uint8_t* mask, U* to, int64_t n) {
+  int64_t i = 0;
+#if QATFAST_VECTOR_BYTES == 64
+  constexpr int64_t N = 64 / sizeof(U);
+  for (; i + N <= n; i += N) {
+    const auto bits =
+        bits_as<std::conditional_t<N == 8, uint8_t, std::conditional_t<N == 16, uint16_t, uint32_t>>>(mask + i / 8);
+    __m512i kept;
+    if constexpr (N == 8) {
+      kept = _mm512_maskz_loadu_epi64(bits, grad + i);
+    } else if constexpr (N == 16) {
+      kept = _mm512_maskz_loadu_epi32(bits, grad + i);
+    } else {
+      kept = _mm512_maskz_loadu_epi16(bits, grad + i);
+    }
+    _mm512_storeu_si512(to + i, kept);
+  }
+#endif
+  for (; i + 8 <= n; i += 8) {
+    const auto kept = masked<U>(bits_as<Vec<U, 8>>(grad + i), mask[i / 8]);
+    std::memcpy(to + i, &kept, sizeof(kept));
+  }
+  if (i < n) {
+    Vec<U, 8> value = {};
+    std::memcpy(&value, grad + i, (n - i) * sizeof(U));
+    const auto kept = masked<U>(value, mask[i / 8]);
+    std::memcpy(to + i, &kept, (n - i) * sizeof(U));
+  }
+}
+
+} // namespace
+} // namespace qatfast::cpu

@@ -1,0 +1,28 @@
+// The table of all loops of one instruction set.
+
+namespace qatfast::cpu {
+namespace {
+
+template <class T, class Q>
+constexpr IntegerLoops<T, Q> integer_loops() {
+  return {quantize_loop<T, Q>, dequantize_loop<T, Q>};
+}
+
+template <class T>
+constexpr Loops<T> all_loops() {
+  return {{widen_loop<T>, range_of_columns<T>, choose_loop<T>, factor_loop<T>, choose_qparams_loop<T>,
+              fake_quantize_loop<T>, fake_quantize_mask_loop<T>},
+      {quantize_rows_loop<T>, epilogue_loop<T>}, integer_loops<T, int8_t>(), integer_loops<T, uint8_t>(),
+      integer_loops<T, int16_t>(), integer_loops<T, uint16_t>()};
+}
+
+#ifndef QATFAST_BF16
+constexpr InstructionSet instruction_set_named(const char* name) {
+  return {name, all_loops<float>(), all_loops<double>(), all_loops<c10::Half>(), all_loops<c10::BFloat16>(),
+      mask_loop<uint16_t>, mask_loop<uint32_t>, mask_loop<uint64_t>, fake_quantize_loop<float, c10::Half>,
+      fake_quantize_loop<float, c10::BFloat16>};
+}
+#endif
+
+} // namespace
+} // namespace qatfast::cpu

@@ -1,0 +1,120 @@
+// Every operator as a C++ callable: `op::` calls it through the dispatcher, `kernel::` is what runs on a device, and
+// `autograd::` is what runs on the Autograd key if results of the operator can require grad. Definitions: ops/*.cpp.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/SymIntArrayRef.h>
+
+#include <optional>
+#include <tuple>
+
+namespace qatfast {
+
+using at::Tensor;
+
+template <class Name, class Signature>
+struct Operator;
+
+template <class Name, class Result, class... Args>
+struct Operator<Name, Result(Args...)> {
+  Result operator()(Args... args) const {
+    static const auto handle =
+        c10::Dispatcher::singleton().findSchemaOrThrow(Name::value, "").template typed<Result(Args...)>();
+    return handle.call(args...);
+  }
+
+  // The kernel on the Autograd key of an operator whose results never require grad.
+  static Result below_autograd(Args... args) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return Operator{}(args...);
+  }
+};
+
+#define QATFAST_OPERATOR(name, ...)                                \
+  namespace op {                                                   \
+  struct name##_name {                                             \
+    static constexpr const char* value = "qatfast::" #name;        \
+  };                                                               \
+  using name##_signature = __VA_ARGS__;                            \
+  inline constexpr Operator<name##_name, name##_signature> name{}; \
+  }                                                                \
+  namespace kernel {                                               \
+  op::name##_signature name;                                       \
+  }                                                                \
+  namespace autograd {                                             \
+  op::name##_signature name;                                       \
+  }
+
+QATFAST_OPERATOR(fake_quantize,
+    Tensor(const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range))
+
+QATFAST_OPERATOR(choose_qparams,
+    std::tuple<Tensor, Tensor>(
+        const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range))
+
+QATFAST_OPERATOR(fake_quantize_affine,
+    Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+        at::IntArrayRef granularity))
+
+// Also returns the mask of the gradient.
+QATFAST_OPERATOR(fake_quantize_affine_forward,
+    std::tuple<Tensor, Tensor>(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+        int64_t quant_max, at::IntArrayRef granularity))
+
+QATFAST_OPERATOR(
+    fake_quantize_affine_backward, Tensor(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef stride))
+
+QATFAST_OPERATOR(quantize,
+    Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+        at::IntArrayRef granularity))
+
+QATFAST_OPERATOR(dequantize,
+    Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, at::IntArrayRef granularity,
+        at::ScalarType dtype))
+
+QATFAST_OPERATOR(qat_linear,
+    Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::IntArrayRef specs,
+        std::optional<at::ScalarType> dtype))
+
+// Also returns the fake-quantized weight.
+QATFAST_OPERATOR(qat_linear_forward,
+    std::tuple<Tensor, Tensor>(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+        at::IntArrayRef specs, std::optional<at::ScalarType> dtype))
+
+// dy.T @ x
+QATFAST_OPERATOR(qat_linear_grad_weight, Tensor(const Tensor& grad, const Tensor& input))
+
+// The weight as Int8Rows: values, scale, zero_point, level_sums.
+QATFAST_OPERATOR(qat_linear_int8_weight,
+    std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor& weight, at::IntArrayRef weight_spec))
+
+QATFAST_OPERATOR(qat_linear_int8,
+    Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::TensorList int8_weight,
+        at::IntArrayRef specs, std::optional<at::ScalarType> dtype))
+
+// Also returns the input as int8 values with scale and zero point.
+QATFAST_OPERATOR(qat_linear_int8_forward,
+    std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor& input, const Tensor& weight,
+        const std::optional<Tensor>& bias, at::TensorList int8_weight, at::IntArrayRef specs,
+        std::optional<at::ScalarType> dtype))
+
+// The fake-quantized input from its int8 values.
+QATFAST_OPERATOR(qat_linear_int8_input,
+    Tensor(const Tensor& values, const Tensor& scale, const Tensor& zero_point, at::ScalarType dtype))
+
+// The gradients of input and weight: dy @ w_hat, dy.T @ x_hat.
+QATFAST_OPERATOR(qat_linear_int8_backward,
+    std::tuple<Tensor, Tensor>(const Tensor& grad, const Tensor& values, const Tensor& scale, const Tensor& zero_point,
+        const Tensor& weight, at::IntArrayRef weight_spec))
+
+#undef QATFAST_OPERATOR
+
+// What runs on the autocast keys.
+namespace autocast {
+op::qat_linear_signature qat_linear;
+op::qat_linear_int8_signature qat_linear_int8;
+} // namespace autocast
+
+} // namespace qatfast

@@ -1,0 +1,247 @@
+// The layer on int8, with the gradients of the layer on floats.
+#include "checks.h"
+#include "common/copy.h"
+#include "launchers.h"
+#include "ops/int8_gemm.h"
+#include "ops/qat_linear.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <vector>
+
+namespace qatfast {
+namespace kernel {
+namespace {
+
+bool is_vector(const Tensor& x, at::ScalarType dtype, int64_t size) {
+  return x.scalar_type() == dtype && x.dim() == 1 && x.size(0) == size && x.is_contiguous();
+}
+
+QuantSpec checked_weight_spec(const char* op, const Tensor& weight, at::IntArrayRef code) {
+  const auto spec = checked_spec(op, code);
+  TORCH_CHECK_VALUE(weight.dim() == 2 && spec && is_int8_weight(*spec, weight.size(1)), op,
+      ": expected a weight spec of at most 8 bits per tensor or per row, got ", tuple(code), " for shape ",
+      tuple(weight.sizes()));
+  return *spec;
+}
+
+Int8Rows quantized_weight(const Tensor& weight, at::IntArrayRef code, Allocation allocation) {
+  return quantize_rows(weight, checked_weight_spec("qat_linear", weight, code), allocation);
+}
+
+Int8Rows checked_int8_weight(at::TensorList int8_weight, const Tensor& weight) {
+  TORCH_CHECK_VALUE(int8_weight.size() == 4, "qat_linear: expected the 4 tensors of qat_linear_int8_weight, got ",
+      int8_weight.size());
+  for (const auto& tensor : int8_weight) {
+    check_device("qat_linear", "int8_weight", tensor, weight);
+  }
+  const auto rows = weight.size(0);
+  const auto &values = int8_weight[0], &scale = int8_weight[1], &zero_point = int8_weight[2],
+             &level_sums = int8_weight[3];
+  TORCH_CHECK_VALUE(values.scalar_type() == at::kChar && values.sizes() == weight.sizes() && values.is_contiguous() &&
+          is_vector(scale, at::toOpMathType(weight.scalar_type()), rows) && is_vector(zero_point, at::kInt, rows) &&
+          is_vector(level_sums, at::kLong, rows),
+      "qat_linear: expected int8_weight as qat_linear_int8_weight returns it for this weight");
+  return {values, scale, zero_point, level_sums};
+}
+
+// `int8_weight` is empty if the weight is quantized here.
+std::tuple<Tensor, Int8Rows> run(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::TensorList int8_weight, at::IntArrayRef codes, std::optional<at::ScalarType> dtype,
+    Allocation input_allocation) {
+  constexpr auto op = "qat_linear";
+  check_linear(op, input, weight, bias, dtype.has_value());
+  const auto specs = checked_specs(op, codes);
+  TORCH_CHECK_VALUE(specs.input && is_int8_input(*specs.input), op,
+      ": expected an input spec of at most 8 bits per tensor or per token, got ",
+      tuple(LinearSpecs::code_of(codes, LinearSpecs::input_role)));
+  const auto product_dtype = dtype.value_or(input.scalar_type());
+  const auto opmath_dtype = at::toOpMathType(input.scalar_type());
+
+  const auto weight_code = LinearSpecs::code_of(codes, LinearSpecs::weight_role);
+  const auto w = int8_weight.empty() ? quantized_weight(weight, weight_code, Allocation::shared)
+                                     : checked_int8_weight(int8_weight, weight);
+  at::DimVector shape(input.sizes());
+  shape.back() = weight.size(0);
+  const auto rows = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
+  const auto matrix = input.dim() == 2 ? input : input.reshape({rows, input.size(-1)});
+  const auto x = quantize_rows(matrix, *specs.input, input_allocation);
+  Tensor b_hat;
+  if (bias) {
+    if (specs.bias) {
+      check_blocks("qat_linear: bias", *bias, specs.bias->granularity);
+    }
+    b_hat = as_dtype(specs.bias ? fake_quantized(*bias, *specs.bias) : *bias, opmath_dtype).contiguous();
+  }
+  auto y = int8_gemm(x, w, b_hat, specs.output ? opmath_dtype : product_dtype).view(shape);
+  if (specs.output) {
+    check_blocks("qat_linear: output", y, specs.output->granularity);
+    const auto to = rounds_to(y, product_dtype) ? fresh(y.sizes(), product_dtype, y) : y;
+    QATFAST_ON(y, fake_quantize)({y, to, *specs.output});
+    y = as_dtype(to, product_dtype);
+  }
+  return {y, x};
+}
+
+} // namespace
+
+Tensor qat_linear_int8(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::TensorList int8_weight, at::IntArrayRef specs, std::optional<at::ScalarType> dtype) {
+  return std::get<0>(run(input, weight, bias, int8_weight, specs, dtype, Allocation::shared));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_int8_forward(const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& bias, at::TensorList int8_weight, at::IntArrayRef specs,
+    std::optional<at::ScalarType> dtype) {
+  const auto [y, x] = run(input, weight, bias, int8_weight, specs, dtype, Allocation::separate);
+  return {y, x.values, x.scale, x.zero_point};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> qat_linear_int8_weight(const Tensor& weight, at::IntArrayRef weight_spec) {
+  check_float("qat_linear", "weight", weight.scalar_type());
+  const auto rows = quantized_weight(weight, weight_spec, Allocation::separate);
+  return {rows.values, rows.scale, rows.zero_point, rows.level_sums};
+}
+
+// A row that held a NaN is NaN.
+Tensor qat_linear_int8_input(
+    const Tensor& values, const Tensor& scale, const Tensor& zero_point, at::ScalarType dtype) {
+  constexpr auto op = "qat_linear_int8_input";
+  const auto rows = values.dim() == 2 ? values.size(0) : -1;
+  TORCH_CHECK_VALUE(rows >= 0 && values.scalar_type() == at::kChar && values.is_contiguous() &&
+          is_vector(scale, at::toOpMathType(dtype), rows) && is_vector(zero_point, at::kInt, rows),
+      op, ": expected the values, scale and zero_point of the layer's forward");
+  const auto to = fresh(values.sizes(), dtype, values);
+  QATFAST_ON(values, dequantize)(values, to, {scale, zero_point, -128, 127}, {1, rows, values.size(1)});
+  return to;
+}
+
+// w_hat and dw share memory, as the one is no longer needed when the other is written: fresh memory of 64 MB takes as
+// long as quantizing the weight.
+std::tuple<Tensor, Tensor> qat_linear_int8_backward(const Tensor& grad, const Tensor& values, const Tensor& scale,
+    const Tensor& zero_point, const Tensor& weight, at::IntArrayRef weight_spec) {
+  constexpr auto op = "qat_linear_int8_backward";
+  const auto spec = checked_weight_spec(op, weight, weight_spec);
+  TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(1) == weight.size(0) && values.dim() == 2 &&
+          values.size(0) == grad.size(0) && values.size(1) == weight.size(1),
+      op, ": expected the gradient, input and weight of one layer, got ", tuple(grad.sizes()), ", ",
+      tuple(values.sizes()), ", ", tuple(weight.sizes()));
+  const auto dtype = grad.scalar_type();
+  const auto w_hat_then_dw = fresh(weight.sizes(), dtype, weight);
+  const auto w = contiguous(weight);
+  if (w.scalar_type() == dtype || rounds_to(w, dtype)) {
+    QATFAST_ON(w, fake_quantize)({w, w_hat_then_dw, spec});
+  } else {
+    w_hat_then_dw.copy_(fake_quantized(w, spec));
+  }
+  auto dx = at::mm(grad, w_hat_then_dw);
+  auto dw = w_hat_then_dw;
+  at::mm_out(dw, grad.t(), qat_linear_int8_input(values, scale, zero_point, dtype));
+  return {dx, dw};
+}
+
+} // namespace kernel
+
+namespace autograd {
+namespace {
+
+// `value` with the gradient of input `index` of the node that runs now. Of that input no more is kept than its place in
+// the graph: a variable without elements stands there.
+Tensor in_place_of_input(const Tensor& value, uint32_t index) {
+  const auto stand_in = at::empty({0}, value.options());
+  torch::autograd::impl::set_gradient_edge(stand_in, torch::autograd::get_current_node()->next_edge(index));
+  return straight_through(stand_in, value);
+}
+
+std::vector<c10::SymInt> shape_of_input(const Tensor& dy, const Tensor& weight) {
+  auto shape = dy.sym_sizes().vec();
+  shape.back() = weight.sym_size(1);
+  return shape;
+}
+
+// Kept: the int8 input, from which x_hat is computed again, and the weight itself, from which w_hat is.
+struct QATLinearInt8Node : Function<QATLinearInt8Node> {
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
+      const std::optional<Variable>& bias, at::TensorList int8_weight, at::IntArrayRef specs,
+      std::optional<at::ScalarType> dtype) {
+    ctx->set_materialize_grads(false);
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto [output, values, scale, zero_point] =
+        op::qat_linear_int8_forward(input, weight, bias, int8_weight, specs, dtype);
+    const bool needs_input = weight.requires_grad();
+    variable_list kept = {kept_if(needs_input, values), kept_if(needs_input, scale), kept_if(needs_input, zero_point),
+        kept_if(input.requires_grad(), weight)};
+    if (bias) {
+      kept.emplace_back(); // nothing is kept of it but that there is one
+    }
+    ctx->save_for_backward(std::move(kept));
+    ctx->saved_data["weight_spec"] = LinearSpecs::code_of(specs, LinearSpecs::weight_role);
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(9); // the four tensors of int8_weight have places, given or not
+    if (!grads[0].defined()) {
+      return result;
+    }
+    const auto saved = ctx->get_saved_variables(); // may run hooks, which need autograd
+    const auto grad = as_dense(grads[0]);
+    const auto below = below_autograd_unless_needed(grad);
+    const auto& values = saved[0];
+    const auto& weight = saved[3];
+    const auto dy = as_rows(grad);
+    const bool needs_input = ctx->needs_input_grad(0), needs_weight = ctx->needs_input_grad(1);
+    const auto spec = ctx->saved_data["weight_spec"].toIntVector();
+    if (below && needs_input && needs_weight) {
+      const auto [dx, dw] = op::qat_linear_int8_backward(dy, values, saved[1], saved[2], weight, spec);
+      result[0] = grad.dim() == 2 ? dx : dx.view_symint(shape_of_input(grad, weight));
+      result[1] = dw;
+    } else {
+      const auto dtype = dy.scalar_type();
+      if (needs_weight) {
+        auto x_hat = op::qat_linear_int8_input(values, saved[1], saved[2], dtype);
+        if (!below && weight.defined()) { // the input requires grad, whether or not this task asks for its gradient
+          x_hat = as_rows(in_place_of_input(x_hat.view_symint(shape_of_input(grad, weight)), 0));
+        }
+        result[1] = weight_gradient(dy, x_hat, !below);
+      }
+      if (needs_input) {
+        result[0] = at::matmul(grad, as_dtype(fake_quantized(weight, spec), dtype));
+      }
+    }
+    const bool has_bias = saved.size() == 5;
+    if (has_bias && ctx->needs_input_grad(2)) {
+      result[2] = dy.sum(0);
+    }
+    return result;
+  }
+};
+
+} // namespace
+
+Tensor qat_linear_int8(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::TensorList int8_weight, at::IntArrayRef specs, std::optional<at::ScalarType> dtype) {
+  if (is_any_dual(input, weight, bias)) {
+    const auto y = op::qat_linear_int8.below_autograd(input, weight, bias, int8_weight, specs, dtype);
+    return with_derivatives_of_product(y, input, weight, bias, specs);
+  }
+  if (compute_requires_grad(input, weight, bias)) {
+    return QATLinearInt8Node::apply(input, weight, bias, int8_weight, specs, dtype);
+  }
+  return op::qat_linear_int8.below_autograd(input, weight, bias, int8_weight, specs, dtype);
+}
+
+} // namespace autograd
+
+Tensor autocast::qat_linear_int8(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    at::TensorList int8_weight, at::IntArrayRef specs, std::optional<at::ScalarType> dtype) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto product = product_dtype(input, weight, bias);
+  return op::qat_linear_int8(input, weight, bias, int8_weight, specs, product ? product : dtype);
+}
+
+} // namespace qatfast

@@ -1,0 +1,196 @@
+// The Python module: direct entry points, which go through the dispatcher but save eager callers the overhead of
+// torch.ops (and, as METH_FASTCALL, that of pybind11), and what the kernels run on.
+#include "cuda/plan.h"
+#include "launchers.h"
+#include "operators.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SavedTensorHooks.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/SmallVector.h>
+#include <c10/util/irange.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/csrc/utils/python_numbers.h>
+
+#include <tuple>
+#include <utility>
+
+namespace {
+
+// An argument as Python gives it; one that is missing at the end is None.
+template <class Arg>
+struct Argument {
+  pybind11::detail::make_caster<Arg> caster;
+
+  explicit Argument(PyObject* given) {
+    TORCH_CHECK_TYPE(caster.load(given, true), "expected another type, got ", Py_TYPE(given)->tp_name);
+  }
+  operator Arg() {
+    return pybind11::detail::cast_op<Arg>(caster);
+  }
+};
+
+// torch's own caster asks of each integer whether it is a tensor: 10,000 instructions for the four specs of a layer.
+template <>
+struct Argument<at::IntArrayRef> {
+  c10::SmallVector<int64_t, 16> integers;
+
+  explicit Argument(PyObject* given) {
+    TORCH_CHECK_TYPE(PyTuple_Check(given), "expected a tuple of integers, got ", Py_TYPE(given)->tp_name);
+    for (const auto i : c10::irange(PyTuple_GET_SIZE(given))) {
+      integers.push_back(THPUtils_unpackLong(PyTuple_GET_ITEM(given, i)));
+    }
+  }
+  operator at::IntArrayRef() const {
+    return integers;
+  }
+};
+
+template <>
+struct Argument<at::TensorList> {
+  c10::SmallVector<at::Tensor, 4> tensors;
+
+  explicit Argument(PyObject* given) {
+    TORCH_CHECK_TYPE(PyTuple_Check(given), "expected a tuple of tensors, got ", Py_TYPE(given)->tp_name);
+    for (const auto i : c10::irange(PyTuple_GET_SIZE(given))) {
+      PyObject* const tensor = PyTuple_GET_ITEM(given, i);
+      TORCH_CHECK_TYPE(THPVariable_Check(tensor), "expected a tuple of tensors, got a ", Py_TYPE(tensor)->tp_name);
+      tensors.push_back(THPVariable_Unpack(tensor));
+    }
+  }
+  operator at::TensorList() const {
+    return tensors;
+  }
+};
+
+template <class Name, class Result, class... Args, size_t... I>
+PyObject* call(
+    qatfast::Operator<Name, Result(Args...)> op, PyObject* const* args, Py_ssize_t count, std::index_sequence<I...>) {
+  const auto given = [&](size_t i) {
+    return static_cast<Py_ssize_t>(i) < count ? args[i] : Py_None;
+  };
+  std::tuple<Argument<Args>...> arguments{given(I)...};
+  auto result = [&] {
+    pybind11::gil_scoped_release no_gil;
+    return op(static_cast<Args>(std::get<I>(arguments))...);
+  }();
+  return pybind11::cast(std::move(result)).release().ptr();
+}
+
+template <class Name, class Result, class... Args>
+PyObject* call(qatfast::Operator<Name, Result(Args...)> op, PyObject* const* args, Py_ssize_t count) {
+  return call(op, args, count, std::index_sequence_for<Args...>{});
+}
+
+// The GIL is released while the operator runs; C++ errors arrive as their Python types.
+template <const auto& op>
+PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return call(op, args, count);
+  END_HANDLE_TH_ERRORS
+}
+
+#ifdef QATFAST_CUDA
+constexpr bool has_cuda = true;
+#else
+constexpr bool has_cuda = false;
+#endif
+
+// Whether all arguments are plain dense tensors on a device with kernels, and no mode or functorch transform must see
+// the call.
+PyObject* takes(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!THPVariable_CheckExact(args[i])) {
+      Py_RETURN_FALSE;
+    }
+    const auto& tensor = THPVariable_Unpack(args[i]);
+    if (!(tensor.is_cpu() || (has_cuda && tensor.is_cuda())) || tensor.layout() != at::kStrided || tensor.is_nested() ||
+        tensor.is_quantized()) {
+      Py_RETURN_FALSE;
+    }
+  }
+  const bool watched = at::impl::torch_function_mode_enabled() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+  return PyBool_FromLong(!watched);
+}
+
+// What weight_cache._state tells of a weight, as bytes: they are the same only while it is as it was. None where the
+// weight is no plain parameter on a device with kernels, or something else than autograd takes part in the call: _state
+// looks closer there.
+PyObject* weight_state(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 1, "weight_state: expected 1 argument, got ", count);
+  if (Py_TYPE(args[0]) != reinterpret_cast<PyTypeObject*>(ParameterClass)) {
+    Py_RETURN_NONE;
+  }
+  const auto& weight = THPVariable_Unpack(args[0]);
+  if (!(weight.is_cpu() || (has_cuda && weight.is_cuda())) || weight.layout() != at::kStrided ||
+      weight.is_inference() || weight.is_nested() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer) ||
+      c10::impl::TorchDispatchModeTLS::stack_len() != 0 || at::impl::PythonTorchFunctionTLS::stack_len() != 0 ||
+      at::SavedTensorDefaultHooks::get_hooks()) {
+    Py_RETURN_NONE;
+  }
+  const auto device = weight.device();
+  const auto stream = device.is_cpu() ? 0 : c10::impl::VirtualGuardImpl(device.type()).getStream(device).id();
+  const auto& storage = weight.storage();
+  c10::SmallVector<int64_t, 12> state = {reinterpret_cast<intptr_t>(storage.unsafeGetStorageImpl()),
+      reinterpret_cast<intptr_t>(storage.data()), weight.storage_offset(), weight._version(),
+      static_cast<int64_t>(weight.scalar_type()), weight.requires_grad(), stream};
+  state.append(weight.sizes().begin(), weight.sizes().end());
+  state.append(weight.strides().begin(), weight.strides().end());
+  return PyBytes_FromStringAndSize(
+      reinterpret_cast<const char*>(state.data()), static_cast<Py_ssize_t>(state.size() * sizeof(int64_t)));
+  END_HANDLE_TH_ERRORS
+}
+
+// How the CUDA kernels divide a tensor, for tests without a device.
+pybind11::dict cuda_plan(int64_t outer, int64_t blocks, int64_t inner, int64_t item_size, int64_t skipped,
+    bool quantizes, int64_t multiprocessors, int64_t shared_memory, bool cooperative) {
+  using namespace pybind11::literals;
+  const qatfast::cuda::DeviceLimits device{multiprocessors, shared_memory, multiprocessors, cooperative};
+  const auto plan = qatfast::cuda::plan_of({{outer, blocks, inner}, item_size, skipped}, quantizes, device);
+  return pybind11::dict("columns"_a = plan.columns, "threads"_a = plan.threads, "width"_a = plan.width,
+      "tiles"_a = plan.tiles, "team"_a = plan.team, "tile_blocks"_a = plan.tile_blocks,
+      "units_per_run"_a = plan.units_per_run, "grid"_a = plan.grid, "cached"_a = plan.cached,
+      "shared_bytes"_a = plan.shared_bytes, "all_held"_a = plan.all_held, "barrier"_a = plan.barrier,
+      "launches"_a = plan.launches(), "partials"_a = plan.partials());
+}
+
+using Method = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyMethodDef method(const char* name, Method* function) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr};
+}
+
+namespace op = qatfast::op;
+
+PyMethodDef methods[] = {
+    method("takes", takes),
+    method("weight_state", weight_state),
+    method("fake_quantize", direct<op::fake_quantize>),
+    method("fake_quantize_affine", direct<op::fake_quantize_affine>),
+    method("choose_qparams", direct<op::choose_qparams>),
+    method("quantize", direct<op::quantize>),
+    method("dequantize", direct<op::dequantize>),
+    method("qat_linear", direct<op::qat_linear>),
+    method("qat_linear_int8_weight", direct<op::qat_linear_int8_weight>),
+    method("qat_linear_int8", direct<op::qat_linear_int8>),
+    {nullptr, nullptr, 0, nullptr},
+};
+
+} // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  PyModule_AddFunctions(m.ptr(), methods);
+  m.attr("has_cuda") = has_cuda;
+  using pybind11::arg;
+  m.def("cuda_plan", &cuda_plan, arg("outer"), arg("blocks"), arg("inner"), arg("item_size"), arg("skipped"),
+      arg("quantizes"), arg("multiprocessors"), arg("shared_memory"), arg("cooperative"));
+  m.def("instruction_set", &qatfast::cpu::instruction_set);
+}

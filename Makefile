@@ -10,8 +10,9 @@ TEST_ARGS ?=
 DEVICE ?= cpu
 # --seconds 0.1: a quick look
 BENCH_ARGS ?= -rs --benchmark-columns=median,iqr,rounds
-SANITIZE_TESTS ?= $(wildcard $(patsubst %,tests/test_%.py,fake_quantize fake_quantize_affine choose_qparams \
-                    quantize dequantize qat_linear errors))
+# The tests of each operator, which is a file of csrc/cpu/, and of all of them.
+SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)) \
+                    tests/test_operators.py tests/test_errors.py)
 SANITIZE_ARGS ?= -n 2 -k "not compile"
 
 PY := $(VENV)/bin/python

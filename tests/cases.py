@@ -1,4 +1,4 @@
-"""The inputs that value, gradient, opcheck, compile and error tests and the benchmarks share.
+"""The inputs that tests and benchmarks share: tensors, grids, layers. ``operators.py`` makes calls of them.
 
 Numbers come from numpy: ``torch.randn`` gives other ones for other instruction sets.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,14 +22,11 @@ from qatfast import (
     QATConfig,
     QuantSpec,
     checks,
-    functional,
     kernels,
-    reference,
 )
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.uint16)
-OPS = ("fake_quantize", "fake_quantize_affine", "choose_qparams", "quantize", "dequantize", "qat_linear")
 
 # Every granularity on shapes of 0 to 4 dimensions, empty ones, and sizes that no vector register divides.
 BLOCKS = (
@@ -303,87 +299,17 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 }
 
 
-class Call(NamedTuple):
-    """A legal call of a public function."""
+def __getattr__(name: str) -> tuple[str, ...]:
+    """To drop once tests/test_bench.py reads ``operators.OPERATORS``."""
+    if name != "OPS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from operators import OPERATORS
 
-    op: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    label: str
-
-    def through(self, implementation: Any) -> Any:
-        return getattr(implementation, self.op)(*self.args, **self.kwargs)
-
-
-def calls(
-    op: str,
-    dtype: torch.dtype = torch.float32,
-    *,
-    blocks: tuple[tuple[tuple[int, ...], Any], ...] = FEW_BLOCKS,
-    device: str = "cpu",
-    requires_grad: bool = False,
-) -> Iterator[Call]:
-    """Legal calls of ``op``, one a granularity (a config, for ``qat_linear``)."""
-    if op == "qat_linear":
-        for label, config in CONFIGS.items():
-            operands = linear(((5,), 16, 6), dtype, device=device, requires_grad=requires_grad)
-            yield Call(op, operands, {"config": config}, label)
-        return
-    for shape, granularity in blocks:
-        label = name((shape, granularity))
-        kwargs = {"granularity": granularity}
-        x = normal(shape, dtype, device=device, requires_grad=requires_grad)
-        if op in ("fake_quantize", "choose_qparams"):
-            for symmetric in (False, True):
-                word = "symmetric" if symmetric else "affine"
-                yield Call(op, (x, 5), {"symmetric": symmetric, **kwargs}, f"{label}-{word}")
-        elif op == "dequantize":
-            scale, zero_point, _, _ = grid(shape, granularity, dtype, device=device)
-            q = integers(shape, torch.uint8, device=device)
-            yield Call(op, (q, scale, zero_point), {"dtype": dtype, **kwargs}, label)
-        else:
-            yield Call(op, (x, *grid(shape, granularity, dtype, device=device)), kwargs, label)
-
-
-class _TorchOps:
-    """``torch.ops.qatfast`` with the arguments of the public functions."""
-
-    @staticmethod
-    def fake_quantize(input, num_bits=8, *, symmetric=False, granularity=PerTensor(), narrow_range=True):
-        return torch.ops.qatfast.fake_quantize(input, num_bits, symmetric, granularity.code, narrow_range)
-
-    @staticmethod
-    def fake_quantize_affine(input, scale, zero_point, quant_min, quant_max, *, granularity=PerTensor()):
-        return torch.ops.qatfast.fake_quantize_affine(
-            input, scale, zero_point, quant_min, quant_max, granularity.code
-        )
-
-    @staticmethod
-    def choose_qparams(input, num_bits=8, *, symmetric=False, granularity=PerTensor(), narrow_range=True):
-        return torch.ops.qatfast.choose_qparams(input, num_bits, symmetric, granularity.code, narrow_range)
-
-    @staticmethod
-    def quantize(input, scale, zero_point, quant_min, quant_max, *, granularity=PerTensor()):
-        return torch.ops.qatfast.quantize(input, scale, zero_point, quant_min, quant_max, granularity.code)
-
-    @staticmethod
-    def dequantize(input, scale, zero_point, *, granularity=PerTensor(), dtype=torch.float32):
-        return torch.ops.qatfast.dequantize(input, scale, zero_point, granularity.code, dtype)
-
-    @staticmethod
-    def qat_linear(input, weight, bias=None, *, config=QATConfig()):
-        return torch.ops.qatfast.qat_linear(input, weight, bias, config.codes)
-
-
-IMPLEMENTATIONS = {
-    "public": functional,
-    "reference": SimpleNamespace(**{op: getattr(reference, op) for op in OPS}),
-    "torch.ops": _TorchOps,
-}
+    return tuple(OPERATORS)
 
 
 def why_no_kernels(device: str) -> str:
-    """Empty where the kernels serve tensors on ``device``."""
+    """Returns why the kernels do not serve tensors on ``device``; empty if they do."""
     if kernels.extension is None:
         return f"kernels are not loaded: {kernels.reason()}"
     if device == "cpu" or (device == "cuda" and kernels.extension.has_cuda):

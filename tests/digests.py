@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import cases
+from operators import IMPLEMENTATIONS
 from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec
 
 SIZES = (
@@ -161,7 +162,7 @@ def cast_weights(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple
             continue
         kinds = {"any": sprinkled(shape, torch.float32), "normal": cases.normal(shape)}
         for kind, values in {**kinds, "tiny": kinds["normal"] * 1e-8}.items():
-            if ops is cases.IMPLEMENTATIONS["reference"]:
+            if ops is IMPLEMENTATIONS["reference"]:
                 w_hat = ops.fake_quantize(values, 8, granularity=granularity).to(dtype)
             else:
                 code = QuantSpec(8, granularity=granularity).code
@@ -190,7 +191,7 @@ def digest(x: Tensor) -> str:
 
 
 def main() -> None:
-    ops = cases.IMPLEMENTATIONS[sys.argv[1]]
+    ops = IMPLEMENTATIONS[sys.argv[1]]
     print(
         json.dumps({label: digest(value) for dtype in cases.FLOATS for label, value in results(ops, dtype)})
     )

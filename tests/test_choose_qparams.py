@@ -81,11 +81,3 @@ def test_nothing_requires_grad(ops, device):
     scale, zero_point = ops.choose_qparams(cases.normal((8,), device=device, requires_grad=True))
     assert not scale.requires_grad
     assert not zero_point.requires_grad
-
-
-@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
-def test_opcheck(kernels, dtype, requires_grad):
-    for call in cases.calls("choose_qparams", dtype, requires_grad=requires_grad):
-        args = (*call.args, call.kwargs["symmetric"], call.kwargs["granularity"].code)
-        torch.library.opcheck(torch.ops.qatfast.choose_qparams.default, args)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-import torch._inductor.config
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cases
 import counted
+from operators import operators
 from qatfast import (
     FakeQuantize,
     PerChannel,
@@ -20,14 +21,7 @@ from qatfast import (
     functional,
 )
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """Nothing is left of earlier compilations: a cached graph would hide what the fake kernels say now."""
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compiled(function, backend="aot_eager", **options):
@@ -54,26 +48,16 @@ def assert_compiles(function, *tensors, backend="aot_eager", **options):
         assert one.stride() == other.stride()
 
 
-@pytest.mark.parametrize("shape, granularity", cases.FEW_BLOCKS, ids=cases.name)
-@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
-def test_fake_quantize_and_its_parts(shape, granularity, symmetric, device):
-    x = cases.normal(shape, device=device, requires_grad=True)
-    options = {"symmetric": symmetric, "granularity": granularity}
-    assert_compiles(lambda x: functional.fake_quantize(x, 5, **options), x)
-    assert_compiles(lambda x: functional.choose_qparams(x, 5, **options), x)
-
-
-@pytest.mark.parametrize("shape, granularity", cases.FEW_BLOCKS, ids=cases.name)
-def test_a_given_grid(shape, granularity, device):
-    x = cases.normal(shape, device=device, requires_grad=True)
-    scale, zero_point, low, high = cases.grid(shape, granularity, quant_range=(0, 15), device=device)
-
-    def all_three(x, scale, zero_point):
-        q = functional.quantize(x, scale, zero_point, low, high, granularity=granularity)
-        y = functional.dequantize(q, scale, zero_point, granularity=granularity)
-        return functional.fake_quantize_affine(x, scale, zero_point, low, high, granularity=granularity), q, y
-
-    assert_compiles(all_three, x, scale, zero_point)
+@pytest.mark.parametrize(
+    "op, label", [(op, call.label) for op in operators() for call in op.calls()], ids=str
+)
+def test_every_operator(op, label, device):
+    (call,) = (call for call in op.calls(device=device, requires_grad=True) if call.label == label)
+    function, names = getattr(functional, op.name), list(call.tensors)
+    others = {name: value for name, value in call.arguments.items() if name not in names}
+    assert_compiles(
+        lambda *tensors: function(**dict(zip(names, tensors, strict=True)), **others), *call.tensors.values()
+    )
 
 
 def test_python_numbers_for_the_grid(device):
@@ -82,24 +66,19 @@ def test_python_numbers_for_the_grid(device):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "channels_last", "offset_1"])
-def test_strides_of_the_compiled_result(layout, device):
+@pytest.mark.parametrize("op", operators(elementwise=True), ids=str)
+def test_strides_of_the_compiled_result(op, layout, device):
     place, shape = cases.LAYOUTS[layout]
-    x = place(cases.normal(shape, device=device))
-    grid = cases.grid(shape, PerTensor(), quant_range=(0, 15), device=device)
-    for function in (
-        lambda x: functional.fake_quantize(x) + 1,
-        lambda x: functional.fake_quantize_affine(x, *grid) + 1,
-        lambda x: functional.quantize(x, *grid) + 1,
-    ):
-        y = compiled(function)(x)
-        cases.assert_same(y, function(x))
-        assert y.stride() == function(x).stride()
+    for call in op.calls(blocks=((shape, PerTensor()),), device=device):
+        function, x = getattr(functional, op.name), place(call.arguments["input"])
+        others = {name: value for name, value in call.arguments.items() if name != "input"}
 
+        def and_one(x, function=function, others=others):
+            return function(x, **others) + 1
 
-@pytest.mark.parametrize("config", cases.CONFIGS.values(), ids=cases.CONFIGS)
-def test_qat_linear(config, device):
-    operands = cases.linear(((5,), 16, 6), device=device, requires_grad=True)
-    assert_compiles(lambda *operands: functional.qat_linear(*operands, config=config), *operands)
+        y = compiled(and_one)(x)
+        cases.assert_same(y, and_one(x))
+        assert y.stride() == and_one(x).stride()
 
 
 def strided_operands(device):
@@ -315,12 +294,12 @@ def test_an_exported_graph_holds_the_layer_as_one_operator(kernels, config):
     assert targets.count("qatfast.fake_quantize.default") == 1
 
 
-@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("op", operators(), ids=str)
 def test_shapes_on_the_meta_device(op):
-    for call in cases.calls(op):
+    for call in op.calls():
         expected = call.through(functional)
-        args = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in call.args]
-        results = getattr(functional, op)(*args, **call.kwargs)
+        meta = {name: tensor.to("meta") for name, tensor in call.tensors.items()}
+        results = call.replaced(**meta).through(functional)
         for one, other in zip(
             results if isinstance(results, tuple) else (results,),
             expected if isinstance(expected, tuple) else (expected,),
@@ -330,15 +309,13 @@ def test_shapes_on_the_meta_device(op):
             assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
 
-@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("op", operators(), ids=str)
 def test_shapes_of_fake_tensors(op):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    for call in cases.calls(op):
+    for call in op.calls():
         expected = call.through(functional)
         with FakeTensorMode() as mode:
-            args = [mode.from_tensor(arg) if isinstance(arg, torch.Tensor) else arg for arg in call.args]
-            results = getattr(functional, op)(*args, **call.kwargs)
+            fake = {name: mode.from_tensor(tensor) for name, tensor in call.tensors.items()}
+            results = call.replaced(**fake).through(functional)
         results, expected = (value if isinstance(value, tuple) else (value,) for value in (results, expected))
         for one, other in zip(results, expected, strict=True):
             assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())

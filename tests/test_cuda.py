@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import cases
 import counted
+from operators import operators
 from qatfast import (
     FakeQuantize,
     PerChannel,
@@ -233,13 +234,13 @@ def test_every_launch_is_on_the_current_stream():
     x = cases.normal((100_000,), device="cuda", requires_grad=True)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    calls = [call for op in cases.OPS for call in cases.calls(op, device="cuda")]
+    calls = [call for op in operators("cuda") for call in op.calls(device="cuda")]
 
     def everything():
         with torch.cuda.stream(stream):
             fake_quantize(x)
             for call in calls:
-                call.through(cases.IMPLEMENTATIONS["public"])
+                call.through(functional)
 
     counts = counted.counted(everything)
     stream.synchronize()

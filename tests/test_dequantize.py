@@ -5,6 +5,7 @@ import torch
 
 import cases
 import oracle
+from operators import IMPLEMENTATIONS
 from qatfast import PerTensor
 
 
@@ -59,7 +60,7 @@ def test_strides_change_no_value_and_come_out_as_empty_like_gives_them(ops, layo
 def test_numbers_per_tensor(device):
     q = cases.integers((20,), torch.int8, device=device)
     for implementation in ("public", "reference"):
-        dequantize = cases.IMPLEMENTATIONS[implementation].dequantize
+        dequantize = IMPLEMENTATIONS[implementation].dequantize
         expected = dequantize(q, torch.tensor(0.5, device=device), torch.tensor([3], device=device))
         cases.assert_same(dequantize(q, 0.5, 3), expected)
 
@@ -73,10 +74,3 @@ def test_nothing_requires_grad(ops, device):
     assert not ops.dequantize(q, scale.detach(), zero_point).requires_grad
     with torch.no_grad():
         assert not ops.dequantize(q, scale, zero_point).requires_grad
-
-
-@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
-def test_opcheck(kernels, dtype):
-    for call in cases.calls("dequantize", dtype):
-        args = (*call.args, call.kwargs["granularity"].code, dtype)
-        torch.library.opcheck(torch.ops.qatfast.dequantize.default, args)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import cases
-from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec
+from operators import IMPLEMENTATIONS, operators
+from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec, functional
 
 PYTHON = ("public", "reference")  # what no schema can express
 EVERYWHERE = ("public", "reference", "torch.ops")
@@ -312,7 +313,7 @@ def test_type_and_words(case, through):
         pytest.skip(reason)
     before = {name: copy_of(value) for name, value in case.arguments.items()}
     with pytest.raises(case.error) as caught:
-        getattr(cases.IMPLEMENTATIONS[through], case.op)(**case.arguments)
+        getattr(IMPLEMENTATIONS[through], case.op)(**case.arguments)
     assert type(caught.value) is case.error
     assert case.message in str(caught.value)
     for name, value in case.arguments.items():
@@ -324,15 +325,15 @@ def test_type_and_words(case, through):
 )
 def test_other_layouts_reach_no_kernel_through_torch_ops(kernels, case):
     with pytest.raises((TypeError, NotImplementedError)):
-        getattr(cases.IMPLEMENTATIONS["torch.ops"], case.op)(**case.arguments)
+        getattr(IMPLEMENTATIONS["torch.ops"], case.op)(**case.arguments)
 
 
-@pytest.mark.parametrize("op", ["fake_quantize", "choose_qparams"])
+@pytest.mark.parametrize("op", operators(), ids=str)
 def test_nested_tensors(op):
     nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
     for implementation in PYTHON:
         with pytest.raises(TypeError, match=f"{op}: expected input to be a strided tensor"):
-            getattr(cases.IMPLEMENTATIONS[implementation], op)(nested)
+            next(op.calls()).replaced(input=nested).through(IMPLEMENTATIONS[implementation])
 
 
 @pytest.mark.parametrize("code", [(4, 0), (-1, 0), (2, 0), (2, -1), (0,), (0, 0, 0), ()], ids=str)
@@ -490,18 +491,18 @@ def test_a_backward_with_wrong_arguments_crashes_nothing(kernels, grad, mask, st
         torch.ops.qatfast.fake_quantize_affine_backward(grad, mask, stride)
 
 
-@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("op", operators(), ids=str)
 def test_granularity_and_the_like_are_keyword_only(op):
-    arguments = list(good(op).values())
+    arguments = next(op.calls()).arguments.values()
     for implementation in PYTHON:
-        with pytest.raises(TypeError):
-            getattr(cases.IMPLEMENTATIONS[implementation], op)(*arguments, 8, QATConfig(), PerTensor())
+        with pytest.raises(TypeError, match="positional argument"):
+            getattr(IMPLEMENTATIONS[implementation], op.name)(*arguments)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("op", ["fake_quantize_affine", "quantize", "dequantize", "qat_linear"])
+@pytest.mark.parametrize("op", [op for op in operators("cuda") if len(next(op.calls()).tensors) > 1], ids=str)
 def test_two_devices(op):
-    arguments = good(op)
-    name = list(arguments)[1]
+    call = next(op.calls())
+    name = list(call.tensors)[1]
     with pytest.raises(RuntimeError, match=f"{op}: expected {name} on cuda:0, the device of input, got cpu"):
-        getattr(cases.IMPLEMENTATIONS["public"], op)(**{**arguments, "input": arguments["input"].cuda()})
+        call.replaced(input=call.arguments["input"].cuda()).through(functional)

@@ -10,7 +10,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import cases
-from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QATLinear, QuantSpec, cached_weights
+from operators import operators
+from qatfast import (
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QATConfig,
+    QATLinear,
+    QuantSpec,
+    cached_weights,
+    functional,
+)
 
 OPS = torch.ops.qatfast
 
@@ -227,30 +238,10 @@ def test_fake_and_meta_tensors_count_the_same(kernels, config):
     assert flops(meta, cases.normal((7, 16)).to("meta").requires_grad_()) == expected
 
 
-def test_the_quantizers_count_as_other_elementwise_work(kernels, device):
-    x = cases.normal((7, 16), device=device)
-    for op in cases.OPS[:5]:
-        for call in cases.calls(op, device=device):
-            with FlopCounterMode(display=False) as counter:
-                call.through(cases.IMPLEMENTATIONS["public"])
-            assert counter.get_total_flops() == 0
-    with FlopCounterMode(display=False) as counter:
-        F.relu(x)
-    assert counter.get_total_flops() == 0
-
-
-def test_a_mode_sees_the_operators(kernels, device):
-    """The direct entries go through the dispatcher."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Names(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    for op in cases.OPS:
-        for call in cases.calls(op, device=device):
-            names = []
-            with Names():
-                call.through(cases.IMPLEMENTATIONS["public"])
-            assert f"qatfast.{op}.default" in names
+@pytest.mark.parametrize("op", operators(takes_granularity=True), ids=str)
+def test_the_quantizers_count_as_other_elementwise_work(kernels, op, device):
+    for call in op.calls(device=device):
+        with FlopCounterMode(display=False) as counter:
+            F.relu(cases.normal((7, 16), device=device))
+            call.through(functional)
+        assert counter.get_total_flops() == 0

@@ -155,13 +155,3 @@ def test_a_gradient_is_asked_for_only_where_the_input_does(ops, device):
         assert not ops.fake_quantize(x.clone().requires_grad_()).requires_grad
     with torch.inference_mode():
         cases.assert_same(ops.fake_quantize(x).clone(), fake_quantize(x))
-
-
-@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
-def test_opcheck(kernels, dtype, requires_grad):
-    for call in cases.calls(
-        "fake_quantize", dtype, blocks=cases.FEW_BLOCKS[:4:3], requires_grad=requires_grad
-    ):
-        args = (*call.args, call.kwargs["symmetric"], call.kwargs["granularity"].code)
-        torch.library.opcheck(torch.ops.qatfast.fake_quantize.default, args)

@@ -323,16 +323,6 @@ def test_onnxruntime_gives_the_same_bits(quant_range, axis, device):
         cases.assert_same(ours, torch.from_numpy(peer) + 0.0)
 
 
-@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
-def test_opcheck(kernels, dtype, requires_grad):
-    for call in cases.calls(
-        "fake_quantize_affine", dtype, blocks=cases.FEW_BLOCKS[:4:3], requires_grad=requires_grad
-    ):
-        args = (*call.args, call.kwargs["granularity"].code)
-        torch.library.opcheck(torch.ops.qatfast.fake_quantize_affine.default, args)
-
-
 @pytest.mark.parametrize("shape", [(67,), (3, 5), (0,), ()], ids=cases.name)
 def test_opcheck_of_the_two_halves(kernels, shape):
     x = cases.normal(shape)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cases
 import digests
 import qatfast
+from operators import IMPLEMENTATIONS, operators
 from qatfast import PerChannel, PerTensor, PerToken, functional, reference
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +33,7 @@ def expected():
 
     def results(dtype):
         if dtype not in known:
-            known[dtype] = dict(digests.results(cases.IMPLEMENTATIONS["reference"], dtype))
+            known[dtype] = dict(digests.results(IMPLEMENTATIONS["reference"], dtype))
         return known[dtype]
 
     return results
@@ -99,12 +100,12 @@ def test_every_instruction_set_gives_the_same_bits(kernels, expected, capability
 def test_a_library_that_saturates_changes_no_integer_product(kernels, instructions):
     """Without VNNI, oneDNN may add pairs of products in 16 bits."""
     code = (
-        "import cases, digests, json, torch;"
-        "results = digests.layers(cases.IMPLEMENTATIONS['public'], torch.float32);"
+        "import digests, json, qatfast, torch;"
+        "results = digests.layers(qatfast.functional, torch.float32);"
         "print(json.dumps({label: digests.digest(value) for label, value in results}))"
     )
     found = json.loads(run(["-c", code], ONEDNN_MAX_CPU_ISA=instructions))
-    layers = digests.layers(cases.IMPLEMENTATIONS["reference"], torch.float32)
+    layers = digests.layers(IMPLEMENTATIONS["reference"], torch.float32)
     known = {label: digests.digest(value) for label, value in layers}
     assert len(known) > 100
     assert [label for label in known if found[label] != known[label]] == []
@@ -299,8 +300,8 @@ def test_the_environment_chooses_the_instruction_set(kernels, capability):
 
 def test_the_reference_gives_the_same_bits_on_the_lowest_instruction_set(kernels, expected):
     code = (
-        "import cases, digests, json, torch;"
-        "results = digests.results(cases.IMPLEMENTATIONS['reference'], torch.float32, 60);"
+        "import digests, json, operators, torch;"
+        "results = digests.results(operators.IMPLEMENTATIONS['reference'], torch.float32, 60);"
         "print(json.dumps({label: digests.digest(value) for label, value in results if value.numel() < 5000}))"
     )
     found = json.loads(run(["-c", code], ATEN_CPU_CAPABILITY="default"))
@@ -358,7 +359,8 @@ def test_calls_from_several_threads_at_once(kernels):
                 cases.assert_same(y, other)
 
 
-def test_every_way_to_an_operator_ends_in_the_dispatcher(kernels):
+@pytest.mark.parametrize("op", operators(), ids=str)
+def test_every_way_to_an_operator_ends_in_the_dispatcher(kernels, op, device):
     class Names(TorchDispatchMode):
         def __init__(self):
             super().__init__()
@@ -368,11 +370,10 @@ def test_every_way_to_an_operator_ends_in_the_dispatcher(kernels):
             self.seen.append(str(function))
             return function(*args, **(kwargs or {}))
 
-    for op in cases.OPS:
-        call = next(cases.calls(op))
+    for call in op.calls(device=device):
         for implementation in ("public", "torch.ops"):
             with Names() as names:
-                call.through(cases.IMPLEMENTATIONS[implementation])
+                call.through(IMPLEMENTATIONS[implementation])
             assert f"qatfast.{op}.default" in names.seen
 
 
@@ -433,8 +434,8 @@ def test_kernels_that_are_loaded_warn_of_nothing(kernels):
     assert qatfast.kernels.reason() == ""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for op in cases.OPS:
-            next(cases.calls(op)).through(functional)
+        for op in operators():
+            next(op.calls()).through(functional)
 
 
 def test_info_says_what_runs(device):

@@ -650,6 +650,7 @@ def test_to_float_refuses_a_forward_of_the_instance():
         with_own_forward(small()).to_float()
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_call_is_left_behind():
     linear = nn.Linear(16, 6)
     linear.compile(backend="eager")
@@ -707,6 +708,7 @@ def test_a_whole_model_loads_with_weights_only(config):
     cases.assert_same(other(x), model(x))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("config", [QATConfig(), QATConfig.dynamic()], ids=str)
 def test_compilers_take_the_layer_as_it_is(config):
     layer, x = small(config=config), cases.normal((5, 16))

@@ -1,4 +1,4 @@
-"""An operator is one word: in the schema, the function, the reference, the C++ file, the test and the benchmark."""
+"""An operator is one word: in the schema, the function, the reference, the C++ files, the test and the benchmark."""
 
 import inspect
 import re
@@ -7,51 +7,52 @@ from pathlib import Path
 import pytest
 import torch
 
-import cases
 import qatfast
+from operators import IMPLEMENTATIONS, OPERATORS, operators
 from qatfast import functional, reference
 
 ROOT = Path(__file__).parent.parent
-OPS = pytest.mark.parametrize("op", cases.OPS)
+LAUNCHERS = "csrc/{device}/{op}.*"
+# The files of an operator: its launchers once per device that it names.
+PLACES = ("csrc/ops/{op}.cpp", LAUNCHERS, "tests/test_{op}.py", "benchmarks/bench_{op}.py")
+# The other sources of a device.
+SHARED = {"cpu": {"copy"}, "cuda": {"plan"}}
+SOURCES = {".cpp", ".cu"}
+SCHEMAS = ROOT / "csrc" / "library.cpp"
+
+OPS = pytest.mark.parametrize("op", operators(), ids=str)
+ON_EACH_DEVICE = pytest.mark.parametrize(
+    "op, name_of_device", [(op, device) for op in operators() for device in op.devices], ids=str
+)
 
 
 def schemas():
-    """{operator: schema} as csrc/library.cpp defines them."""
-    source = (ROOT / "csrc" / "library.cpp").read_text()
-    source = re.sub(r'"\s*\n\s*"', "", source)
+    """Returns {operator: schema} as the source defines them."""
+    source = re.sub(r'"\s*\n\s*"', "", SCHEMAS.read_text())
     return {text.split("(")[0]: text for text in re.findall(r'm\.def\(\s*"([^"]+)"', source)}
 
 
 def test_there_are_no_others():
     public = {
-        name for name, value in vars(functional).items() if inspect.isfunction(value) and name[0] != "_"
+        name
+        for name, value in vars(functional).items()
+        if inspect.isfunction(value) and name[0] != "_" and value.__module__ == functional.__name__
     }
-    assert {name for name in public if vars(functional)[name].__module__ == "qatfast.functional"} == set(
-        cases.OPS
-    )
-    internal = {
-        "fake_quantize_affine_forward",
-        "fake_quantize_affine_backward",
-        "qat_linear_forward",
-        "qat_linear_int8_weight",
-        "qat_linear_int8",
-        "qat_linear_int8_forward",
-        "qat_linear_int8_input",
-        "qat_linear_int8_backward",
-        "qat_linear_grad_weight",
-    }
-    assert set(schemas()) == {*cases.OPS, *internal}
+    assert public == {*OPERATORS}
+    internal = [name for op in operators() for name in op.internal]
+    assert len(internal) == len({*internal})
+    assert {*schemas()} == {*OPERATORS, *internal}
 
 
 @OPS
 def test_the_package_exports_it(op):
-    assert op in qatfast.__all__
-    assert getattr(qatfast, op) is getattr(functional, op)
+    assert op.name in qatfast.__all__
+    assert getattr(qatfast, op.name) is getattr(functional, op.name)
 
 
 @OPS
 def test_the_reference_has_the_same_signature(op):
-    ours, theirs = (inspect.signature(getattr(module, op)) for module in (functional, reference))
+    ours, theirs = (inspect.signature(getattr(module, op.name)) for module in (functional, reference))
     assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
         (p.name, p.kind, p.default) for p in theirs.parameters.values()
     ]
@@ -59,50 +60,171 @@ def test_the_reference_has_the_same_signature(op):
 
 @OPS
 def test_the_schema_has_the_same_arguments(op):
-    arguments = schemas()[op].split("(", 1)[1].rsplit(") ->", 1)[0]
+    arguments = schemas()[op.name].split("(", 1)[1].rsplit(") ->", 1)[0]
     names = [
         argument.split()[-1].split("=")[0] for argument in re.sub(r"\[[^\]]*\]", "", arguments).split(", ")
     ]
-    public = list(inspect.signature(getattr(functional, op)).parameters)
-    if op == "qat_linear":
-        public = [*public[:3], "specs", "*", "dtype"]
+    public = list(inspect.signature(getattr(functional, op.name)).parameters)
+    if public[-1] == "config":  # the dtype is what autocast asks for
+        public[-1:] = ["specs", "*", "dtype"]
     assert names == public
 
 
 @OPS
 def test_torch_ops_has_it(kernels, op):
-    assert hasattr(torch.ops.qatfast, op)
-    assert str(getattr(torch.ops.qatfast, op).default._schema).startswith(f"qatfast::{op}(")
+    for name in (op.name, *op.internal):
+        assert str(getattr(torch.ops.qatfast, name).default._schema).startswith(f"qatfast::{name}(")
 
 
 @OPS
 def test_the_direct_entry_has_it(kernels, op):
-    assert callable(getattr(kernels, op))
+    assert callable(getattr(kernels, op.name))
 
 
 @OPS
-@pytest.mark.parametrize(
-    "place", ["csrc/cpu/{}.cpp", "csrc/cuda/{}.c*", "tests/test_{}.py", "benchmarks/bench_{}.py"]
-)
+@pytest.mark.parametrize("place", PLACES)
 def test_it_has_its_files(op, place):
     if place.startswith("benchmarks") and not (ROOT / "benchmarks").is_dir():
         pytest.skip("the benchmarks are not here")
-    assert list(ROOT.glob(place.format(op)))
+    for device in op.devices:
+        assert list(ROOT.glob(place.format(op=op, device=device)))
 
 
-@OPS
-def test_no_other_file_of_a_device_is_an_operator_of_another_name(op):
-    files = {path.stem for path in (ROOT / "csrc").glob("c*/*.c*") if not path.stem.startswith("loops")}
-    shared = {"copy", "instruction_set", "plan"} | {
-        path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cuh")
-    }
-    assert files <= {*cases.OPS, *shared}
+@pytest.mark.parametrize("name_of_device", SHARED)
+def test_no_other_file_of_a_device_is_an_operator_of_another_name(name_of_device):
+    folder = ROOT / "csrc" / name_of_device
+    files = {path.stem for path in folder.iterdir() if path.suffix in SOURCES}
+    assert files <= {*(op.name for op in operators(name_of_device)), *SHARED[name_of_device]}
+
+
+# ---- kernels ----
+
+THROWS = re.compile(
+    r"throw\b|AT_ERROR\(|C10_THROW_ERROR\(|(std::)?(abort|terminate)\(|(TORCH|C10)_\w*CHECK\w*\(\s*(false|0)\b"
+    r"|TORCH_INTERNAL_ASSERT\w*\(\s*(false|0)\b"
+)
+
+
+def after_bracket(text, start, pair):
+    """Returns the position after the bracket that closes the one at ``start``."""
+    depth = 0
+    for position in range(start, len(text)):
+        depth += (text[position] == pair[0]) - (text[position] == pair[1])
+        if depth == 0:
+            return position + 1
+    raise AssertionError(f"no {pair[1]} closes the {pair[0]} at {start}")
+
+
+def bodies_of(source, function):
+    """Returns the bodies of all functions of this name that ``source`` defines, without comments and texts."""
+    source = re.sub(
+        r""""(\\.|[^"\\\n])*"|'(\\.|[^'\\\n])'|//[^\n]*|/\*.*?\*/|^#[^\n]*""",
+        "",
+        source,
+        flags=re.DOTALL | re.MULTILINE,
+    )
+    bodies = []
+    for found in re.finditer(rf"^[\w:<>,&*][\w:<>,&* ]*\s{function}(?=\()", source, re.MULTILINE):
+        end = after_bracket(source, found.end(), "()")
+        brace = re.compile(r"[\s\w]*(?=\{)").match(source, end)
+        if brace:
+            bodies.append(source[brace.end() + 1 : after_bracket(source, brace.end(), "{}") - 1])
+    return bodies
+
+
+def throws_always(body):
+    """Whether a statement of the body itself, and not of a block in it, throws."""
+    while (flat := re.sub(r"\{[^{}]*\}", ";", body)) != body:
+        body = flat
+    return any(THROWS.match(statement.strip()) for statement in body.split(";"))
+
+
+def assert_launches(source, function):
+    bodies = bodies_of(source, function)
+    assert any(body.strip() for body in bodies), f"no launcher {function} is defined"
+    assert not any(map(throws_always, bodies)), f"the launcher {function} throws whatever it is given"
+
+
+@ON_EACH_DEVICE
+def test_its_file_defines_the_launcher(op, name_of_device):
+    (file,) = (
+        path for path in ROOT.glob(LAUNCHERS.format(op=op, device=name_of_device)) if path.suffix in SOURCES
+    )
+    assert_launches(file.read_text(), op.name)
+
+
+GUARDED = """
+void scaled(const Tensor& x, int n) {
+  if (n == 0) {
+    return;
+  }
+  if (n < 0) {
+    throw std::runtime_error("{");
+  }
+  // throw 1;
+  with_type(x, [&](auto type) {
+    launch(type);
+  });
+}
+"""
+
+
+def test_a_launcher_that_computes_is_found():
+    assert_launches(GUARDED, "scaled")
+    assert_launches("template <class T>\nvoid scaled(T x) {\n  launch(x);\n}\n", "scaled")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "void scaled(const Tensor& x);\n",
+        "void rescaled(const Tensor& x) {\n  launch(x);\n}\n",
+        "void other(const Tensor& x) {\n  scaled(x);\n}\n",
+        "// void scaled(const Tensor& x) { launch(x); }\n",
+        "void scaled(const Tensor& x) {\n  // launch(x);\n}\n",
+        'void scaled(const Tensor& x) {\n  throw std::runtime_error("scaled");\n}\n',
+        'void scaled(const Tensor&) {\n  TORCH_CHECK(false, "scaled: expected a CPU tensor");\n}\n',
+        "void scaled(const Tensor&) {\n  TORCH_CHECK_NOT_IMPLEMENTED(false);\n}\n",
+        GUARDED.replace("  with_type", "  AT_ERROR(0);\n  with_type"),
+    ],
+)
+def test_what_is_no_launcher_is_found(source):
+    with pytest.raises(AssertionError, match="launcher scaled"):
+        assert_launches(source, "scaled")
+
+
+@ON_EACH_DEVICE
+def test_the_kernel_is_registered(kernels, op, name_of_device):
+    if name_of_device == "cuda" and not kernels.has_cuda:
+        pytest.skip("the extension is built without CUDA")
+    for name in (op.name, *op.internal):
+        key = name_of_device.upper()
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qatfast::{name}", key), name
+
+
+@ON_EACH_DEVICE
+def test_the_kernel_computes(kernels, op, name_of_device, device):
+    """Forward and backward; on another device than the CPU with ``--device``."""
+    if name_of_device not in ("cpu", device):
+        pytest.skip(f"runs with --device {name_of_device}")
+    for call in op.calls(device=name_of_device):
+        leaves = {name: call.arguments[name].requires_grad_() for name in op.differentiable}
+        found = []
+        for implementation in ("torch.ops", "reference"):
+            results = call.through(IMPLEMENTATIONS[implementation])
+            results = results if isinstance(results, tuple) else (results,)
+            assert all(result.device.type == name_of_device for result in results)
+            if leaves:
+                results += torch.autograd.grad(results[0].square().sum(), [*leaves.values()])
+            found.append(results)
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 @OPS
 def test_its_docstring_has_every_section(op):
-    text = inspect.getdoc(getattr(functional, op))
+    text = inspect.getdoc(getattr(functional, op.name))
     for section in ("Args:", "Returns:", "Raises:", "Source:", "Example:"):
         assert section in text
-    for argument in inspect.signature(getattr(functional, op)).parameters:
+    for argument in inspect.signature(getattr(functional, op.name)).parameters:
         assert re.search(rf"^ +{argument}: ", text, re.MULTILINE)

@@ -385,6 +385,7 @@ def test_every_layer_of_a_transformer_encoder_runs(training, padded):
         cases.assert_same(model(x, src_key_padding_mask=padding), y.detach())
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.skipif(
     torch.torch_version.TorchVersion(torch.__version__) < (2, 13),
     reason="this torch cannot trace the fast path of its own attention",
@@ -403,6 +404,7 @@ def test_a_compiled_transformer_encoder_in_evaluation():
         assert any(target.startswith("qatfast.qat_linear") for target in targets)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_runs_the_new_layers():
     for compiled in (mlp(8, 16, 2), torch.compile(mlp(8, 16, 2), backend="eager")):
         if not hasattr(compiled, "_orig_mod"):
@@ -415,6 +417,7 @@ def test_a_compiled_model_runs_the_new_layers():
         assert not torch.equal(before, expected)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_layer_that_torch_compile_wraps_is_refused():
     model = nn.Sequential(torch.compile(nn.Linear(8, 8)), nn.Linear(8, 8))
     with pytest.raises(
@@ -710,6 +713,7 @@ def test_blocks_overlap_between_threads():
     assert qatfast.linear.open_blocks == []
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("when", ["before", "inside"])
 def test_compiled_models_tell_too(when):
     model = nn.Sequential(Reads(), QATLinear(8, 8))

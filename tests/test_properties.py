@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis.extra import numpy as numpy_strategies
 
 import cases
+from operators import IMPLEMENTATIONS
 from qatfast import PerChannel, PerGroup, PerTensor, PerToken, reference
 from qatfast.config import quant_range
 
-IMPLEMENTATIONS = pytest.mark.parametrize("name", ["public", "reference"])
+EITHER = pytest.mark.parametrize("name", ["public", "reference"])
 NUM_BITS = st.integers(2, 16)
 WIDTHS = {torch.float32: 32, torch.float64: 64, torch.float16: 16}
 
@@ -67,10 +68,10 @@ def granularities(draw, shape):
 
 
 def implementation(name):
-    return cases.IMPLEMENTATIONS[name]
+    return IMPLEMENTATIONS[name]
 
 
-@IMPLEMENTATIONS
+@EITHER
 @given(data=st.data(), x=tensors(finite=False), num_bits=NUM_BITS, symmetric=st.booleans())
 def test_zero_maps_to_zero(name, data, x, num_bits, symmetric):
     x.view(-1)[data.draw(st.integers(0, x.numel() - 1))] = data.draw(st.sampled_from([0.0, -0.0]))
@@ -79,7 +80,7 @@ def test_zero_maps_to_zero(name, data, x, num_bits, symmetric):
     cases.assert_same(y[x == 0], torch.zeros_like(y[x == 0]))
 
 
-@IMPLEMENTATIONS
+@EITHER
 @given(x=tensors(finite=False), grid=grids())
 def test_zero_maps_to_zero_on_a_given_grid(name, x, grid):
     x.view(-1)[0] = 0
@@ -87,7 +88,7 @@ def test_zero_maps_to_zero_on_a_given_grid(name, x, grid):
     cases.assert_same(y[x == 0], torch.zeros_like(y[x == 0]))
 
 
-@IMPLEMENTATIONS
+@EITHER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.name)
 @given(data=st.data())
 def test_a_given_grid_is_idempotent(name, dtype, data):
@@ -103,14 +104,14 @@ def assert_within_half_a_step(y, x, scale):
     assert (error <= step / 2 * (1 + 2.0**-20) + rounding).all()
 
 
-@IMPLEMENTATIONS
+@EITHER
 @given(x=tensors(largest=2.0**120), num_bits=NUM_BITS, symmetric=st.booleans())
 def test_the_error_is_at_most_half_a_step(name, x, num_bits, symmetric):
     scale, _ = implementation(name).choose_qparams(x, num_bits, symmetric=symmetric)
     assert_within_half_a_step(implementation(name).fake_quantize(x, num_bits, symmetric=symmetric), x, scale)
 
 
-@IMPLEMENTATIONS
+@EITHER
 @given(x=tensors(), grid=grids())
 def test_the_error_on_a_given_grid_is_at_most_half_a_step_inside_its_range(name, x, grid):
     y = implementation(name).fake_quantize_affine(x, *grid)
@@ -122,7 +123,7 @@ def test_the_error_on_a_given_grid_is_at_most_half_a_step_inside_its_range(name,
     assert (y[steps <= grid.quant_min] == low).all()
 
 
-@IMPLEMENTATIONS
+@EITHER
 @pytest.mark.parametrize("dtype", WIDTHS, ids=cases.name)
 @given(data=st.data(), num_bits=NUM_BITS, symmetric=st.booleans())
 def test_it_is_monotone(name, dtype, data, num_bits, symmetric):
@@ -131,14 +132,14 @@ def test_it_is_monotone(name, dtype, data, num_bits, symmetric):
     assert (y[1:] >= y[:-1]).all()
 
 
-@IMPLEMENTATIONS
+@EITHER
 @given(x=tensors(min_dims=1), grid=grids())
 def test_a_given_grid_is_monotone(name, x, grid):
     y = implementation(name).fake_quantize_affine(x.flatten().sort().values, *grid)
     assert (y[1:] >= y[:-1]).all()
 
 
-@IMPLEMENTATIONS
+@EITHER
 @given(x=tensors(finite=False, min_dims=1), num_bits=NUM_BITS, seed=st.integers(0, 2**32 - 1))
 def test_a_permutation_of_the_elements_permutes_the_result(name, x, num_bits, seed):
     x = x.flatten()
@@ -147,7 +148,7 @@ def test_a_permutation_of_the_elements_permutes_the_result(name, x, num_bits, se
     cases.assert_same(fake_quantize(x[order], num_bits), fake_quantize(x, num_bits)[order])
 
 
-@IMPLEMENTATIONS
+@EITHER
 @given(data=st.data(), x=tensors(finite=False, min_dims=2), num_bits=NUM_BITS, symmetric=st.booleans())
 def test_a_transposition_transposes_the_result(name, data, x, num_bits, symmetric):
     one, other = data.draw(st.permutations(range(x.dim())))[:2]
@@ -160,7 +161,7 @@ def test_a_transposition_transposes_the_result(name, data, x, num_bits, symmetri
     cases.assert_same(moved, straight.transpose(one, other))
 
 
-@IMPLEMENTATIONS
+@EITHER
 @given(data=st.data(), x=tensors(finite=False, min_dims=1), num_bits=NUM_BITS, symmetric=st.booleans())
 def test_a_granularity_is_a_loop_over_its_blocks(name, data, x, num_bits, symmetric):
     fake_quantize = implementation(name).fake_quantize
@@ -177,7 +178,7 @@ def test_a_granularity_is_a_loop_over_its_blocks(name, data, x, num_bits, symmet
     cases.assert_same(y, groups.flatten(-2))
 
 
-@IMPLEMENTATIONS
+@EITHER
 @given(data=st.data(), num_bits=NUM_BITS, symmetric=st.booleans(), exponent=st.integers(-40, 40))
 def test_a_power_of_two_scales_the_result(name, data, num_bits, symmetric, exponent):
     x = data.draw(tensors(largest=2.0**60))
@@ -187,7 +188,7 @@ def test_a_power_of_two_scales_the_result(name, data, num_bits, symmetric, expon
     cases.assert_same(scaled, fake_quantize(x, num_bits, symmetric=symmetric) * 2.0**exponent)
 
 
-@IMPLEMENTATIONS
+@EITHER
 @given(x=tensors(finite=False), num_bits=NUM_BITS)
 def test_a_symmetric_grid_treats_both_signs_alike(name, x, num_bits):
     fake_quantize = implementation(name).fake_quantize
@@ -195,7 +196,7 @@ def test_a_symmetric_grid_treats_both_signs_alike(name, x, num_bits):
     cases.assert_same(negative, 0 - fake_quantize(x, num_bits, symmetric=True))
 
 
-@IMPLEMENTATIONS
+@EITHER
 @given(data=st.data(), x=tensors(finite=False), num_bits=st.integers(2, 5), symmetric=st.booleans())
 def test_a_block_has_no_more_values_than_the_grid_has_points(name, data, x, num_bits, symmetric):
     low, high = quant_range(num_bits, symmetric, True)

@@ -6,6 +6,7 @@ import torch
 
 import cases
 import oracle
+from operators import IMPLEMENTATIONS
 from qatfast import PerTensor
 
 
@@ -91,7 +92,7 @@ def test_strides_change_no_value_and_come_out_as_empty_like_gives_them(ops, layo
 def test_numbers_per_tensor(device):
     x = cases.normal((20,), device=device)
     for implementation in ("public", "reference"):
-        quantize = cases.IMPLEMENTATIONS[implementation].quantize
+        quantize = IMPLEMENTATIONS[implementation].quantize
         expected = quantize(x, torch.tensor(0.5, device=device), torch.tensor([3], device=device), 0, 15)
         cases.assert_same(quantize(x, 0.5, 3, 0, 15), expected)
 
@@ -100,11 +101,3 @@ def test_nothing_requires_grad(ops, device):
     x = cases.normal((8,), device=device, requires_grad=True)
     scale = torch.tensor(0.5, device=device, requires_grad=True)
     assert not ops.quantize(x, scale, torch.tensor(0, dtype=torch.int32, device=device), -8, 7).requires_grad
-
-
-@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
-def test_opcheck(kernels, dtype, requires_grad):
-    for call in cases.calls("quantize", dtype, requires_grad=requires_grad):
-        args = (*call.args, call.kwargs["granularity"].code)
-        torch.library.opcheck(torch.ops.qatfast.quantize.default, args)

@@ -8,6 +8,7 @@ from torch.func import functional_call, grad, jacrev, vjp, vmap
 
 import cases
 import oracle
+from operators import operators
 from qatfast import (
     FakeQuantize,
     PerChannel,
@@ -28,26 +29,19 @@ def is_integer(config):
     return oracle.uses_int8_gemm(config, 16)
 
 
-@pytest.mark.parametrize("op", cases.OPS[:5])
+@pytest.mark.parametrize("op", operators(takes_granularity=True), ids=str)
 @pytest.mark.parametrize("in_dim", [0, 1, -1])
 def test_vmap_is_the_loop_over_samples(op, in_dim, device):
-    for call in cases.calls(op, device=device):
-        shape = tuple(call.args[0].shape)
-        if op == "dequantize":
-            samples = torch.stack(
-                [cases.integers(shape, torch.uint8, seed=s, device=device) for s in range(3)]
-            )
-        else:
-            samples = torch.stack([cases.normal(shape, seed=seed, device=device) for seed in range(3)])
+    for calls in zip(*(op.calls(device=device, seed=seed) for seed in range(3)), strict=True):
+        samples = torch.stack([call.arguments["input"] for call in calls])
 
-        def one(x, call=call):
-            return getattr(functional, call.op)(x, *call.args[1:], **call.kwargs)
+        def one(x, call=calls[0]):
+            return call.replaced(input=x).through(functional)
 
         batched = vmap(one, in_dims=in_dim)(samples.movedim(0, in_dim))
         loop = [one(sample) for sample in samples]
-        if op == "choose_qparams":
-            for index in range(2):
-                cases.assert_same(batched[index], torch.stack([result[index] for result in loop]))
+        if isinstance(batched, tuple):
+            cases.assert_all_same(batched, [torch.stack(results) for results in zip(*loop, strict=True)])
         else:
             cases.assert_same(batched, torch.stack(loop))
 
@@ -99,14 +93,14 @@ def test_vmap_of_integers_gives_the_oracles_numbers(config, leading, dtype, devi
     cases.assert_same(y, torch.stack(expected))
 
 
-@pytest.mark.parametrize("op", ["fake_quantize", "fake_quantize_affine"])
+@pytest.mark.parametrize("op", [op for op in operators(elementwise=True) if op.differentiable], ids=str)
 def test_grad_is_autograds(op, device):
-    for call in cases.calls(op, torch.float64, device=device):
+    for call in op.calls(torch.float64, device=device):
 
         def loss(x, call=call):
-            return getattr(functional, call.op)(x, *call.args[1:], **call.kwargs).pow(2).sum()
+            return call.replaced(input=x).through(functional).pow(2).sum()
 
-        x = call.args[0].clone().requires_grad_()
+        x = call.arguments["input"].clone().requires_grad_()
         (expected,) = torch.autograd.grad(loss(x), x)
         torch.testing.assert_close(grad(loss)(x.detach()), expected)
         samples = torch.stack([x.detach(), -x.detach(), 2 * x.detach()])
@@ -204,9 +198,9 @@ def test_autocast_casts_what_the_quantizers_give(ops, config, dtype, device):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("op", cases.OPS[:5])
+@pytest.mark.parametrize("op", operators(takes_granularity=True), ids=str)
 def test_autocast_leaves_the_quantizers_alone(op, device):
-    for call in cases.calls(op, device=device):
+    for call in op.calls(device=device):
         expected = call.through(functional)
         with torch.autocast(device, torch.bfloat16):
             cases.assert_all_same(call.through(functional), expected)

@@ -59,14 +59,6 @@ def model(config):
     return nn.Sequential(QATLinear(8, 4, config=config), nn.ReLU(), QATLinear(4, 4, config=config))
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """A function that was compiled too often for other tests would run in eager mode."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture
 def quantizations(monkeypatch):
     """How many weights the cache has quantized."""
@@ -260,6 +252,7 @@ def test_nothing_is_cached_outside(config):
     assert not weight_cache._is_open
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @EITHER
 def test_compiled_and_transformed_calls_do_not_touch_the_cache(config):
     net = model(config)
@@ -271,6 +264,7 @@ def test_compiled_and_transformed_calls_do_not_touch_the_cache(config):
     assert torch.equal(compiled, net(x))
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_blocks_compile_a_layer_and_a_step_at_most_twice():
     layer, x = QATLinear(8, 8), numbers(5, 8)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, fused=True)

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qatfast import PerChannel, PerTensor, QATLinear, QuantSpec, choose_qparams, dequantize, quantize
+from qatfast.packing import pack, unpack
 
 from .ptq import FixedFakeQuantize
 
@@ -147,38 +147,3 @@ def _write(content: Mapping[str, Any], path: str | Path) -> None:
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     Path(path).write_bytes(buffer.getvalue())
-
-
-def pack(integers: Tensor, num_bits: int) -> Tensor:
-    """Integers from 0 to ``2^num_bits - 1`` one after another without gaps, lowest bit first.
-
-    Args:
-        integers: any shape.
-        num_bits: stored of each integer.
-
-    Returns:
-        uint8, ``ceil(elements * num_bits / 8)`` bytes.
-
-    Example:
-        >>> pack(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), num_bits=2).tolist()
-        [57]
-    """
-    bits = integers.numpy().astype(np.uint16).reshape(-1, 1) >> np.arange(num_bits, dtype=np.uint16) & 1
-    return torch.from_numpy(np.packbits(bits.astype(np.uint8), bitorder="little"))
-
-
-def unpack(packed: Tensor, num_bits: int, shape: list[int]) -> Tensor:
-    """The inverse of :func:`pack`.
-
-    Args:
-        packed: uint8.
-        num_bits: stored of each integer.
-        shape: of the result.
-
-    Returns:
-        uint8 up to 8 bits, uint16 above.
-    """
-    count = int(np.prod(shape))
-    bits = np.unpackbits(packed.numpy(), count=count * num_bits, bitorder="little").reshape(count, num_bits)
-    integers = (bits.astype(np.uint32) << np.arange(num_bits, dtype=np.uint32)).sum(axis=1)
-    return torch.from_numpy(integers.astype(np.uint8 if num_bits <= 8 else np.uint16).reshape(shape))

@@ -12,7 +12,7 @@ from qatfast.bench import Result, plots, table, targets
 from qatfast.bench.names import BOUNDS, ONE_THREAD, OURS, REFERENCE
 from qatfast.bench.record import from_json
 from qatfast.bench.works import SUBJECTS
-from qatfast.study.figures import svg
+from qatfast.study.plots import svg
 
 HERE = Path(__file__).parent
 PICTURES = {"fake_quantize": plots.fake_quantize_over_size, "qat_linear": plots.layer_steps}

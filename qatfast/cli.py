@@ -238,7 +238,7 @@ def _one_line_errors(command: str, run: Callable[[], int]) -> int:
     """What ``run`` returns; what a user can put right is said in one line, everything else is a bug and stays one."""
     try:
         from qatfast.study.data import DataError
-        from qatfast.study.folder import FolderError
+        from qatfast.study.report import FolderError
     except ImportError as error:
         if "qatfast.study needs" not in str(error):
             raise

@@ -116,7 +116,7 @@ from qatfast.study import Settings, Study, quantize_signal
 from qatfast.study.command import _announcement, _print, _results
 from qatfast.study.data import digits_samples
 from qatfast.study.experiments import ModelFile, Run
-from qatfast.study.names import TITLES
+from qatfast.study.networks import TITLES
 from qatfast.study.timing import StepTime
 study = Study(Settings(), digits_samples(), 8970, 1437, 360, complete=True)
 losses = {8: 0, 4: 0.02, 3: 0.1, 2: 0.3, 32: 0}

@@ -8,9 +8,8 @@ import pytest
 from qatfast.study import Settings, Study, find_insights
 from qatfast.study.data import digits_samples
 from qatfast.study.experiments import ModelFile, Run
-from qatfast.study.insights import best, definition, time_insights
-from qatfast.study.noise import Spread, compare
-from qatfast.study.tables import accuracy_table
+from qatfast.study.insights import Spread, best, compare, definition, time_insights
+from qatfast.study.results import accuracy_table
 from qatfast.study.timing import StepTime
 
 SEEDS = range(42, 47)

@@ -18,8 +18,8 @@ from qatfast.study import (
     visualize_quantization,
     visualize_weight_distributions,
 )
-from qatfast.study.figures import DARK, darkened, svg
-from qatfast.study.noise import Spread
+from qatfast.study.insights import Spread
+from qatfast.study.plots import DARK, darkened, svg
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -16,8 +16,7 @@ from qatfast.study import (
     quantize_model,
     quantize_model_weights,
 )
-from qatfast.study.layer_error import relative_error
-from qatfast.study.ptq import linear_outputs
+from qatfast.study.ptq import linear_outputs, relative_error
 from qatfast.study.training import seeded
 
 

@@ -21,9 +21,8 @@ from qatfast.study import (
 )
 from qatfast.study.data import digits_samples, synthetic_samples
 from qatfast.study.experiments import Run, count_trainings
-from qatfast.study.folder import FolderError, ReportFolder
-from qatfast.study.names import TITLES
-from qatfast.study.networks import config_code
+from qatfast.study.networks import TITLES, config_code
+from qatfast.study.report import FolderError, ReportFolder
 from qatfast.study.results import as_json
 from qatfast.study.size import load_quantized
 
@@ -113,7 +112,7 @@ def test_all_models_that_are_compared_are_trained_as_long(tmp_path, monkeypatch)
     """Counts the epochs behind each model that is measured."""
     epochs, measured = {}, {}
     train_model, quantize_layers = experiments.train_model, experiments.quantize_layers
-    record, tutorial = experiments._Bench._record, experiments._Bench.tutorial_network
+    record, tutorial = experiments._SeedStudy._record, experiments._SeedStudy.tutorial_network
     deepcopy = experiments.copy.deepcopy
 
     def inherit(new, old):
@@ -136,15 +135,15 @@ def test_all_models_that_are_compared_are_trained_as_long(tmp_path, monkeypatch)
         experiments, "quantize_layers", lambda model, *a, **k: inherit(quantize_layers(model, *a, **k), model)
     )
     monkeypatch.setattr(experiments.copy, "deepcopy", lambda model: inherit(deepcopy(model), model))
-    monkeypatch.setattr(experiments._Bench, "_record", count)
-    as_float = experiments._Bench.as_float
+    monkeypatch.setattr(experiments._SeedStudy, "_record", count)
+    as_float = experiments._SeedStudy.as_float
     monkeypatch.setattr(
-        experiments._Bench,
+        experiments._SeedStudy,
         "tutorial_network",
         lambda bench, bits, start: inherit(tutorial(bench, bits, start), start),
     )
     monkeypatch.setattr(
-        experiments._Bench, "as_float", lambda bench, network: inherit(as_float(bench, network), network)
+        experiments._SeedStudy, "as_float", lambda bench, network: inherit(as_float(bench, network), network)
     )
     settings = replace(SETTINGS, epochs=3, seeds=1, timing_repetitions=0)
     run_study(Study(settings, synthetic_samples(60)), tmp_path)

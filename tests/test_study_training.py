@@ -18,13 +18,20 @@ from qatfast.study import (
     evaluate_model,
     generate_dataset,
     load_samples,
-    progress,
     split,
     train_model,
+    training,
 )
-from qatfast.study.names import TITLES
-from qatfast.study.progress import StudyBar, StudyLines, study_progress
-from qatfast.study.training import Epoch, divergence, one_thread, seeded
+from qatfast.study.networks import TITLES
+from qatfast.study.training import (
+    Epoch,
+    StudyBar,
+    StudyLines,
+    divergence,
+    one_thread,
+    seeded,
+    study_progress,
+)
 
 DATA = generate_dataset(400)
 
@@ -195,7 +202,7 @@ def test_without_a_terminal_training_says_nothing(capfd):
 def test_the_bars_fit_into_80_columns(monkeypatch):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, color_system=None, width=80)
-    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    monkeypatch.setattr(training, "Console", lambda **_: console)
     name = f"{max(TITLES.values(), key=len)}, 16 bits, seed 42"
     with StudyBar(560, 20) as bar:
         bar.training(name)(Epoch(7, 0.5, 0.5, 0.125, 0.75))

@@ -23,7 +23,6 @@ for _package in ("matplotlib", "sklearn", "rich"):
 from .data import DataError, Dataset, Samples, generate_dataset, load_samples, split
 from .experiments import Settings, Study, run_study
 from .insights import Insight, find_insights
-from .layer_error import LayerError, layer_errors
 from .networks import ThreeLayerNet, ThreeLayerNetQAT, count_parameters, quantize_layers
 from .plots import (
     plot_accuracy_over_bits,
@@ -31,13 +30,12 @@ from .plots import (
     plot_training_history,
     visualize_weight_distributions,
 )
-from .ptq import FixedFakeQuantize, quantize_model, quantize_model_weights
+from .ptq import FixedFakeQuantize, LayerError, layer_errors, quantize_model, quantize_model_weights
 from .report import write_report
-from .signal_error import quantize_signal
+from .signals import quantize_signal, visualize_quantization
 from .size import calculate_model_size, load_quantized, save_float, save_quantized
 from .timing import time_training_steps
 from .training import Epoch, Evaluation, History, evaluate_model, train_model
-from .visualize import visualize_quantization
 
 __all__ = [
     "DataError",

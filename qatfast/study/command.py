@@ -12,17 +12,12 @@ from pathlib import Path
 
 from qatfast import kernels
 
-from .data import load_samples
+from .data import load_samples, plural
 from .experiments import Settings, Study, count_trainings, run_study
-from .folder import ReportFolder
 from .insights import best, definition, find_insights, time_insights
-from .names import plural
-from .networks import EDGE_BITS, config_code
-from .progress import study_progress
-from .report import write_report
-from .signal_error import SignalError, quantize_signal
-from .tables import (
-    TITLES,
+from .networks import EDGE_BITS, TITLES, config_code
+from .report import ReportFolder, write_report
+from .results import (
     Table,
     accuracy_table,
     batch_table,
@@ -31,6 +26,8 @@ from .tables import (
     size_table,
     time_table,
 )
+from .signals import SignalError, quantize_signal
+from .training import study_progress
 
 INTERRUPTED = 130
 """The exit code of a program that Ctrl-C ended."""

@@ -455,5 +455,10 @@ def listing(names: Sequence[str], most: int = 12) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def plural(count: int, word: str, many: str = "") -> str:
+    """``1 epoch``, ``2 epochs``, ``2 classes`` (with ``many``)."""
+    return f"{count:,} {word if count == 1 else many or word + 's'}"
+
+
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -11,10 +11,15 @@ import numpy as np
 from torch import nn
 
 from .data import Dataset, Samples, split
-from .layer_error import LayerError, layer_errors
-from .names import FLOAT_BITS, TITLES
-from .networks import ThreeLayerNet, ThreeLayerNetQAT, count_parameters, quantize_layers
-from .ptq import quantize_model
+from .networks import (
+    FLOAT_BITS,
+    TITLES,
+    ThreeLayerNet,
+    ThreeLayerNetQAT,
+    count_parameters,
+    quantize_layers,
+)
+from .ptq import LayerError, layer_errors, quantize_model
 from .size import save_float, save_quantized
 from .timing import StepTime, time_training_steps
 from .training import (
@@ -190,31 +195,31 @@ def _run_seed(study: Study, seed: int, folder: Path, on_training: OnTraining) ->
     settings = study.settings
     data = split(study.samples, seed=seed).to(settings.device)
     study.train_samples, study.test_samples = len(data.train_labels), len(data.test_labels)
-    bench = _Bench(study, seed, data, folder, on_training)
+    experiment = _SeedStudy(study, seed, data, folder, on_training)
 
-    fp32 = bench.network()
+    fp32 = experiment.network()
     study.parameters = count_parameters(fp32)
-    bench.train("fp32", FLOAT_BITS, fp32)
-    bench.measure("fp32", FLOAT_BITS, fp32)
+    experiment.train("fp32", FLOAT_BITS, fp32)
+    experiment.measure("fp32", FLOAT_BITS, fp32)
     longer = copy.deepcopy(fp32)
-    bench.train("fp32_longer", FLOAT_BITS, longer, finetune=True)
-    bench.measure("fp32_longer", FLOAT_BITS, longer)
+    experiment.train("fp32_longer", FLOAT_BITS, longer, finetune=True)
+    experiment.measure("fp32_longer", FLOAT_BITS, longer)
 
     for bits in settings.bits:
         ptq, qat = quantize_layers(longer, bits), quantize_layers(fp32, bits)
-        bench.measure("ptq", bits, ptq)
-        bench.measure_layers("ptq", bits, longer, ptq)
-        bench.measure("ptq_every_layer", bits, quantize_layers(longer, bits, edge_bits=bits))
-        bench.train("qat_finetuned", bits, qat, finetune=True)
-        bench.measure("qat_finetuned", bits, qat)
+        experiment.measure("ptq", bits, ptq)
+        experiment.measure_layers("ptq", bits, longer, ptq)
+        experiment.measure("ptq_every_layer", bits, quantize_layers(longer, bits, edge_bits=bits))
+        experiment.train("qat_finetuned", bits, qat, finetune=True)
+        experiment.measure("qat_finetuned", bits, qat)
 
-        bench.measure_tutorial("ptq_tutorial", bits, longer)
-        tutorial = bench.tutorial_network(bits, fp32)
-        bench.train("qat_tutorial", bits, tutorial, finetune=True)
-        bench.measure_tutorial("qat_tutorial", bits, bench.as_float(tutorial))
+        experiment.measure_tutorial("ptq_tutorial", bits, longer)
+        tutorial = experiment.tutorial_network(bits, fp32)
+        experiment.train("qat_tutorial", bits, tutorial, finetune=True)
+        experiment.measure_tutorial("qat_tutorial", bits, experiment.as_float(tutorial))
 
 
-class _Bench:
+class _SeedStudy:
     """One seed's networks, and what is done with each of them."""
 
     def __init__(self, study: Study, seed: int, data: Dataset, folder: Path, on_training: OnTraining) -> None:

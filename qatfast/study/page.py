@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from html import escape
 from string import Template
 
-from .figures import darkened
-from .tables import Table
+from .plots import darkened
+from .results import Table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --muted: #5b6675; --lines: #d9dee5; --paper: #fdfdfe;

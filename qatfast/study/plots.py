@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -16,12 +20,61 @@ from torch import Tensor, nn
 
 from qatfast import PerTensor, QATLinear, QuantSpec, choose_qparams, fake_quantize
 
-from .figures import COLORS, INK, LINES, MUTED, PTQ, QAT, new_figure, styled
-from .layer_error import LayerError
-from .names import TITLES, plural
-from .noise import Spread
-from .signal_error import SignalError
+from .data import plural
+from .insights import Spread
+from .networks import TITLES
+from .ptq import LayerError
 from .training import History
+
+# Each light colour and the dark one that stands for it. The hues are told apart by colour-blind readers too.
+DARK = {
+    "#1c2430": "#e6e9ee",  # text
+    "#5b6675": "#a7b0bd",  # secondary text, FP32
+    "#d9dee5": "#39424f",  # grid and frames
+    "#fdfdfe": "#171c23",  # paper
+    "#c2620a": "#f0a04b",  # PTQ
+    "#e3a55f": "#9c6a34",  # PTQ, second
+    "#1a6fb8": "#62b0f2",  # QAT
+    "#7fb3dd": "#3d729f",  # QAT, second
+    "#17805e": "#4cc79c",  # QAT, third
+}
+INK, MUTED, LINES, PAPER, PTQ, PTQ_LIGHT, QAT, QAT_LIGHT, QAT_THIRD = DARK
+
+COLORS = {
+    "fp32": MUTED,
+    "fp32_longer": MUTED,
+    "ptq": PTQ,
+    "qat_finetuned": QAT,
+    "ptq_every_layer": PTQ_LIGHT,
+    "ptq_tutorial": PTQ_LIGHT,
+    "qat_tutorial": QAT_THIRD,
+}
+
+STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": LINES,
+    "axes.facecolor": PAPER,
+    "axes.grid": True,
+    "axes.labelcolor": MUTED,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.facecolor": PAPER,
+    "figure.titlesize": 11,
+    "font.size": 9,
+    "grid.color": LINES,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.6,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "svg.hashsalt": "qatfast",
+}
 
 GRID_LEVELS = 16
 """A grid of at most so many levels is drawn into the weight plots."""
@@ -33,34 +86,46 @@ PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
 """A share as a percentage with the decimals that it has: rounded ones would make even ticks look uneven."""
 
 
-def plot_signal(signal: SignalError) -> Figure:
-    """A signal against its quantized form, and a histogram of the error between them.
+@contextmanager
+def styled() -> Iterator[None]:
+    """Inside, new figures look like the report's; the caller's matplotlib settings are as before afterwards."""
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def new_figure(
+    rows: int = 1, *, height: float = 3.2, width: float = 3.4, share_x: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of panels one above the other, narrow enough to be read on a phone.
 
     Args:
-        signal: from :func:`quantize_signal`.
+        rows: panels.
+        height: of the figure, in inches.
+        width: of the figure, in inches.
+        share_x: whether the panels have the same x axis.
 
     Returns:
-        A figure of two panels.
+        The figure and its panels, from the top.
     """
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, 1, squeeze=False, sharex=share_x)
+    return figure, list(axes[:, 0])
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG text, the same for the same figure, for light pages."""
+    buffer = io.StringIO()
     with styled():
-        figure, (above, below) = new_figure(2, height=3.9)
-        above.plot(signal.x, signal.original, color=MUTED, linewidth=0.9, label="original")
-        above.plot(
-            signal.x, signal.quantized, color=QAT, linewidth=1.1, drawstyle="steps-mid", label="quantized"
-        )
-        above.set(title=f"2 sin(x) + noise, {signal.num_bits} bits: {signal.levels} levels", xlabel="x")
-        above.legend(loc="upper right", ncols=2)
-        above.margins(y=0.18)
-        below.hist((signal.quantized - signal.original).numpy(), bins=41, color=QAT)
-        for half in (-signal.scale / 2, signal.scale / 2):
-            below.axvline(half, color=PTQ, linestyle="--", linewidth=1)
-        below.set(
-            title="Error; dashed: half a step",
-            xlabel="quantized − original",
-            ylabel="points",
-        )
-        below.xaxis.set_major_locator(MaxNLocator(5))
-    return figure
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # a hundredth of a point is finer than any screen; the digits beyond are half of the file
+    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), buffer.getvalue())
+
+
+def darkened(light: str) -> str:
+    """The SVG of :func:`svg` in the colours for dark pages."""
+    for color, dark in DARK.items():
+        light = light.replace(color, dark)
+    return light
 
 
 def plot_training_history(histories: History | Mapping[str, History]) -> Figure:

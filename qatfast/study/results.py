@@ -35,7 +35,8 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,11 @@ import torch
 
 from qatfast import __version__, kernels
 
+from .data import plural
 from .experiments import Study
-from .insights import best, find_insights, time_insights
-from .names import EXPLANATIONS, TITLES
-from .networks import config_code
-from .noise import Spread
-from .signal_error import SignalError
+from .insights import Spread, best, find_insights, time_insights
+from .networks import EXPLANATIONS, FLOAT_BITS, TITLES, config_code
+from .signals import SignalError, describe
 
 PROGRAM = "qatfast compare"
 FIGURES = ("accuracy", "accuracy_batch_1", "accuracy_batch_256", "loss")
@@ -171,3 +171,183 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Args:
+        title: what it shows.
+        explanation: a sentence or two that say what its numbers mean.
+        header: one text a column; the first column names the rows.
+        rows: as many texts each.
+        text_columns: so many columns from the left hold words, the others numbers.
+    """
+
+    title: str
+    explanation: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    text_columns: int = 1
+
+
+MAIN_MODELS = ("fp32_longer", "ptq", "qat_finetuned", "qat_tutorial")
+"""What the first table shows; the other models are details."""
+
+
+def accuracy_table(study: Study, models: Sequence[str] = MAIN_MODELS, *, deviations: bool = False) -> Table:
+    """Test accuracy of each model at each bit width.
+
+    Args:
+        study: that measured them.
+        models: their keys; each is a row.
+        deviations: whether to add the standard deviation over the seeds.
+    """
+    spread = "one seed"
+    if study.settings.seeds > 1:
+        seeds = plural(study.settings.seeds, "seed")
+        spread = f"mean ± standard deviation over {seeds}" if deviations else f"mean over {seeds}"
+    explanation = (
+        f"In percent, {spread}; one of {plural(study.test_samples, 'test sample')} is "
+        f"{100 / max(1, study.test_samples):.2f}."
+    )
+    rows = []
+    for model in models:
+        cells = [_accuracy_cell(study, model, width, deviations) for width in widths(study)]
+        if any(cells):
+            rows.append((TITLES[model], *cells))
+    return Table("Test accuracy", explanation, _header(study), rows)
+
+
+def batch_table(study: Study) -> Table:
+    """The models whose accuracy differs between batch 1 and batch 256, with both."""
+    explanation = (
+        "The tutorials' models with each range taken from the batch itself, as in training: one test sample at a time "
+        "/ 256 at a time. The ranges depend on the other samples of the batch, so the same sample may be classified "
+        "differently. In percent, mean over the seeds. All other models give the same result for any batch."
+    )
+    bits = study.settings.bits
+    rows = []
+    for model, title in TITLES.items():
+        cells = [_both_batches(study, model, width) for width in bits]
+        if any(cells):
+            rows.append((title, *cells))
+    return Table("Ranges from the batch", explanation, _header(study)[:1] + _header(study)[2:], rows)
+
+
+def size_table(study: Study) -> Table:
+    """The bytes of the model files."""
+    explanation = (
+        "Bytes of the files in models/, and how many times smaller than FP32: float weights as torch.save writes them; "
+        "else packed integers with their scales. Below 8 bits the first and the last layer of PTQ and QAT keep 8 bits. "
+        "The names and shapes in each file weigh more the smaller the network is."
+    )
+    bits = study.settings.bits
+    found = {(file.model, file.bits): file.bytes for file in study.sizes}
+    fp32 = found.get(("fp32_longer", FLOAT_BITS))
+    rows = [] if fp32 is None else [("FP32", f"{fp32:,}", *[""] * len(bits))]
+    for model, title in (
+        ("ptq", "PTQ and QAT"),
+        ("ptq_every_layer", "Every layer"),
+        ("ptq_tutorial", "Tutorial"),
+    ):
+        cells = [_bytes(found.get((model, width)), fp32) for width in bits]
+        if any(cells):
+            rows.append((title, "", *cells))
+    return Table("Model file", explanation, _header(study), rows)
+
+
+def time_table(study: Study) -> Table:
+    """The times of a training step."""
+    explanation = (
+        "Median time of a training step (forward, backward, Adam), the networks taking turns in one run. Times FP32: "
+        "the median of the ratios turn by turn, and their middle half. QAT is the recommended config at 8 bits, the "
+        "tutorials' code is plain PyTorch."
+    )
+    titles = {"fp32": "FP32", "tutorial": "Tutorial code", "qatfast": "QAT"}
+    rows = [
+        (
+            entry.network,
+            titles[entry.model],
+            _milliseconds(entry.seconds),
+            f"{entry.ratio:.2f}",
+            "" if entry.model == "fp32" else "–".join(f"{ratio:.2f}" for ratio in entry.quartiles),
+        )
+        for entry in study.step_times
+    ]
+    return Table("Training time", explanation, ("network", "", "ms", "times FP32", "middle half"), rows, 2)
+
+
+def layer_table(study: Study) -> Table:
+    """The relative quantization error of each layer."""
+    explanation = (
+        "How far PTQ moves each layer, in percent of the float values' length (first seed): the weights alone / the "
+        "output for the test samples, with the errors of the layers before it. A layer that stands out is one to give "
+        "more bits."
+    )
+    bits = study.settings.bits
+    found = {(e.layer, e.bits): e for e in study.layer_errors}
+    rows = []
+    for layer in dict.fromkeys(error.layer for error in study.layer_errors):
+        errors = [found.get((layer, width)) for width in bits]
+        cells = [
+            f"{100 * e.weight_error:.2g} / {100 * e.output_error:.2g}" if e is not None else ""
+            for e in errors
+        ]
+        rows.append((layer, *cells))
+    return Table("Error of each layer", explanation, _header(study)[:1] + _header(study)[2:], rows)
+
+
+def signal_table(signals: list[SignalError]) -> Table:
+    """The figures of the quantized signal at several bit widths."""
+    explanation = (
+        "The scale is the distance of two neighbouring levels; no value inside the range is moved by more than half of "
+        "it. The zero point is the integer that stands for 0.0."
+    )
+    columns = [describe(signal) for signal in signals]
+    header, *rest = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    return Table("A signal", explanation, tuple(header), rest)
+
+
+def widths(study: Study) -> tuple[int, ...]:
+    """The bits of every table and figure, in their order."""
+    return (FLOAT_BITS, *study.settings.bits)
+
+
+def _header(study: Study) -> tuple[str, ...]:
+    return ("", *(f"{width} bits" for width in widths(study)))
+
+
+def _both_batches(study: Study, model: str, bits: int) -> str:
+    one, many = (study.accuracies(model, bits, f"accuracy_batch_{size}") for size in (1, 256))
+    means = (f"{100 * Spread.of(list(values.values())).mean:.1f}" for values in (one, many) if one != many)
+    return " / ".join(means)
+
+
+def _accuracy_cell(study: Study, model: str, bits: int, deviations: bool) -> str:
+    """``96.7 ± 0.5``; where trainings diverged, how many: a mean over them says nothing."""
+    values, failed = study.accuracies(model, bits), study.divergences(model, bits)
+    if failed:
+        return f"{len(failed)} of {len(values)} diverged" if len(values) > 1 else "diverged"
+    return _percent(values, deviations)
+
+
+def _bytes(size: int | None, fp32: int | None) -> str:
+    if size is None:
+        return ""
+    return f"{size:,}" if fp32 is None or size == fp32 else f"{size:,} ({fp32 / size:.1f}×)"
+
+
+def _percent(values: dict[int, float], deviation: bool) -> str:
+    if not values:
+        return ""
+    spread = Spread.of(list(values.values()))
+    mean = f"{100 * spread.mean:.1f}"
+    return (
+        mean if spread.std is None or not deviation else f"{mean} ±\N{NO-BREAK SPACE}{100 * spread.std:.1f}"
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g}" if seconds < 0.1 else f"{1000 * seconds:.0f}"

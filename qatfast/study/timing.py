@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .names import plural
+from .data import plural
 from .networks import ThreeLayerNet, quantize_layers
 from .training import seeded
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from qatfast.bench import contestants
+from qatfast.bench import measurements
 
 
-@pytest.mark.parametrize(("work", "provider"), contestants("dequantize"), ids=str)
-def test_dequantize(compete, work, provider):
-    compete(work, provider)
+@pytest.mark.parametrize(("workload", "provider"), measurements("dequantize"), ids=str)
+def test_dequantize(run_benchmark, workload, provider):
+    run_benchmark(workload, provider)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from qatfast.bench import contestants
+from qatfast.bench import measurements
 
 
-@pytest.mark.parametrize(("work", "provider"), contestants("fake_quantize_affine"), ids=str)
-def test_fake_quantize_affine(compete, work, provider):
-    compete(work, provider)
+@pytest.mark.parametrize(("workload", "provider"), measurements("fake_quantize_affine"), ids=str)
+def test_fake_quantize_affine(run_benchmark, workload, provider):
+    run_benchmark(workload, provider)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from qatfast.bench import contestants
+from qatfast.bench import measurements
 
 
-@pytest.mark.parametrize(("work", "provider"), contestants("qat_linear"), ids=str)
-def test_qat_linear(compete, work, provider):
-    compete(work, provider)
+@pytest.mark.parametrize(("workload", "provider"), measurements("qat_linear"), ids=str)
+def test_qat_linear(run_benchmark, workload, provider):
+    run_benchmark(workload, provider)

@@ -24,9 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import counted
 import ptxas
 from qatfast import PerChannel, PerGroup, PerTensor, PerToken, __version__
-from qatfast.bench import Work, prepare
-from qatfast.bench.providers import OURS, TUTORIAL
-from qatfast.bench.works import BOTH, FORWARD, KI, MI
+from qatfast.bench import Workload, prepare
+from qatfast.bench.workloads import BOTH, FORWARD, KI, MI, OURS, TUTORIAL
 from qatfast.checks import dtype_name
 
 OUT = Path(__file__).with_name("cuda.md")
@@ -84,9 +83,11 @@ class Case(NamedTuple):
     granularity: object = PerTensor()
     backward: bool = False
 
-    def work(self, dtype: torch.dtype) -> Work:
+    def workload(self, dtype: torch.dtype) -> Workload:
         passes = BOTH if self.backward else FORWARD
-        return Work(self.op, passes, self.title, self.shape, self.backward, self.granularity, dtype, "cuda")
+        return Workload(
+            self.op, passes, self.title, self.shape, self.backward, self.granularity, dtype, "cuda"
+        )
 
     @property
     def elements(self) -> int:
@@ -205,14 +206,14 @@ def microseconds(cost: Cost | None) -> list[str]:
 
 def measure(case: Case, dtype: torch.dtype, kernels: dict[str, ptxas.Kernel]) -> tuple[list[str], list[str]]:
     """The row of the counts, and that of the model."""
-    work = case.work(dtype)
-    contest = prepare(work, [OURS, *TUTORIALS, *TORCH])
-    with work.grad_mode():
-        counts = counted.counted(contest.runs[OURS])
-        others = {name: cost_of(run) for name, run in contest.runs.items() if name != OURS}
+    workload = case.workload(dtype)
+    runner = prepare(workload, [OURS, *TUTORIALS, *TORCH])
+    with workload.grad_mode():
+        counts = counted.counted(runner.runs[OURS])
+        others = {name: cost_of(run) for name, run in runner.runs.items() if name != OURS}
     foreign = [name for name in counts.kernels if "qatfast" not in name and not name.startswith(LEFT_OUT)]
     if foreign:
-        sys.exit(f"cuda_counts.py: {work} runs operators whose bytes nobody counts: {foreign}")
+        sys.exit(f"cuda_counts.py: {workload} runs operators whose bytes nobody counts: {foreign}")
     launches = counts.launches
     ours = Cost(len(launches), sum(map(read, launches)), counts.written)
     used = [kernels[short(launch["kernel"])] for launch in launches]
@@ -277,7 +278,7 @@ def main() -> None:
     for dtype in DTYPES:
         rows = []
         for case in CASES:
-            print(f"{case.work(dtype)}, {dtype_name(dtype)}", file=sys.stderr, flush=True)
+            print(f"{case.workload(dtype)}, {dtype_name(dtype)}", file=sys.stderr, flush=True)
             rows.append(measure(case, dtype, kernels))
         counts, model = zip(*rows, strict=True)
         lines += [f"## {dtype_name(dtype)}: counts", "", *table(COUNTS, list(counts)), ""]

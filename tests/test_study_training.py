@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from qatfast import FakeQuantize, QATLinear
+from qatfast.bench.timer import one_thread
 from qatfast.study import (
     History,
     ThreeLayerNet,
@@ -28,7 +29,6 @@ from qatfast.study.training import (
     StudyBar,
     StudyLines,
     divergence,
-    one_thread,
     seeded,
     study_progress,
 )

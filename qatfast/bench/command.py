@@ -12,10 +12,9 @@ import torch
 
 from .. import kernels
 from ..checks import FLOAT_DTYPES, dtype_name
-from .contest import Result, WrongResult, measure, prepare
-from .record import as_json
-from .table import show, skipped, tables
-from .works import SHORT_OPS, SUBJECTS, works
+from .results import Result, as_json, show, skipped, tables
+from .runner import WrongResult, measure, prepare
+from .workloads import SHORT_SUBJECTS, SUBJECTS, workloads_of
 
 EXAMPLES = """examples:
   qatfast bench                             fake_quantize and the linear layer at a few sizes
@@ -32,14 +31,14 @@ FULL_SECONDS = 1.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``qatfast bench``."""
+    """Adds the arguments of ``qatfast bench`` to its parser."""
     parser.epilog = EXAMPLES
     parser.add_argument(
         "--op",
         nargs="+",
         choices=SUBJECTS,
         metavar="OP",
-        help=f"{', '.join(SUBJECTS)} (default: {' '.join(SHORT_OPS)})",
+        help=f"{', '.join(SUBJECTS)} (default: {' '.join(SHORT_SUBJECTS)})",
     )
     parser.add_argument(
         "--full", action="store_true", help="every size and granularity (without --op: of all)"
@@ -56,17 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures and prints; progress goes to stderr.
+    """Measures and prints the tables. Progress goes to stderr.
 
     Args:
-        args: what ``add_arguments`` defines.
+        args: The arguments that ``add_arguments`` defines.
 
     Returns:
-        The exit code: 0 done, 1 a result was wrong.
+        The exit code: 0 if all is done, 1 if a result was wrong.
     """
     if kernels.reason():
         print(f"Without compiled kernels: {kernels.reason()}", file=sys.stderr)
-    ops = dict.fromkeys(args.op or (SUBJECTS if args.full else SHORT_OPS))
+    ops = dict.fromkeys(args.op or (SUBJECTS if args.full else SHORT_SUBJECTS))
     try:
         results = run(ops, short=not args.full, dtype=DTYPES[args.dtype], device=args.device)
     except WrongResult as error:
@@ -89,12 +88,12 @@ def run(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> list[Result]:
-    """The contests of these operators, one after another; names each on stderr."""
+    """Measures all workloads of these operators, and names each on stderr when it begins."""
     results = []
-    todo = [work for op in ops for work in works(op, short=short, dtype=dtype, device=device)]
-    for index, work in enumerate(todo, 1):
-        print(f"[{index}/{len(todo)}] {work}", file=sys.stderr, flush=True)
-        results.append(measure(prepare(work), seconds=SHORT_SECONDS if short else FULL_SECONDS))
+    todo = [workload for op in ops for workload in workloads_of(op, short=short, dtype=dtype, device=device)]
+    for index, workload in enumerate(todo, 1):
+        print(f"[{index}/{len(todo)}] {workload}", file=sys.stderr, flush=True)
+        results.append(measure(prepare(workload), seconds=SHORT_SECONDS if short else FULL_SECONDS))
     return results
 
 

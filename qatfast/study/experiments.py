@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from qatfast.bench.timer import one_thread
+
 from .data import Dataset, Samples, split
 from .networks import (
     FLOAT_BITS,
@@ -28,7 +30,6 @@ from .training import (
     History,
     divergence,
     evaluate_model,
-    one_thread,
     seeded,
     train_model,
 )
@@ -183,6 +184,7 @@ def run_study(study: Study, folder: Path, on_training: OnTraining = _silent) -> 
         OSError: a model file cannot be written.
     """
     settings = study.settings
+    # Layers as small as these gain nothing from a second thread, and wait for it if another program keeps a core busy.
     with one_thread():
         for seed in range(settings.seed, settings.seed + settings.seeds):
             _run_seed(study, seed, folder, on_training)

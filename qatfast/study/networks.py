@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
@@ -114,6 +115,36 @@ class ThreeLayerNetQAT(nn.Module):
         hidden = torch.relu(self.fc1(self.quantize_input(input)))
         hidden = torch.relu(self.fc2(hidden))
         return self.fc3(hidden)
+
+
+class FunctionalQATNet(ThreeLayerNet):
+    """Computes what ThreeLayerNetQAT computes, with any function that fake-quantizes a tensor.
+
+    Args:
+        fake_quantize: Maps a tensor to its fake-quantized form.
+        in_features: Features of one sample.
+        hidden_features: Outputs of the first and the second layer.
+        num_classes: Outputs of the third layer, one score per class.
+    """
+
+    def __init__(
+        self,
+        fake_quantize: Callable[[Tensor], Tensor],
+        in_features: int = 10,
+        hidden_features: int = 64,
+        num_classes: int = 2,
+    ) -> None:
+        super().__init__(in_features, hidden_features, num_classes)
+        self.fake_quantize = fake_quantize
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = torch.relu(self._layer(self.fc1, self.fake_quantize(input)))
+        hidden = torch.relu(self._layer(self.fc2, hidden))
+        return self._layer(self.fc3, hidden)
+
+    def _layer(self, layer: nn.Linear, input: Tensor) -> Tensor:
+        weight, bias = self.fake_quantize(layer.weight), self.fake_quantize(layer.bias)
+        return self.fake_quantize(nn.functional.linear(input, weight, bias))
 
 
 def quantize_layers(model: Model, num_bits: int, *, edge_bits: int = EDGE_BITS) -> Model:

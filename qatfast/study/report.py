@@ -238,8 +238,8 @@ def _facts(study: Study, results: dict[str, Any]) -> dict[str, str]:
         f"with the same share of each class; {plural(results['data']['features'], 'feature')}; classes "
         f"{', '.join(study.samples.class_names[:20])}.",
         "Machine": f"{machine['processor']}, {machine['system']}, {plural(int(machine['threads']), 'thread')} (one "
-        f"for the study's network), device {machine['device']}. Kernels: {machine['kernels']} "
-        f"({machine['instruction set']}).",
+        f"for the study's network), device {machine['device']}. Kernels: {machine['kernels']}; "
+        f"instruction set {machine['instruction set']}.",
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "Time": f"{results['timing']['seconds']:.0f} s, ended {results['date']}.",
         "Files": "results.json beside this page holds every figure; models/ the model files; the plots are PNGs.",

@@ -24,7 +24,7 @@ same settings on the same machine give the same file, apart from the keys ``timi
     sizes             [{model, bits, bytes, file}] of the first seed; file relative to this file's folder
     files             every file of the report, relative to this file's folder
     timing            {seconds, steps: [{network, model, seconds, ratio, quartiles}], insights: [text]}
-    machine           {processor, system, threads, device, kernels, instruction set}
+    machine           {processor, cores, caches, system, threads, instruction set, kernels, device, ...}: texts
     versions          {qatfast, torch, numpy, python}
     date              when the study ended, ISO 8601, UTC
 
@@ -34,17 +34,12 @@ same settings on the same machine give the same file, apart from the keys ``timi
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from qatfast import __version__, kernels
+from qatfast.bench.machine import machine, versions
 
 from .data import plural
 from .experiments import Study
@@ -99,13 +94,8 @@ def as_json(study: Study, signals: list[SignalError], *, seconds: float) -> dict
             "steps": [asdict(entry) for entry in study.step_times],
             "insights": time_insights(study.step_times),
         },
-        "machine": _machine(settings.device),
-        "versions": {
-            "qatfast": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": {**machine(), "device": settings.device},
+        "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     return _finite(results)
@@ -138,28 +128,6 @@ def _accuracy(study: Study) -> list[dict[str, Any]]:
 def _signal(signal: SignalError) -> dict[str, Any]:
     names = ("num_bits", "scale", "zero_point", "levels", "mean_error", "max_error")
     return {name: getattr(signal, name) for name in names}
-
-
-def _machine(device: str) -> dict[str, str]:
-    facts = kernels.info()
-    return {
-        "processor": processor(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "threads": str(torch.get_num_threads()),
-        "device": device,
-        "kernels": facts.get("kernels", ""),
-        "instruction set": facts.get("instruction set", ""),
-    }
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _finite(value: Any) -> Any:

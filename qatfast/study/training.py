@@ -97,21 +97,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, torch computes on one thread; the caller's number of threads is as before afterwards.
-
-    Layers as small as the study's gain nothing from a second thread, and where another program keeps a core busy they
-    wait for it at every operation.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def train_model(
     model: nn.Module,
     data: Dataset,

@@ -1,4 +1,4 @@
-"""choose_qparams: every granularity."""
+"""choose_qparams with all granularities."""
 
 import pytest
 

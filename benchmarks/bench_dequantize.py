@@ -1,4 +1,4 @@
-"""dequantize from 8 bits: every granularity; next to the clone of the float tensor that it makes."""
+"""dequantize from 8 bits with all granularities, next to a clone of the float tensor."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""fake_quantize, dynamic range: sizes per tensor, forward and forward + backward; the other granularities."""
+"""fake_quantize: sizes per tensor, forward and forward + backward, and the other granularities."""
 
 import pytest
 

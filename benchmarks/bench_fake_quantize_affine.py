@@ -1,4 +1,4 @@
-"""fake_quantize_affine, given range: every granularity; per tensor also forward + backward."""
+"""fake_quantize_affine with all granularities, and per tensor also forward + backward."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The import of qatfast, after torch, in a fresh process."""
+"""The import of qatfast after torch, in a fresh process."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A training step of the study's network: forward, loss, backward, Adam; next to the float one."""
+"""A training step of the study's network (forward, loss, backward, Adam) next to the float network."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""qat_linear in the tutorial config, as the layer QATLinear, next to nn.Linear: training step and forward."""
+"""qat_linear as the layer QATLinear next to nn.Linear: training step, inference and backward."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""quantize to 8 bits: every granularity."""
+"""quantize to 8 bits with all granularities."""
 
 import pytest
 

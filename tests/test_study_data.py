@@ -242,12 +242,12 @@ FEATURES = {"x": np.ones((6, 2))}
         ({"y": np.array([0, 1] * 3)}, r"'y' is the only array"),
         (
             {**FEATURES, "y": np.linspace(0, 1, 6)},
-            r"must hold one integer or text label a sample, got shape \(6,\) of float64 with fractions, a regression",
+            r"must hold one integer or text label per sample, got shape \(6,\) of float64 with fractions, a regression",
         ),
         ({**FEATURES, "y": np.array([0, 1, np.nan] * 2)}, r"array 'y', sample 2: NaN or infinite"),
         (
             {**FEATURES, "y": np.zeros((6, 1), int)},
-            r"must hold one integer or text label a sample, got shape \(6, 1\)",
+            r"must hold one integer or text label per sample, got shape \(6, 1\)",
         ),
         ({**FEATURES, "y": np.array([0, 1])}, r"array 'x' has shape \(6, 2\), 'y' has 2 labels"),
         ({"x": np.array(["a"] * 6), "y": np.array([0, 1] * 3)}, r"array 'x' holds <U1, not numbers"),

@@ -21,9 +21,9 @@ EXAMPLES = """examples:
   qatfast bench --op quantize dequantize    other operators
   qatfast bench --full --json bench.json    every size and granularity, minutes
 
-The times of a call are in brackets, before them their ratio to the baseline. The bytes that a call allocates and keeps
+Each cell is the ratio to the baseline, with the time of a call in brackets. The bytes that a call allocates and keeps
 for its backward are those of one size. The maximum error is the largest difference from the reference in plain
-PyTorch, as a share of the largest value: formulas differ next to ties.
+PyTorch, as a share of the largest value. Formulas differ next to ties.
 """
 DTYPES = {dtype_name(dtype): dtype for dtype in FLOAT_DTYPES}
 SHORT_SECONDS = 1.0
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(SUBJECTS)} (default: {' '.join(SHORT_SUBJECTS)})",
     )
     parser.add_argument(
-        "--full", action="store_true", help="every size and granularity (without --op: of all)"
+        "--full", action="store_true", help="all sizes and granularities; without --op, of all operators"
     )
     parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument(
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help=f"{', '.join(DTYPES)} (default: float32)",
     )
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write all figures into FILE too")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="also write all figures to FILE")
 
 
 def main(args: argparse.Namespace) -> int:

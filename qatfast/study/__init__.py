@@ -1,9 +1,9 @@
-"""The study: a network in FP32, after PTQ and after QAT, on the same data, with a report.
+"""The study: compares a network in FP32, after PTQ and after QAT on the same data, and writes a report.
 
-It needs matplotlib, scikit-learn and rich: the extra ``study``.
+It needs matplotlib, scikit-learn and rich, which the extra ``study`` installs.
 """
 
-# ruff: noqa: E402  (what is missing has to be said before the imports that need it)
+# ruff: noqa: E402  (a missing package has to be reported before the imports that need it)
 from importlib.util import find_spec
 
 

@@ -1,4 +1,4 @@
-"""The report of a study: index.html (one self-contained file), results.json, model files and the plots as PNG."""
+"""The report of a study: its folder with index.html (a self-contained page), results.json, model files and PNGs."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class Plot:
     """A figure of the report.
 
     Args:
-        name: of its PNG, without suffix.
-        figure: drawn.
-        alt: what it shows, in words.
-        caption: below it.
+        name: Name of its PNG, without suffix.
+        figure: The figure.
+        alt: Description of what it shows.
+        caption: Caption below the figure.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Plot:
     caption: str
 
     def html(self) -> str:
-        """As it stands in the page."""
+        """Returns the figure as HTML."""
         return page.figure(svg(self.figure), self.alt, self.caption)
 
 
@@ -75,13 +75,13 @@ def write_report(study: Study, signals: list[SignalError], folder: Path, *, seco
     """Writes index.html, results.json and the PNGs of a study beside its model files.
 
     Args:
-        study: complete or interrupted.
-        signals: the quantized signal at each bit width.
-        folder: of the report.
-        seconds: that the study took.
+        study: A complete or interrupted study.
+        signals: The quantized signal at each bit width.
+        folder: Folder of the report.
+        seconds: Duration of the study.
 
     Raises:
-        OSError: a file cannot be written.
+        OSError: A file cannot be written.
     """
     results = as_json(study, signals, seconds=seconds)
     plots = {group: list(found) for group, found in _plots(study, signals).items()}
@@ -126,7 +126,7 @@ def _body(
 
 
 def _header(study: Study, results: dict[str, Any], contents: str) -> str:
-    """The verdict: the headline, one line per bit width, and what it rests on."""
+    """Returns the headline, one line per bit width, and the definition of a loss."""
     parts = [f"<header>\n<h1>Is QAT worth it, at how many bits? {page.escape(_title(study))}</h1>"]
     if not study.complete:
         done = len({run.seed for run in study.runs})
@@ -317,7 +317,7 @@ def _training_plots(study: Study) -> Iterator[Plot]:
 
 
 def _weight_plots(study: Study) -> Iterator[Plot]:
-    """At the lowest bits without a loss, or else at the lowest that were tried."""
+    """Draws the weights at the lowest bits without a loss, or at the lowest bits if all have a loss."""
     winner = best(study)
     bits = winner[0] if winner else min(study.settings.bits)
     fp32, qat = study.weights.get(("fp32_longer", FLOAT_BITS)), study.weights.get(("qat_finetuned", bits))
@@ -349,17 +349,17 @@ def _has(study: Study, model: str) -> bool:
 
 
 class FolderError(ValueError):
-    """A folder that cannot take a report; the message is one line that says why and what is allowed."""
+    """A folder cannot take a report. The message is one line that says why and what is allowed."""
 
 
 class ReportFolder:
-    """A temporary folder beside ``out``, which takes the place of ``out`` when it is finished.
+    """A temporary folder beside ``out`` that replaces ``out`` when the report is finished.
 
     Args:
-        out: where the report shall be. It does not exist yet, or is empty, or holds an earlier report and nothing else.
+        out: Folder of the report. It does not exist, or is empty, or holds an earlier report and no other files.
 
     Raises:
-        FolderError: ``out`` holds other files, is no folder, or cannot be written.
+        FolderError: ``out`` holds other files, is not a folder, or cannot be written.
     """
 
     def __init__(self, out: str | Path) -> None:
@@ -382,21 +382,21 @@ class ReportFolder:
 
     @property
     def _old(self) -> Path:
-        """Where the earlier report is while the new one takes its place."""
+        """Path of the earlier report while the new report is moved to its place."""
         return self.path.with_name(f"{self.path.name}-old")
 
     def finish(self, *, complete: bool) -> Path:
-        """Moves the report to its place: ``out``, or ``out-partial`` where ``out`` is complete and this one is not.
+        """Moves the report to ``out``, or to ``out-partial`` if ``out`` holds a complete report and this is partial.
 
         Args:
-            complete: whether the study was.
+            complete: Whether the study is complete.
 
         Returns:
-            Where the report is now.
+            Path of the moved report.
 
         Raises:
-            FolderError: files that are no report's have come into that place meanwhile.
-            OSError: it cannot be moved.
+            FolderError: Files that are not a report's have been written there in the meantime.
+            OSError: The report cannot be moved.
         """
         place = self.out
         if not complete and _report(place).get("complete"):
@@ -416,7 +416,7 @@ class ReportFolder:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises FolderError unless ``folder`` is not there, empty, or holds an earlier report's files and no others."""
+    """Raises FolderError if ``folder`` holds files that are not an earlier report's, or cannot be a report."""
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise FolderError(f"{folder}: is the current folder or holds it; name a new folder")
     if not folder.exists():
@@ -435,7 +435,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    """results.json of an earlier report; empty if there is none."""
+    """Returns results.json of an earlier report, or an empty dict if there is none."""
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,32 +1,33 @@
-"""results.json: every figure of a study, in one documented shape.
+"""The results of a study as results.json, and as tables for the terminal and the page.
 
-Accuracies are shares from 0 to 1, losses nats, times seconds. A figure that is not there, or not finite, is null. The
-same settings on the same machine give the same file, apart from the keys ``timing``, ``machine``, ``versions`` and
-``date``::
+In results.json accuracies are shares from 0 to 1, losses are in nats and times in seconds. A figure that is missing or
+not finite is null. The same settings on the same machine give the same file, apart from the keys ``timing``,
+``machine``, ``versions`` and ``date``::
 
     program           "qatfast compare"
-    complete          false: the study was interrupted, and what is missing was not measured
-    settings          what was asked for: data, target, bits, epochs, seeds, seed, device, batch_size, ...
+    complete          false if the study was interrupted; what is missing was not measured then
+    settings          settings of the study: data, target, bits, epochs, seeds, seed, device, batch_size, ...
     data              {name, features, classes, train_samples, test_samples}
     network           {layers: [in, hidden, hidden, out], parameters}
-    models            {model: {title, explanation}}, what each model is
+    models            {model: {title, explanation}}
     verdict           {bits, model, code}: the lowest bits without a loss, ptq or qat_finetuned, and code to paste; all
-                      null where no bits are known to be without a loss
-    accuracy          [{model, bits, diverged, accuracy, accuracy_batch_1, accuracy_batch_256, loss}]: diverged is how
-                      many trainings did, each figure {mean, std, values}: values one per seed, std null for one seed
+                      null if no bits are known to be without a loss
+    accuracy          [{model, bits, diverged, accuracy, accuracy_batch_1, accuracy_batch_256, loss}]: diverged is the
+                      number of trainings that diverged, each figure is {mean, std, values} with one value per seed and
+                      std null for one seed
     runs              [{seed, model, bits, loss, accuracy, accuracy_batch_1, accuracy_batch_256, diverged}]: diverged
-                      is how the training failed, empty where it did not
+                      says how the training failed, and is empty if it did not fail
     insights          [{kind, bits, value, margin, clear, text}], the headline first, then a verdict per bit width
-    histories         [{model, bits, train_loss, train_accuracy, test_loss, test_accuracy}] of the first seed, each a
-                      list with one figure an epoch
+    histories         [{model, bits, train_loss, train_accuracy, test_loss, test_accuracy}] of the first seed: lists
+                      with one figure per epoch
     layer_errors      [{model, bits, layer, weight_error, output_error}] of the first seed
     signal            [{num_bits, scale, zero_point, levels, mean_error, max_error}]
-    sizes             [{model, bits, bytes, file}] of the first seed; file relative to this file's folder
-    files             every file of the report, relative to this file's folder
+    sizes             [{model, bits, bytes, file}] of the first seed: file is relative to the folder of results.json
+    files             all files of the report, relative to the folder of results.json
     timing            {seconds, steps: [{network, model, seconds, ratio, quartiles}], insights: [text]}
     machine           {processor, cores, caches, system, threads, instruction set, kernels, device, ...}: texts
     versions          {qatfast, torch, numpy, python}
-    date              when the study ended, ISO 8601, UTC
+    date              end of the study, ISO 8601, UTC
 
 ``bits`` is 32 for a float model.
 """
@@ -52,15 +53,15 @@ FIGURES = ("accuracy", "accuracy_batch_1", "accuracy_batch_256", "loss")
 
 
 def as_json(study: Study, signals: list[SignalError], *, seconds: float) -> dict[str, Any]:
-    """The study in the shape of results.json, without ``files``.
+    """Returns the study in the shape of results.json, without ``files``.
 
     Args:
-        study: complete or interrupted.
-        signals: the quantized signal at each bit width.
-        seconds: that the study took.
+        study: A complete or interrupted study.
+        signals: The quantized signal at each bit width.
+        seconds: Duration of the study.
 
     Returns:
-        A dict that ``json.dumps`` takes with ``allow_nan=False``.
+        A dict that ``json.dumps`` accepts with ``allow_nan=False``.
     """
     samples, settings = study.samples, study.settings
     features, classes = samples.inputs.shape[1], len(samples.class_names)
@@ -131,7 +132,7 @@ def _signal(signal: SignalError) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for NaN and infinity, which JSON does not know."""
+    """Returns ``value`` with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -143,14 +144,14 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table of texts.
 
     Args:
-        title: what it shows.
-        explanation: a sentence or two that say what its numbers mean.
-        header: one text a column; the first column names the rows.
-        rows: as many texts each.
-        text_columns: so many columns from the left hold words, the others numbers.
+        title: What the table shows.
+        explanation: One or two sentences about the meaning of its numbers.
+        header: One text per column. The first column names the rows.
+        rows: As many texts per row.
+        text_columns: Number of columns from the left that hold words. The others hold numbers.
     """
 
     title: str
@@ -161,16 +162,16 @@ class Table:
 
 
 MAIN_MODELS = ("fp32_longer", "ptq", "qat_finetuned", "qat_tutorial")
-"""What the first table shows; the other models are details."""
+"""Models of the first table. The other models are details."""
 
 
 def accuracy_table(study: Study, models: Sequence[str] = MAIN_MODELS, *, deviations: bool = False) -> Table:
-    """Test accuracy of each model at each bit width.
+    """Returns the test accuracy of each model at each bit width.
 
     Args:
-        study: that measured them.
-        models: their keys; each is a row.
-        deviations: whether to add the standard deviation over the seeds.
+        study: A complete or interrupted study.
+        models: Keys of the models, each of which is a row.
+        deviations: Whether to add the standard deviation over the seeds.
     """
     spread = "one seed"
     if study.settings.seeds > 1:
@@ -189,7 +190,7 @@ def accuracy_table(study: Study, models: Sequence[str] = MAIN_MODELS, *, deviati
 
 
 def batch_table(study: Study) -> Table:
-    """The models whose accuracy differs between batch 1 and batch 256, with both."""
+    """Returns the accuracies with batch 1 and batch 256 of the models for which they differ."""
     explanation = (
         "The tutorials' models with each range taken from the batch itself, as in training: one test sample at a time "
         "/ 256 at a time. The ranges depend on the other samples of the batch, so the same sample may be classified "
@@ -205,7 +206,7 @@ def batch_table(study: Study) -> Table:
 
 
 def size_table(study: Study) -> Table:
-    """The bytes of the model files."""
+    """Returns the sizes of the model files."""
     explanation = (
         "Bytes of the files in models/, and how many times smaller than FP32: float weights as torch.save writes them; "
         "else packed integers with their scales. Below 8 bits the first and the last layer of PTQ and QAT keep 8 bits. "
@@ -227,7 +228,7 @@ def size_table(study: Study) -> Table:
 
 
 def time_table(study: Study) -> Table:
-    """The times of a training step."""
+    """Returns the times of a training step."""
     explanation = (
         "Median time of a training step (forward, backward, Adam), the networks taking turns in one run. Times FP32: "
         "the median of the ratios turn by turn, and their middle half. QAT is the recommended config at 8 bits, the "
@@ -248,7 +249,7 @@ def time_table(study: Study) -> Table:
 
 
 def layer_table(study: Study) -> Table:
-    """The relative quantization error of each layer."""
+    """Returns the relative quantization error of each layer."""
     explanation = (
         "How far PTQ moves each layer, in percent of the float values' length (first seed): the weights alone / the "
         "output for the test samples, with the errors of the layers before it. A layer that stands out is one to give "
@@ -268,7 +269,7 @@ def layer_table(study: Study) -> Table:
 
 
 def signal_table(signals: list[SignalError]) -> Table:
-    """The figures of the quantized signal at several bit widths."""
+    """Returns the figures of the quantized signal at several bit widths."""
     explanation = (
         "The scale is the distance of two neighbouring levels; no value inside the range is moved by more than half of "
         "it. The zero point is the integer that stands for 0.0."
@@ -279,7 +280,7 @@ def signal_table(signals: list[SignalError]) -> Table:
 
 
 def widths(study: Study) -> tuple[int, ...]:
-    """The bits of every table and figure, in their order."""
+    """Returns the bits of all tables and figures, in their order."""
     return (FLOAT_BITS, *study.settings.bits)
 
 
@@ -288,13 +289,17 @@ def _header(study: Study) -> tuple[str, ...]:
 
 
 def _both_batches(study: Study, model: str, bits: int) -> str:
-    one, many = (study.accuracies(model, bits, f"accuracy_batch_{size}") for size in (1, 256))
-    means = (f"{100 * Spread.of(list(values.values())).mean:.1f}" for values in (one, many) if one != many)
+    batch_1, batch_256 = (study.accuracies(model, bits, f"accuracy_batch_{size}") for size in (1, 256))
+    means = (
+        f"{100 * Spread.of(list(values.values())).mean:.1f}"
+        for values in (batch_1, batch_256)
+        if batch_1 != batch_256
+    )
     return " / ".join(means)
 
 
 def _accuracy_cell(study: Study, model: str, bits: int, deviations: bool) -> str:
-    """``96.7 ± 0.5``; where trainings diverged, how many: a mean over them says nothing."""
+    """Returns a text such as ``96.7 ± 0.5``, or the number of diverged trainings, whose mean is meaningless."""
     values, failed = study.accuracies(model, bits), study.divergences(model, bits)
     if failed:
         return f"{len(failed)} of {len(values)} diverged" if len(values) > 1 else "diverged"

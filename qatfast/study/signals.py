@@ -21,15 +21,15 @@ class SignalError:
     """A signal before and after quantization.
 
     Args:
-        num_bits: of the grid.
-        x: (1000,), float32, where the signal was taken.
+        num_bits: Bits of the grid.
+        x: (1000,), float32, points of the signal.
         original: (1000,), float32.
-        quantized: (1000,), float32, on the grid.
-        scale: distance of two neighbours of the grid, in units of the signal.
-        zero_point: the integer that stands for 0.0.
-        levels: how many different values the grid has.
-        mean_error: mean of ``|quantized - original|``, in units of the signal.
-        max_error: the largest.
+        quantized: (1000,), float32, values on the grid.
+        scale: Distance of two neighbouring levels, in units of the signal.
+        zero_point: Integer that stands for 0.0.
+        levels: Number of levels of the grid.
+        mean_error: Mean of ``|quantized - original|``, in units of the signal.
+        max_error: Maximum of ``|quantized - original|``, in units of the signal.
     """
 
     num_bits: int
@@ -47,8 +47,8 @@ def quantize_signal(num_bits: int = 8, *, seed: int = 42) -> SignalError:
     """Quantizes ``2 sin(x) + 0.1 N(0, 1)`` at 1000 points of [-5, 5] to the affine grid of its own range.
 
     Args:
-        num_bits: 2 to 16.
-        seed: of the noise.
+        num_bits: Bits of the grid, 2 to 16.
+        seed: Seed of the noise.
 
     Returns:
         The signal, its quantized form and the error between them.
@@ -76,10 +76,10 @@ def quantize_signal(num_bits: int = 8, *, seed: int = 42) -> SignalError:
 
 
 def plot_signal(signal: SignalError) -> Figure:
-    """A signal against its quantized form, and a histogram of the error between them.
+    """Draws a signal and its quantized form, and a histogram of the error between them.
 
     Args:
-        signal: from :func:`quantize_signal`.
+        signal: Result of :func:`quantize_signal`.
 
     Returns:
         A figure of two panels.
@@ -106,15 +106,15 @@ def plot_signal(signal: SignalError) -> Figure:
 
 
 def visualize_quantization(num_bits: int = 8, *, seed: int = 42, path: str | Path | None = None) -> Figure:
-    """Quantizes ``2 sin(x) + 0.1 N(0, 1)``, prints the figures of the grid and its error, and draws both.
+    """Quantizes ``2 sin(x) + 0.1 N(0, 1)``, prints the figures of the grid and the error, and draws a picture.
 
     Args:
-        num_bits: 2 to 16.
-        seed: of the noise.
-        path: where to save the picture, with a suffix that matplotlib knows; None: nowhere.
+        num_bits: Bits of the grid, 2 to 16.
+        seed: Seed of the noise.
+        path: File of the picture, with a suffix that matplotlib knows. None means that it is not saved.
 
     Returns:
-        The picture: original against quantized, and a histogram of the error. A notebook shows it by itself.
+        The picture of the original and the quantized signal and a histogram of the error. A notebook shows it.
 
     Raises:
         ValueError: ``num_bits`` is not from 2 to 16.
@@ -130,7 +130,7 @@ def visualize_quantization(num_bits: int = 8, *, seed: int = 42, path: str | Pat
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Writes beside ``path`` and moves it there: an interrupted picture does not take the place of a whole one."""
+    """Writes a file beside ``path`` and moves it there, so an interruption leaves an earlier picture intact."""
     partial = path.with_name(f".{path.stem}-partial{path.suffix}")
     try:
         figure.savefig(partial, dpi=160)
@@ -140,7 +140,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def describe(signal: SignalError) -> dict[str, str]:
-    """The figures of a quantized signal in words and numbers, in the order in which they are shown."""
+    """Returns the figures of a quantized signal as texts by name, in the order in which they are shown."""
     return {
         "bits": str(signal.num_bits),
         "levels": str(signal.levels),

@@ -1,4 +1,4 @@
-"""Training and evaluation, the same for every network of the study."""
+"""Training and evaluation of the networks of the study, and the progress that a terminal shows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .data import Dataset
 
 @dataclass(frozen=True)
 class Epoch:
-    """How one epoch went.
+    """Loss and accuracy of one epoch.
 
     Args:
-        number: from 1.
-        train_loss: mean cross entropy (nats) over the epoch's batches, while the weights still changed.
-        train_accuracy: share of training samples classified right, likewise.
-        test_loss: mean cross entropy (nats) on the test samples after the epoch.
-        test_accuracy: share of test samples classified right after the epoch.
+        number: Number of the epoch, from 1.
+        train_loss: Mean cross entropy (nats) over the batches of the epoch, with the weights of each batch.
+        train_accuracy: Share of training samples classified correctly, with the weights of each batch.
+        test_loss: Mean cross entropy (nats) on the test samples after the epoch.
+        test_accuracy: Share of test samples classified correctly after the epoch.
     """
 
     number: int
@@ -42,7 +42,7 @@ OnEpoch = Callable[[Epoch], None]
 
 @dataclass
 class History:
-    """The figures of :class:`Epoch`, one list a figure, one element an epoch."""
+    """The figures of :class:`Epoch` as lists with one element per epoch."""
 
     train_loss: list[float] = field(default_factory=list)
     train_accuracy: list[float] = field(default_factory=list)
@@ -50,18 +50,18 @@ class History:
     test_accuracy: list[float] = field(default_factory=list)
 
     def append(self, epoch: Epoch) -> None:
-        """Adds one epoch to each list."""
+        """Appends the figures of one epoch to the lists."""
         for name, values in vars(self).items():
             values.append(getattr(epoch, name))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model does on samples it was not trained on.
+    """Loss and accuracy of a model on samples that it was not trained on.
 
     Args:
-        loss: mean cross entropy (nats).
-        accuracy: share of samples classified right.
+        loss: Mean cross entropy (nats).
+        accuracy: Share of samples classified correctly.
     """
 
     loss: float
@@ -69,17 +69,17 @@ class Evaluation:
 
 
 def divergence(history: History, chance: float, test_samples: int) -> str:
-    """How a training failed, in words; empty where it did not.
+    """Returns how a training failed, in words, or an empty string if it did not fail.
 
     Args:
-        history: of the training.
-        chance: the share of the most frequent class: the accuracy of always guessing it.
-        test_samples: on which the accuracy was measured.
+        history: Loss and accuracy of the training.
+        chance: Share of the most frequent class, which is the accuracy of always guessing it.
+        test_samples: Number of samples on which the accuracy was measured.
 
     Returns:
-        ``the loss is not finite``; ``the accuracy is that of guessing``: no higher than chance and two standard
-        deviations of counting; ``the loss rose``: the last training loss is 1.25 times the lowest one and more, and
-        that rise is 0.1 nats and more.
+        ``the loss is not finite``; ``the accuracy is that of guessing`` if it is at most two standard deviations of a
+        binomial share above chance; ``the loss rose`` if the last training loss is at least 1.25 times the lowest loss
+        and at least 0.1 nats higher.
     """
     if not all(math.isfinite(loss) for loss in (*history.train_loss, history.test_loss[-1])):
         return "the loss is not finite"
@@ -91,7 +91,7 @@ def divergence(history: History, chance: float, test_samples: int) -> str:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch draws the CPU random numbers of ``seed``; the caller's generator is as before afterwards."""
+    """Sets the seed of torch's CPU generator inside the block, and restores the caller's generator after it."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -110,13 +110,13 @@ def train_model(
     """Trains ``model`` in place with Adam and cross entropy on shuffled batches.
 
     Args:
-        model: maps (batch, features) to (batch, classes); on the device of ``data``.
-        data: training and test samples; the test samples are only measured, never learned from.
-        epochs: passes over the training samples.
-        learning_rate: of Adam.
-        batch_size: samples a step; the last batch of an epoch may be smaller.
-        seed: of the order of the samples. The same seed and model give the same weights on the same machine.
-        on_epoch: called after each epoch; without it a progress bar shows on a terminal.
+        model: Maps (batch, features) to (batch, classes). It is on the device of ``data``.
+        data: Training and test samples. The test samples are only measured, never learned from.
+        epochs: Passes over the training samples.
+        learning_rate: Learning rate of Adam.
+        batch_size: Samples per step. The last batch of an epoch may be smaller.
+        seed: Seed of the order of the samples. The same seed and model give the same weights on the same machine.
+        on_epoch: Called after each epoch. If None, a terminal shows a progress bar.
 
     Returns:
         Loss and accuracy on training and test samples after each epoch.
@@ -157,18 +157,18 @@ def train_model(
 
 @torch.no_grad()
 def evaluate_model(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: int = 256) -> Evaluation:
-    """Loss and accuracy of ``model``; of equal highest scores the first class counts.
+    """Measures loss and accuracy of ``model``. Of equal highest scores the first class counts.
 
-    Where a model takes its quantization ranges from the batch, the result depends on ``batch_size``.
+    If a model takes its quantization ranges from the batch, the result depends on ``batch_size``.
 
     Args:
-        model: maps (batch, features) to (batch, classes). It is in evaluation mode meanwhile.
+        model: Maps (batch, features) to (batch, classes). It is in evaluation mode during the measurement.
         inputs: (samples, features).
         labels: (samples,), int64.
-        batch_size: samples the model sees at once.
+        batch_size: Samples per batch.
 
     Returns:
-        Mean cross entropy (nats) and share of samples classified right.
+        Mean cross entropy (nats) and share of samples classified correctly.
     """
     training = model.training
     model.eval()
@@ -181,7 +181,7 @@ def evaluate_model(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_si
 
 
 class _Bars(Progress):
-    """Progress bars below a line that says what is under way, so that the figures fit into 80 columns."""
+    """Progress bars below a heading of their own line, so that the figures fit into 80 columns."""
 
     heading = ""
 
@@ -211,24 +211,24 @@ def _figures(epoch: Epoch) -> str:
 
 @contextmanager
 def training_bar(epochs: int) -> Iterator[OnEpoch]:
-    """A bar for one training: epoch, test loss, test accuracy and time left."""
+    """Shows a bar for one training: epoch, test loss, test accuracy and time left."""
     with _bar(Console(stderr=True)) as bar:
         task = bar.add_task("epoch", total=epochs, figures="")
         yield lambda epoch: bar.update(task, completed=epoch.number, figures=_figures(epoch))
 
 
 def study_progress(trainings: int, epochs: int) -> StudyBar | StudyLines:
-    """Bars where standard output and standard error are terminals, else a line per training on standard output."""
+    """Returns bars if standard output and error are terminals, otherwise one line per training on standard output."""
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
     return StudyBar(trainings * epochs, epochs) if terminal else StudyLines(trainings, epochs)
 
 
 class StudyLines:
-    """One line when a training ends: its number, name and accuracy.
+    """Prints one line when a training ends: its number, name and accuracy.
 
     Args:
-        trainings: how many there are.
-        epochs: of one training.
+        trainings: Number of trainings.
+        epochs: Epochs of one training.
     """
 
     def __init__(self, trainings: int, epochs: int) -> None:
@@ -241,7 +241,7 @@ class StudyLines:
         pass
 
     def training(self, name: str) -> OnEpoch:
-        """Begins one training; the result prints its line after the last epoch."""
+        """Begins one training, and returns a function that prints its line after the last epoch."""
         self._begun += 1
         start = f"{self._begun:>{len(str(self._trainings))}}/{self._trainings}  {name}:"
 
@@ -253,11 +253,11 @@ class StudyLines:
 
 
 class StudyBar:
-    """A bar for all epochs of the study, with a second one for the training under way and its name above.
+    """Shows a bar for the whole study, and a second bar for the current training with its name above.
 
     Args:
-        total: epochs of all trainings together.
-        epochs: of one training.
+        total: Epochs of all trainings together.
+        epochs: Epochs of one training.
     """
 
     def __init__(self, total: int, epochs: int) -> None:
@@ -274,7 +274,7 @@ class StudyBar:
         self._bar.stop()
 
     def training(self, name: str) -> OnEpoch:
-        """Begins the bar of one training; the result shows its epochs."""
+        """Begins the bar of one training, and returns a function that shows its epochs."""
         if self._now is not None:
             self._bar.remove_task(self._now)
         self._bar.heading = name

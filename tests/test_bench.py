@@ -1,4 +1,4 @@
-"""The benchmarks: every provider does the same workload, whoever is wrong or missing is named, the figures add up."""
+"""The benchmarks: all providers run the same workload, wrong and missing ones are named, and the figures are right."""
 
 import argparse
 import importlib.util
@@ -41,9 +41,9 @@ from qatfast.bench.workloads import (
 )
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-# one step of the 255, and the float rounding of the largest value
+# One of the 255 steps, and the float rounding of the largest value.
 ONE_STEP = 1 / 100
-# these quantize otherwise: another range, the input in place of the output, the bias not
+# These quantize differently: with another range, the input and not the output, or not the bias.
 OTHERWISE = ("Brevitas", "torchao", "torch.ao qat.Linear", "NNCF", "ModelOpt")
 
 
@@ -53,7 +53,7 @@ def small(op, **changes):
 
 
 def eager(workload):
-    """All but those that compile, which takes seconds."""
+    """Returns the names of all providers that do not compile, which takes seconds."""
     return [name for name in names(workload) if "compiled" not in name and name != "NNCF"]
 
 
@@ -72,14 +72,14 @@ def test_the_sizes(subject):
     assert any(workload.targets for workload in full)
 
 
-def test_another_dtype_is_held_to_nothing():
+def test_another_dtype_has_no_targets():
     chosen = workloads_of("fake_quantize", dtype=torch.float64)
     assert {workload.dtype for workload in chosen} == {torch.float64}
     assert not any(workload.targets for workload in chosen)
     assert len(set(map(str, chosen))) == len(chosen)
 
 
-def test_the_figures_that_the_package_is_held_to():
+def test_the_targets():
     said = [
         verdict.target
         for subject in SUBJECTS
@@ -123,7 +123,7 @@ def test_providers_agree_with_the_reference(device, op, granularity, backward):
     prepared = bench.prepare(workload, eager(workload))
     assert prepared.errors[OURS] == prepared.errors[REFERENCE] == 0
     assert all(error is None or error <= ONE_STEP for error in prepared.errors.values()), prepared.errors
-    # torch's fused op has channels along the first axis only
+    # The fused op of torch has channels along the first axis only.
     assert set(prepared.skipped) <= {"torch.ao fused op"} and all(prepared.skipped.values())
 
 
@@ -158,12 +158,12 @@ def test_the_layer_runs_under_autocast():
 
 def test_the_backward_alone_gives_the_gradients_alone():
     for op in ("fake_quantize_affine", "qat_linear"):
-        both, alone = (
+        with_forward, alone = (
             bench.prepare(small(op, backward=True, forward=forward), [OURS, REFERENCE])
             for forward in (True, False)
         )
         for _ in range(2):
-            assert runner._same(both.runs[OURS]()[1:], alone.runs[OURS]())
+            assert runner._same(with_forward.runs[OURS]()[1:], alone.runs[OURS]())
         assert alone.errors == {OURS: None, REFERENCE: None}
     copy = bench.prepare(small("fake_quantize_affine", backward=True, forward=False), ["clone"])
     assert isinstance(copy.runs["clone"](), torch.Tensor)
@@ -209,8 +209,8 @@ def test_the_tutorial_formula_keeps_the_shape():
 
 
 def test_a_gradient_is_part_of_the_check():
-    inputs_differ = bench.prepare(small("fake_quantize_affine", backward=True), [OURS])
-    value, gradient = inputs_differ.runs[OURS]()
+    prepared = bench.prepare(small("fake_quantize_affine", backward=True), [OURS])
+    value, gradient = prepared.runs[OURS]()
     assert gradient.shape == value.shape and (gradient == 0).any()
 
 
@@ -245,7 +245,7 @@ def test_a_baseline_that_fails_is_an_error(monkeypatch):
 
 
 def test_a_ratio_is_taken_round_by_round(monkeypatch):
-    # the machine is twice as slow in every other round; qatfast takes 1.5 times as long in each of them
+    # The machine is twice as slow in every other round, and qatfast takes 1.5 times as long as the baseline.
     rounds = {"clone": 0, OURS: 0}
 
     def turn_of(name, run, workload):
@@ -284,19 +284,19 @@ def test_one_thread_is_one_thread_in_its_own_turn_only(monkeypatch, threads):
     assert [turn() for turn in turns] == [2, 1, 2]
 
 
-def test_one_thread_takes_part_where_the_work_says_so():
+def test_one_thread_is_measured_if_the_workload_says_so():
     assert OURS + ONE_THREAD not in names(small("quantize"))
     workload = small("quantize", one_thread=True)
     prepared = bench.prepare(workload, ["clone" + ONE_THREAD, OURS + ONE_THREAD])
     assert prepared.errors == {"clone" + ONE_THREAD: None, OURS + ONE_THREAD: 0}
 
 
-def test_where_few_take_part_the_others_are_left_out_by_name():
+def test_providers_that_are_left_out_are_named():
     workload = small("fake_quantize", reduced="left out here")
     prepared = bench.prepare(workload, eager(workload))
     assert set(prepared.runs) == {"clone", OURS, TUTORIAL, "torch.ao fused op"}
     assert set(prepared.skipped.values()) == {"left out here"} and REFERENCE in prepared.skipped
-    listed = [name for one, name in bench.measurements("fake_quantize") if one.reduced]
+    listed = [name for workload, name in bench.measurements("fake_quantize") if workload.reduced]
     assert OURS in listed and "aten ops" not in listed
 
 
@@ -312,7 +312,9 @@ def test_the_bytes_of_a_layer():
     batch, inputs, outputs = small("qat_linear").shape
     step = bench.prepare(small("qat_linear", backward=True), ["nn.Linear", OURS, TUTORIAL_LAYER])
     counted = {name: memory(run) for name, run in step.runs.items()}
-    assert counted["nn.Linear"].kept == 4 * batch * inputs  # the input; not the weight, which is a parameter
+    assert (
+        counted["nn.Linear"].kept == 4 * batch * inputs
+    )  # the input, but not the weight, which is a parameter
     assert counted[OURS].kept == counted[TUTORIAL_LAYER].kept == 4 * (batch * inputs + outputs * inputs)
     assert counted[TUTORIAL_LAYER].allocated > counted[OURS].allocated > counted["nn.Linear"].allocated
 
@@ -325,7 +327,7 @@ def test_the_bytes_of_a_call():
     assert memory(lambda: (x * x, x[:10] * x[5:15])).kept == 4000  # one storage
 
 
-def test_the_profiler_says_nothing(capfd):
+def test_the_profiler_prints_nothing(capfd):
     memory(lambda: torch.ones(3))
     assert capfd.readouterr() == ("", "")
 
@@ -346,7 +348,7 @@ def timed_at(workload):
 
 
 def result(workload, ratios, *, kept=None):
-    """A result with these ratios, the baseline's time 1 ms; each keeps as many bytes as its ratio says."""
+    """Returns a result with these ratios to 1 ms. Each provider keeps ``kept`` bytes times its ratio."""
     timings = [
         bench.Timing(name, (value * 1e-3,) * 3, 0.0, kept and Memory(0, round(kept * value)))
         for name, value in ratios.items()
@@ -402,7 +404,7 @@ def test_a_nan_is_the_largest_error():
         assert results.tables(order)[0].rows[0][-1] == "NaN"
 
 
-def test_the_bytes_are_those_of_the_largest_size_that_all_take_part_in():
+def test_the_bytes_are_those_of_the_largest_size_that_all_providers_run():
     measured_results = [
         result(small("quantize", column=column), dict.fromkeys(names_, 1.0), kept=100)
         for column, names_ in {"a": ("clone", OURS), "b": ("clone", OURS), "c": ("clone",)}.items()
@@ -418,7 +420,7 @@ def test_the_share_of_the_bandwidth():
 
 
 def measured(index=0):
-    """Results of works that are measured, the first of an operator."""
+    """Returns results of a workload of fake_quantize and of qat_linear."""
     chosen = [workloads_of(op)[index] for op in ("fake_quantize", "qat_linear")]
     ratios = {"clone": 1.0, "nn.Linear": 1.0, OURS: 1.5}
     return [
@@ -494,7 +496,7 @@ def test_a_wrong_argument_is_one_line(capsys, arguments, message):
 
 
 def loaded(name):
-    """A file of the benchmarks, as a module."""
+    """Loads a file of the benchmarks as a module."""
     file = BENCHMARKS / f"{name}.py"
     if not file.is_file():
         pytest.skip("the benchmarks are not here")
@@ -506,7 +508,7 @@ def loaded(name):
 
 @pytest.fixture
 def results_script():
-    """benchmarks/results.py."""
+    """The module benchmarks/results.py."""
     return loaded("results")
 
 
@@ -553,12 +555,12 @@ def test_targets_are_judged_by_the_figures(target, ratios, verdict):
     assert results.verdicts([one]) == [(f"quantize, forward: small{who}: {verdict[0]}", *verdict[1:])]
 
 
-def test_bytes_that_were_not_counted_are_no_success():
+def test_a_target_without_counted_bytes_is_not_met():
     one = result(small("quantize", targets=(Target(0.5, "kept"),)), {"clone": 1.0, OURS: 0.1})
     assert results.verdicts([one])[0].met is None
 
 
-def test_the_quartiles_are_said():
+def test_a_verdict_has_the_quartiles():
     one = bench.Result(
         small("quantize", targets=(Target(1.5),)),
         (bench.Timing("clone", (1.0,) * 3), bench.Timing(OURS, (1.2, 1.4, 1.6))),
@@ -567,7 +569,7 @@ def test_the_quartiles_are_said():
     assert results.verdicts([one])[0].measured == "1.40x (1.20x to 1.60x)"
 
 
-def test_a_missed_target_says_no(results_script):
+def test_a_missed_target_is_marked(results_script):
     missed = result(small("quantize", targets=(Target(1.5), Target(3.0))), {"clone": 1.0, OURS: 2.0})
     assert [line.rsplit("|", 2)[1].strip() for line in results_script.target_lines([missed])[2:]] == [
         "**no**",
@@ -575,7 +577,7 @@ def test_a_missed_target_says_no(results_script):
     ]
 
 
-def test_what_is_lost_is_said(results_script):
+def test_a_faster_provider_is_listed(results_script):
     won = result(small("quantize"), {"clone": 1.0, OURS: 1.5, TRIAD: 0.5, "aten op": 2.0})
     lost = result(small("quantize"), {"clone": 1.0, OURS: 1.5, "aten op": 1.2})
     assert results_script.faster_lines([won])[0].startswith("Nowhere")
@@ -584,7 +586,7 @@ def test_what_is_lost_is_said(results_script):
     ]
 
 
-def test_one_thread_next_to_all(results_script):
+def test_one_thread_is_compared_with_all(results_script):
     ratios = {"clone": 1.0, OURS: 2.0, "clone" + ONE_THREAD: 1.5, OURS + ONE_THREAD: 3.6}
     lines = results_script.one_thread_lines([result(small("quantize", one_thread=True), ratios), timed()])
     assert lines[2:] == ["| quantize, forward: small | 1.50x | 1.80x |"]
@@ -650,7 +652,7 @@ def test_files_of_two_machines_do_not_mix(results_script):
 
 
 def run_of(**medians):
-    """What pytest-benchmark writes of a group."""
+    """Returns what pytest-benchmark writes about a group."""
     return {
         "benchmarks": [
             {
@@ -683,7 +685,7 @@ def test_a_regression_is_named(monkeypatch, capsys, tmp_path, after, status, sai
     assert ended.value.code == status and said in out and err == "1 compared, 0 in one file only\n"
 
 
-def test_runs_of_nothing_in_common_cannot_be_compared(monkeypatch, capsys, tmp_path):
+def test_runs_without_a_common_benchmark_cannot_be_compared(monkeypatch, capsys, tmp_path):
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"benchmarks": []}))
     monkeypatch.setattr(sys, "argv", ["compare.py", str(file), str(file)])
@@ -700,7 +702,7 @@ def test_the_benchmark_files_collect(subject):
     assert mark.args[1] == bench.measurements(subject)
 
 
-def test_a_benchmark_reports_what_the_contest_measured(tmp_path):
+def test_a_benchmark_reports_what_the_runner_measured(tmp_path):
     file = tmp_path / "run.json"
     workload = "quantize, forward, per tensor: 256 Ki"
     subprocess.run(
@@ -719,7 +721,7 @@ def test_a_benchmark_reports_what_the_contest_measured(tmp_path):
         ],
         check=True,
         capture_output=True,
-        # pytest-benchmark takes no part in a process of pytest-xdist
+        # pytest-benchmark is disabled in a process of pytest-xdist.
         env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
     )
     run = json.loads(file.read_text())

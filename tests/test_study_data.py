@@ -1,4 +1,4 @@
-"""The study's data: what it is, how it is split, and what each bad file is told."""
+"""The study's data: its content, its split, and the error for each bad file."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_digits():
     assert (data.in_features, data.num_classes) == (64, 10)
     assert len(data.train_labels) == 1437 and len(data.test_labels) == 360
     assert data.train_inputs.min() == 0 and data.train_inputs.max() == 1
-    # stratified: each class has its share of the test samples
+    # The split is stratified: each class has its share of the test samples.
     assert torch.bincount(data.test_labels).min() >= 34 and torch.bincount(data.test_labels).max() <= 38
 
 
@@ -64,7 +64,7 @@ def test_csv_with_text_labels_and_its_own_units(tmp_path):
     data = split(samples, seed=0)
     torch.testing.assert_close(data.train_inputs.mean(0), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(data.train_inputs.std(0, correction=0), torch.ones(2), atol=1e-5, rtol=0)
-    # the test samples are scaled with the training samples' figures, not with their own
+    # The test samples are scaled with mean and deviation of the training samples, not with their own.
     assert float(data.test_inputs.mean(0).abs().max()) > 1e-3
 
 
@@ -82,7 +82,7 @@ def test_csv_with_text_labels_and_its_own_units(tmp_path):
             "semicolons",
         ),
         ("a\tb\ty\n1\t2\tno\n3\t4\tyes\n1\t1\tno\n2\t2\tyes\n", [[1, 2], [3, 4], [1, 1], [2, 2]], "tabs"),
-        # commas in names, and as many of them as semicolons
+        # The names hold commas, as many as there are semicolons.
         (
             "a, cm;b, dB;y\n1,5;2,5;no\n3,5;4,5;yes\n1,0;1,0;no\n2,0;2,0;yes\n",
             [[1.5, 2.5], [3.5, 4.5], [1, 1], [2, 2]],

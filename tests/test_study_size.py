@@ -1,4 +1,4 @@
-"""Model files: the bytes counted are the file's, and what is in them is the model."""
+"""Model files have the size that is reported, and hold the model."""
 
 import pytest
 import torch

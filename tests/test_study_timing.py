@@ -1,4 +1,4 @@
-"""Step times: the three networks do the same, and each is timed as often as the others."""
+"""Step times: the three networks compute the same, and are timed equally often."""
 
 import itertools
 
@@ -15,11 +15,11 @@ def test_the_tutorials_network_computes_what_ours_computes():
         theirs, ours = FunctionalQATNet(tutorial.FakeQuantize.apply, 12, 16, 4), ThreeLayerNetQAT(12, 16, 4)
     ours.load_state_dict(theirs.state_dict())
     inputs = torch.randn(64, 12, generator=torch.Generator().manual_seed(2))
-    one, other = theirs(inputs), ours(inputs)
-    # the two round to another level only next to ties
-    difference = (one - other).detach().abs()
+    expected, actual = theirs(inputs), ours(inputs)
+    # They round to different levels only next to ties.
+    difference = (actual - expected).detach().abs()
     assert float(difference.max()) < 0.05 and float(difference.mean()) < 2e-3
-    for scores in (one, other):
+    for scores in (expected, actual):
         scores.square().sum().backward()
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(parameter.grad, ours.get_parameter(name).grad, atol=0.3, rtol=0.05)

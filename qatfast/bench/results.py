@@ -1,4 +1,4 @@
-"""The results of the benchmarks: as objects, as JSON, as tables, and next to the targets that qatfast is held to.
+"""The results of the benchmarks, their JSON and tables, and whether the targets are met.
 
 The JSON is::
 
@@ -257,7 +257,7 @@ def tables(results: Iterable[Result]) -> list[Table]:
 
 
 def _table(title: str, results: list[Result]) -> Table:
-    # The bytes are those of the largest size in which most providers take part.
+    # The bytes of the largest size that most providers run.
     largest = max(reversed(results), key=lambda result: len(result.timings))
     lines = []
     for name in dict.fromkeys(timing.provider for result in results for timing in result.timings):

@@ -39,6 +39,7 @@ BOUNDS = (TRIAD, INTEGER_PRODUCT)
 ELEMENTWISE_OPS = ("fake_quantize", "fake_quantize_affine", "choose_qparams", "quantize", "dequantize")
 OPS = (*ELEMENTWISE_OPS, "qat_linear")
 SUBJECTS = (*OPS, "network", "import")
+# Subjects that are measured without --op and --full.
 SHORT_SUBJECTS = ("fake_quantize", "qat_linear")
 BASELINES = {"qat_linear": "nn.Linear", "network": "ThreeLayerNet", "import": "import torch"}
 QUANT_MIN, QUANT_MAX = 0, 255
@@ -151,7 +152,7 @@ class Workload:
 
     @property
     def is_elementwise(self) -> bool:
-        """Whether the operator maps one tensor element by element, given its range."""
+        """Whether the subject is an operator of one tensor, with or without a given range."""
         return self.op in ELEMENTWISE_OPS
 
     def grad_mode(self) -> AbstractContextManager[Any]:

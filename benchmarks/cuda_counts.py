@@ -254,8 +254,12 @@ MODEL = [
     "call",
     *(f"qatfast, µs {gpu}" for gpu in BANDWIDTH),
     "PyTorch's",
-    *("launches", "bytes", *BANDWIDTH),
-    *("tutorial: launches", "bytes", *BANDWIDTH),
+    "launches",
+    "bytes",
+    *BANDWIDTH,
+    "tutorial: launches",
+    "bytes",
+    *BANDWIDTH,
 ]
 
 

@@ -550,23 +550,24 @@ def results_script():
     ],
 )
 def test_targets_are_judged_by_the_figures(target, ratios, verdict):
-    one = result(small("quantize", targets=(target,)), {"clone": 1.0, **ratios}, kept=1000)
-    who = f", {CACHED}" if target.provider == CACHED else ""
-    assert results.verdicts([one]) == [(f"quantize, forward: small{who}: {verdict[0]}", *verdict[1:])]
+    measured_result = result(small("quantize", targets=(target,)), {"clone": 1.0, **ratios}, kept=1000)
+    provider = f", {CACHED}" if target.provider == CACHED else ""
+    words, *rest = verdict
+    assert results.verdicts([measured_result]) == [(f"quantize, forward: small{provider}: {words}", *rest)]
 
 
 def test_a_target_without_counted_bytes_is_not_met():
-    one = result(small("quantize", targets=(Target(0.5, "kept"),)), {"clone": 1.0, OURS: 0.1})
-    assert results.verdicts([one])[0].met is None
+    without_bytes = result(small("quantize", targets=(Target(0.5, "kept"),)), {"clone": 1.0, OURS: 0.1})
+    assert results.verdicts([without_bytes])[0].met is None
 
 
 def test_a_verdict_has_the_quartiles():
-    one = bench.Result(
+    measured_result = bench.Result(
         small("quantize", targets=(Target(1.5),)),
         (bench.Timing("clone", (1.0,) * 3), bench.Timing(OURS, (1.2, 1.4, 1.6))),
         {},
     )
-    assert results.verdicts([one])[0].measured == "1.40x (1.20x to 1.60x)"
+    assert results.verdicts([measured_result])[0].measured == "1.40x (1.20x to 1.60x)"
 
 
 def test_a_missed_target_is_marked(results_script):
@@ -707,17 +708,19 @@ def test_a_benchmark_reports_what_the_runner_measured(tmp_path):
     workload = "quantize, forward, per tensor: 256 Ki"
     subprocess.run(
         [
-            *(
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                str(BENCHMARKS / "bench_quantize.py"),
-                "-p",
-                "no:cacheprovider",
-            ),
-            *("-k", "tensor and 256 and (qatfast or clone) and not thread", "--seconds", "0"),
-            *("--benchmark-json", str(file)),
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            str(BENCHMARKS / "bench_quantize.py"),
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "tensor and 256 and (qatfast or clone) and not thread",
+            "--seconds",
+            "0",
+            "--benchmark-json",
+            str(file),
         ],
         check=True,
         capture_output=True,
@@ -728,8 +731,8 @@ def test_a_benchmark_reports_what_the_runner_measured(tmp_path):
     (measured,) = from_json(run["qatfast"])
     assert str(measured.workload) == workload
     assert [timing.provider for timing in measured.timings] == ["clone", OURS]
-    for one in run["benchmarks"]:
-        timing = measured.timing(one["extra_info"]["provider"])
-        assert one["group"] == workload and one["extra_info"]["baseline"] == "clone"
-        assert one["stats"]["median"] == pytest.approx(timing.seconds)
-        assert one["stats"]["rounds"] == len(timing.rounds) == timer.MIN_ROUNDS
+    for entry in run["benchmarks"]:
+        timing = measured.timing(entry["extra_info"]["provider"])
+        assert entry["group"] == workload and entry["extra_info"]["baseline"] == "clone"
+        assert entry["stats"]["median"] == pytest.approx(timing.seconds)
+        assert entry["stats"]["rounds"] == len(timing.rounds) == timer.MIN_ROUNDS

@@ -30,9 +30,10 @@ def test_generated_data_is_the_tutorials():
 
 
 def test_the_seed_decides_the_samples_and_the_split():
-    one, same, other = generate_dataset(seed=1), generate_dataset(seed=1), generate_dataset(seed=2)
-    assert torch.equal(one.train_inputs, same.train_inputs) and torch.equal(one.test_labels, same.test_labels)
-    assert not torch.equal(one.train_inputs, other.train_inputs)
+    first, same, second = generate_dataset(seed=1), generate_dataset(seed=1), generate_dataset(seed=2)
+    assert torch.equal(first.train_inputs, same.train_inputs)
+    assert torch.equal(first.test_labels, same.test_labels)
+    assert not torch.equal(first.train_inputs, second.train_inputs)
     digits = load_samples("digits")
     assert not torch.equal(split(digits, seed=1).test_labels, split(digits, seed=2).test_labels)
 

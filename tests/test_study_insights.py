@@ -22,8 +22,8 @@ def made_up(accuracies, *, seeds=5, bits=(4,), train=1437, test=360, batches=Non
     for number, (key, accuracy) in enumerate(accuracies.items()):
         for index in range(seeds):
             value = accuracy + WOBBLE[(index + number) % 5]
-            one, many = (batches or {}).get(key, (value, value))
-            study.runs.append(Run(42 + index, *key, 0.1, value, one, many))
+            batch_1, batch_256 = (batches or {}).get(key, (value, value))
+            study.runs.append(Run(42 + index, *key, 0.1, value, batch_1, batch_256))
     return study
 
 

@@ -85,7 +85,8 @@ def test_training_learns_and_is_deterministic(network, options):
     model, history = train(network, epochs=6, **options)
     again, same = train(network, epochs=6, **options)
     assert history == same
-    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), again.parameters(), strict=True))
+    pairs = zip(model.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(actual, expected) for actual, expected in pairs)
     assert [len(values) for values in vars(history).values()] == [6] * 4
     assert history.train_loss[-1] < 0.8 * history.train_loss[0]
     assert history.test_accuracy[-1] > 0.75
@@ -128,8 +129,8 @@ def test_history_of_test_samples_is_what_evaluate_model_says():
 
 def test_evaluation_restores_the_mode_and_takes_no_gradient():
     model = nn.Sequential(nn.Dropout(0.5), ThreeLayerNet())
-    one = evaluate_model(model, DATA.test_inputs, DATA.test_labels)
-    assert model.training and one == evaluate_model(model, DATA.test_inputs, DATA.test_labels)
+    first = evaluate_model(model, DATA.test_inputs, DATA.test_labels)
+    assert model.training and first == evaluate_model(model, DATA.test_inputs, DATA.test_labels)
     model.eval()
     evaluate_model(model, DATA.test_inputs, DATA.test_labels)
     assert not model.training

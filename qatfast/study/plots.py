@@ -76,6 +76,8 @@ STYLE: Any = {
     "svg.hashsalt": "qatfast",
 }
 
+PNG_DPI = 160
+
 GRID_LEVELS = 16
 """The weight plots show the levels of a grid that has at most this many."""
 

@@ -19,6 +19,7 @@ from .experiments import Study
 from .insights import Spread, best, definition
 from .networks import EDGE_BITS, EXPLANATIONS, FLOAT_BITS, TITLES, config_code
 from .plots import (
+    PNG_DPI,
     plot_accuracy_over_bits,
     plot_layer_errors,
     plot_training_history,
@@ -38,7 +39,6 @@ from .results import (
 )
 from .signals import SignalError, plot_signal
 
-PNG_DPI = 160
 PLOTTED = ("ptq", "qat_finetuned", "qat_tutorial")
 FINDINGS = ("tutorial", "edges", "diverged", "batch", "size")
 LIMITS = (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qatfast import choose_qparams, fake_quantize_affine
 
-from .plots import MUTED, PTQ, QAT, new_figure, styled
+from .plots import MUTED, PNG_DPI, PTQ, QAT, new_figure, styled
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _save(figure: Figure, path: Path) -> None:
     """Writes a file beside ``path`` and moves it there, so an interruption leaves an earlier picture intact."""
     partial = path.with_name(f".{path.stem}-partial{path.suffix}")
     try:
-        figure.savefig(partial, dpi=160)
+        figure.savefig(partial, dpi=PNG_DPI)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

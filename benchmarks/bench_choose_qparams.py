@@ -1,10 +1,10 @@
-"""choose_qparams: every granularity."""
+"""choose_qparams with all granularities."""
 
 import pytest
 
-from qatfast.bench import contestants
+from qatfast.bench import measurements
 
 
-@pytest.mark.parametrize(("work", "provider"), contestants("choose_qparams"), ids=str)
-def test_choose_qparams(compete, work, provider):
-    compete(work, provider)
+@pytest.mark.parametrize(("workload", "provider"), measurements("choose_qparams"), ids=str)
+def test_choose_qparams(run_benchmark, workload, provider):
+    run_benchmark(workload, provider)

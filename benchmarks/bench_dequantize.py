@@ -1,10 +1,10 @@
-"""dequantize from 8 bits: every granularity; next to the clone of the float tensor that it makes."""
+"""dequantize from 8 bits with all granularities, next to a clone of the float tensor."""
 
 import pytest
 
-from qatfast.bench import contestants
+from qatfast.bench import measurements
 
 
-@pytest.mark.parametrize(("work", "provider"), contestants("dequantize"), ids=str)
-def test_dequantize(compete, work, provider):
-    compete(work, provider)
+@pytest.mark.parametrize(("workload", "provider"), measurements("dequantize"), ids=str)
+def test_dequantize(run_benchmark, workload, provider):
+    run_benchmark(workload, provider)

@@ -1,10 +1,10 @@
-"""fake_quantize, dynamic range: sizes per tensor, forward and forward + backward; the other granularities."""
+"""fake_quantize: sizes per tensor, forward and forward + backward, and the other granularities."""
 
 import pytest
 
-from qatfast.bench import contestants
+from qatfast.bench import measurements
 
 
-@pytest.mark.parametrize(("work", "provider"), contestants("fake_quantize"), ids=str)
-def test_fake_quantize(compete, work, provider):
-    compete(work, provider)
+@pytest.mark.parametrize(("workload", "provider"), measurements("fake_quantize"), ids=str)
+def test_fake_quantize(run_benchmark, workload, provider):
+    run_benchmark(workload, provider)

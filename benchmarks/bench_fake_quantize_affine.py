@@ -1,10 +1,10 @@
-"""fake_quantize_affine, given range: every granularity; per tensor also forward + backward."""
+"""fake_quantize_affine with all granularities, and per tensor also forward + backward."""
 
 import pytest
 
-from qatfast.bench import contestants
+from qatfast.bench import measurements
 
 
-@pytest.mark.parametrize(("work", "provider"), contestants("fake_quantize_affine"), ids=str)
-def test_fake_quantize_affine(compete, work, provider):
-    compete(work, provider)
+@pytest.mark.parametrize(("workload", "provider"), measurements("fake_quantize_affine"), ids=str)
+def test_fake_quantize_affine(run_benchmark, workload, provider):
+    run_benchmark(workload, provider)

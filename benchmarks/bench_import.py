@@ -1,10 +1,10 @@
-"""The import of qatfast, after torch, in a fresh process."""
+"""The import of qatfast after torch, in a fresh process."""
 
 import pytest
 
-from qatfast.bench import contestants
+from qatfast.bench import measurements
 
 
-@pytest.mark.parametrize(("work", "provider"), contestants("import"), ids=str)
-def test_import(compete, work, provider):
-    compete(work, provider)
+@pytest.mark.parametrize(("workload", "provider"), measurements("import"), ids=str)
+def test_import(run_benchmark, workload, provider):
+    run_benchmark(workload, provider)

@@ -1,10 +1,10 @@
-"""A training step of the study's network: forward, loss, backward, Adam; next to the float one."""
+"""A training step of the study's network (forward, loss, backward, Adam) next to the float network."""
 
 import pytest
 
-from qatfast.bench import contestants
+from qatfast.bench import measurements
 
 
-@pytest.mark.parametrize(("work", "provider"), contestants("network"), ids=str)
-def test_network(compete, work, provider):
-    compete(work, provider)
+@pytest.mark.parametrize(("workload", "provider"), measurements("network"), ids=str)
+def test_network(run_benchmark, workload, provider):
+    run_benchmark(workload, provider)

@@ -1,10 +1,10 @@
-"""qat_linear in the tutorial config, as the layer QATLinear, next to nn.Linear: training step and forward."""
+"""qat_linear as the layer QATLinear next to nn.Linear: training step, inference and backward."""
 
 import pytest
 
-from qatfast.bench import contestants
+from qatfast.bench import measurements
 
 
-@pytest.mark.parametrize(("work", "provider"), contestants("qat_linear"), ids=str)
-def test_qat_linear(compete, work, provider):
-    compete(work, provider)
+@pytest.mark.parametrize(("workload", "provider"), measurements("qat_linear"), ids=str)
+def test_qat_linear(run_benchmark, workload, provider):
+    run_benchmark(workload, provider)

@@ -1,10 +1,10 @@
-"""quantize to 8 bits: every granularity."""
+"""quantize to 8 bits with all granularities."""
 
 import pytest
 
-from qatfast.bench import contestants
+from qatfast.bench import measurements
 
 
-@pytest.mark.parametrize(("work", "provider"), contestants("quantize"), ids=str)
-def test_quantize(compete, work, provider):
-    compete(work, provider)
+@pytest.mark.parametrize(("workload", "provider"), measurements("quantize"), ids=str)
+def test_quantize(run_benchmark, workload, provider):
+    run_benchmark(workload, provider)

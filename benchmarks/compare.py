@@ -1,9 +1,9 @@
-"""Names what has become slower between two runs of the benchmarks; exit status 1 if something has.
+"""Compares two runs of the benchmarks and names what has become slower. The exit status is 1 if something has.
 
 python benchmarks/compare.py before.json after.json     copies of .benchmarks/cpu.json, which make bench writes
 
-Judged is the median time of qatfast over that of the baseline (clone, nn.Linear) in the same run, so that a slower
-machine is no slower code. (``pytest-benchmark compare`` shows two files side by side, but judges nothing.)
+The median time of qatfast is divided by that of the baseline (clone, nn.Linear) in the same run, so that a slower
+machine does not count as slower code. ``pytest-benchmark compare`` only shows two files side by side.
 """
 
 import argparse
@@ -15,11 +15,12 @@ LIMIT = 1.10
 
 
 def ratios(run: dict) -> dict[str, float]:
-    """qatfast's time in each group, as a multiple of the baseline's."""
+    """Returns the time of qatfast in each group, as a multiple of the baseline's."""
     medians = {
-        (one["group"], one["extra_info"]["provider"]): one["stats"]["median"] for one in run["benchmarks"]
+        (entry["group"], entry["extra_info"]["provider"]): entry["stats"]["median"]
+        for entry in run["benchmarks"]
     }
-    baselines = {one["group"]: one["extra_info"]["baseline"] for one in run["benchmarks"]}
+    baselines = {entry["group"]: entry["extra_info"]["baseline"] for entry in run["benchmarks"]}
     return {
         f"{group}: {provider}": median / medians[group, baselines[group]]
         for (group, provider), median in medians.items()
@@ -28,7 +29,7 @@ def ratios(run: dict) -> dict[str, float]:
 
 
 def slower(before: dict[str, float], after: dict[str, float]) -> list[str]:
-    """A line for each that has become slower by more than a tenth."""
+    """Returns a line per measurement that has become slower by more than a tenth."""
     return [
         f"{name}: {before[name]:.2f}x before, {ratio:.2f}x after ({ratio / before[name] - 1:+.0%})"
         for name, ratio in after.items()

@@ -1,6 +1,6 @@
-"""What the benchmarks share: the contest of a work runs once, its providers in turns; each benchmark reports its own.
+"""What the benchmarks share: all providers of a workload are measured together, and each benchmark reports its own.
 
-pytest-benchmark shows and saves the times. What was measured besides is in the same JSON file, under "qatfast".
+pytest-benchmark shows and saves the times. All other figures are in the same JSON file, under "qatfast".
 """
 
 from contextlib import suppress
@@ -11,13 +11,13 @@ import torch
 
 from qatfast.bench import measure, prepare
 from qatfast.bench.command import FULL_SECONDS
-from qatfast.bench.record import as_json
+from qatfast.bench.results import as_json
 
 RESULTS = pytest.StashKey()
 
 
 class Replay:
-    """A timer in Python's sense that shows the times that a contest took."""
+    """A clock that shows the times that have been measured already."""
 
     def __init__(self):
         self.now = 0.0
@@ -26,7 +26,7 @@ class Replay:
         return self.now
 
     def of(self, rounds):
-        """A call that takes the time of the next round."""
+        """Returns a function that takes the time of the next round."""
         remaining = iter(rounds)
 
         def turn():
@@ -36,9 +36,11 @@ class Replay:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seconds", type=float, default=FULL_SECONDS, help="for the rounds of one contest")
-    with suppress(ValueError):  # the tests, run together with the benchmarks, have it too
-        parser.addoption("--device", default="cpu", help="where the tensors live: cpu (default) or cuda")
+    parser.addoption(
+        "--seconds", type=float, default=FULL_SECONDS, help="time for the rounds of one workload"
+    )
+    with suppress(ValueError):  # the tests define it too, if they run together with the benchmarks
+        parser.addoption("--device", default="cpu", help="device of the tensors: cpu (default) or cuda")
 
 
 def pytest_configure(config):
@@ -57,24 +59,24 @@ def pytest_benchmark_update_json(config, output_json):
 
 
 @pytest.fixture
-def compete(benchmark, request):
-    """Reports the times of a provider at a work, in the group of that work; skipped where it cannot do it."""
+def run_benchmark(benchmark, request):
+    """Reports the times of a provider in the group of its workload. Skips the test if the provider did not run."""
     results = request.config.stash[RESULTS]
 
-    def run(work, provider):
-        if work not in results:
-            chosen = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-            selected = [one["provider"] for one in chosen if one.get("work") == work]
-            contest = prepare(
-                replace(work, device=request.config.getoption("--device")),
-                dict.fromkeys([work.baseline, *selected]),
+    def run(workload, provider):
+        if workload not in results:
+            parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+            selected = [values["provider"] for values in parameters if values.get("workload") == workload]
+            runner = prepare(
+                replace(workload, device=request.config.getoption("--device")),
+                dict.fromkeys([workload.baseline, *selected]),
             )
-            results[work] = measure(contest, seconds=request.config.getoption("--seconds"))
-        timing = results[work].timing(provider)
+            results[workload] = measure(runner, seconds=request.config.getoption("--seconds"))
+        timing = results[workload].timing(provider)
         if timing is None:
-            pytest.skip(f"{provider}: {results[work].skipped[provider]}")
-        benchmark.group = str(work)
-        benchmark.extra_info.update(provider=provider, baseline=work.baseline, max_error=timing.error)
+            pytest.skip(f"{provider}: {results[workload].skipped[provider]}")
+        benchmark.group = str(workload)
+        benchmark.extra_info.update(provider=provider, baseline=workload.baseline, max_error=timing.error)
         if timing.memory:
             benchmark.extra_info.update(timing.memory._asdict())
         replay = request.node.get_closest_marker("benchmark").kwargs["timer"]

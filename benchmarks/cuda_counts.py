@@ -1,9 +1,9 @@
-"""Writes cuda.md beside this file: what CUDA calls cost, counted on a simulated device, and times by arithmetic.
+"""Writes cuda.md beside this file: what CUDA calls cost, counted on a simulated device, and times computed from that.
 
 python -m cudasim --sms 132 -- python benchmarks/cuda_counts.py      minutes; needs nvcc too
 
-Nothing is timed. Launches and bytes of our kernels are the simulator's; those of PyTorch's operators follow from
-the operators that a call runs and the sizes of their tensors.
+Nothing is timed. The simulator counts launches and bytes of our kernels. Those of PyTorch's operators follow from the
+operators that a call runs and the sizes of their tensors.
 """
 
 import math
@@ -24,22 +24,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import counted
 import ptxas
 from qatfast import PerChannel, PerGroup, PerTensor, PerToken, __version__
-from qatfast.bench import Work, prepare
-from qatfast.bench.providers import OURS, TUTORIAL
-from qatfast.bench.works import BOTH, FORWARD, KI, MI
+from qatfast.bench import Workload, prepare
+from qatfast.bench.workloads import BOTH, FORWARD, KI, MI, OURS, TUTORIAL
 from qatfast.checks import dtype_name
 
 OUT = Path(__file__).with_name("cuda.md")
 COMMAND = "python -m cudasim --sms 132 -- python benchmarks/cuda_counts.py"
 MULTIPROCESSORS = 132
 LAUNCH = 3e-6  # seconds
-BANDWIDTH = {"H100": 3.35e12, "RTX 4090": 1.0e12}  # bytes a second
-# of one multiprocessor of the H100
+BANDWIDTH = {"H100": 3.35e12, "RTX 4090": 1.0e12}  # bytes per second
+# per multiprocessor of the H100
 REGISTERS, THREADS, THREAD_BLOCKS, SHARED = 65536, 2048, 32, 228 * KI
-RESERVED = KI  # bytes of shared memory that a thread block takes for itself
+RESERVED = KI  # bytes of shared memory that CUDA reserves per thread block
 
 DTYPES = (torch.float32, torch.bfloat16)
-# of a layer: the products, and the sum that is the bias's gradient
+# Operators of a layer that are not counted: its products, and the sum that is the bias's gradient.
 LEFT_OUT = ("aten::addmm", "aten::mm", "aten::linear", "aten::sum")
 TORCH = ("torch.ao fused op", "aten op", "torch.ao FakeQuantize", "torch.ao observer", "torch.ao qat.Linear")
 TUTORIALS = (TUTORIAL, "tutorial layer")
@@ -47,7 +46,7 @@ TUTORIALS = (TUTORIAL, "tutorial layer")
 HEAD = """# What the CUDA kernels cost
 
 **These are counts and models, not timings.** Launches, bytes and sectors were counted on a simulated device; registers
-and shared memory are the compiler's. The times are arithmetic on them: {launch:.0f} µs a launch, and every byte at
+and shared memory are the compiler's. The times are computed from them: {launch:.0f} µs per launch, and every byte at
 the full bandwidth of the memory, {bandwidths}. No GPU was involved, and a real one
 differs: caches serve small tensors and second reads faster, no kernel reaches the full bandwidth, and the host may be
 slower than the device. What an H100 takes is in [h100.md](h100.md).
@@ -57,23 +56,25 @@ slower than the device. What an H100 takes is in [h100.md](h100.md).
 
 ## How to read the tables
 
-- **launches**: kernels of one call. **read**, **written**: bytes an element, scales and workspace included. A second
-  read of the tensor counts in full, though part of it comes from the L2 cache; scales that all threads read count once.
-  For the layer: an element of weight, bias and output; its products and the sum of the bias's gradient are left out, on
-  all sides.
-- **sectors**: memory moves in sectors of 32 bytes; the bytes of the sectors that each access of a warp touches, as a
-  share of the bytes that its threads ask for. 1.00: nothing moves in vain; less: threads of a warp read the same scale.
-- **registers** a thread and **shared** memory a thread block (KiB), for sm_90; no kernel spills. **occupancy**: threads
-  that these leave room for on a multiprocessor of an H100, of 2048. The fused kernel holds the tensor in registers and
-  shared memory, so it is low by design where that counts: what matters is how many bytes are on their way.
-- **PyTorch**: `torch.fused_moving_avg_obs_fake_quant` where it can do the work (float32; per tensor and along the first
-  axis, also of rows and groups as channels; by its source five launches, and 13 bytes an element per tensor, 17 per
-  channel: the range, the moving average, the scale, the values, the mask), else its module or operator of that name;
-  "–" where it has none, or none that runs on the simulated device. The **tutorial** formula is
-  `qatfast.bench.tutorial`. Any other operator counts as one launch that reads its arguments and writes its results
-  once, which is the least it can be.
-- A time is for the whole call. All counts are those of an H100 with {multiprocessors} multiprocessors; an RTX 4090
-  (128, with less shared memory) reads more of a tensor beyond some 20 MB twice.
+- **launches**: kernels of one call. **read**, **written**: bytes per element, including scales and workspace. A second
+  read of the tensor counts in full, though part of it comes from the L2 cache. Scales that all threads read count once.
+  For the layer, the elements are those of weight, bias and output. Its products and the sum of the bias's gradient are
+  not counted for any implementation.
+- **sectors**: memory moves in sectors of 32 bytes. This is the number of bytes in the sectors that each access of a
+  warp touches, as a share of the bytes that its threads request. It is 1.00 if no byte is moved needlessly, and less
+  if threads of a warp read the same scale.
+- **registers** per thread and **shared** memory per thread block (KiB), for sm_90. No kernel spills. **occupancy**: the
+  share of the 2048 threads of an H100's multiprocessor that these leave room for. The fused kernel holds the tensor in
+  registers and shared memory, so its occupancy is low by design for large tensors. The number of bytes in flight
+  matters there.
+- **PyTorch**: `torch.fused_moving_avg_obs_fake_quant` if it supports the call, and otherwise its module or operator of
+  that name; "–" if there is none, or none that runs on the simulated device. The fused operator supports float32, per
+  tensor and along the first axis, and rows and groups as channels. Its source has five launches and 13 bytes per
+  element per tensor, 17 per channel, for the range, the moving average, the scale, the values and the mask. The
+  **tutorial** formula is `qatfast.bench.tutorial`. Any other operator counts as one launch that reads its arguments
+  and writes its results once, which is the minimum.
+- A time is for the whole call. All counts are those of an H100 with {multiprocessors} multiprocessors. An RTX 4090
+  (128, with less shared memory) reads more of a tensor larger than about 20 MB twice.
 """
 
 
@@ -84,9 +85,11 @@ class Case(NamedTuple):
     granularity: object = PerTensor()
     backward: bool = False
 
-    def work(self, dtype: torch.dtype) -> Work:
+    def workload(self, dtype: torch.dtype) -> Workload:
         passes = BOTH if self.backward else FORWARD
-        return Work(self.op, passes, self.title, self.shape, self.backward, self.granularity, dtype, "cuda")
+        return Workload(
+            self.op, passes, self.title, self.shape, self.backward, self.granularity, dtype, "cuda"
+        )
 
     @property
     def elements(self) -> int:
@@ -132,7 +135,7 @@ class Cost:
 
 
 class Traffic(TorchDispatchMode):
-    """The least that PyTorch's operators cost on a device: each one launch, arguments read and results written once."""
+    """Counts the least that PyTorch's operators cost: a launch each, arguments read and results written once."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +157,7 @@ class Traffic(TorchDispatchMode):
 
     @staticmethod
     def inside(name, args):
-        """Launches of an operator, and how often it reads its first argument again, by PyTorch's source."""
+        """Returns the launches of an operator and its repeated reads of its first argument, as in PyTorch's source."""
         if name == "aten::_fused_moving_avg_obs_fq_helper":
             per_channel = len(args) > 11 and args[11]
             return 5, 2 if per_channel else 1
@@ -164,28 +167,30 @@ class Traffic(TorchDispatchMode):
 
 
 def cost_of(run) -> Cost:
-    """Of a call made of PyTorch's operators."""
+    """Returns the cost of a call that runs operators of PyTorch."""
     with Traffic() as traffic:
         run()
     return traffic.cost
 
 
 def short(kernel: str) -> str:
-    """``fake_quantize_kernel<float>``."""
+    """Returns a name such as ``fake_quantize_kernel<float>``."""
     return re.search(r"(\w+_kernel<[^(]*>)\(", kernel)[1]
 
 
 def read(launch: dict) -> int:
-    """Bytes from memory. With given scales each element is read once, and the scales, by many threads, from a cache."""
+    """Returns the bytes read from memory. Given scales, which many threads read, come from a cache."""
     if "fake_quantize_kernel" in launch["kernel"]:
         return launch["global_load_bytes"]
     return 32 * launch["unique_read_sectors"]
 
 
 def occupancy(launch: dict, kernel: ptxas.Kernel) -> float:
-    """Share of an H100's threads, by the compiler's figures."""
+    """Returns the share of an H100's threads that the registers and the shared memory of a kernel allow."""
     threads = launch["block"][0]
-    registers = math.ceil(kernel.registers * 32 / 256) * 256 * threads // 32  # a warp gets them by 256
+    registers = (
+        math.ceil(kernel.registers * 32 / 256) * 256 * threads // 32
+    )  # a warp gets them in units of 256
     shared = launch["static_shared"] + launch["dynamic_shared"] + RESERVED
     blocks = min(REGISTERS // registers, THREADS // threads, THREAD_BLOCKS, SHARED // shared)
     return blocks * threads / THREADS
@@ -204,15 +209,15 @@ def microseconds(cost: Cost | None) -> list[str]:
 
 
 def measure(case: Case, dtype: torch.dtype, kernels: dict[str, ptxas.Kernel]) -> tuple[list[str], list[str]]:
-    """The row of the counts, and that of the model."""
-    work = case.work(dtype)
-    contest = prepare(work, [OURS, *TUTORIALS, *TORCH])
-    with work.grad_mode():
-        counts = counted.counted(contest.runs[OURS])
-        others = {name: cost_of(run) for name, run in contest.runs.items() if name != OURS}
+    """Returns the row of the counts and the row of the model."""
+    workload = case.workload(dtype)
+    runner = prepare(workload, [OURS, *TUTORIALS, *TORCH])
+    with workload.grad_mode():
+        counts = counted.counted(runner.runs[OURS])
+        others = {name: cost_of(run) for name, run in runner.runs.items() if name != OURS}
     foreign = [name for name in counts.kernels if "qatfast" not in name and not name.startswith(LEFT_OUT)]
     if foreign:
-        sys.exit(f"cuda_counts.py: {work} runs operators whose bytes nobody counts: {foreign}")
+        sys.exit(f"cuda_counts.py: {workload} runs operators whose bytes nobody counts: {foreign}")
     launches = counts.launches
     ours = Cost(len(launches), sum(map(read, launches)), counts.written)
     used = [kernels[short(launch["kernel"])] for launch in launches]
@@ -249,8 +254,12 @@ MODEL = [
     "call",
     *(f"qatfast, µs {gpu}" for gpu in BANDWIDTH),
     "PyTorch's",
-    *("launches", "bytes", *BANDWIDTH),
-    *("tutorial: launches", "bytes", *BANDWIDTH),
+    "launches",
+    "bytes",
+    *BANDWIDTH,
+    "tutorial: launches",
+    "bytes",
+    *BANDWIDTH,
 ]
 
 
@@ -277,7 +286,7 @@ def main() -> None:
     for dtype in DTYPES:
         rows = []
         for case in CASES:
-            print(f"{case.work(dtype)}, {dtype_name(dtype)}", file=sys.stderr, flush=True)
+            print(f"{case.workload(dtype)}, {dtype_name(dtype)}", file=sys.stderr, flush=True)
             rows.append(measure(case, dtype, kernels))
         counts, model = zip(*rows, strict=True)
         lines += [f"## {dtype_name(dtype)}: counts", "", *table(COUNTS, list(counts)), ""]

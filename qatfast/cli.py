@@ -1,4 +1,4 @@
-"""The command line ``qatfast``: info, visualize, compare, bench."""
+"""The command line ``qatfast`` with the commands info, visualize, compare and bench."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qatfast import __version__
 
 INTERRUPTED = 130
 BAD_DATA = 1
-"""Data or a file that cannot be used, or a package that is not installed."""
+"""The data or a file cannot be used, or a package is not installed."""
 BAD_ARGUMENT = 2
 
 DESCRIPTION = (
@@ -42,23 +42,23 @@ COMPARE_EXAMPLES = """examples:
                                                         commas, semicolons or tabs between the cells
   qatfast compare --data arrays.npz --target labels     own arrays: all but the labels are features
 
-A report in OUT is replaced when the new one is finished; a folder with other files in it is never touched.
-Ctrl-C leaves a partial report that says so, in OUT, or in OUT-partial where OUT holds a complete report.
-Where the output is no terminal, progress is one line per training.
+A report in OUT is replaced when the new report is finished. A folder with other files in it is never changed.
+Ctrl-C leaves a partial report that says so, in OUT, or in OUT-partial if OUT holds a complete report.
+If the output is not a terminal, progress is one line per training.
 exit codes: 0 done, 1 bad data or a missing package (pip install matplotlib scikit-learn rich), 2 bad argument,
 130 interrupted
 """
 
 
 class _Flat(argparse.Action):
-    """Joins the lists that each word of an option gave."""
+    """Joins the lists that the words of an option were parsed into."""
 
     def __call__(self, _parser: Any, namespace: argparse.Namespace, values: Any, _option: Any = None) -> None:
         setattr(namespace, self.dest, [value for each in values for value in each])
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_ARGUMENT, f"{self.prog}: {message}\n")
@@ -68,17 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: arguments without the program's name; None: those of the process.
+        argv: Arguments without the program's name. None means those of the process.
 
     Returns:
-        The exit code: 0 done, 1 bad data or a missing package, 2 a bad argument, 130 interrupted.
+        The exit code: 0 done, 1 bad data or a missing package, 2 bad argument, 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an arrow must not end a program whose output is ASCII
+            stream.reconfigure(errors="replace")  # an arrow must not be an error if the output is ASCII
     try:
         parser = _parser(arguments)
         options = parser.parse_args(arguments)
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("qatfast: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # the reader of a pipe has gone; nothing more can be said, and Python's own flush at the end must not try
+        # The reader of the pipe has gone, and Python's flush at exit must not fail because of that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BAD_DATA
 
@@ -134,7 +134,7 @@ def _visualize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bits", type=_bits, nargs="+", action=_Flat, default=[8], help="bit widths, 2 to 16 (default: 8)"
     )
-    parser.add_argument("--seed", type=_seed, default=42, help="of the noise (default: 42)")
+    parser.add_argument("--seed", type=_seed, default=42, help="seed of the noise (default: 42)")
     parser.add_argument(
         "--out", type=Path, default=Path(), help="folder of the pictures (default: the current one)"
     )
@@ -159,13 +159,16 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
         help="bit widths, 2 to 16: 8 4 or 8,4 (default: 8 4 3 2)",
     )
     parser.add_argument(
-        "--epochs", type=_count, default=20, help="of FP32, and as many again of FP32 or QAT (default: 20)"
+        "--epochs",
+        type=_count,
+        default=20,
+        help="epochs of FP32, followed by as many of FP32 or QAT (default: 20)",
     )
     parser.add_argument(
         "--seeds",
         type=_count,
         default=7,
-        help="how often everything is repeated; one cannot tell (default: 7)",
+        help="number of repetitions; a single seed cannot tell a difference (default: 7)",
     )
     parser.add_argument("--seed", type=_seed, default=42, help="the first seed (default: 42)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
@@ -235,10 +238,10 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _one_line_errors(command: str, run: Callable[[], int]) -> int:
-    """What ``run`` returns; what a user can put right is said in one line, everything else is a bug and stays one."""
+    """Returns what ``run`` returns, and reports an error that the user can fix in one line."""
     try:
         from qatfast.study.data import DataError
-        from qatfast.study.folder import FolderError
+        from qatfast.study.report import FolderError
     except ImportError as error:
         if "qatfast.study needs" not in str(error):
             raise
@@ -262,7 +265,7 @@ def _say(command: str, message: str, code: int) -> int:
 
 
 def _wrong_data_arguments(options: argparse.Namespace) -> str:
-    """What is wrong with --data and --target; empty if nothing is."""
+    """Returns what is wrong with --data and --target, or an empty string."""
     if options.data in ("synthetic", "digits"):
         if options.target is not None:
             return f"--target: only for a file; --data {options.data} knows its labels"
@@ -278,7 +281,7 @@ def _wrong_data_arguments(options: argparse.Namespace) -> str:
 
 
 def _missing_target(options: argparse.Namespace) -> str:
-    """What --target may be where it is missing; empty if it is not."""
+    """Returns what --target may be if it is missing, or an empty string."""
     if options.target is not None or options.data in ("synthetic", "digits"):
         return ""
     from qatfast.study.data import label_columns, listing
@@ -289,13 +292,13 @@ def _missing_target(options: argparse.Namespace) -> str:
 
 
 def _wrong_device(name: str) -> str:
-    """Why the device cannot be used; empty if it can."""
+    """Returns why the device cannot be used, or an empty string."""
     import torch
 
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         devices.append("mps")
-    # "cuda" alone is the current CUDA device
+    # "cuda" is the current CUDA device.
     allowed = {*devices, *(["cuda"] if len(devices) > 1 and devices[1].startswith("cuda") else [])}
     return (
         ""
@@ -310,7 +313,7 @@ def _wrong_seeds(options: argparse.Namespace) -> str:
 
 
 def _bits(text: str) -> list[int]:
-    """``8`` or ``8,4``."""
+    """Parses ``8`` or ``8,4``."""
     return [_whole_number(part, 2, 16) for part in text.split(",")]
 
 

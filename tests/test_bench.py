@@ -1,7 +1,8 @@
-"""The benchmarks: every provider does the same work, whoever is wrong or missing is named, the figures add up."""
+"""The benchmarks: all providers run the same workload, wrong and missing ones are named, and the figures are right."""
 
 import argparse
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
@@ -13,66 +14,78 @@ import pytest
 import torch
 
 import cases
+import qatfast
 from qatfast import PerChannel, PerGroup, PerTensor, PerToken, bench, cli, reference
-from qatfast.bench import contest, importing, memory, plots, table, targets, tutorial
-from qatfast.bench.contest import names
-from qatfast.bench.names import (
+from qatfast.bench import plots, providers, results, runner, timer, tutorial
+from qatfast.bench.results import Memory, as_json, from_json
+from qatfast.bench.runner import memory, names
+from qatfast.bench.workloads import (
     BOUNDS,
     CACHED,
     COMPILED,
+    CONFIGS,
+    ELEMENTWISE_OPS,
+    GRANULARITIES,
+    KI,
     ONE_THREAD,
+    OPS,
     OURS,
     REFERENCE,
+    SUBJECTS,
     TRIAD,
     TUTORIAL,
     TUTORIAL_LAYER,
+    Target,
+    Workload,
+    workloads_of,
 )
-from qatfast.bench.record import as_json, from_json
-from qatfast.bench.works import CONFIGS, GRANULARITIES, KI, OPS, SUBJECTS, Target, Work, works
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-# one step of the 255, and the float rounding of the largest value
+# One of the 255 steps, and the float rounding of the largest value.
 ONE_STEP = 1 / 100
-# these quantize otherwise: another range, the input in place of the output, the bias not
+# These quantize differently: with another range, the input and not the output, or not the bias.
 OTHERWISE = ("Brevitas", "torchao", "torch.ao qat.Linear", "NNCF", "ModelOpt")
 
 
 def small(op, **changes):
     shape = {"qat_linear": (24, 16, 8), "network": (4,)}.get(op, (48, 64))
-    return replace(Work(op, "forward", "small", shape), **changes)
+    return replace(Workload(op, "forward", "small", shape), **changes)
 
 
-def eager(work):
-    """All but those that compile, which takes seconds."""
-    return [name for name in names(work) if "compiled" not in name and name != "NNCF"]
+def eager(workload):
+    """Returns the names of all providers that do not compile, which takes seconds."""
+    return [name for name in names(workload) if "compiled" not in name and name != "NNCF"]
 
 
 def test_every_operator_is_measured():
-    assert set(OPS) == set(cases.OPS)
+    operators = {name for name in vars(reference) if inspect.isfunction(getattr(qatfast, name, None))}
+    assert set(OPS) == operators
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_the_sizes(subject):
-    full, short = works(subject), works(subject, short=True)
+    full, short = workloads_of(subject), workloads_of(subject, short=True)
     assert len(set(map(str, full))) == len(full) and short
-    assert {str(work) for work in short} <= {str(work) for work in full}
-    if subject in OPS[:-1]:
-        assert {work.granularity for work in full} == {PerTensor(), *GRANULARITIES.values()}
-    assert any(work.targets for work in full)
+    assert {str(workload) for workload in short} <= {str(workload) for workload in full}
+    if all(workload.is_elementwise for workload in full):
+        assert {workload.granularity for workload in full} == {PerTensor(), *GRANULARITIES.values()}
+    assert any(workload.targets for workload in full)
 
 
-def test_another_dtype_is_held_to_nothing():
-    chosen = works("fake_quantize", dtype=torch.float64)
-    assert {work.dtype for work in chosen} == {torch.float64}
-    assert not any(work.targets for work in chosen)
+def test_another_dtype_has_no_targets():
+    chosen = workloads_of("fake_quantize", dtype=torch.float64)
+    assert {workload.dtype for workload in chosen} == {torch.float64}
+    assert not any(workload.targets for workload in chosen)
     assert len(set(map(str, chosen))) == len(chosen)
 
 
-def test_the_figures_that_the_package_is_held_to():
+def test_the_targets():
     said = [
         verdict.target
         for subject in SUBJECTS
-        for verdict in targets.verdicts([bench.Result(work, (), {}) for work in works(subject)])
+        for verdict in results.verdicts(
+            [bench.Result(workload, (), {}) for workload in workloads_of(subject)]
+        )
     ]
     for target in (
         "fake_quantize, forward, per tensor, small: 1: at most 2 µs above clone",
@@ -102,23 +115,23 @@ def test_the_figures_that_the_package_is_held_to():
 @pytest.mark.parametrize(
     "granularity", [PerTensor(), PerToken(), PerGroup(32), PerChannel(0), PerChannel(1)], ids=str
 )
-@pytest.mark.parametrize("op", cases.OPS[:-1])
+@pytest.mark.parametrize("op", ELEMENTWISE_OPS)
 def test_providers_agree_with_the_reference(device, op, granularity, backward):
     if backward and not op.startswith("fake_quantize"):
         pytest.skip("no gradient")
-    work = small(op, granularity=granularity, backward=backward, device=device)
-    prepared = bench.prepare(work, eager(work))
+    workload = small(op, granularity=granularity, backward=backward, device=device)
+    prepared = bench.prepare(workload, eager(workload))
     assert prepared.errors[OURS] == prepared.errors[REFERENCE] == 0
     assert all(error is None or error <= ONE_STEP for error in prepared.errors.values()), prepared.errors
-    # torch's fused op has channels along the first axis only
+    # The fused op of torch has channels along the first axis only.
     assert set(prepared.skipped) <= {"torch.ao fused op"} and all(prepared.skipped.values())
 
 
 def test_providers_take_images(device):
-    work = small(
+    workload = small(
         "fake_quantize", shape=(2, 3, 8, 8), granularity=PerChannel(1), channels_last=True, device=device
     )
-    prepared = bench.prepare(work, eager(work))
+    prepared = bench.prepare(workload, eager(workload))
     assert prepared.runs["clone"]().is_contiguous(memory_format=torch.channels_last)
     assert all(error is None or error <= ONE_STEP for error in prepared.errors.values()), prepared.errors
     assert {OURS, TUTORIAL, "aten ops", "torch.ao FakeQuantize"} <= set(prepared.runs)
@@ -127,57 +140,57 @@ def test_providers_take_images(device):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_layers_agree_with_the_reference(device, backward, config):
-    work = small("qat_linear", backward=backward, device=device, config=config)
-    prepared = bench.prepare(work, eager(work))
+    workload = small("qat_linear", backward=backward, device=device, config=config)
+    prepared = bench.prepare(workload, eager(workload))
     assert prepared.errors[OURS] == prepared.errors[REFERENCE] == 0
     assert (CACHED in prepared.runs) is not backward
     for name, error in prepared.errors.items():
         assert error is None or error <= (0.15 if name in OTHERWISE else ONE_STEP), name
     assert set(prepared.skipped) <= {*OTHERWISE, *BOUNDS}
-    prepared.inside.close()
+    prepared.resources.close()
 
 
 def test_the_layer_runs_under_autocast():
-    work = small("qat_linear", backward=True, config="int8 config", autocast=True)
-    prepared = bench.prepare(work, ["nn.Linear", OURS])
+    workload = small("qat_linear", backward=True, config="int8 config", autocast=True)
+    prepared = bench.prepare(workload, ["nn.Linear", OURS])
     assert all(run()[0].dtype == torch.bfloat16 for run in prepared.runs.values())
 
 
 def test_the_backward_alone_gives_the_gradients_alone():
     for op in ("fake_quantize_affine", "qat_linear"):
-        both, alone = (
+        with_forward, alone = (
             bench.prepare(small(op, backward=True, forward=forward), [OURS, REFERENCE])
             for forward in (True, False)
         )
         for _ in range(2):
-            assert contest._same(both.runs[OURS]()[1:], alone.runs[OURS]())
+            assert runner._same(with_forward.runs[OURS]()[1:], alone.runs[OURS]())
         assert alone.errors == {OURS: None, REFERENCE: None}
     copy = bench.prepare(small("fake_quantize_affine", backward=True, forward=False), ["clone"])
     assert isinstance(copy.runs["clone"](), torch.Tensor)
 
 
 def test_the_steps_of_the_network_agree():
-    work = small("network", backward=True)
-    prepared = bench.prepare(work)
-    assert set(prepared.runs) == set(names(work)) and prepared.errors[OURS] == 0
+    workload = small("network", backward=True)
+    prepared = bench.prepare(workload)
+    assert set(prepared.runs) == set(names(workload)) and prepared.errors[OURS] == 0
     assert prepared.errors[TUTORIAL] < ONE_STEP
     first, second = (prepared.runs[OURS]() for _ in range(2))
-    assert contest._same(first, second)
+    assert runner._same(first, second)
 
 
 def test_the_import_is_timed_in_a_process_of_its_own(monkeypatch):
-    monkeypatch.setattr(importing, "CODE", "before = '{before}'; name = '{name}'; print(0.25)")
-    (work,) = works("import")
-    result = bench.measure(bench.prepare(work), seconds=0)
-    assert result.timing(OURS).seconds == 0.25 and len(result.timing(OURS).rounds) == contest.LEAST_ROUNDS
+    monkeypatch.setattr(runner, "IMPORT_CODE", "before = '{before}'; name = '{name}'; print(0.25)")
+    (workload,) = workloads_of("import")
+    result = bench.measure(bench.prepare(workload), seconds=0)
+    assert result.timing(OURS).seconds == 0.25 and len(result.timing(OURS).rounds) == timer.MIN_ROUNDS
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
 @pytest.mark.parametrize("op", OPS)
 def test_every_dtype(device, op, dtype):
-    work = small(op, dtype=dtype, device=device)
-    prepared = bench.prepare(work, [work.baseline, OURS, REFERENCE])
-    assert set(prepared.runs) == {work.baseline, OURS, REFERENCE}
+    workload = small(op, dtype=dtype, device=device)
+    prepared = bench.prepare(workload, [workload.baseline, OURS, REFERENCE])
+    assert set(prepared.runs) == {workload.baseline, OURS, REFERENCE}
 
 
 def test_the_compiled_reference_agrees():
@@ -196,15 +209,15 @@ def test_the_tutorial_formula_keeps_the_shape():
 
 
 def test_a_gradient_is_part_of_the_check():
-    inputs_differ = bench.prepare(small("fake_quantize_affine", backward=True), [OURS])
-    value, gradient = inputs_differ.runs[OURS]()
+    prepared = bench.prepare(small("fake_quantize_affine", backward=True), [OURS])
+    value, gradient = prepared.runs[OURS]()
     assert gradient.shape == value.shape and (gradient == 0).any()
 
 
 def test_a_wrong_result_is_never_timed(monkeypatch):
-    right = contest.providers.functional.fake_quantize
+    right = providers.functional.fake_quantize
     monkeypatch.setattr(
-        contest.providers.functional, "fake_quantize", lambda x: right(x) * (1 + torch.finfo(x.dtype).eps)
+        providers.functional, "fake_quantize", lambda x: right(x) * (1 + torch.finfo(x.dtype).eps)
     )
     with pytest.raises(bench.WrongResult, match=r"fake_quantize, forward: small: qatfast differs"):
         bench.prepare(small("fake_quantize"), ["clone", OURS])
@@ -214,40 +227,40 @@ def test_a_provider_that_fails_is_skipped_with_its_reason(monkeypatch):
     def broken(inputs):
         raise ImportError("no module of that name\nand much more")
 
-    monkeypatch.setitem(contest.providers.OTHERS["fake_quantize"], "broken", broken)
-    work = small("fake_quantize")
-    prepared = bench.prepare(work, ["clone", OURS, "broken"])
+    monkeypatch.setitem(providers.OTHERS["fake_quantize"], "broken", broken)
+    workload = small("fake_quantize")
+    prepared = bench.prepare(workload, ["clone", OURS, "broken"])
     assert list(prepared.runs) == ["clone", OURS]
     assert prepared.skipped == {"broken": "ImportError: no module of that name"}
     result = bench.measure(prepared, seconds=0)
-    assert table.skipped([result, result]) == [
-        f"broken: ImportError: no module of that name ({work} and 1 more)"
+    assert results.skipped([result, result]) == [
+        f"broken: ImportError: no module of that name ({workload} and 1 more)"
     ]
 
 
 def test_a_baseline_that_fails_is_an_error(monkeypatch):
-    monkeypatch.setattr(contest.providers, "_clone", lambda inputs: lambda x: x.no_such_method())
+    monkeypatch.setattr(providers, "_clone", lambda inputs: lambda x: x.no_such_method())
     with pytest.raises(AttributeError):
         bench.prepare(small("fake_quantize"))
 
 
 def test_a_ratio_is_taken_round_by_round(monkeypatch):
-    # the machine is twice as slow in every other round; qatfast takes 1.5 times as long in each of them
+    # The machine is twice as slow in every other round, and qatfast takes 1.5 times as long as the baseline.
     rounds = {"clone": 0, OURS: 0}
 
-    def turn_of(name, run, work):
+    def turn_of(name, run, workload):
         def turn():
             rounds[name] += 1
             return (1 + rounds[name] % 2) * (1.5 if name == OURS else 1.0)
 
         return turn
 
-    monkeypatch.setattr(contest, "_turn_of", turn_of)
-    prepared = bench.Contest(
+    monkeypatch.setattr(runner, "_turn_of", turn_of)
+    prepared = bench.Runner(
         small("fake_quantize"), {name: int for name in rounds}, dict.fromkeys(rounds, 0.0)
     )
     result = bench.measure(prepared, seconds=0)
-    assert set(rounds.values()) == {contest.LEAST_ROUNDS}
+    assert set(rounds.values()) == {timer.MIN_ROUNDS}
     assert result.ratio("clone") == (1.0, 1.0, 1.0)
     assert result.ratio(OURS) == (1.5, 1.5, 1.5) and result.ratio("clone", OURS).median == 1 / 1.5
     assert result.above(OURS) == (1.0, 0.5, 1.0) and result.timing(OURS).seconds == 3.0
@@ -263,34 +276,34 @@ def test_everything_is_timed_on_the_device(device):
 
 def test_one_thread_is_one_thread_in_its_own_turn_only(monkeypatch, threads):
     threads(2)
-    monkeypatch.setattr(contest, "_turn", lambda run, *_: run())
+    monkeypatch.setattr(runner, "turn_of", lambda run, device: run)
     turns = [
-        contest._turn_of(name, torch.get_num_threads, small("fake_quantize"))
+        runner._turn_of(name, torch.get_num_threads, small("fake_quantize"))
         for name in (OURS, OURS + ONE_THREAD, OURS)
     ]
     assert [turn() for turn in turns] == [2, 1, 2]
 
 
-def test_one_thread_takes_part_where_the_work_says_so():
+def test_one_thread_is_measured_if_the_workload_says_so():
     assert OURS + ONE_THREAD not in names(small("quantize"))
-    work = small("quantize", threads=True)
-    prepared = bench.prepare(work, ["clone" + ONE_THREAD, OURS + ONE_THREAD])
+    workload = small("quantize", one_thread=True)
+    prepared = bench.prepare(workload, ["clone" + ONE_THREAD, OURS + ONE_THREAD])
     assert prepared.errors == {"clone" + ONE_THREAD: None, OURS + ONE_THREAD: 0}
 
 
-def test_where_few_take_part_the_others_are_left_out_by_name():
-    work = small("fake_quantize", few="left out here")
-    prepared = bench.prepare(work, eager(work))
+def test_providers_that_are_left_out_are_named():
+    workload = small("fake_quantize", reduced="left out here")
+    prepared = bench.prepare(workload, eager(workload))
     assert set(prepared.runs) == {"clone", OURS, TUTORIAL, "torch.ao fused op"}
     assert set(prepared.skipped.values()) == {"left out here"} and REFERENCE in prepared.skipped
-    listed = [name for one, name in bench.contestants("fake_quantize") if one.few]
+    listed = [name for workload, name in bench.measurements("fake_quantize") if workload.reduced]
     assert OURS in listed and "aten ops" not in listed
 
 
 def test_the_triad_moves_the_bytes_of_the_operator():
     for op, bytes_ in {"fake_quantize": 8, "choose_qparams": 4, "quantize": 5, "dequantize": 5}.items():
-        work = small(op, shape=(192 * KI,))
-        prepared = bench.prepare(work, [TRIAD])
+        workload = small(op, shape=(192 * KI,))
+        prepared = bench.prepare(workload, [TRIAD])
         assert prepared.runs[TRIAD]().nbytes * 3 == bytes_ * 192 * KI, op
         assert prepared.errors == {TRIAD: None}
 
@@ -298,22 +311,24 @@ def test_the_triad_moves_the_bytes_of_the_operator():
 def test_the_bytes_of_a_layer():
     batch, inputs, outputs = small("qat_linear").shape
     step = bench.prepare(small("qat_linear", backward=True), ["nn.Linear", OURS, TUTORIAL_LAYER])
-    counted = {name: memory.memory(run) for name, run in step.runs.items()}
-    assert counted["nn.Linear"].kept == 4 * batch * inputs  # the input; not the weight, which is a parameter
+    counted = {name: memory(run) for name, run in step.runs.items()}
+    assert (
+        counted["nn.Linear"].kept == 4 * batch * inputs
+    )  # the input, but not the weight, which is a parameter
     assert counted[OURS].kept == counted[TUTORIAL_LAYER].kept == 4 * (batch * inputs + outputs * inputs)
     assert counted[TUTORIAL_LAYER].allocated > counted[OURS].allocated > counted["nn.Linear"].allocated
 
 
 def test_the_bytes_of_a_call():
     x = torch.ones(1000, requires_grad=True)
-    assert memory.memory(lambda: None) == (0, 0)
-    assert memory.memory(x.detach().clone) == (4000, 0)
-    assert memory.memory(lambda: x.exp().sum()) == (4004, 4000)
-    assert memory.memory(lambda: (x * x, x[:10] * x[5:15])).kept == 4000  # one storage
+    assert memory(lambda: None) == (0, 0)
+    assert memory(x.detach().clone) == (4000, 0)
+    assert memory(lambda: x.exp().sum()) == (4004, 4000)
+    assert memory(lambda: (x * x, x[:10] * x[5:15])).kept == 4000  # one storage
 
 
-def test_the_profiler_says_nothing(capfd):
-    memory.memory(lambda: torch.ones(3))
+def test_the_profiler_prints_nothing(capfd):
+    memory(lambda: torch.ones(3))
     assert capfd.readouterr() == ("", "")
 
 
@@ -328,50 +343,50 @@ def timed(op="fake_quantize", **changes):
     return timed_at(small(op, **changes))
 
 
-def timed_at(work):
-    return bench.measure(bench.prepare(work, [work.baseline, OURS, REFERENCE]), seconds=0)
+def timed_at(workload):
+    return bench.measure(bench.prepare(workload, [workload.baseline, OURS, REFERENCE]), seconds=0)
 
 
-def result(work, ratios, *, kept=None):
-    """A result with these ratios, the baseline's time 1 ms; each keeps as many bytes as its ratio says."""
+def result(workload, ratios, *, kept=None):
+    """Returns a result with these ratios to 1 ms. Each provider keeps ``kept`` bytes times its ratio."""
     timings = [
-        bench.Timing(name, (value * 1e-3,) * 3, 0.0, kept and memory.Memory(0, round(kept * value)))
+        bench.Timing(name, (value * 1e-3,) * 3, 0.0, kept and Memory(0, round(kept * value)))
         for name, value in ratios.items()
     ]
-    return bench.Result(work, tuple(timings), {})
+    return bench.Result(workload, tuple(timings), {})
 
 
 def test_the_tables():
-    results = [timed(), timed(column="other"), timed("qat_linear")]
-    first, second = table.tables(results)
+    measured_results = [timed(), timed(column="other"), timed("qat_linear")]
+    first, second = results.tables(measured_results)
     assert first.title == "fake_quantize, forward (clone = 1.0)"
     assert first.header == ("", "small", "other", "allocated, other", "kept, other", "max error")
     assert [row[0] for row in first.rows] == ["clone", OURS, REFERENCE]
-    assert first.rows[0][1].startswith("1.00x (") and first.rows[0][-1] == table.ABSENT
+    assert first.rows[0][1].startswith("1.00x (") and first.rows[0][-1] == results.ABSENT
     assert first.rows[1][-3:] == ("12 KiB", "0 B", "0")
     assert "(nn.Linear = 1.0)" in second.title
-    for text in (table.plain(first), table.markdown(first)):
+    for text in (results.plain(first), results.markdown(first)):
         assert first.title in text and all(cell in text for row in first.rows for cell in row)
-    lines = table.plain(first).splitlines()[2:]
+    lines = results.plain(first).splitlines()[2:]
     assert len({len(line) for line in lines if line}) == 1
 
 
 def test_numbers_are_short():
-    assert [table.ratio(x) for x in (1, 1.434, 9.994, 9.996, 134.2)] == [
+    assert [results.ratio(x) for x in (1, 1.434, 9.994, 9.996, 134.2)] == [
         "1.00x",
         "1.43x",
         "9.99x",
         "10x",
         "134x",
     ]
-    assert [table.duration(x) for x in (2.5, 0.0123, 4.56e-5, 7e-8)] == [
+    assert [results.duration(x) for x in (2.5, 0.0123, 4.56e-5, 7e-8)] == [
         "2.5 s",
         "12.3 ms",
         "45.6 µs",
         "70 ns",
     ]
-    assert [table.share(x) for x in (0, 0.0039, float("nan"))] == ["0", "0.39 %", "NaN"]
-    assert [table.size(x) for x in (0, 1023, 1536, 2**24, 2**31)] == [
+    assert [results.share(x) for x in (0, 0.0039, float("nan"))] == ["0", "0.39 %", "NaN"]
+    assert [results.size(x) for x in (0, 1023, 1536, 2**24, 2**31)] == [
         "0 B",
         "1023 B",
         "1.5 KiB",
@@ -382,39 +397,42 @@ def test_numbers_are_short():
 
 def test_a_nan_is_the_largest_error():
     errors = (float("nan"), 0.1)
-    results = [
+    measured_results = [
         bench.Result(small("quantize"), (bench.Timing("clone", (1.0, 1.0), error),), {}) for error in errors
     ]
-    for order in (results, results[::-1]):
-        assert table.tables(order)[0].rows[0][-1] == "NaN"
+    for order in (measured_results, measured_results[::-1]):
+        assert results.tables(order)[0].rows[0][-1] == "NaN"
 
 
-def test_the_bytes_are_those_of_the_largest_size_that_all_take_part_in():
-    results = [
+def test_the_bytes_are_those_of_the_largest_size_that_all_providers_run():
+    measured_results = [
         result(small("quantize", column=column), dict.fromkeys(names_, 1.0), kept=100)
         for column, names_ in {"a": ("clone", OURS), "b": ("clone", OURS), "c": ("clone",)}.items()
     ]
-    (shown,) = table.tables(results)
+    (shown,) = results.tables(measured_results)
     assert shown.header[-3:] == ("allocated, b", "kept, b", "max error")
     assert [row[-2] for row in shown.rows] == ["100 B", "100 B"]
 
 
 def test_the_share_of_the_bandwidth():
-    (shown,) = table.tables([result(small("quantize"), {"clone": 1.0, OURS: 2.0, TRIAD: 0.5})])
-    assert shown.rows[-1] == ("qatfast's share of the bandwidth", "25%", *[table.ABSENT] * 3)
+    (shown,) = results.tables([result(small("quantize"), {"clone": 1.0, OURS: 2.0, TRIAD: 0.5})])
+    assert shown.rows[-1] == ("qatfast's share of the bandwidth", "25%", *[results.ABSENT] * 3)
 
 
 def measured(index=0):
-    """Results of works that are measured, the first of an operator."""
-    chosen = [works(op)[index] for op in ("fake_quantize", "qat_linear")]
+    """Returns results of a workload of fake_quantize and of qat_linear."""
+    chosen = [workloads_of(op)[index] for op in ("fake_quantize", "qat_linear")]
     ratios = {"clone": 1.0, "nn.Linear": 1.0, OURS: 1.5}
-    return [result(work, {name: ratios[name] for name in (work.baseline, OURS)}, kept=100) for work in chosen]
+    return [
+        result(workload, {name: ratios[name] for name in (workload.baseline, OURS)}, kept=100)
+        for workload in chosen
+    ]
 
 
 def test_json_and_back():
-    results = [*measured(), timed_at(works("fake_quantize")[0])]
-    record = json.loads(json.dumps(as_json(results)))
-    assert from_json(record) == results
+    measured_results = [*measured(), timed_at(workloads_of("fake_quantize")[0])]
+    record = json.loads(json.dumps(as_json(measured_results)))
+    assert from_json(record) == measured_results
     assert {"processor", "threads"} <= set(record["machine"])
     assert {"torch", "brevitas", "torchao", "nncf", "nvidia-modelopt"} <= set(record["versions"])
 
@@ -422,7 +440,7 @@ def test_json_and_back():
 def test_json_of_another_version_is_an_error():
     record = as_json([result(small("quantize"), {"clone": 1.0})])
     with pytest.raises(
-        ValueError, match="expected a work that this version measures, got 'quantize, forward: small'"
+        ValueError, match="expected a workload that this version measures, got 'quantize, forward: small'"
     ):
         from_json(record)
 
@@ -435,9 +453,9 @@ def parse(*arguments):
 
 def test_the_command_prints_the_table(monkeypatch, capsys, tmp_path):
     chosen = eager(small("quantize"))
-    monkeypatch.setattr(bench.command, "works", lambda op, **_: [small(op)])
+    monkeypatch.setattr(bench.command, "workloads_of", lambda op, **_: [small(op)])
     monkeypatch.setattr(bench.command, "SHORT_SECONDS", 0)
-    monkeypatch.setattr(contest, "names", lambda work: chosen)
+    monkeypatch.setattr(runner, "names", lambda workload: chosen)
     file = tmp_path / "bench.json"
     assert bench.main(parse("--op", "quantize", "quantize", "--json", str(file))) == 0
     out, err = capsys.readouterr()
@@ -478,7 +496,7 @@ def test_a_wrong_argument_is_one_line(capsys, arguments, message):
 
 
 def loaded(name):
-    """A file of the benchmarks, as a module."""
+    """Loads a file of the benchmarks as a module."""
     file = BENCHMARKS / f"{name}.py"
     if not file.is_file():
         pytest.skip("the benchmarks are not here")
@@ -490,7 +508,7 @@ def loaded(name):
 
 @pytest.fixture
 def results_script():
-    """benchmarks/results.py."""
+    """The module benchmarks/results.py."""
     return loaded("results")
 
 
@@ -532,43 +550,46 @@ def results_script():
     ],
 )
 def test_targets_are_judged_by_the_figures(target, ratios, verdict):
-    one = result(small("quantize", targets=(target,)), {"clone": 1.0, **ratios}, kept=1000)
-    who = f", {CACHED}" if target.provider == CACHED else ""
-    assert targets.verdicts([one]) == [(f"quantize, forward: small{who}: {verdict[0]}", *verdict[1:])]
+    measured_result = result(small("quantize", targets=(target,)), {"clone": 1.0, **ratios}, kept=1000)
+    provider = f", {CACHED}" if target.provider == CACHED else ""
+    words, *rest = verdict
+    assert results.verdicts([measured_result]) == [(f"quantize, forward: small{provider}: {words}", *rest)]
 
 
-def test_bytes_that_were_not_counted_are_no_success():
-    one = result(small("quantize", targets=(Target(0.5, "kept"),)), {"clone": 1.0, OURS: 0.1})
-    assert targets.verdicts([one])[0].met is None
+def test_a_target_without_counted_bytes_is_not_met():
+    without_bytes = result(small("quantize", targets=(Target(0.5, "kept"),)), {"clone": 1.0, OURS: 0.1})
+    assert results.verdicts([without_bytes])[0].met is None
 
 
-def test_the_quartiles_are_said():
-    one = bench.Result(
+def test_a_verdict_has_the_quartiles():
+    measured_result = bench.Result(
         small("quantize", targets=(Target(1.5),)),
         (bench.Timing("clone", (1.0,) * 3), bench.Timing(OURS, (1.2, 1.4, 1.6))),
         {},
     )
-    assert targets.verdicts([one])[0].measured == "1.40x (1.20x to 1.60x)"
+    assert results.verdicts([measured_result])[0].measured == "1.40x (1.20x to 1.60x)"
 
 
-def test_a_missed_target_says_no(results_script):
+def test_a_missed_target_is_marked(results_script):
     missed = result(small("quantize", targets=(Target(1.5), Target(3.0))), {"clone": 1.0, OURS: 2.0})
-    assert [line.rsplit("|", 2)[1].strip() for line in results_script.verdicts([missed])[2:]] == [
+    assert [line.rsplit("|", 2)[1].strip() for line in results_script.target_lines([missed])[2:]] == [
         "**no**",
         "yes",
     ]
 
 
-def test_what_is_lost_is_said(results_script):
+def test_a_faster_provider_is_listed(results_script):
     won = result(small("quantize"), {"clone": 1.0, OURS: 1.5, TRIAD: 0.5, "aten op": 2.0})
     lost = result(small("quantize"), {"clone": 1.0, OURS: 1.5, "aten op": 1.2})
-    assert results_script.faster([won])[0].startswith("Nowhere")
-    assert results_script.faster([won, lost]) == ["- quantize, forward: small: aten op 1.20x, qatfast 1.50x"]
+    assert results_script.faster_lines([won])[0].startswith("Nowhere")
+    assert results_script.faster_lines([won, lost]) == [
+        "- quantize, forward: small: aten op 1.20x, qatfast 1.50x"
+    ]
 
 
-def test_one_thread_next_to_all(results_script):
+def test_one_thread_is_compared_with_all(results_script):
     ratios = {"clone": 1.0, OURS: 2.0, "clone" + ONE_THREAD: 1.5, OURS + ONE_THREAD: 3.6}
-    lines = results_script.one_thread([result(small("quantize", threads=True), ratios), timed()])
+    lines = results_script.one_thread_lines([result(small("quantize", one_thread=True), ratios), timed()])
     assert lines[2:] == ["| quantize, forward: small | 1.50x | 1.80x |"]
 
 
@@ -598,8 +619,8 @@ def test_the_results_are_written_from_files(results_script, tmp_path, monkeypatc
 
 def test_the_lines_of_the_picture():
     ratios = {"clone": 1.0, OURS: 2.0, TUTORIAL: 3.0}
-    chosen = [work for work in works("fake_quantize") if not work.backward][::-1]
-    figure = plots.fake_quantize_over_size(result(work, ratios) for work in chosen)
+    chosen = [workload for workload in workloads_of("fake_quantize") if not workload.backward][::-1]
+    figure = plots.fake_quantize_over_size(result(workload, ratios) for workload in chosen)
     lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()}
     assert list(lines) == ["clone, a plain copy", OURS, TUTORIAL]
     sizes = [x for x, _ in lines[OURS]]
@@ -609,7 +630,7 @@ def test_the_lines_of_the_picture():
 
 def test_the_bars_of_the_picture():
     ratios = {"nn.Linear": 1.0, OURS: 0.8, REFERENCE: 9.0, OURS + ONE_THREAD: 2.0}
-    figure = plots.layer_steps(result(work, ratios) for work in works("qat_linear"))
+    figure = plots.layer_steps(result(workload, ratios) for workload in workloads_of("qat_linear"))
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "weight, bias and output quantized",
         "input and weight quantized",
@@ -632,7 +653,7 @@ def test_files_of_two_machines_do_not_mix(results_script):
 
 
 def run_of(**medians):
-    """What pytest-benchmark writes of a group."""
+    """Returns what pytest-benchmark writes about a group."""
     return {
         "benchmarks": [
             {
@@ -665,7 +686,7 @@ def test_a_regression_is_named(monkeypatch, capsys, tmp_path, after, status, sai
     assert ended.value.code == status and said in out and err == "1 compared, 0 in one file only\n"
 
 
-def test_runs_of_nothing_in_common_cannot_be_compared(monkeypatch, capsys, tmp_path):
+def test_runs_without_a_common_benchmark_cannot_be_compared(monkeypatch, capsys, tmp_path):
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"benchmarks": []}))
     monkeypatch.setattr(sys, "argv", ["compare.py", str(file), str(file)])
@@ -679,37 +700,39 @@ def test_runs_of_nothing_in_common_cannot_be_compared(monkeypatch, capsys, tmp_p
 def test_the_benchmark_files_collect(subject):
     module = loaded(f"bench_{subject}")
     (mark,) = getattr(module, f"test_{subject}").pytestmark
-    assert mark.args[1] == bench.contestants(subject)
+    assert mark.args[1] == bench.measurements(subject)
 
 
-def test_a_benchmark_reports_what_the_contest_measured(tmp_path):
+def test_a_benchmark_reports_what_the_runner_measured(tmp_path):
     file = tmp_path / "run.json"
-    work = "quantize, forward, per tensor: 256 Ki"
+    workload = "quantize, forward, per tensor: 256 Ki"
     subprocess.run(
         [
-            *(
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                str(BENCHMARKS / "bench_quantize.py"),
-                "-p",
-                "no:cacheprovider",
-            ),
-            *("-k", "tensor and 256 and (qatfast or clone) and not thread", "--seconds", "0"),
-            *("--benchmark-json", str(file)),
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            str(BENCHMARKS / "bench_quantize.py"),
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "tensor and 256 and (qatfast or clone) and not thread",
+            "--seconds",
+            "0",
+            "--benchmark-json",
+            str(file),
         ],
         check=True,
         capture_output=True,
-        # pytest-benchmark takes no part in a process of pytest-xdist
+        # pytest-benchmark is disabled in a process of pytest-xdist.
         env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
     )
     run = json.loads(file.read_text())
     (measured,) = from_json(run["qatfast"])
-    assert str(measured.work) == work
+    assert str(measured.workload) == workload
     assert [timing.provider for timing in measured.timings] == ["clone", OURS]
-    for one in run["benchmarks"]:
-        timing = measured.timing(one["extra_info"]["provider"])
-        assert one["group"] == work and one["extra_info"]["baseline"] == "clone"
-        assert one["stats"]["median"] == pytest.approx(timing.seconds)
-        assert one["stats"]["rounds"] == len(timing.rounds) == contest.LEAST_ROUNDS
+    for entry in run["benchmarks"]:
+        timing = measured.timing(entry["extra_info"]["provider"])
+        assert entry["group"] == workload and entry["extra_info"]["baseline"] == "clone"
+        assert entry["stats"]["median"] == pytest.approx(timing.seconds)
+        assert entry["stats"]["rounds"] == len(timing.rounds) == timer.MIN_ROUNDS

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, writes, refuses, and how it ends."""
+"""The command line: what it prints and writes, its errors and exit codes."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ try:
 except ImportError:
     pty = None
 
-# SIGINT may be ignored where the suite runs in the background, and children inherit that
+# SIGINT may be ignored if the suite runs in the background, and children inherit that.
 LAUNCH = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from qatfast.cli import main; sys.exit(main())"
@@ -32,7 +32,7 @@ def command(*arguments):
 
 
 def environment(**changes):
-    # one thread: where the machine is busy, small layers wait for the second one at every step
+    # With two threads on a busy machine, small layers would wait for the second thread at every step.
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -75,13 +75,13 @@ def test_compare_writes_the_report_and_prints_its_tables(compared):
         assert "Without compiled kernels" in done.stdout
 
 
-def test_where_there_is_no_terminal_nothing_moves(compared):
+def test_without_a_terminal_no_bars_are_printed(compared):
     done, _ = compared
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout + done.stderr)
     assert "━" not in done.stdout + done.stderr
 
 
-def test_where_there_is_no_terminal_each_training_is_a_line(compared):
+def test_without_a_terminal_each_training_is_a_line(compared):
     done, _ = compared
     lines = [line for line in done.stdout.splitlines() if re.match(r"\d/4  ", line)]
     names = ["FP32 start", "FP32", "QAT, 4 bits", "Tutorial QAT, 4 bits"]
@@ -90,7 +90,7 @@ def test_where_there_is_no_terminal_each_training_is_a_line(compared):
 
 
 def on_a_terminal(code, columns, **changes):
-    """What a program prints to a terminal of so many columns."""
+    """Returns what a program prints to a terminal of this many columns."""
     parent, child = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -116,7 +116,7 @@ from qatfast.study import Settings, Study, quantize_signal
 from qatfast.study.command import _announcement, _print, _results
 from qatfast.study.data import digits_samples
 from qatfast.study.experiments import ModelFile, Run
-from qatfast.study.names import TITLES
+from qatfast.study.networks import TITLES
 from qatfast.study.timing import StepTime
 study = Study(Settings(), digits_samples(), 8970, 1437, 360, complete=True)
 losses = {8: 0, 4: 0.02, 3: 0.1, 2: 0.3, 32: 0}
@@ -138,7 +138,7 @@ _print(_results(study, [quantize_signal(bits) for bits in (8, 4, 3, 2)], {verbos
 @pytest.mark.parametrize("columns", [80, 120])
 def test_a_terminal_gets_less_than_40_lines(columns):
     shown = on_a_terminal(FULL_STUDY.replace("{verbose}", "False"), columns).splitlines()
-    assert 20 < len(shown) + 2 < 40  # two more: the report's place, --verbose
+    assert 20 < len(shown) + 2 < 40  # 2 lines are not in it: the path of the report, and --verbose
     assert max(map(len, shown)) <= columns
     first = next(line for line in shown if "without a loss" in line)
     assert first.startswith("Lowest bits without a loss: ")
@@ -171,7 +171,7 @@ def test_compare_own_table(tmp_path):
 
 
 def interrupt_when(tmp_path, ready, *arguments):
-    """Runs ``qatfast compare`` and sends SIGINT as soon as ``ready()``; gives code, output and errors."""
+    """Runs ``qatfast compare``, sends SIGINT when ``ready()``, and returns exit code, output and errors."""
     process = subprocess.Popen(
         command("compare", *arguments),
         cwd=tmp_path,

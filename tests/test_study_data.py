@@ -1,4 +1,4 @@
-"""The study's data: what it is, how it is split, and what each bad file is told."""
+"""The study's data: its content, its split, and the error for each bad file."""
 
 import numpy as np
 import pytest
@@ -30,9 +30,10 @@ def test_generated_data_is_the_tutorials():
 
 
 def test_the_seed_decides_the_samples_and_the_split():
-    one, same, other = generate_dataset(seed=1), generate_dataset(seed=1), generate_dataset(seed=2)
-    assert torch.equal(one.train_inputs, same.train_inputs) and torch.equal(one.test_labels, same.test_labels)
-    assert not torch.equal(one.train_inputs, other.train_inputs)
+    first, same, second = generate_dataset(seed=1), generate_dataset(seed=1), generate_dataset(seed=2)
+    assert torch.equal(first.train_inputs, same.train_inputs)
+    assert torch.equal(first.test_labels, same.test_labels)
+    assert not torch.equal(first.train_inputs, second.train_inputs)
     digits = load_samples("digits")
     assert not torch.equal(split(digits, seed=1).test_labels, split(digits, seed=2).test_labels)
 
@@ -42,7 +43,7 @@ def test_digits():
     assert (data.in_features, data.num_classes) == (64, 10)
     assert len(data.train_labels) == 1437 and len(data.test_labels) == 360
     assert data.train_inputs.min() == 0 and data.train_inputs.max() == 1
-    # stratified: each class has its share of the test samples
+    # The split is stratified: each class has its share of the test samples.
     assert torch.bincount(data.test_labels).min() >= 34 and torch.bincount(data.test_labels).max() <= 38
 
 
@@ -64,7 +65,7 @@ def test_csv_with_text_labels_and_its_own_units(tmp_path):
     data = split(samples, seed=0)
     torch.testing.assert_close(data.train_inputs.mean(0), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(data.train_inputs.std(0, correction=0), torch.ones(2), atol=1e-5, rtol=0)
-    # the test samples are scaled with the training samples' figures, not with their own
+    # The test samples are scaled with mean and deviation of the training samples, not with their own.
     assert float(data.test_inputs.mean(0).abs().max()) > 1e-3
 
 
@@ -82,7 +83,7 @@ def test_csv_with_text_labels_and_its_own_units(tmp_path):
             "semicolons",
         ),
         ("a\tb\ty\n1\t2\tno\n3\t4\tyes\n1\t1\tno\n2\t2\tyes\n", [[1, 2], [3, 4], [1, 1], [2, 2]], "tabs"),
-        # commas in names, and as many of them as semicolons
+        # The names hold commas, as many as there are semicolons.
         (
             "a, cm;b, dB;y\n1,5;2,5;no\n3,5;4,5;yes\n1,0;1,0;no\n2,0;2,0;yes\n",
             [[1.5, 2.5], [3.5, 4.5], [1, 1], [2, 2]],
@@ -242,12 +243,12 @@ FEATURES = {"x": np.ones((6, 2))}
         ({"y": np.array([0, 1] * 3)}, r"'y' is the only array"),
         (
             {**FEATURES, "y": np.linspace(0, 1, 6)},
-            r"must hold one integer or text label a sample, got shape \(6,\) of float64 with fractions, a regression",
+            r"must hold one integer or text label per sample, got shape \(6,\) of float64 with fractions, a regression",
         ),
         ({**FEATURES, "y": np.array([0, 1, np.nan] * 2)}, r"array 'y', sample 2: NaN or infinite"),
         (
             {**FEATURES, "y": np.zeros((6, 1), int)},
-            r"must hold one integer or text label a sample, got shape \(6, 1\)",
+            r"must hold one integer or text label per sample, got shape \(6, 1\)",
         ),
         ({**FEATURES, "y": np.array([0, 1])}, r"array 'x' has shape \(6, 2\), 'y' has 2 labels"),
         ({"x": np.array(["a"] * 6), "y": np.array([0, 1] * 3)}, r"array 'x' holds <U1, not numbers"),

@@ -1,4 +1,4 @@
-"""Sentences from made-up numbers: what is said, and what must not be said."""
+"""The sentences about made-up results: what they say, and what they must not say."""
 
 import math
 from dataclasses import replace
@@ -8,9 +8,8 @@ import pytest
 from qatfast.study import Settings, Study, find_insights
 from qatfast.study.data import digits_samples
 from qatfast.study.experiments import ModelFile, Run
-from qatfast.study.insights import best, definition, time_insights
-from qatfast.study.noise import Spread, compare
-from qatfast.study.tables import accuracy_table
+from qatfast.study.insights import Spread, best, compare, definition, time_insights
+from qatfast.study.results import accuracy_table
 from qatfast.study.timing import StepTime
 
 SEEDS = range(42, 47)
@@ -18,13 +17,13 @@ WOBBLE = (0.002, -0.001, 0.0, 0.001, -0.002)
 
 
 def made_up(accuracies, *, seeds=5, bits=(4,), train=1437, test=360, batches=None):
-    """A study in which each (model, bits) has the given mean accuracy, a little different for each seed."""
+    """Returns a study in which each (model, bits) has the given mean accuracy, with a small difference per seed."""
     study = Study(Settings(bits=bits, seeds=seeds), digits_samples(), train_samples=train, test_samples=test)
     for number, (key, accuracy) in enumerate(accuracies.items()):
         for index in range(seeds):
             value = accuracy + WOBBLE[(index + number) % 5]
-            one, many = (batches or {}).get(key, (value, value))
-            study.runs.append(Run(42 + index, *key, 0.1, value, one, many))
+            batch_1, batch_256 = (batches or {}).get(key, (value, value))
+            study.runs.append(Run(42 + index, *key, 0.1, value, batch_1, batch_256))
     return study
 
 
@@ -140,7 +139,7 @@ def test_nothing_is_compared_with_an_fp32_that_did_not_learn():
     )
 
 
-def test_findings_are_more_than_chance():
+def test_a_finding_is_more_than_chance():
     accuracies = {("fp32_longer", 32): 0.95}
     for bits, ptq, tutorial, every in ((8, 0.95, 0.95, 0.95), (4, 0.90, 0.90, 0.70)):
         accuracies |= {("ptq", bits): ptq, ("qat_finetuned", bits): 0.95, ("qat_tutorial", bits): tutorial}
@@ -232,12 +231,12 @@ def step(model, quartiles, ratio):
     return StepTime("net", model, 0.001 * ratio, ratio, quartiles)
 
 
-def test_times_are_said_with_their_middle_half():
+def test_times_are_reported_with_their_quartiles():
     fp32 = step("fp32", (1.0, 1.0), 1.0)
     (text,) = time_insights([fp32, step("tutorial", (1.9, 2.2), 2.0), step("qatfast", (0.97, 1.1), 1.08)])
     assert "takes 1.08 times (0.97 to 1.10) an FP32 step" in text and "2.00 times (1.90 to 2.20)" in text
 
 
-def test_times_that_scatter_widely_are_not_said():
+def test_times_that_scatter_widely_are_not_reported():
     fp32, tutorial = step("fp32", (1.0, 1.0), 1.0), step("tutorial", (1.9, 2.2), 2.0)
     assert time_insights([fp32, tutorial, step("qatfast", (0.55, 1.4), 0.84)]) == []

@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what the numbers say, and the caller's matplotlib stays as it was."""
+"""Figures show what the results say, and do not change the caller's matplotlib settings."""
 
 import matplotlib
 import numpy as np
@@ -18,8 +18,8 @@ from qatfast.study import (
     visualize_quantization,
     visualize_weight_distributions,
 )
-from qatfast.study.figures import DARK, darkened, svg
-from qatfast.study.noise import Spread
+from qatfast.study.insights import Spread
+from qatfast.study.plots import DARK, darkened, svg
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -87,7 +87,7 @@ def test_weights_of_layers_with_a_config():
     for figure in visualize_weight_distributions(fp32, quantize_layers(fp32, 2, edge_bits=2), 2):
         before, after, qat = figure.axes
         assert before.get_title("left") == "FP32"
-        # one grid per output channel: no common levels, and PTQ on the same grids as QAT
+        # With one grid per output channel there are no common levels. PTQ has the same grids as QAT.
         assert (
             not after.lines
             and after.patches[0].get_data().values.tolist() == qat.patches[0].get_data().values.tolist()

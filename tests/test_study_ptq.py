@@ -16,8 +16,7 @@ from qatfast.study import (
     quantize_model,
     quantize_model_weights,
 )
-from qatfast.study.layer_error import relative_error
-from qatfast.study.ptq import linear_outputs
+from qatfast.study.ptq import linear_outputs, relative_error
 from qatfast.study.training import seeded
 
 
@@ -47,7 +46,8 @@ def test_in_place_when_asked():
     expected = quantize_model_weights(model, 3)
     assert quantize_model_weights(model, 3, inplace=True) is model
     assert all(
-        torch.equal(one, two) for one, two in zip(model.parameters(), expected.parameters(), strict=True)
+        torch.equal(actual, exact)
+        for actual, exact in zip(model.parameters(), expected.parameters(), strict=True)
     )
 
 
@@ -66,7 +66,7 @@ def test_the_whole_model_is_quantized_with_ranges_of_the_calibration_inputs():
         return qatfast.fake_quantize_affine(x, *qatfast.choose_qparams(seen, 4), 0, 15)
 
     with torch.no_grad():
-        # the ranges are those of float activations behind quantized weights
+        # The ranges are those of float activations behind quantized weights.
         seen, x = fixed(calibration, calibration), fixed(calibration, values)
         for layer in (by_hand.fc1, by_hand.fc2, by_hand.fc3):
             seen = layer(seen)
@@ -117,9 +117,9 @@ def test_layer_errors_fall_with_the_bits():
         for bits in (2, 8)
     )
     assert [error.layer for error in fine] == ["fc1", "fc2", "fc3"]
-    for one, other in zip(coarse, fine, strict=True):
-        assert one.weight_error > 10 * other.weight_error > 0
-        assert one.output_error > 10 * other.output_error > 0
+    for at_2_bits, at_8_bits in zip(coarse, fine, strict=True):
+        assert at_2_bits.weight_error > 10 * at_8_bits.weight_error > 0
+        assert at_2_bits.output_error > 10 * at_8_bits.output_error > 0
     weight = model.fc2.weight
     on_grid = qatfast.fake_quantize(weight, 2, symmetric=True, granularity=qatfast.PerChannel(0))
     assert coarse[1].weight_error == relative_error(on_grid, weight)

@@ -1,4 +1,4 @@
-"""A whole small study: its figures, its files, its page; and what an interrupted one leaves."""
+"""The results, files and page of a small study, and what an interrupted study leaves."""
 
 import json
 import re
@@ -21,16 +21,15 @@ from qatfast.study import (
 )
 from qatfast.study.data import digits_samples, synthetic_samples
 from qatfast.study.experiments import Run, count_trainings
-from qatfast.study.folder import FolderError, ReportFolder
-from qatfast.study.names import TITLES
-from qatfast.study.networks import config_code
+from qatfast.study.networks import TITLES, config_code
+from qatfast.study.report import FolderError, ReportFolder
 from qatfast.study.results import as_json
 from qatfast.study.size import load_quantized
 
 SETTINGS = Settings(bits=(4, 2), epochs=1, seeds=2, timing_repetitions=3)
 NOT_REPRODUCED = ("timing", "machine", "versions", "date")
 FIGURES = 1 + 2 + 1 + 3 + 2
-"""Accuracy, training at 4 and 2 bits, layers, weights of 3 layers, signals."""
+"""Number of figures: accuracy, training at 4 and 2 bits, errors, weights of 3 layers, 2 signals."""
 
 
 def run(folder, settings=SETTINGS, samples=None):
@@ -49,7 +48,7 @@ def report(tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """Collects the tags, and complains about one that is not closed."""
+    """Collects the tags, and raises an error if a tag is not closed."""
 
     VOID = ("meta", "img", "source")
 
@@ -113,12 +112,12 @@ def test_all_models_that_are_compared_are_trained_as_long(tmp_path, monkeypatch)
     """Counts the epochs behind each model that is measured."""
     epochs, measured = {}, {}
     train_model, quantize_layers = experiments.train_model, experiments.quantize_layers
-    record, tutorial = experiments._Bench._record, experiments._Bench.tutorial_network
+    record, tutorial = experiments._SeedStudy._record, experiments._SeedStudy.tutorial_network
     deepcopy = experiments.copy.deepcopy
 
     def inherit(new, old):
         epochs[id(new)] = epochs.get(id(old), 0)
-        kept.append(new)  # or the next network may have its id
+        kept.append(new)  # keeps the id from being reused by another network
         return new
 
     def train(model, *arguments, **options):
@@ -136,15 +135,15 @@ def test_all_models_that_are_compared_are_trained_as_long(tmp_path, monkeypatch)
         experiments, "quantize_layers", lambda model, *a, **k: inherit(quantize_layers(model, *a, **k), model)
     )
     monkeypatch.setattr(experiments.copy, "deepcopy", lambda model: inherit(deepcopy(model), model))
-    monkeypatch.setattr(experiments._Bench, "_record", count)
-    as_float = experiments._Bench.as_float
+    monkeypatch.setattr(experiments._SeedStudy, "_record", count)
+    as_float = experiments._SeedStudy.as_float
     monkeypatch.setattr(
-        experiments._Bench,
+        experiments._SeedStudy,
         "tutorial_network",
         lambda bench, bits, start: inherit(tutorial(bench, bits, start), start),
     )
     monkeypatch.setattr(
-        experiments._Bench, "as_float", lambda bench, network: inherit(as_float(bench, network), network)
+        experiments._SeedStudy, "as_float", lambda bench, network: inherit(as_float(bench, network), network)
     )
     settings = replace(SETTINGS, epochs=3, seeds=1, timing_repetitions=0)
     run_study(Study(settings, synthetic_samples(60)), tmp_path)
@@ -239,7 +238,7 @@ def test_the_verdict_comes_first_and_the_details_are_folded(report):
     assert set(links) == targets and len(links) == len(targets) >= 4
     details = [attributes for tag, attributes in page.tags if tag == "details"]
     assert len(details) >= 7 and not any("open" in attributes for attributes in details)
-    # all but one figure and one table wait for a click
+    # All but one figure and one table are folded.
     folded = text.index("<details")
     assert text[:folded].count("<img") == 1 and text[:folded].count("<table") == 1
 
@@ -357,7 +356,7 @@ def test_trainings_are_counted(tmp_path):
 
 
 def write_files(folder, *names, complete=True):
-    """What a report leaves: ``names`` and results.json that lists them."""
+    """Writes what a report leaves: ``names`` and results.json, which lists them."""
     folder.mkdir(parents=True)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
@@ -398,7 +397,7 @@ def test_a_complete_report_survives_a_partial_one(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "models/mine.pt", ".git"])
-def test_strangers_files_are_left_alone(tmp_path, name):
+def test_other_files_are_not_changed(tmp_path, name):
     write_files(tmp_path / "report", "index.html", "models/fp32.pt")
     (tmp_path / "report" / name).write_text("mine")
     with pytest.raises(FolderError, match=f"not a report's \\({re.escape(name)}\\)"):
@@ -406,7 +405,7 @@ def test_strangers_files_are_left_alone(tmp_path, name):
     assert (tmp_path / "report" / name).read_text() == "mine" and nothing_left(tmp_path, "report")
 
 
-def test_files_that_come_meanwhile_are_left_alone(tmp_path):
+def test_files_written_in_the_meantime_are_not_changed(tmp_path):
     with pytest.raises(FolderError), ReportFolder(tmp_path / "report") as folder:
         (tmp_path / "report").mkdir()
         (tmp_path / "report/notes.txt").write_text("mine")
@@ -415,7 +414,7 @@ def test_files_that_come_meanwhile_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{}", "no json", '["files"]', '{"program": "qatfast compare"}'])
-def test_a_foreign_results_json_is_a_strangers_file(tmp_path, content):
+def test_results_json_of_another_program_is_not_replaced(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(FolderError, match=r"results\.json"):
         ReportFolder(tmp_path)

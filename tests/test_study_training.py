@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from qatfast import FakeQuantize, QATLinear
+from qatfast.bench.timer import one_thread
 from qatfast.study import (
     History,
     ThreeLayerNet,
@@ -18,13 +19,19 @@ from qatfast.study import (
     evaluate_model,
     generate_dataset,
     load_samples,
-    progress,
     split,
     train_model,
+    training,
 )
-from qatfast.study.names import TITLES
-from qatfast.study.progress import StudyBar, StudyLines, study_progress
-from qatfast.study.training import Epoch, divergence, one_thread, seeded
+from qatfast.study.networks import TITLES
+from qatfast.study.training import (
+    Epoch,
+    StudyBar,
+    StudyLines,
+    divergence,
+    seeded,
+    study_progress,
+)
 
 DATA = generate_dataset(400)
 
@@ -78,7 +85,8 @@ def test_training_learns_and_is_deterministic(network, options):
     model, history = train(network, epochs=6, **options)
     again, same = train(network, epochs=6, **options)
     assert history == same
-    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), again.parameters(), strict=True))
+    pairs = zip(model.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(actual, expected) for actual, expected in pairs)
     assert [len(values) for values in vars(history).values()] == [6] * 4
     assert history.train_loss[-1] < 0.8 * history.train_loss[0]
     assert history.test_accuracy[-1] > 0.75
@@ -121,8 +129,8 @@ def test_history_of_test_samples_is_what_evaluate_model_says():
 
 def test_evaluation_restores_the_mode_and_takes_no_gradient():
     model = nn.Sequential(nn.Dropout(0.5), ThreeLayerNet())
-    one = evaluate_model(model, DATA.test_inputs, DATA.test_labels)
-    assert model.training and one == evaluate_model(model, DATA.test_inputs, DATA.test_labels)
+    first = evaluate_model(model, DATA.test_inputs, DATA.test_labels)
+    assert model.training and first == evaluate_model(model, DATA.test_inputs, DATA.test_labels)
     model.eval()
     evaluate_model(model, DATA.test_inputs, DATA.test_labels)
     assert not model.training
@@ -151,7 +159,7 @@ def flat(*losses, accuracy=0.9, test_loss=0.5):
     "history, said",
     [
         (flat(1.0, 0.5, 0.4), ""),
-        (flat(0.001, 0.002), ""),  # twice as much, and next to nothing
+        (flat(0.001, 0.002), ""),  # twice as much, but tiny
         (flat(0.95, 1.0, 1.06), ""),
         (flat(1.15, 0.87, 1.49), "the loss rose"),
         (flat(1.0, math.nan, 0.5), "the loss is not finite"),
@@ -165,7 +173,7 @@ def test_divergence(history, said):
 
 
 def test_the_tutorials_config_diverges_at_2_bits():
-    """With the study's own settings: the loss falls and then rises, or never falls."""
+    """With the settings of the study the loss falls and then rises."""
     digits = split(load_samples("digits"), seed=42)
     with seeded(42):
         model = ThreeLayerNetQAT(64, 64, 10, num_bits=2)
@@ -195,7 +203,7 @@ def test_without_a_terminal_training_says_nothing(capfd):
 def test_the_bars_fit_into_80_columns(monkeypatch):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, color_system=None, width=80)
-    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    monkeypatch.setattr(training, "Console", lambda **_: console)
     name = f"{max(TITLES.values(), key=len)}, 16 bits, seed 42"
     with StudyBar(560, 20) as bar:
         bar.training(name)(Epoch(7, 0.5, 0.5, 0.125, 0.75))

@@ -1,35 +1,32 @@
-"""How fast the operators are next to other implementations: what is measured, by whom, how, and ``qatfast bench``.
+"""Benchmarks of the operators and the layer next to other implementations, and the command ``qatfast bench``.
 
-works.py        what is measured: an operator, a size, the passes; and what qatfast is held to
-providers.py    who does it: qatfast, its reference, the same compiled, the tutorials' formula, torch's own ops
-layers.py       the same for the linear layer, with other packages where they are installed
-network.py      the same for a training step of a whole network; importing.py: for the import
+workloads.py    what is measured: operators, sizes, passes, targets
+providers.py    who runs an elementwise operator: qatfast, its reference, torch's own operators
+layers.py       who runs the linear layer, other packages included, and the training step of a network
 tutorial.py     fake quantization as tutorials write it
-contest.py      the check against the reference, and the timer
-memory.py       the bytes that a call allocates and keeps
-device.py       the timer on a CUDA device
-targets.py      whether the figures are met
-table.py        the results as text
+runner.py       runs the providers: comparison with the reference, time, memory
+timer.py        the time of a call
+results.py      the results as JSON and as tables, and whether the targets are met
 plots.py        the results as pictures
-record.py       the results as JSON
-machine.py      what they were measured on
+machine.py      what was measured on
 command.py      the command line
 """
 
 from .command import add_arguments, main
-from .contest import Contest, Result, Timing, WrongResult, contestants, measure, prepare
-from .works import Work, works
+from .results import Result, Timing
+from .runner import Runner, WrongResult, measure, measurements, prepare
+from .workloads import Workload, workloads_of
 
 __all__ = [
-    "Contest",
     "Result",
+    "Runner",
     "Timing",
-    "Work",
+    "Workload",
     "WrongResult",
     "add_arguments",
-    "contestants",
     "main",
     "measure",
+    "measurements",
     "prepare",
-    "works",
+    "workloads_of",
 ]

@@ -12,19 +12,18 @@ import torch
 
 from .. import kernels
 from ..checks import FLOAT_DTYPES, dtype_name
-from .contest import Result, WrongResult, measure, prepare
-from .record import as_json
-from .table import show, skipped, tables
-from .works import SHORT_OPS, SUBJECTS, works
+from .results import Result, as_json, show, skipped, tables
+from .runner import WrongResult, measure, prepare
+from .workloads import SHORT_SUBJECTS, SUBJECTS, workloads_of
 
 EXAMPLES = """examples:
   qatfast bench                             fake_quantize and the linear layer at a few sizes
   qatfast bench --op quantize dequantize    other operators
   qatfast bench --full --json bench.json    every size and granularity, minutes
 
-The times of a call are in brackets, before them their ratio to the baseline. The bytes that a call allocates and keeps
+Each cell is the ratio to the baseline, with the time of a call in brackets. The bytes that a call allocates and keeps
 for its backward are those of one size. The maximum error is the largest difference from the reference in plain
-PyTorch, as a share of the largest value: formulas differ next to ties.
+PyTorch, as a share of the largest value. Formulas differ next to ties.
 """
 DTYPES = {dtype_name(dtype): dtype for dtype in FLOAT_DTYPES}
 SHORT_SECONDS = 1.0
@@ -32,17 +31,17 @@ FULL_SECONDS = 1.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``qatfast bench``."""
+    """Adds the arguments of ``qatfast bench`` to its parser."""
     parser.epilog = EXAMPLES
     parser.add_argument(
         "--op",
         nargs="+",
         choices=SUBJECTS,
         metavar="OP",
-        help=f"{', '.join(SUBJECTS)} (default: {' '.join(SHORT_OPS)})",
+        help=f"{', '.join(SUBJECTS)} (default: {' '.join(SHORT_SUBJECTS)})",
     )
     parser.add_argument(
-        "--full", action="store_true", help="every size and granularity (without --op: of all)"
+        "--full", action="store_true", help="all sizes and granularities; without --op, of all operators"
     )
     parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     parser.add_argument(
@@ -52,21 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help=f"{', '.join(DTYPES)} (default: float32)",
     )
-    parser.add_argument("--json", type=_file, metavar="FILE", help="write all figures into FILE too")
+    parser.add_argument("--json", type=_file, metavar="FILE", help="also write all figures to FILE")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures and prints; progress goes to stderr.
+    """Measures and prints the tables. Progress goes to stderr.
 
     Args:
-        args: what ``add_arguments`` defines.
+        args: The arguments that ``add_arguments`` defines.
 
     Returns:
-        The exit code: 0 done, 1 a result was wrong.
+        The exit code: 0 if all is done, 1 if a result was wrong.
     """
     if kernels.reason():
         print(f"Without compiled kernels: {kernels.reason()}", file=sys.stderr)
-    ops = dict.fromkeys(args.op or (SUBJECTS if args.full else SHORT_OPS))
+    ops = dict.fromkeys(args.op or (SUBJECTS if args.full else SHORT_SUBJECTS))
     try:
         results = run(ops, short=not args.full, dtype=DTYPES[args.dtype], device=args.device)
     except WrongResult as error:
@@ -89,12 +88,12 @@ def run(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> list[Result]:
-    """The contests of these operators, one after another; names each on stderr."""
+    """Measures all workloads of these operators, and names each on stderr when it begins."""
     results = []
-    todo = [work for op in ops for work in works(op, short=short, dtype=dtype, device=device)]
-    for index, work in enumerate(todo, 1):
-        print(f"[{index}/{len(todo)}] {work}", file=sys.stderr, flush=True)
-        results.append(measure(prepare(work), seconds=SHORT_SECONDS if short else FULL_SECONDS))
+    todo = [workload for op in ops for workload in workloads_of(op, short=short, dtype=dtype, device=device)]
+    for index, workload in enumerate(todo, 1):
+        print(f"[{index}/{len(todo)}] {workload}", file=sys.stderr, flush=True)
+        results.append(measure(prepare(workload), seconds=SHORT_SECONDS if short else FULL_SECONDS))
     return results
 
 

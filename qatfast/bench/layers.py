@@ -1,7 +1,7 @@
-"""Who computes the linear layer: nn.Linear in float, qatfast, the reference, tutorials, and other packages.
+"""Providers of the linear layer (nn.Linear, qatfast, the reference, tutorials, other packages) and of whole networks.
 
-All work on the same parameters. Packages that have no layer with weight, bias and output affine per tensor are set up
-as close to it as they come; each function says how.
+All use the same parameters. A package without a layer whose weight, bias and output are affine per tensor is set up as
+similar to it as possible; each function says how.
 """
 
 from __future__ import annotations
@@ -23,16 +23,27 @@ from .. import reference
 from ..linear import QATLinear
 from ..weight_cache import cached_weights
 from . import tutorial
-from .names import CACHED, COMPILED, INTEGER_PRODUCT, OURS, REFERENCE, TUTORIAL_LAYER
-from .providers import Function, Run, ao_fake_quantize
-from .works import CONFIGS, Work, normal
+from .providers import Function, ao_fake_quantize
+from .timer import Run
+from .workloads import (
+    CACHED,
+    COMPILED,
+    CONFIGS,
+    INTEGER_PRODUCT,
+    OURS,
+    REFERENCE,
+    TUTORIAL,
+    TUTORIAL_LAYER,
+    Workload,
+    normal,
+)
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """The input, the parameters and the gradient of the output, the same for each provider."""
+    """Input, parameters and gradient of the output, which are the same for each provider."""
 
-    work: Work
+    workload: Workload
     x: Tensor
     grad: Tensor
     weight: nn.Parameter
@@ -42,49 +53,49 @@ class LayerInputs:
 Provider = Callable[[LayerInputs], Function]
 
 
-def inputs(work: Work) -> LayerInputs:
-    """The tensors of a layer; its weights are as large as nn.Linear makes them."""
-    batch, in_features, out_features = work.shape
-    x = normal(work, batch, in_features)
-    if work.backward:
+def inputs(workload: Workload) -> LayerInputs:
+    """Returns the tensors of a layer, with weights as large as those of nn.Linear."""
+    batch, in_features, out_features = workload.shape
+    x = normal(workload, batch, in_features)
+    if workload.backward:
         x.requires_grad_()
     bound = in_features**-0.5
-    weight = nn.Parameter(normal(work, out_features, in_features, seed=1).clamp(-3, 3) * (bound / 3))
-    bias = nn.Parameter(normal(work, out_features, seed=2).clamp(-3, 3) * (bound / 3))
-    grad = normal(work, batch, out_features, seed=3)
-    return LayerInputs(work, x, grad.bfloat16() if work.autocast else grad, weight, bias)
+    weight = nn.Parameter(normal(workload, out_features, in_features, seed=1).clamp(-3, 3) * (bound / 3))
+    bias = nn.Parameter(normal(workload, out_features, seed=2).clamp(-3, 3) * (bound / 3))
+    grad = normal(workload, batch, out_features, seed=3)
+    return LayerInputs(workload, x, grad.bfloat16() if workload.autocast else grad, weight, bias)
 
 
-def names(work: Work) -> list[str]:
-    """Who does a work, the baseline first."""
-    found = dict.fromkeys([*ALWAYS, *OF_CONFIG[work.config]])
-    if not work.backward:
+def names(workload: Workload) -> list[str]:
+    """Returns the names of the providers of a workload, the baseline first."""
+    found = dict.fromkeys([*ALWAYS, *OF_CONFIG[workload.config]])
+    if not workload.backward:
         found[CACHED] = None
-        if work.config == "int8 config":
+        if workload.config == "int8 config":
             found[INTEGER_PRODUCT] = None
     return list(found)
 
 
-def runs(work: Work, inside: ExitStack) -> Callable[[str], Run]:
-    """Sets up the work: gives a provider's call by its name.
+def runs(workload: Workload, resources: ExitStack) -> Callable[[str], Run]:
+    """Sets up a workload and returns a function that gives the call of a provider by its name.
 
     Args:
-        work: what is to be done.
-        inside: holds what is open while the calls are made.
+        workload: The workload of a linear layer.
+        resources: Receives the context managers that have to be open while the calls run.
     """
-    given = inputs(work)
+    given = inputs(workload)
     leaves = (given.x, given.weight, given.bias)
 
     def run_of(name: str) -> Run:
-        function = {**ALWAYS, **OF_CONFIG[work.config], **INFERENCE}[name](given)
+        function = {**ALWAYS, **OF_CONFIG[workload.config], **INFERENCE}[name](given)
         if name == CACHED:
-            inside.enter_context(cached_weights(cast(nn.Module, function)))
+            resources.enter_context(cached_weights(cast(nn.Module, function)))
         forward = partial(function, given.x)
-        if work.autocast:
-            forward = partial(_under_autocast, forward, torch.device(work.device).type)
-        if not work.backward:
+        if workload.autocast:
+            forward = partial(_under_autocast, forward, torch.device(workload.device).type)
+        if not workload.backward:
             return forward
-        if work.forward:
+        if workload.forward:
             return lambda: _gradients(forward())
         y = forward()
         return lambda: _gradients(y, retain_graph=True)[1:]
@@ -104,22 +115,24 @@ def _under_autocast(forward: Run, device: str) -> Tensor:
 
 
 def _module(module: Callable[..., Any], inputs: LayerInputs, **options: Any) -> Any:
-    """The module, on the parameters of the inputs."""
-    _, in_features, out_features = inputs.work.shape
-    layer = module(in_features, out_features, bias=True, **options).to(inputs.work.device, inputs.work.dtype)
+    """Makes a layer that uses the parameters of the inputs."""
+    _, in_features, out_features = inputs.workload.shape
+    layer = module(in_features, out_features, bias=True, **options).to(
+        inputs.workload.device, inputs.workload.dtype
+    )
     layer.weight, layer.bias = inputs.weight, inputs.bias
     return layer
 
 
 def _qatfast(inputs: LayerInputs) -> Function:
-    return _module(QATLinear, inputs, config=CONFIGS[inputs.work.config])
+    return _module(QATLinear, inputs, config=CONFIGS[inputs.workload.config])
 
 
 def _reference(inputs: LayerInputs, *, compiled: bool = False) -> Function:
     function = reference.qat_linear
     if compiled:
         function = torch.compile(function, dynamic=False)
-    return lambda x: function(x, inputs.weight, inputs.bias, config=CONFIGS[inputs.work.config])
+    return lambda x: function(x, inputs.weight, inputs.bias, config=CONFIGS[inputs.workload.config])
 
 
 def _tutorial(inputs: LayerInputs, module: Callable[..., Any], *, compiled: bool = False) -> Function:
@@ -128,31 +141,30 @@ def _tutorial(inputs: LayerInputs, module: Callable[..., Any], *, compiled: bool
 
 
 def _torch_ao(inputs: LayerInputs) -> Function:
-    """nn.qat.Linear with a fake quantizer at its input or output, as prepare_qat makes it; the bias stays in float."""
+    """nn.qat.Linear with a fake quantizer at its input or output, as prepare_qat makes it. The bias stays in float."""
     from torch.ao import quantization as ao
     from torch.ao.nn import qat
 
     def fused(factory_kwargs: Any = None) -> Any:
-        return ao_fake_quantize(fused=True, device=inputs.work.device)
+        return ao_fake_quantize(fused=True, device=inputs.workload.device)
 
-    int8 = inputs.work.config == "int8 config"
+    int8 = inputs.workload.config == "int8 config"
     weight = ao.default_per_channel_weight_fake_quant if int8 else fused
     layer = _module(qat.Linear, inputs, qconfig=ao.QConfig(activation=fused, weight=weight))
     return nn.Sequential(fused(), layer) if int8 else nn.Sequential(layer, fused())
 
 
 def _brevitas(inputs: LayerInputs) -> Function:
-    """QuantLinear: weight and output affine, bias symmetric, per tensor; or input affine, weight per output channel.
+    """QuantLinear with weight and output affine and bias symmetric, or with input affine and weight per output channel.
 
-    The range of input or output is a parameter; the steps in which its first value is collected, slower ones, are over
-    after one.
+    The range of the input or output is a parameter. Its first value is collected in one step, which is slower.
     """
     with _quiet():
         from brevitas import nn as brevitas
         from brevitas import quant
 
         activation = quant.ShiftedUint8ActPerTensorFloat.let(collect_stats_steps=1)
-        if inputs.work.config == "int8 config":
+        if inputs.workload.config == "int8 config":
             options = {"weight_quant": quant.Int8WeightPerChannelFloat, "input_quant": activation}
         else:
             options = {
@@ -164,7 +176,7 @@ def _brevitas(inputs: LayerInputs) -> Function:
 
 
 def _torchao(inputs: LayerInputs) -> Function:
-    """FakeQuantizedLinear as its recipe for 8 bits: input per token, weight symmetric per output channel; no output."""
+    """FakeQuantizedLinear as in its 8-bit recipe: input per token, weight symmetric per channel, output float."""
     with _quiet():
         from torchao.quantization import qat
 
@@ -178,7 +190,7 @@ def _torchao(inputs: LayerInputs) -> Function:
 
 
 class _Model(nn.Module):
-    """A model that is one linear layer: for packages that convert models."""
+    """A model of one linear layer, for packages that convert models."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
@@ -189,7 +201,7 @@ class _Model(nn.Module):
 
 
 def _nncf(inputs: LayerInputs) -> Function:
-    """nncf.quantize: input affine per tensor, weight symmetric per output channel; the ranges are parameters."""
+    """nncf.quantize: input affine per tensor, weight symmetric per output channel. The ranges are parameters."""
     os.environ.setdefault("NNCF_CI", "1")  # no telemetry
     with _quiet(), torch.enable_grad():
         import nncf
@@ -202,12 +214,12 @@ def _nncf(inputs: LayerInputs) -> Function:
             subset_size=1,
             advanced_parameters=AdvancedQuantizationParameters(disable_bias_correction=True),
         )
-        model.linear.weight, model.linear.bias = inputs.weight, inputs.bias  # it works on a copy
+        model.linear.weight, model.linear.bias = inputs.weight, inputs.bias  # nncf has copied them
         return model
 
 
 def _modelopt(inputs: LayerInputs) -> Function:
-    """ModelOpt's INT8_DEFAULT_CFG: input symmetric per tensor, weight symmetric per output channel, fixed ranges."""
+    """INT8_DEFAULT_CFG of ModelOpt: input symmetric per tensor, weight symmetric per channel, fixed ranges."""
     with _quiet():
         import modelopt.torch.quantization as mtq
 
@@ -216,9 +228,9 @@ def _modelopt(inputs: LayerInputs) -> Function:
 
 
 def _integer_product(inputs: LayerInputs) -> Function:
-    """torch's product of 8-bit integers: what is left of the layer if nothing else takes time."""
-    batch, in_features, out_features = inputs.work.shape
-    ones = partial(torch.ones, dtype=torch.int8, device=inputs.work.device)
+    """Product of 8-bit integers in torch, which is the least that the layer has to compute."""
+    batch, in_features, out_features = inputs.workload.shape
+    ones = partial(torch.ones, dtype=torch.int8, device=inputs.workload.device)
     x, weight = (ones(size, in_features) for size in (batch, out_features))
     return lambda _: torch._int_mm(x, weight.t())
 
@@ -249,7 +261,7 @@ INFERENCE: dict[str, Provider] = {CACHED: _qatfast, INTEGER_PRODUCT: _integer_pr
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what other packages say while they are imported."""
+    """Suppresses what other packages print and log while they are imported."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -258,3 +270,30 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+def network_names(workload: Workload) -> list[str]:
+    """Returns the names of the networks whose training step is timed, the baseline first."""
+    return [workload.baseline, OURS, REFERENCE, TUTORIAL]
+
+
+def network_runs(workload: Workload, resources: ExitStack) -> Callable[[str], Run]:
+    """Returns a function that gives the training step of a network of the study by its name."""
+    from ..study import networks, timing
+
+    makers: dict[str, Callable[[], nn.Module]] = {
+        workload.baseline: networks.ThreeLayerNet,
+        OURS: networks.ThreeLayerNetQAT,
+        REFERENCE: partial(networks.FunctionalQATNet, reference.fake_quantize),
+        TUTORIAL: partial(networks.FunctionalQATNet, tutorial.FakeQuantize.apply),
+    }
+    x = normal(workload, *workload.shape, 10)
+    labels = torch.arange(len(x), device=workload.device) % 2
+
+    def run_of(name: str) -> Run:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            network = makers[name]().to(workload.device, workload.dtype)
+        return timing.training_step(network, x, labels)
+
+    return run_of

@@ -1,11 +1,10 @@
-"""What was measured on: the processor, versions, the date. No names of hosts, users or folders."""
+"""What was measured on: the processor and the versions. No names of hosts, users or folders."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
-from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,7 +18,7 @@ PEERS = ("brevitas", "torchao", "nncf", "nvidia-modelopt")
 
 
 def machine() -> dict[str, str]:
-    """Processor, cores, caches, instruction sets, threads."""
+    """Returns the processor, its cores, caches and instruction sets, the threads, the kernels and the GPU."""
     facts = kernels.info()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {
@@ -39,15 +38,15 @@ def machine() -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def versions() -> dict[str, str]:
-    """Of everything that takes part."""
+def versions(*packages: str) -> dict[str, str]:
+    """Returns the versions of qatfast, torch, numpy and Python, and of ``packages``."""
     found = {
         "qatfast": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    for name in PEERS:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -55,13 +54,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def date() -> str:
-    """Today, as the world counts it."""
-    return datetime.now(timezone.utc).date().isoformat()
-
-
 def _kernels(state: str) -> str:
-    """Which build it is, so that figures of two builds are not taken for one."""
+    """Returns the state of the kernels with a hash of the build, so that results of two builds can be told apart."""
     path = getattr(kernels.extension, "__file__", None)
     return f"{state}, build {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]}" if path else state
 
@@ -76,7 +70,7 @@ def _processor() -> str:
 
 
 def _caches() -> str:
-    """Of the first core: ``L1 data 32K, L2 1024K, L3 32768K``."""
+    """Returns the caches of the first core, such as ``L1 data 32K, L2 1024K, L3 32768K``."""
     found = []
     for folder in sorted((CPU / "cpu0" / "cache").glob("index*")):
         try:

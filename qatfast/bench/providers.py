@@ -1,7 +1,7 @@
-"""Who computes an elementwise operator: qatfast, its reference, and what else PyTorch offers for the same.
+"""Providers of the elementwise operators: qatfast, its reference, and what else PyTorch has for the same purpose.
 
-A provider is a function of the inputs that gives a function of one tensor. It raises where it cannot do the work; the
-message says why.
+A provider is a function that takes the inputs of a workload and returns a function of one tensor. It raises an error
+that says why if it cannot run the workload.
 """
 
 from __future__ import annotations
@@ -18,32 +18,45 @@ from torch import Tensor
 from .. import functional, reference
 from ..config import Granularity, PerChannel, PerGroup, PerTensor
 from . import tutorial
-from .names import COMPILED, OURS, REFERENCE, TRIAD, TUTORIAL
-from .works import KI, QUANT_MAX, QUANT_MIN, Inputs, Work, inputs
+from .timer import Run
+from .workloads import (
+    COMPILED,
+    KI,
+    OURS,
+    QUANT_MAX,
+    QUANT_MIN,
+    REFERENCE,
+    TRIAD,
+    TUTORIAL,
+    Inputs,
+    Workload,
+    inputs,
+)
 
-Run = Callable[[], Any]
 Function = Callable[[Tensor], Any]
 Provider = Callable[[Inputs], Function]
 
 
-def names(work: Work) -> list[str]:
-    """Who does a work, the baseline first."""
-    found = list(providers(work.op))
-    return found if not work.backward and math.prod(work.shape) >= 16 * KI else found[:-1]
+def names(workload: Workload) -> list[str]:
+    """Returns the names of the providers of a workload, the baseline first."""
+    found = providers(workload.op)
+    if workload.backward or math.prod(workload.shape) < 16 * KI:
+        del found[TRIAD]
+    return list(found)
 
 
-def runs(work: Work, inside: ExitStack) -> Callable[[str], Run]:
-    """Sets up the work: gives a provider's call by its name; nothing has to be open inside."""
-    given = inputs(work)
-    available = providers(work.op)
+def runs(workload: Workload, resources: ExitStack) -> Callable[[str], Run]:
+    """Sets up a workload and returns a function that gives the call of a provider by its name."""
+    given = inputs(workload)
+    available = providers(workload.op)
 
     def run_of(name: str) -> Run:
         function = available[name](given)
-        if not work.backward:
+        if not workload.backward:
             return partial(function, given.x)
-        if work.forward:
+        if workload.forward:
             return lambda: _with_gradient(function(given.x))
-        if name == work.baseline:  # its own backward copies nothing
+        if name == workload.baseline:  # autograd's backward of clone copies nothing
             return given.grad.clone
         y = function(given.x)
         return lambda: _with_gradient(y, retain_graph=True)[1:]
@@ -55,7 +68,7 @@ def runs(work: Work, inside: ExitStack) -> Callable[[str], Run]:
 
 
 def providers(op: str) -> dict[str, Provider]:
-    """The providers of an operator by name, the baseline first and the triad last."""
+    """Returns the providers of an operator by name, the baseline first."""
     return {
         "clone": _clone,
         OURS: lambda inputs: partial(getattr(functional, op), **inputs.arguments),
@@ -69,20 +82,20 @@ def providers(op: str) -> dict[str, Provider]:
 
 
 def _clone(inputs: Inputs) -> Function:
-    """A copy of the float tensor: one read and one write of memory, in whatever type the operator itself works."""
+    """Copies the float tensor, whatever type the operator itself works on: one read and one write of memory."""
     if inputs.x.is_floating_point():
         return Tensor.clone
     return lambda _: inputs.real.clone()
 
 
 def _triad(inputs: Inputs) -> Function:
-    """``a = b + 2 c`` on float32 tensors of as many bytes, together, as the operator has to move; no new memory."""
-    a, b, c = torch.ones(3, inputs.moved // 12, device=inputs.work.device)
+    """Computes ``a = b + 2 c`` in place on float32 tensors that move as many bytes as the operator has to."""
+    a, b, c = torch.ones(3, inputs.moved // 12, device=inputs.workload.device)
     return lambda _: torch.add(b, c, alpha=2, out=a)
 
 
 def _rows(x: Tensor, granularity: Granularity) -> tuple[Tensor, int]:
-    """A two-dimensional view and its axis of blocks: torch knows blocks along one axis only."""
+    """Returns a two-dimensional view and its axis of blocks, because torch has blocks along one axis only."""
     if isinstance(granularity, PerChannel):
         return x, granularity.axis
     size = granularity.group_size if isinstance(granularity, PerGroup) else x.shape[-1]
@@ -90,8 +103,8 @@ def _rows(x: Tensor, granularity: Granularity) -> tuple[Tensor, int]:
 
 
 def _tutorial_qparams(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The given grid, shaped to broadcast."""
-    x, dims = tutorial.blocks(inputs.x, inputs.work.granularity)
+    """Returns the given grid in shapes that broadcast with the input."""
+    x, dims = tutorial.blocks(inputs.x, inputs.workload.granularity)
     shape = [
         1 if dims is None or dim - x.dim() in dims or dim in dims else x.shape[dim] for dim in range(x.dim())
     ]
@@ -102,20 +115,20 @@ def _tutorial_qparams(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _tutorial_fake_quantize(inputs: Inputs) -> Function:
-    if isinstance(inputs.work.granularity, PerTensor):
+    if isinstance(inputs.workload.granularity, PerTensor):
         return tutorial.FakeQuantize.apply
-    return lambda x: tutorial.FakeQuantize.apply(x, inputs.work.granularity)
+    return lambda x: tutorial.FakeQuantize.apply(x, inputs.workload.granularity)
 
 
 def _aten_qparams(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """As torch's observers choose them."""
+    """Chooses scale and zero point as the observers of torch do."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / (QUANT_MAX - QUANT_MIN)
     return scale, (QUANT_MIN - torch.round(low / scale)).clamp(QUANT_MIN, QUANT_MAX).to(torch.int32)
 
 
 def _aten_choose_qparams(inputs: Inputs) -> Function:
-    granularity = inputs.work.granularity
+    granularity = inputs.workload.granularity
     if isinstance(granularity, PerTensor):
         return lambda x: _aten_qparams(*torch.aminmax(x))
     if inputs.x.dim() > 2:
@@ -147,7 +160,7 @@ def _aten_fake_quantize_on(granularity: Granularity) -> Callable[[Tensor, Tensor
 
 def _aten_fake_quantize(inputs: Inputs) -> Function:
     choose = _aten_choose_qparams(inputs)
-    fake_quantize = _aten_fake_quantize_on(inputs.work.granularity)
+    fake_quantize = _aten_fake_quantize_on(inputs.workload.granularity)
 
     def call(x: Tensor) -> Tensor:
         return fake_quantize(x, *choose(x.detach()))
@@ -158,7 +171,7 @@ def _aten_fake_quantize(inputs: Inputs) -> Function:
 def ao_fake_quantize(
     granularity: Granularity = PerTensor(), axis: int = 0, *, fused: bool = False, device: str = "cpu"
 ) -> Callable[[Tensor], Tensor]:
-    """torch.ao's module, 8 bits, affine, with a moving average of the range."""
+    """Returns the 8-bit affine module of torch.ao, which keeps a moving average of the range."""
     from torch.ao import quantization as ao
 
     per_tensor = isinstance(granularity, PerTensor)
@@ -172,20 +185,20 @@ def ao_fake_quantize(
 
 
 def _ao_fake_quantize(inputs: Inputs) -> Function:
-    granularity = inputs.work.granularity
+    granularity = inputs.workload.granularity
     if isinstance(granularity, PerTensor):
-        return ao_fake_quantize(device=inputs.work.device)
+        return ao_fake_quantize(device=inputs.workload.device)
     axis = _rows(inputs.x, granularity)[1]
-    module = ao_fake_quantize(granularity, axis, device=inputs.work.device)
+    module = ao_fake_quantize(granularity, axis, device=inputs.workload.device)
     return lambda x: module(_rows(x, granularity)[0]).reshape(x.shape)
 
 
 def _ao_fused_op(inputs: Inputs) -> Function:
-    granularity = inputs.work.granularity
+    granularity = inputs.workload.granularity
     per_tensor = isinstance(granularity, PerTensor)
     rows, axis = (inputs.x, 0) if per_tensor else _rows(inputs.x, granularity)
     count = 1 if per_tensor else rows.shape[axis]
-    device = inputs.work.device
+    device = inputs.workload.device
     on = torch.ones(1, dtype=torch.int64, device=device)
     low, high = (torch.full((count,), value, device=device) for value in (float("inf"), float("-inf")))
     scale = torch.ones(count, device=device)
@@ -202,18 +215,18 @@ def _ao_fused_op(inputs: Inputs) -> Function:
 
 def _tutorial_fake_quantize_affine(inputs: Inputs) -> Function:
     qparams = _tutorial_qparams(inputs)
-    return lambda x: tutorial.FakeQuantize.apply(x, inputs.work.granularity, qparams)
+    return lambda x: tutorial.FakeQuantize.apply(x, inputs.workload.granularity, qparams)
 
 
 def _aten_fake_quantize_affine(inputs: Inputs) -> Function:
-    fake_quantize = _aten_fake_quantize_on(inputs.work.granularity)
+    fake_quantize = _aten_fake_quantize_on(inputs.workload.granularity)
     return lambda x: fake_quantize(x, inputs.scale, inputs.zero_point)
 
 
 def _ao_fake_quantize_affine(inputs: Inputs) -> Function:
-    granularity = inputs.work.granularity
+    granularity = inputs.workload.granularity
     axis = 0 if isinstance(granularity, PerTensor) else _rows(inputs.x, granularity)[1]
-    module: Any = ao_fake_quantize(granularity, axis, device=inputs.work.device)
+    module: Any = ao_fake_quantize(granularity, axis, device=inputs.workload.device)
     module.disable_observer()
     module.scale, module.zero_point = inputs.scale.reshape(-1), inputs.zero_point.reshape(-1)
     if isinstance(granularity, PerTensor):
@@ -225,20 +238,20 @@ def _ao_fake_quantize_affine(inputs: Inputs) -> Function:
 
 
 def _tutorial_choose_qparams(inputs: Inputs) -> Function:
-    return lambda x: tutorial.choose_qparams(*tutorial.blocks(x, inputs.work.granularity))
+    return lambda x: tutorial.choose_qparams(*tutorial.blocks(x, inputs.workload.granularity))
 
 
 def _ao_observer(inputs: Inputs) -> Function:
     from torch.ao import quantization as ao
 
-    granularity = inputs.work.granularity
+    granularity = inputs.workload.granularity
     range_ = {"quant_min": QUANT_MIN, "quant_max": QUANT_MAX, "dtype": torch.quint8}
     if isinstance(granularity, PerTensor):
         observer = ao.MinMaxObserver(qscheme=torch.per_tensor_affine, **range_)
     else:
         axis = _rows(inputs.x, granularity)[1]
         observer = ao.PerChannelMinMaxObserver(ch_axis=axis, qscheme=torch.per_channel_affine, **range_)
-    observer.to(inputs.work.device)
+    observer.to(inputs.workload.device)
 
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
         observer(x if isinstance(granularity, PerTensor) else _rows(x, granularity)[0])
@@ -252,12 +265,12 @@ def _ao_observer(inputs: Inputs) -> Function:
 
 def _tutorial_quantize(inputs: Inputs) -> Function:
     qparams = _tutorial_qparams(inputs)
-    granularity = inputs.work.granularity
+    granularity = inputs.workload.granularity
     return lambda x: tutorial.quantize(tutorial.blocks(x, granularity)[0], *qparams).to(torch.uint8)
 
 
 def _aten_quantize(inputs: Inputs) -> Function:
-    granularity = inputs.work.granularity
+    granularity = inputs.workload.granularity
     scale, zero_point = inputs.scale.flatten(), inputs.zero_point.flatten()
     if isinstance(granularity, PerTensor):
         return lambda x: torch.quantize_per_tensor(x, inputs.scale, inputs.zero_point, torch.quint8)
@@ -271,7 +284,7 @@ def _aten_quantize(inputs: Inputs) -> Function:
 
 def _tutorial_dequantize(inputs: Inputs) -> Function:
     qparams = _tutorial_qparams(inputs)
-    granularity, dtype = inputs.work.granularity, inputs.work.dtype
+    granularity, dtype = inputs.workload.granularity, inputs.workload.dtype
     return lambda x: tutorial.dequantize(tutorial.blocks(x, granularity)[0].to(dtype), *qparams)
 
 

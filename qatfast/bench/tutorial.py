@@ -1,6 +1,6 @@
-"""Fake quantization as tutorials write it: one PyTorch call after another, the gradient passed unchanged.
+"""Fake quantization as tutorials write it: a chain of PyTorch calls whose gradient is passed on unchanged.
 
-It rounds after adding the zero point and takes the range as it is, without 0.
+It rounds after adding the zero point, and its range does not include 0 unless the values do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ QUANT_MAX = 255
 
 
 def blocks(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[int, ...] | None]:
-    """The tensor, or its view as groups, and the dimensions that share a scale; None: all of them."""
+    """Returns ``x``, viewed as groups if needed, and the dimensions that share a scale, None for all of them."""
     if isinstance(granularity, PerTensor):
         return x, None
     if isinstance(granularity, PerGroup):
@@ -27,7 +27,7 @@ def blocks(x: Tensor, granularity: Granularity) -> tuple[Tensor, tuple[int, ...]
 
 
 def choose_qparams(x: Tensor, dims: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, both floats."""
+    """Returns scale and zero point, both as floats."""
     if dims is None:
         low, high = x.min(), x.max()
     else:
@@ -37,17 +37,17 @@ def choose_qparams(x: Tensor, dims: tuple[int, ...] | None = None) -> tuple[Tens
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """The integers, as floats."""
+    """Returns the integers, as floats."""
     return torch.clamp(torch.round(x / scale + zero_point), 0, QUANT_MAX)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """The values of the integers."""
+    """Returns the values that the integers stand for."""
     return (q - zero_point) * scale
 
 
 class FakeQuantize(torch.autograd.Function):
-    """Quantizes and dequantizes; on the range of the input, or on a given ``(scale, zero_point)``."""
+    """Quantizes and dequantizes, in the range of the input or with a given ``(scale, zero_point)``."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
-"""The study: a network in FP32, after PTQ and after QAT, on the same data, with a report.
+"""The study: compares a network in FP32, after PTQ and after QAT on the same data, and writes a report.
 
-It needs matplotlib, scikit-learn and rich: the extra ``study``.
+It needs matplotlib, scikit-learn and rich, which the extra ``study`` installs.
 """
 
-# ruff: noqa: E402  (what is missing has to be said before the imports that need it)
+# ruff: noqa: E402  (a missing package has to be reported before the imports that need it)
 from importlib.util import find_spec
 
 
@@ -23,7 +23,6 @@ for _package in ("matplotlib", "sklearn", "rich"):
 from .data import DataError, Dataset, Samples, generate_dataset, load_samples, split
 from .experiments import Settings, Study, run_study
 from .insights import Insight, find_insights
-from .layer_error import LayerError, layer_errors
 from .networks import ThreeLayerNet, ThreeLayerNetQAT, count_parameters, quantize_layers
 from .plots import (
     plot_accuracy_over_bits,
@@ -31,13 +30,12 @@ from .plots import (
     plot_training_history,
     visualize_weight_distributions,
 )
-from .ptq import FixedFakeQuantize, quantize_model, quantize_model_weights
+from .ptq import FixedFakeQuantize, LayerError, layer_errors, quantize_model, quantize_model_weights
 from .report import write_report
-from .signal_error import quantize_signal
+from .signals import quantize_signal, visualize_quantization
 from .size import calculate_model_size, load_quantized, save_float, save_quantized
 from .timing import time_training_steps
 from .training import Epoch, Evaluation, History, evaluate_model, train_model
-from .visualize import visualize_quantization
 
 __all__ = [
     "DataError",

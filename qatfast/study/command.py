@@ -1,4 +1,4 @@
-"""``qatfast compare``: runs the study, says its verdict, writes its report."""
+"""``qatfast compare``: runs the study, prints its verdict and writes its report."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from pathlib import Path
 
 from qatfast import kernels
 
-from .data import load_samples
+from .data import load_samples, plural
 from .experiments import Settings, Study, count_trainings, run_study
-from .folder import ReportFolder
 from .insights import best, definition, find_insights, time_insights
-from .names import plural
-from .networks import EDGE_BITS, config_code
-from .progress import study_progress
-from .report import write_report
-from .signal_error import SignalError, quantize_signal
-from .tables import (
-    TITLES,
+from .networks import EDGE_BITS, TITLES, config_code
+from .report import ReportFolder, write_report
+from .results import (
     Table,
     accuracy_table,
     batch_table,
@@ -31,32 +26,34 @@ from .tables import (
     size_table,
     time_table,
 )
+from .signals import SignalError, quantize_signal
+from .training import study_progress
 
 INTERRUPTED = 130
-"""The exit code of a program that Ctrl-C ended."""
+"""The exit code after Ctrl-C."""
 
 
 def run_compare(settings: Settings, out: str | Path, *, verbose: bool = False) -> int:
-    """Runs the study of ``settings`` and leaves its report in ``out``; Ctrl-C leaves a partial one.
+    """Runs the study of ``settings`` and writes its report into ``out``. Ctrl-C leaves a partial report.
 
     Args:
-        settings: valid ones.
-        out: folder of the report.
-        verbose: whether to print every table too.
+        settings: Valid settings.
+        out: Folder of the report.
+        verbose: Whether to print every table too.
 
     Returns:
-        The exit code: 0, or 130 where Ctrl-C ended the study.
+        The exit code: 0, or 130 if Ctrl-C ended the study.
 
     Raises:
-        DataError: the data cannot be used.
+        DataError: The data cannot be used.
         FolderError: ``out`` cannot take a report.
-        OSError: a file of the report cannot be written.
+        OSError: A file of the report cannot be written.
     """
     samples = load_samples(settings.data, settings.target, seed=settings.seed)
     study = Study(settings, samples)
     start = time.monotonic()
     with ReportFolder(out) as folder, warnings.catch_warnings():
-        # said once below, in one line
+        # _announcement says the same in one line
         warnings.filterwarnings("ignore", message="qatfast (runs without its|has no) compiled kernels")
         _print(_announcement(study))
         try:
@@ -120,7 +117,7 @@ def _results(study: Study, signals: list[SignalError], verbose: bool) -> Iterato
 
 
 def _lines(table: Table, verbose: bool) -> Iterator[str]:
-    """The table in columns, words to the left and numbers to the right; long explanations only where asked for."""
+    """Returns the table in columns, with words aligned to the left and numbers to the right."""
     rows = [table.header, *table.rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
     yield ""
@@ -134,7 +131,7 @@ def _lines(table: Table, verbose: bool) -> Iterator[str]:
 
 
 def _print(lines: Iterator[str] | list[str]) -> None:
-    """Prints lines, wrapped to the terminal; 100 columns where there is none."""
+    """Prints lines, wrapped to the width of the terminal, or to 100 columns if there is none."""
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
     for line in lines:
         indent = line[: len(line) - len(line.lstrip(" -"))]
@@ -147,6 +144,6 @@ def _print(lines: Iterator[str] | list[str]) -> None:
                 break_on_hyphens=False,
                 break_long_words=False,
             )
-        # those held a figure and its margin together
+        # they have kept a figure and its margin on one line
         print(line.replace("\N{NO-BREAK SPACE}", " "))
     sys.stdout.flush()

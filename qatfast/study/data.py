@@ -1,4 +1,4 @@
-"""The data of the study: synthetic, handwritten digits, or the user's own table; split into training and test."""
+"""The data of the study: synthetic, handwritten digits or a file of the user, split into training and test samples."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TEST_SHARE = 0.2
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 MISSING = ("", "nan")
 SAMPLES_PER_NUMBER = 5
-"""More than 20 different whole numbers with fewer samples each than this are a regression target, not classes."""
+"""More than 20 different whole numbers with fewer samples per number are a regression target, not classes."""
 
 
 class DataError(ValueError):
-    """A file that cannot be used as data; the message is one line that says what to change in it."""
+    """A file cannot be used as data. The message is one line that says what to change in it."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Samples:
     """All samples of a data set, not yet split.
 
     Args:
-        name: what the report calls it.
+        name: Name in the report.
         inputs: (samples, features), float64, in the units of the source.
         labels: (samples,), int64, from 0 to classes - 1.
-        class_names: what each label stands for.
-        standardize: whether a split scales each feature to mean 0 and standard deviation 1 of its training samples.
-        note: how the file was read, where that had to be found out.
+        class_names: Name of each label.
+        standardize: Whether a split scales each feature to mean 0 and standard deviation 1 of its training samples.
+        note: How the file was read, if its format had to be guessed.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Dataset:
     """Training and test samples.
 
     Args:
-        name: what the report calls it.
+        name: Name in the report.
         train_inputs: (samples, features), float32.
         train_labels: (samples,), int64.
         test_inputs: (samples, features), float32.
         test_labels: (samples,), int64.
-        class_names: what each label stands for.
+        class_names: Name of each label.
     """
 
     name: str
@@ -73,16 +73,16 @@ class Dataset:
 
     @property
     def in_features(self) -> int:
-        """Features of one sample."""
+        """Number of features of one sample."""
         return self.train_inputs.shape[1]
 
     @property
     def num_classes(self) -> int:
-        """Different labels."""
+        """Number of different labels."""
         return len(self.class_names)
 
     def to(self, device: str | torch.device) -> Dataset:
-        """The same samples on ``device``."""
+        """Returns the same samples on ``device``."""
         moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -90,15 +90,15 @@ class Dataset:
 
 
 def generate_dataset(num_samples: int = 2000, num_features: int = 10, *, seed: int = 42) -> Dataset:
-    """The synthetic data of the tutorials: normal features, ``label = 1 if sum(features) > 0 else 0``, split 80/20.
+    """Generates the data of tutorials: normal features, ``label = 1 if sum(features) > 0 else 0``, split 80/20.
 
     Args:
-        num_samples: of training and test together.
-        num_features: of one sample.
-        seed: of the features and of the split, from 0 to 2^32 - 1.
+        num_samples: Number of training and test samples together.
+        num_features: Number of features of one sample.
+        seed: Seed of the features and of the split, from 0 to 2^32 - 1.
 
     Returns:
-        The split data: float32 features, int64 labels 0 and 1.
+        The split data with float32 features and int64 labels 0 and 1.
 
     Example:
         >>> data = generate_dataset()
@@ -109,14 +109,14 @@ def generate_dataset(num_samples: int = 2000, num_features: int = 10, *, seed: i
 
 
 def synthetic_samples(num_samples: int = 2000, num_features: int = 10, *, seed: int = 42) -> Samples:
-    """The samples of :func:`generate_dataset`, not yet split."""
+    """Returns the samples of :func:`generate_dataset`, not yet split."""
     inputs = np.random.default_rng(seed).standard_normal((num_samples, num_features))
     labels = (inputs.sum(axis=1) > 0).astype(np.int64)
     return Samples("synthetic", inputs, labels, ("sum <= 0", "sum > 0"))
 
 
 def digits_samples() -> Samples:
-    """The 1797 handwritten digits of 8 x 8 pixels that scikit-learn ships, grey values from 0 to 1.
+    """Returns the 1797 handwritten digits of 8 x 8 pixels that scikit-learn ships, with grey values from 0 to 1.
 
     Source:
         Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository.
@@ -127,18 +127,18 @@ def digits_samples() -> Samples:
 
 
 def load_samples(data: str, target: str | None = None, *, seed: int = 42) -> Samples:
-    """The samples that ``--data`` and ``--target`` name.
+    """Loads the samples that ``--data`` and ``--target`` name.
 
     Args:
         data: ``synthetic``, ``digits``, or the path of a .csv or .npz file.
-        target: for a file the column (.csv) or array (.npz) with the labels, else None.
-        seed: of the synthetic features.
+        target: Column (.csv) or array (.npz) with the labels of a file, otherwise None.
+        seed: Seed of the synthetic features.
 
     Returns:
         The samples, not yet split.
 
     Raises:
-        DataError: the file cannot be used; the message says where and why.
+        DataError: The file cannot be used. The message says where and why.
     """
     if data == "synthetic":
         return synthetic_samples(seed=seed)
@@ -155,20 +155,20 @@ def load_samples(data: str, target: str | None = None, *, seed: int = 42) -> Sam
 
 
 def load_csv(path: Path, target: str) -> Samples:
-    """A table with a header row: the column ``target`` holds the labels, every other one a number.
+    """Reads a table with a header row: the column ``target`` holds the labels, and all other columns hold numbers.
 
     Cells are separated by commas, semicolons or tabs, whichever fits the header. With semicolons or tabs numbers may
     have a decimal comma. ``true`` and ``false`` count as 1 and 0.
 
     Args:
-        path: of the file: UTF-8, or UTF-16 with a byte order mark.
-        target: name of the label column; labels may be any text.
+        path: Path of the file, which is UTF-8, or UTF-16 with a byte order mark.
+        target: Name of the label column. Labels may be any text.
 
     Returns:
         One sample per row, one feature per column.
 
     Raises:
-        DataError: a column, row or cell is wrong; the message names it.
+        DataError: A column, row or cell is wrong. The message names it.
     """
     table = _read_table(path, target)
     header, rows = table.header, table.rows
@@ -192,10 +192,10 @@ def load_csv(path: Path, target: str) -> Samples:
 
 
 def label_columns(data: str) -> list[str]:
-    """What ``--target`` may name in a file: the columns of a .csv, the arrays of an .npz.
+    """Returns what ``--target`` may name in a file: the columns of a .csv, the arrays of an .npz.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: The file cannot be read.
     """
     path = Path(data)
     try:
@@ -205,17 +205,17 @@ def label_columns(data: str) -> list[str]:
 
 
 def load_npz(path: Path, target: str) -> Samples:
-    """A NumPy archive: the array ``target`` holds the labels, all others are features with one sample a row.
+    """Reads a NumPy archive: the array ``target`` holds the labels, all others hold features with one sample per row.
 
     Args:
-        path: of the file.
-        target: name of the label array: (samples,), whole numbers, booleans or text.
+        path: Path of the file.
+        target: Name of the label array: (samples,), whole numbers, booleans or text.
 
     Returns:
-        One sample per row; the arrays beside ``target``, flattened to (samples, features), side by side.
+        One sample per row. The arrays of features are flattened to (samples, features) and concatenated.
 
     Raises:
-        DataError: an array is missing or wrong; the message names it.
+        DataError: An array is missing or wrong. The message names it.
     """
     arrays = _read_npz(path)
     if target not in arrays:
@@ -241,7 +241,7 @@ def load_npz(path: Path, target: str) -> Samples:
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an archive by name."""
+    """Returns the arrays of an archive by name."""
     if path.is_file() and not zipfile.is_zipfile(path):
         raise DataError(f"{path}: is not an .npz archive; save features and labels with numpy.savez")
     try:
@@ -252,8 +252,8 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _labels(path: Path, target: str, labels: NDArray[Any]) -> NDArray[Any]:
-    """``labels`` if they are one whole number, boolean or text per sample; whole floats as integers."""
-    wrong = f"{path}: array '{target}' must hold one integer or text label a sample, got "
+    """Returns ``labels`` if they are one whole number, boolean or text per sample, and whole floats as integers."""
+    wrong = f"{path}: array '{target}' must hold one integer or text label per sample, got "
     if labels.ndim != 1 or labels.dtype.kind not in "iubUSf":
         raise DataError(f"{wrong}shape {labels.shape} of {labels.dtype}")
     if labels.dtype.kind != "f":
@@ -271,17 +271,17 @@ def _labels(path: Path, target: str, labels: NDArray[Any]) -> NDArray[Any]:
 
 
 def split(samples: Samples, *, seed: int = 42) -> Dataset:
-    """80 % of the samples for training and 20 % for testing, the share of each class the same in both.
+    """Splits samples into 80 % for training and 20 % for testing, with the same share of each class in both.
 
     Args:
-        samples: at least two of each class.
-        seed: of the shuffling, from 0 to 2^32 - 1.
+        samples: At least two samples per class.
+        seed: Seed of the shuffling, from 0 to 2^32 - 1.
 
     Returns:
-        float32 features, standardized with the training samples' figures if the samples ask for it.
+        float32 features, standardized with mean and deviation of the training samples if ``samples.standardize``.
 
     Raises:
-        DataError: there are too few samples to split, or a number is too large for float32.
+        DataError: There are too few samples to split, or a number is too large for float32.
     """
     try:
         rows = train_test_split(
@@ -314,7 +314,7 @@ class _Table:
 
 
 def _read_table(path: Path, target: str | None = None) -> _Table:
-    """The table in the file; of the delimiters the one whose header has the target, then the most columns."""
+    """Reads the table with the delimiter whose header has the target; of several, with that of the most columns."""
     if path.is_dir():
         raise DataError(f"{path}: is a folder, not a .csv file")
     content = path.read_bytes()
@@ -410,7 +410,7 @@ def _shown(cell: str) -> str:
 def _own_samples(
     path: Path, inputs: NDArray[np.float64], names: Sequence[str], target: str, notes: Sequence[str] = ()
 ) -> Samples:
-    """Samples of a user's file, its labels checked: two classes or more, each with two samples or more."""
+    """Returns the samples of a user's file after a check of its labels: two classes or more of two samples or more."""
     counts = Counter(names)
     if inputs.shape[1] == 0:
         raise DataError(f"{path}: the samples have no features")
@@ -426,7 +426,7 @@ def _own_samples(
 
 
 def _check_classes(path: Path, counts: Counter[str], target: str) -> None:
-    """Refuses a regression target, one class in two spellings, and classes of one sample."""
+    """Raises DataError for a regression target, a class in two spellings, or a class of one sample."""
     samples, rare = sum(counts.values()), min(counts, key=lambda name: counts[name])
     if all(map(_is_number, counts)):
         values = {float(name.replace(",", ".")) for name in counts}
@@ -450,9 +450,14 @@ def _check_classes(path: Path, counts: Counter[str], target: str) -> None:
 
 
 def listing(names: Sequence[str], most: int = 12) -> str:
-    """``'a', 'b' and 3 more``."""
+    """Returns a text such as ``'a', 'b' and 3 more``."""
     shown = ", ".join(f"'{name}'" for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def plural(count: int, word: str, many: str = "") -> str:
+    """Returns a text such as ``1 epoch``, ``2 epochs``, or ``2 classes`` with ``many="classes"``."""
+    return f"{count:,} {word if count == 1 else many or word + 's'}"
 
 
 def _first_line(error: Exception) -> str:

@@ -10,11 +10,18 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from qatfast.bench.timer import one_thread
+
 from .data import Dataset, Samples, split
-from .layer_error import LayerError, layer_errors
-from .names import FLOAT_BITS, TITLES
-from .networks import ThreeLayerNet, ThreeLayerNetQAT, count_parameters, quantize_layers
-from .ptq import quantize_model
+from .networks import (
+    FLOAT_BITS,
+    TITLES,
+    ThreeLayerNet,
+    ThreeLayerNetQAT,
+    count_parameters,
+    quantize_layers,
+)
+from .ptq import LayerError, layer_errors, quantize_model
 from .size import save_float, save_quantized
 from .timing import StepTime, time_training_steps
 from .training import (
@@ -23,7 +30,6 @@ from .training import (
     History,
     divergence,
     evaluate_model,
-    one_thread,
     seeded,
     train_model,
 )
@@ -35,17 +41,17 @@ class Settings:
 
     Args:
         data: ``synthetic``, ``digits``, or the path of a .csv or .npz file.
-        target: the label column of a file.
-        bits: bit widths, each 2 to 16.
-        epochs: of each training; every model is compared after two of them: FP32 and then FP32 or QAT.
-        seeds: how often everything is repeated, with ``seed``, ``seed + 1``, ...
-        seed: the first one.
-        device: where the networks run.
-        batch_size: samples a training step.
-        learning_rate: of Adam from scratch.
-        finetune_learning_rate: of Adam from trained weights.
-        hidden_features: of the three-layer networks.
-        timing_repetitions: of the step times; 0: no times are taken.
+        target: Label column or array of a file.
+        bits: Bit widths, each 2 to 16.
+        epochs: Epochs of each training. Models are compared after two trainings: FP32, then FP32 or QAT.
+        seeds: Number of repetitions, with ``seed``, ``seed + 1``, ...
+        seed: The first seed.
+        device: Device of the networks.
+        batch_size: Samples per training step.
+        learning_rate: Learning rate of Adam for first weights.
+        finetune_learning_rate: Learning rate of Adam for trained weights.
+        hidden_features: Outputs of the first and the second layer of the networks.
+        timing_repetitions: Number of timings of a training step. 0 means that no times are taken.
     """
 
     data: str = "digits"
@@ -64,18 +70,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """One model of one seed on the test samples.
+    """Loss and accuracy of one model of one seed on the test samples.
 
     Args:
-        seed: of split, first weights and order of samples.
-        model: a key of TITLES.
-        bits: 32 for float.
-        loss: mean cross entropy (nats).
-        accuracy: share classified right. The tutorials' models have ranges fixed on training samples, all others take
-            the range of each sample from that sample.
-        accuracy_batch_1: evaluated one sample at a time; of the tutorials' models with ranges taken from the batch.
-        accuracy_batch_256: the same, 256 samples at a time.
-        diverged: how the training failed (:func:`divergence`); empty where it did not.
+        seed: Seed of the split, the first weights and the order of the samples.
+        model: A key of TITLES.
+        bits: Bits of the model, 32 for float.
+        loss: Mean cross entropy (nats).
+        accuracy: Share classified correctly. The tutorials' models have ranges fixed on training samples, all others
+            take the range of each sample from that sample.
+        accuracy_batch_1: Accuracy for one sample at a time. The tutorials' models take their ranges from the batch.
+        accuracy_batch_256: Accuracy for 256 samples at a time, with ranges as for one sample.
+        diverged: How the training failed, see :func:`divergence`. Empty if it did not fail.
     """
 
     seed: int
@@ -93,10 +99,10 @@ class ModelFile:
     """A model file in the report's folder.
 
     Args:
-        model: a key of TITLES.
-        bits: stored of each number.
-        bytes: of the file.
-        file: path relative to the report's folder.
+        model: A key of TITLES.
+        bits: Bits of each stored number.
+        bytes: Size of the file.
+        file: Path relative to the report's folder.
     """
 
     model: str
@@ -107,21 +113,21 @@ class ModelFile:
 
 @dataclass
 class Study:
-    """Everything a study found out, as far as it got.
+    """The results of a study, which an interruption can leave incomplete.
 
     Args:
-        settings: what was asked for.
-        samples: on which data.
-        parameters: numbers that each network learns.
-        train_samples: of one split.
-        test_samples: of one split.
-        runs: every model of every seed.
-        histories: of the first seed's trainings, by model and bits.
-        layer_errors: of the first seed's models.
-        sizes: of the first seed's models.
-        step_times: of training.
-        weights: the first seed's models, by model and bits.
-        complete: whether everything asked for is there.
+        settings: What the study does.
+        samples: The data.
+        parameters: Number of parameters of each network.
+        train_samples: Training samples of one split.
+        test_samples: Test samples of one split.
+        runs: All models of all seeds.
+        histories: Histories of the first seed's trainings, by model and bits.
+        layer_errors: Errors of the layers of the first seed's models.
+        sizes: Model files of the first seed.
+        step_times: Times of a training step.
+        weights: The first seed's models, by model and bits.
+        complete: Whether all results are there.
     """
 
     settings: Settings
@@ -138,17 +144,17 @@ class Study:
     complete: bool = False
 
     def accuracies(self, model: str, bits: int, figure: str = "accuracy") -> dict[int, float]:
-        """One figure of one model by seed."""
+        """Returns one figure of a model by seed."""
         return {run.seed: getattr(run, figure) for run in self.runs if (run.model, run.bits) == (model, bits)}
 
     def divergences(self, model: str, bits: int) -> dict[int, str]:
-        """How the trainings of one model that failed did, by seed."""
+        """Returns how trainings of a model failed, by seed. Seeds whose training did not fail are not in it."""
         runs = (run for run in self.runs if (run.model, run.bits) == (model, bits))
         return {run.seed: run.diverged for run in runs if run.diverged}
 
     @property
     def chance(self) -> float:
-        """The accuracy of always guessing the most frequent class."""
+        """Accuracy of always guessing the most frequent class."""
         counts = np.bincount(self.samples.labels)
         return float(counts.max() / counts.sum())
 
@@ -161,23 +167,24 @@ def _silent(_name: str) -> Callable[[Epoch], None]:
 
 
 def count_trainings(settings: Settings) -> int:
-    """How many times the study trains a network for ``settings.epochs`` epochs."""
+    """Returns how many times the study trains a network for ``settings.epochs`` epochs."""
     return settings.seeds * (2 + 2 * len(settings.bits))
 
 
 def run_study(study: Study, folder: Path, on_training: OnTraining = _silent) -> None:
-    """Runs every experiment and fills ``study`` as it goes, so that an interrupted study holds what was finished.
+    """Runs all experiments. It adds each result to ``study`` at once, so an interruption keeps what was finished.
 
     Args:
-        study: with settings and samples only.
-        folder: where model files go, into ``models/``.
-        on_training: called with the name of each training; its result is called after each epoch.
+        study: A study with settings and samples only.
+        folder: Folder of the report. Model files go into its subfolder ``models``.
+        on_training: Called with the name of each training. The function that it returns is called after each epoch.
 
     Raises:
-        DataError: the samples cannot be split.
-        OSError: a model file cannot be written.
+        DataError: The samples cannot be split.
+        OSError: A model file cannot be written.
     """
     settings = study.settings
+    # Layers as small as these gain nothing from a second thread, and wait for it if another program keeps a core busy.
     with one_thread():
         for seed in range(settings.seed, settings.seed + settings.seeds):
             _run_seed(study, seed, folder, on_training)
@@ -190,32 +197,32 @@ def _run_seed(study: Study, seed: int, folder: Path, on_training: OnTraining) ->
     settings = study.settings
     data = split(study.samples, seed=seed).to(settings.device)
     study.train_samples, study.test_samples = len(data.train_labels), len(data.test_labels)
-    bench = _Bench(study, seed, data, folder, on_training)
+    experiment = _SeedStudy(study, seed, data, folder, on_training)
 
-    fp32 = bench.network()
+    fp32 = experiment.network()
     study.parameters = count_parameters(fp32)
-    bench.train("fp32", FLOAT_BITS, fp32)
-    bench.measure("fp32", FLOAT_BITS, fp32)
+    experiment.train("fp32", FLOAT_BITS, fp32)
+    experiment.measure("fp32", FLOAT_BITS, fp32)
     longer = copy.deepcopy(fp32)
-    bench.train("fp32_longer", FLOAT_BITS, longer, finetune=True)
-    bench.measure("fp32_longer", FLOAT_BITS, longer)
+    experiment.train("fp32_longer", FLOAT_BITS, longer, finetune=True)
+    experiment.measure("fp32_longer", FLOAT_BITS, longer)
 
     for bits in settings.bits:
         ptq, qat = quantize_layers(longer, bits), quantize_layers(fp32, bits)
-        bench.measure("ptq", bits, ptq)
-        bench.measure_layers("ptq", bits, longer, ptq)
-        bench.measure("ptq_every_layer", bits, quantize_layers(longer, bits, edge_bits=bits))
-        bench.train("qat_finetuned", bits, qat, finetune=True)
-        bench.measure("qat_finetuned", bits, qat)
+        experiment.measure("ptq", bits, ptq)
+        experiment.measure_layers("ptq", bits, longer, ptq)
+        experiment.measure("ptq_every_layer", bits, quantize_layers(longer, bits, edge_bits=bits))
+        experiment.train("qat_finetuned", bits, qat, finetune=True)
+        experiment.measure("qat_finetuned", bits, qat)
 
-        bench.measure_tutorial("ptq_tutorial", bits, longer)
-        tutorial = bench.tutorial_network(bits, fp32)
-        bench.train("qat_tutorial", bits, tutorial, finetune=True)
-        bench.measure_tutorial("qat_tutorial", bits, bench.as_float(tutorial))
+        experiment.measure_tutorial("ptq_tutorial", bits, longer)
+        tutorial = experiment.tutorial_network(bits, fp32)
+        experiment.train("qat_tutorial", bits, tutorial, finetune=True)
+        experiment.measure_tutorial("qat_tutorial", bits, experiment.as_float(tutorial))
 
 
-class _Bench:
-    """One seed's networks, and what is done with each of them."""
+class _SeedStudy:
+    """The experiments of one seed."""
 
     def __init__(self, study: Study, seed: int, data: Dataset, folder: Path, on_training: OnTraining) -> None:
         self.study, self.seed, self.data, self.on_training = study, seed, data, on_training
@@ -226,19 +233,19 @@ class _Bench:
         self.diverged: dict[tuple[str, int], str] = {}
 
     def network(self) -> ThreeLayerNet:
-        """A float network with the seed's first weights."""
+        """Returns a float network with the seed's first weights."""
         with seeded(self.seed):
             return ThreeLayerNet(*self.sizes).to(self.settings.device)
 
     def tutorial_network(self, bits: int, start: nn.Module) -> ThreeLayerNetQAT:
-        """A network on the tutorials' grids with the weights of ``start``."""
+        """Returns a network on the tutorials' grids with the weights of ``start``."""
         with seeded(self.seed):
             network = ThreeLayerNetQAT(*self.sizes, num_bits=bits)
         network.load_state_dict(start.state_dict())
         return network.to(self.settings.device)
 
     def as_float(self, network: ThreeLayerNetQAT) -> ThreeLayerNet:
-        """The float network with the raw weights of ``network``."""
+        """Returns a float network with the raw weights of ``network``."""
         plain = self.network()
         plain.load_state_dict(network.state_dict())
         return plain
@@ -270,13 +277,13 @@ class _Bench:
             self._keep(name, bits, network, lambda path: save_quantized(network, bits, path))
 
     def measure_tutorial(self, name: str, bits: int, network: ThreeLayerNet) -> None:
-        """Records a model on the tutorials' grids: with fixed ranges, and with ranges taken from the batch."""
+        """Records a model on the tutorials' grids, with fixed ranges and with ranges taken from the batch."""
         fixed = quantize_model(network, bits, self.data.train_inputs)
         self._record(name, bits, self._evaluate(fixed), self.tutorial_network(bits, network))
         self._keep(name, bits, network, lambda path: save_quantized(network, bits, path, calibrated=fixed))
 
     def measure_layers(self, name: str, bits: int, network: nn.Module, quantized: nn.Module) -> None:
-        """Records how far each layer of the first seed's model is from the float one."""
+        """Records the error of each layer of a quantized model of the first seed."""
         if self.first:
             self.study.layer_errors += layer_errors(name, bits, network, quantized, self.data.test_inputs)
 
@@ -284,9 +291,11 @@ class _Bench:
         return evaluate_model(model, self.data.test_inputs, self.data.test_labels, batch_size=batch_size)
 
     def _record(self, name: str, bits: int, result: Evaluation, by_batch: nn.Module) -> None:
-        one, many = (self._evaluate(by_batch, size).accuracy for size in (1, 256))
+        batch_1, batch_256 = (self._evaluate(by_batch, size).accuracy for size in (1, 256))
         diverged = self.diverged.get((name, bits), "")
-        self.study.runs.append(Run(self.seed, name, bits, result.loss, result.accuracy, one, many, diverged))
+        self.study.runs.append(
+            Run(self.seed, name, bits, result.loss, result.accuracy, batch_1, batch_256, diverged)
+        )
 
     def _keep(self, name: str, bits: int, network: nn.Module, save: Callable[[Path], None]) -> None:
         if not self.first:
@@ -299,7 +308,7 @@ class _Bench:
 
 
 def _time_steps(study: Study) -> None:
-    """Times steps of the study's own network, and of a wide one where arithmetic outweighs the calls around it."""
+    """Times a training step of the study's network, and of a wide network whose arithmetic outweighs the calls."""
     settings, samples = study.settings, study.samples
     own = (samples.inputs.shape[1], settings.hidden_features, len(samples.class_names))
     repetitions, device = settings.timing_repetitions, settings.device
@@ -307,5 +316,5 @@ def _time_steps(study: Study) -> None:
         study.step_times += time_training_steps(
             *own, batch_size=settings.batch_size, repetitions=repetitions, device=device
         )
-    fewer = max(1, repetitions // 3)  # a step takes a hundred times as long
+    fewer = max(1, repetitions // 3)  # a step takes about a hundred times as long
     study.step_times += time_training_steps(1024, 1024, 10, batch_size=256, repetitions=fewer, device=device)

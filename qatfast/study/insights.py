@@ -1,37 +1,140 @@
-"""The verdict of a study and its findings: sentences that the numbers support, and none that they do not.
+"""The verdict of a study and its findings, as sentences that the results support with 95 % confidence.
 
-A model is *without a loss* where the whole 95 % interval of its loss against FP32 is below TOLERANCE; it *loses* where
-the interval is above 0; else the seeds cannot tell. One seed has no interval, so it never tells.
+A model is *without a loss* if the whole 95 % interval of its loss against FP32 is below TOLERANCE. It *loses* if the
+interval is above 0. Otherwise the seeds cannot tell. One seed has no interval and can never tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from scipy import stats  # type: ignore[import-untyped]
+
+from .data import plural
 from .experiments import Study
-from .names import FLOAT_BITS, TITLES, plural
-from .networks import EDGE_BITS
-from .noise import Difference, compare
+from .networks import EDGE_BITS, FLOAT_BITS, TITLES
 from .timing import StepTime
 
 TOLERANCE = 0.01
-"""A loss below one point counts as none."""
-MOST_SCATTER = 1.5
+"""A loss below this share of accuracy, one point, counts as no loss."""
+MAX_SCATTER = 1.5
+"""Times are not reported if their third quartile exceeds the first by more than this factor."""
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation of one figure over several seeds.
+
+    Args:
+        mean: Mean of the values.
+        std: Standard deviation of the values with divisor n - 1. None for one value.
+        values: One value per seed.
+    """
+
+    mean: float
+    std: float | None
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Returns the spread of at least one value."""
+        return cls(
+            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, tuple(values)
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Difference of two models' accuracies, paired by seed.
+
+    Args:
+        mean: First minus second accuracy, as a share (0.01 is one point).
+        margin: Half the width of the 95 % interval around ``mean``. None for one seed, whose spread is unknown.
+        resolution: Share of one test sample.
+        seeds: Number of pairs.
+    """
+
+    mean: float
+    margin: float | None
+    resolution: float
+    seeds: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the difference is larger than its margin and than one test sample. False for one seed."""
+        return self.margin is not None and abs(self.mean) > max(self.margin, self.resolution * (1 + 1e-9))
+
+    def below(self, bound: float) -> bool:
+        """Returns whether the whole interval is below ``bound``. False for one seed."""
+        return self.margin is not None and self.mean + self.margin < bound
+
+    @property
+    def points(self) -> str:
+        """The difference in points with a sign, such as ``-0.2 ± 0.6``."""
+        mean = round(100 * self.mean, 1) + 0.0  # -0.0 becomes 0.0
+        return f"{mean:+.1f}" + self._margin
+
+    @property
+    def size(self) -> str:
+        """The difference in points without a sign, such as ``0.2 ± 0.6``."""
+        return f"{100 * abs(self.mean):.1f}" + self._margin
+
+    @property
+    def _margin(self) -> str:
+        return "" if self.margin is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{100 * self.margin:.1f}"
+
+
+def compare(
+    first: Mapping[int, float], second: Mapping[int, float], *, train: int, test: int
+) -> Difference | None:
+    """Computes the mean difference of two models' accuracies over their common seeds, with its 95 % interval.
+
+    The margin is ``t * std * sqrt(1 / n + test / train)``. The second term accounts for the samples that the splits of
+    different seeds share. ``std`` is at least one test sample, which is the resolution of an accuracy.
+
+    Args:
+        first: Accuracy by seed.
+        second: Accuracy by seed.
+        train: Number of training samples.
+        test: Number of test samples.
+
+    Returns:
+        The difference, or None if there is no common seed.
+
+    Source:
+        Nadeau and Bengio 2003, Inference for the generalization error, Machine Learning 52, the corrected resampled
+        t-test.
+    """
+    pairs = [(first[seed], second[seed]) for seed in first if seed in second]
+    if not pairs:
+        return None
+    differences = [left - right for left, right in pairs]
+    count = len(pairs)
+    margin = None
+    if count > 1:
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+        deviation = max(statistics.stdev(differences), 1 / test)
+        margin = quantile * deviation * math.sqrt(1 / count + test / train)
+    return Difference(statistics.fmean(differences), margin, 1 / test, count)
 
 
 @dataclass(frozen=True)
 class Insight:
-    """One sentence.
+    """A sentence about the results.
 
     Args:
-        kind: ``headline`` and ``verdict`` (one per bit width), which always stand; and findings, which stand only where
-            they are more than chance: ``tutorial``, ``diverged``, ``edges``, ``batch``, ``size``.
-        bits: what it is about; 32 for all bit widths.
-        value: the figure it rests on: a difference of accuracies as a share, or a ratio; None where there is none.
-        margin: half the width of its 95 % interval, where it has one.
-        clear: whether the seeds decide it.
-        text: the sentence.
+        kind: ``headline`` or ``verdict`` (one per bit width), which every report has, or a kind of finding, which a
+            report has only if it is more than chance: ``tutorial``, ``diverged``, ``edges``, ``batch``, ``size``.
+        bits: The bit width of the sentence, or 32 for all bit widths.
+        value: The figure behind the sentence: a difference of accuracies as a share, or a ratio. None without figure.
+        margin: Half the width of the figure's 95 % interval. None if it has no interval.
+        clear: Whether the seeds decide it.
+        text: The sentence.
     """
 
     kind: str
@@ -44,13 +147,13 @@ class Insight:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one model does against FP32.
+    """A model compared with FP32.
 
     Args:
-        model: its key.
+        model: A key of TITLES.
         state: ``lossless``, ``loses``, ``unclear`` or ``diverged``.
-        difference: its accuracy minus that of FP32.
-        words: for a sentence that begins with the model's label.
+        difference: Accuracy of the model minus that of FP32.
+        words: The rest of a sentence that begins with the model's title.
     """
 
     model: str
@@ -60,10 +163,10 @@ class Outcome:
 
 
 def find_insights(study: Study) -> list[Insight]:
-    """The headline, one verdict per bit width, and the findings that are more than chance.
+    """Returns the headline, one verdict per bit width, and the findings that are more than chance.
 
     Args:
-        study: complete or interrupted; nothing is said of what was not measured.
+        study: A complete or interrupted study. Nothing is reported about results that are missing.
     """
     verdicts = [
         verdict for bits in study.settings.bits if (verdict := _verdict(study, bits, *_outcomes(study, bits)))
@@ -84,7 +187,7 @@ def find_insights(study: Study) -> list[Insight]:
 
 
 def best(study: Study) -> tuple[int, str] | None:
-    """The lowest bits without a loss and the model that has none there (``ptq`` if both); None if there is none."""
+    """Returns the lowest bits without a loss and the model, ``ptq`` if QAT has none either. None without such bits."""
     for bits in sorted(study.settings.bits):
         for outcome in _outcomes(study, bits):
             if outcome.state == "lossless":
@@ -93,7 +196,7 @@ def best(study: Study) -> tuple[int, str] | None:
 
 
 def definition(study: Study) -> str:
-    """What "no loss" means and on what it rests, for small print."""
+    """Returns the definition of "no loss", for small print."""
     if seeds(study) < 2:
         epochs = plural(2 * study.settings.epochs, "epoch")
         return f"Figures: points against FP32 at equal training ({epochs}). One seed has no spread."
@@ -105,7 +208,7 @@ def definition(study: Study) -> str:
 
 
 def seeds(study: Study) -> int:
-    """How many seeds have reached the models that the verdict compares."""
+    """Returns how many seeds have all models that a verdict compares."""
     counts = [
         min(len(study.accuracies("fp32_longer", FLOAT_BITS)), len(study.accuracies("qat_finetuned", bits)))
         for bits in study.settings.bits
@@ -114,9 +217,9 @@ def seeds(study: Study) -> int:
 
 
 def time_insights(times: list[StepTime]) -> list[str]:
-    """One sentence per network: the median ratios of a QAT step to an FP32 step, with the middle half of the turns.
+    """Returns one sentence per network: the median ratio of a QAT step to an FP32 step, with its quartiles.
 
-    Nothing is said where that half reaches over more than MOST_SCATTER: the machine was busy with something else.
+    There is no sentence if the ratios scatter by more than MAX_SCATTER, as the machine was busy then.
     """
     by_network: dict[str, dict[str, StepTime]] = {}
     for entry in times:
@@ -125,7 +228,7 @@ def time_insights(times: list[StepTime]) -> list[str]:
         f"A QAT step takes {_times(models['qatfast'])} an FP32 step, the tutorials' code {_times(models['tutorial'])}; "
         f"{network}."
         for network, models in by_network.items()
-        if all(entry.quartiles[1] <= MOST_SCATTER * entry.quartiles[0] for entry in models.values())
+        if all(entry.quartiles[1] <= MAX_SCATTER * entry.quartiles[0] for entry in models.values())
     ]
 
 
@@ -135,7 +238,7 @@ def _times(entry: StepTime) -> str:
 
 
 def _outcomes(study: Study, bits: int) -> list[Outcome]:
-    """Of PTQ and QAT, as far as they are there."""
+    """Returns the outcomes of PTQ and QAT, without those that are not measured yet."""
     found = (_outcome(study, model, bits) for model in ("ptq", "qat_finetuned"))
     return [outcome for outcome in found if outcome is not None]
 
@@ -185,7 +288,7 @@ def _headline(study: Study) -> Insight:
 def _verdict(
     study: Study, bits: int, ptq: Outcome | None = None, qat: Outcome | None = None
 ) -> Insight | None:
-    """One plain line; None where not both models are measured."""
+    """Returns the verdict at a bit width, or None if PTQ or QAT is not measured."""
     if ptq is None or qat is None:
         return None
     gain = _compare(study, ("qat_finetuned", bits), ("ptq", bits))
@@ -248,7 +351,7 @@ def _edges(study: Study) -> list[Insight]:
 
 
 def _listed(kind: str, better: str, worse: str, found: Mapping[int, Difference | None]) -> list[Insight]:
-    """One sentence on all clear gains and one on all clear losses, each of them named with its bits."""
+    """Returns one sentence about all clear gains and one about all clear losses, with the bits of each."""
     insights = []
     for words, sign in ((better, 1), (worse, -1)):
         clear = {bits: gain for bits, gain in found.items() if gain and gain.clear and sign * gain.mean > 0}
@@ -273,11 +376,13 @@ def _diverged(study: Study) -> list[Insight]:
 
 
 def _batch(study: Study) -> list[Insight]:
-    """The tutorials' ranges come from the batch: the largest clear difference that this makes."""
+    """Returns the largest clear difference between batch sizes, as the tutorials' ranges come from the batch."""
     found = {}
     for bits in study.settings.bits:
-        one, many = (study.accuracies("qat_tutorial", bits, f"accuracy_batch_{size}") for size in (1, 256))
-        difference = compare(one, many, train=study.train_samples, test=study.test_samples)
+        batch_1, batch_256 = (
+            study.accuracies("qat_tutorial", bits, f"accuracy_batch_{size}") for size in (1, 256)
+        )
+        difference = compare(batch_1, batch_256, train=study.train_samples, test=study.test_samples)
         if difference is not None and difference.clear:
             found[bits] = difference
     if not found:
@@ -291,7 +396,7 @@ def _batch(study: Study) -> list[Insight]:
 
 
 def _size(study: Study) -> list[Insight]:
-    """Of the model file at the lowest bits without a loss."""
+    """Returns the size of the model file at the lowest bits without a loss."""
     found = best(study)
     if found is None:
         return []
@@ -305,20 +410,20 @@ def _size(study: Study) -> list[Insight]:
 
 
 def ratio(fp32: int, quantized: int) -> str:
-    """``3.2 times smaller than`` or ``1.5 times as large as``."""
+    """Returns a text such as ``3.2 times smaller than`` or ``1.5 times as large as``."""
     factor = fp32 / quantized
     return f"{factor:.1f} times smaller than" if factor > 1 else f"{1 / factor:.1f} times as large as"
 
 
 def _sound(study: Study, *models: str) -> list[int]:
-    """The bits at which none of the models diverged: a mean over diverged trainings says nothing."""
+    """Returns the bits at which none of the models diverged, because a mean over diverged trainings is meaningless."""
     return [
         bits for bits in study.settings.bits if not any(study.divergences(model, bits) for model in models)
     ]
 
 
 def _seeds(study: Study, model: str, bits: int, failed: Mapping[int, str]) -> str:
-    """``2 of 7 seeds``."""
+    """Returns a text such as ``2 of 7 seeds``."""
     count = len(study.accuracies(model, bits))
     return f"{len(failed)} of {plural(count, 'seed')}"
 

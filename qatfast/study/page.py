@@ -1,4 +1,4 @@
-"""HTML pieces of the report: the frame of the page, tables, figures, lists; all text is escaped here."""
+"""HTML of the report: the page and its sections, tables, figures and lists. All functions escape their text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from html import escape
 from string import Template
 
-from .figures import darkened
-from .tables import Table
+from .plots import darkened
+from .results import Table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --muted: #5b6675; --lines: #d9dee5; --paper: #fdfdfe;
@@ -87,48 +87,48 @@ $body
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole HTML document.
+    """Returns a whole HTML document.
 
     Args:
-        title: as text.
-        parts: of the body, as HTML.
+        title: Title, as text.
+        parts: Parts of the body, as HTML.
     """
     return PAGE.substitute(title=escape(title), style=STYLE, body="\n".join(parts))
 
 
 def section(name: str, heading: str, *parts: str) -> str:
-    """A section with an anchor, a heading (text) and its parts (HTML)."""
+    """Returns a section with an anchor, a heading (text) and parts (HTML)."""
     return f'<section id="{escape(name)}">\n<h2>{escape(heading)}</h2>\n' + "\n".join(parts) + "\n</section>"
 
 
 def contents(headings: dict[str, str]) -> str:
-    """A list of links to sections, by their names."""
+    """Returns a list of links to sections, whose headings are given by name."""
     links = (f'<li><a href="#{escape(name)}">{escape(text)}</a></li>' for name, text in headings.items())
     return f'<nav aria-label="contents"><ul>{"".join(links)}</ul></nav>'
 
 
 def code(text: str) -> str:
-    """Code to copy."""
+    """Returns a block of code."""
     return f"<pre><code>{escape(text)}</code></pre>"
 
 
 def beside(*parts: str) -> str:
-    """Parts side by side, or one below the other where the page is narrow."""
+    """Returns parts side by side, or one below the other if the page is narrow."""
     return '<div class="beside">\n' + "\n".join(f"<div>{part}</div>" for part in parts) + "\n</div>"
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph; ``kind`` is its CSS class."""
+    """Returns a paragraph with ``kind`` as its CSS class."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
 def bullets(texts: Iterable[str]) -> str:
-    """A list with one text an item."""
+    """Returns a list with one text per item."""
     return "<ul>\n" + "\n".join(f"<li>{escape(text)}</li>" for text in texts) + "\n</ul>"
 
 
 def definitions(texts: dict[str, str], kind: str = "facts", best: str = "") -> str:
-    """A list of terms and what they mean; ``best`` is the term to stand out."""
+    """Returns a list of terms and what they mean. The term ``best`` is highlighted."""
     items = (
         f"<dt{_best(term == best)}>{escape(term)}</dt><dd{_best(term == best)}>{escape(meaning)}</dd>"
         for term, meaning in texts.items()
@@ -141,7 +141,7 @@ def _best(yes: bool) -> str:
 
 
 def table(content: Table) -> str:
-    """A table after its explanation."""
+    """Returns a table below its explanation."""
     kinds = [
         ' class="words"' if column < content.text_columns else "" for column in range(len(content.header))
     ]
@@ -164,12 +164,12 @@ def _row(cells: tuple[str, ...], kinds: list[str]) -> str:
 
 
 def figure(svg: str, alt: str, caption: str) -> str:
-    """A figure that follows the reader's light or dark setting.
+    """Returns a figure that follows the reader's light or dark setting.
 
     Args:
-        svg: for light pages.
-        alt: what it shows, for those who do not see it.
-        caption: below it.
+        svg: SVG for light pages.
+        alt: Description for readers who do not see the figure.
+        caption: Caption below the figure.
     """
     return (
         "<figure><picture>"
@@ -180,12 +180,12 @@ def figure(svg: str, alt: str, caption: str) -> str:
 
 
 def figures(parts: Iterable[str]) -> str:
-    """Figures side by side, or one below the other where the page is narrow."""
+    """Returns figures side by side, or one below the other if the page is narrow."""
     return '<div class="figures">\n' + "\n".join(parts) + "\n</div>"
 
 
 def details(summary: str, *parts: str) -> str:
-    """A part of the page that a click unfolds."""
+    """Returns a part of the page that is folded until a reader opens it."""
     return f"<details><summary>{escape(summary)}</summary>\n" + "\n".join(parts) + "\n</details>"
 
 

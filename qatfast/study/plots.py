@@ -1,11 +1,15 @@
-"""The plots of the study; each function draws one figure and returns it."""
+"""The plots of the study, and the style of all figures."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -16,58 +20,121 @@ from torch import Tensor, nn
 
 from qatfast import PerTensor, QATLinear, QuantSpec, choose_qparams, fake_quantize
 
-from .figures import COLORS, INK, LINES, MUTED, PTQ, QAT, new_figure, styled
-from .layer_error import LayerError
-from .names import TITLES, plural
-from .noise import Spread
-from .signal_error import SignalError
+from .data import plural
+from .insights import Spread
+from .networks import TITLES
+from .ptq import LayerError
 from .training import History
 
+# Each colour of a light page and its replacement on a dark page. Colour-blind readers can tell the hues apart.
+DARK = {
+    "#1c2430": "#e6e9ee",  # text
+    "#5b6675": "#a7b0bd",  # secondary text, FP32
+    "#d9dee5": "#39424f",  # grid and frames
+    "#fdfdfe": "#171c23",  # paper
+    "#c2620a": "#f0a04b",  # PTQ
+    "#e3a55f": "#9c6a34",  # PTQ, second
+    "#1a6fb8": "#62b0f2",  # QAT
+    "#7fb3dd": "#3d729f",  # QAT, second
+    "#17805e": "#4cc79c",  # QAT, third
+}
+INK, MUTED, LINES, PAPER, PTQ, PTQ_LIGHT, QAT, QAT_LIGHT, QAT_THIRD = DARK
+
+COLORS = {
+    "fp32": MUTED,
+    "fp32_longer": MUTED,
+    "ptq": PTQ,
+    "qat_finetuned": QAT,
+    "ptq_every_layer": PTQ_LIGHT,
+    "ptq_tutorial": PTQ_LIGHT,
+    "qat_tutorial": QAT_THIRD,
+}
+
+STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": LINES,
+    "axes.facecolor": PAPER,
+    "axes.grid": True,
+    "axes.labelcolor": MUTED,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "figure.facecolor": PAPER,
+    "figure.titlesize": 11,
+    "font.size": 9,
+    "grid.color": LINES,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.6,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "svg.hashsalt": "qatfast",
+}
+
+PNG_DPI = 160
+
 GRID_LEVELS = 16
-"""A grid of at most so many levels is drawn into the weight plots."""
+"""The weight plots show the levels of a grid that has at most this many."""
 
 AXIS_SPAN = 0.1
-"""The accuracy axis is at most so long, or a point of accuracy would be too short to see."""
+"""Maximum length of the accuracy axis. On a longer axis a point of accuracy would be too short to see."""
 
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
-"""A share as a percentage with the decimals that it has: rounded ones would make even ticks look uneven."""
+"""Formats a share as a percentage without rounding, as rounded labels would make even ticks look uneven."""
 
 
-def plot_signal(signal: SignalError) -> Figure:
-    """A signal against its quantized form, and a histogram of the error between them.
+@contextmanager
+def styled() -> Iterator[None]:
+    """Sets the style of new figures inside the block, and restores the caller's matplotlib settings after it."""
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def new_figure(
+    rows: int = 1, *, height: float = 3.2, width: float = 3.4, share_x: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Makes a figure of panels one above the other, narrow enough to be read on a phone.
 
     Args:
-        signal: from :func:`quantize_signal`.
+        rows: Number of panels.
+        height: Height of the figure, in inches.
+        width: Width of the figure, in inches.
+        share_x: Whether the panels have the same x axis.
 
     Returns:
-        A figure of two panels.
+        The figure and its panels, from the top.
     """
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, 1, squeeze=False, sharex=share_x)
+    return figure, list(axes[:, 0])
+
+
+def svg(figure: Figure) -> str:
+    """Returns the figure as SVG for light pages. Equal figures have equal SVGs."""
+    buffer = io.StringIO()
     with styled():
-        figure, (above, below) = new_figure(2, height=3.9)
-        above.plot(signal.x, signal.original, color=MUTED, linewidth=0.9, label="original")
-        above.plot(
-            signal.x, signal.quantized, color=QAT, linewidth=1.1, drawstyle="steps-mid", label="quantized"
-        )
-        above.set(title=f"2 sin(x) + noise, {signal.num_bits} bits: {signal.levels} levels", xlabel="x")
-        above.legend(loc="upper right", ncols=2)
-        above.margins(y=0.18)
-        below.hist((signal.quantized - signal.original).numpy(), bins=41, color=QAT)
-        for half in (-signal.scale / 2, signal.scale / 2):
-            below.axvline(half, color=PTQ, linestyle="--", linewidth=1)
-        below.set(
-            title="Error; dashed: half a step",
-            xlabel="quantized − original",
-            ylabel="points",
-        )
-        below.xaxis.set_major_locator(MaxNLocator(5))
-    return figure
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # More digits than hundredths of a point are half of the file, and no screen shows them.
+    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), buffer.getvalue())
+
+
+def darkened(light: str) -> str:
+    """Returns an SVG of :func:`svg` in the colours of dark pages."""
+    for color, dark in DARK.items():
+        light = light.replace(color, dark)
+    return light
 
 
 def plot_training_history(histories: History | Mapping[str, History]) -> Figure:
-    """Loss and accuracy over the epochs: solid on the test samples, dotted on the training samples.
+    """Draws loss and accuracy over the epochs, solid for the test samples and dotted for the training samples.
 
     Args:
-        histories: of one training, or of several by name; keys of TITLES get the colours of the report.
+        histories: History of one training, or of several by name. Keys of TITLES get the colours of the report.
 
     Returns:
         A figure of two panels.
@@ -102,13 +169,13 @@ def plot_training_history(histories: History | Mapping[str, History]) -> Figure:
 
 
 def visualize_weight_distributions(model: nn.Module, qat_model: nn.Module, num_bits: int) -> list[Figure]:
-    """The weights of each linear layer: in FP32, after PTQ, and of a QAT model on its grid.
+    """Draws the weights of each linear layer in FP32, after PTQ, and of a QAT model on its grid.
 
     Args:
-        model: trained in FP32.
-        qat_model: the same layers after QAT, raw weights. A QATLinear's config is that of its layer's grids, in PTQ
-            too; any other layer has one grid of ``num_bits`` bits.
-        num_bits: 2 to 16. The levels of grids of at most 16 levels are drawn as lines, where a layer has one grid.
+        model: A model trained in FP32.
+        qat_model: The same layers after QAT, with raw weights. The config of a QATLinear describes the grids of its
+            layer, also for PTQ. All other layers have one grid of ``num_bits`` bits.
+        num_bits: Bits of the grid, 2 to 16. If a layer has one grid of at most 16 levels, these are drawn as lines.
 
     Returns:
         One figure per linear layer, of three panels with the same x axis.
@@ -128,14 +195,14 @@ def visualize_weight_distributions(model: nn.Module, qat_model: nn.Module, num_b
 
 
 def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: Spread | None) -> Figure:
-    """Mean test accuracy over bits, most bits first, with one standard deviation to either side.
+    """Draws the mean test accuracy over bits, most bits first, with error bars of one standard deviation.
 
-    The axis does not start at 0, or 8 and 4 bits could not be told apart; its title says where it starts. Where
-    accuracies lie further apart than AXIS_SPAN, the lowest ones stand at its lower end, with their values.
+    The axis does not start at 0, because 8 and 4 bits could not be told apart then; the title says where it starts. If
+    accuracies are further apart than AXIS_SPAN, the lowest are marked at the lower end of the axis with their values.
 
     Args:
-        figures: accuracy by model key and bits.
-        fp32: of the float model, drawn as a band.
+        figures: Accuracy by model key and bits.
+        fp32: Accuracy of the float model, drawn as a band.
 
     Returns:
         A figure of one panel.
@@ -152,7 +219,7 @@ def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: S
             axes.axhline(fp32.mean, color=MUTED, linewidth=1.2, label=TITLES["fp32_longer"])
         for number, (name, by_bits) in enumerate(figures.items()):
             bits = sorted(by_bits, reverse=True)
-            # shifted a little to either side, or the error bars hide one another
+            # shifted a little, because the error bars would hide one another
             shift = 0.08 * (number - (len(figures) - 1) / 2)
             positions = [widths.index(width) + shift for width in bits]
             axes.errorbar(
@@ -182,7 +249,7 @@ def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: S
 
 
 def _axis_ends(spreads: Sequence[Spread], fp32: Spread | None) -> tuple[float, float]:
-    """Whole percentages around the accuracies and their deviations, at most AXIS_SPAN apart."""
+    """Returns whole percentages around the accuracies and their deviations, at most about AXIS_SPAN apart."""
     every = [*spreads, *([fp32] if fp32 is not None else [])]
     low = min((spread.mean - (spread.std or 0.0) for spread in every), default=0.0)
     high = max((spread.mean + (spread.std or 0.0) for spread in every), default=1.0)
@@ -191,7 +258,7 @@ def _axis_ends(spreads: Sequence[Spread], fp32: Spread | None) -> tuple[float, f
 
 
 def _mark_below(axes: Axes, position: float, bottom: float, mean: float, color: str) -> None:
-    """An arrow at the lower end of the axis for an accuracy below it, with its value."""
+    """Marks an accuracy below the axis by an arrow at its lower end, with the value."""
     axes.plot(position, bottom, marker="v", markersize=7, color=color, clip_on=False, zorder=5)
     axes.annotate(
         f"{mean:.0%}",
@@ -204,15 +271,15 @@ def _mark_below(axes: Axes, position: float, bottom: float, mean: float, color: 
 
 
 def plot_layer_errors(errors: Sequence[LayerError], figure_name: str, title: str) -> Figure:
-    """The relative error of each layer over bits, most bits first, on a logarithmic axis.
+    """Draws the relative error of each layer over bits, most bits first, on a logarithmic axis.
 
     Args:
-        errors: of all models, layers and bits.
+        errors: Errors of all models, layers and bits.
         figure_name: ``weight_error`` or ``output_error``.
-        title: of the panel.
+        title: Title of the panel.
 
     Returns:
-        A figure of one panel; colours are models, markers and line styles layers.
+        A figure of one panel with a colour per model, and a marker and a line style per layer.
     """
     with styled():
         figure, (axes,) = new_figure(height=3.3)
@@ -246,7 +313,7 @@ def plot_layer_errors(errors: Sequence[LayerError], figure_name: str, title: str
 def _by_model_and_layer(
     errors: Sequence[LayerError], figure_name: str
 ) -> dict[tuple[str, str], dict[int, float]]:
-    """One figure by model and layer, then by bits."""
+    """Returns one figure by model and layer, then by bits."""
     found: dict[tuple[str, str], dict[int, float]] = {}
     for error in errors:
         found.setdefault((error.model, error.layer), {})[error.bits] = getattr(error, figure_name)
@@ -254,7 +321,7 @@ def _by_model_and_layer(
 
 
 def _show_percent(axes: Axes) -> None:
-    """Percentages beside the y axis, at steps of 1, 2 or 5."""
+    """Labels the y axis with percentages in steps of 1, 2 or 5."""
     axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PERCENT)
 
@@ -279,7 +346,7 @@ def _plot_weights(layer: str, num_bits: int, panels: Mapping[str, tuple[Tensor, 
 
 
 def _draw_levels(axes: Axes, weights: Tensor, levels: Tensor, color: str) -> None:
-    """A line at each level of the grid, as high as the number of weights on it."""
+    """Draws a line at each level of the grid, as high as the number of weights on it."""
     counts = torch.bincount(torch.bucketize(weights, (levels[1:] + levels[:-1]) / 2), minlength=len(levels))
     axes.grid(visible=False, axis="x")
     for level in levels.tolist():
@@ -293,7 +360,7 @@ def _weight_spec(layer: nn.Module, num_bits: int) -> QuantSpec:
 
 
 def _on_grid(weights: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
-    """The weights on their grid, flat, and its levels where there is only one grid."""
+    """Returns the flattened weights on their grid, and the levels of the grid if there is only one grid."""
     options: dict[str, Any] = {"symmetric": spec.symmetric, "granularity": spec.granularity}
     rounded = fake_quantize(weights, spec.num_bits, **options).flatten()
     if not isinstance(spec.granularity, PerTensor):

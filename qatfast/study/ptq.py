@@ -1,27 +1,28 @@
-"""Post-training quantization (PTQ): a trained float model put on the integer grid without further training."""
+"""Post-training quantization (PTQ): quantizes a trained float model without further training."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qatfast import choose_qparams, fake_quantize, fake_quantize_affine
+from qatfast import QATLinear, QuantSpec, choose_qparams, fake_quantize, fake_quantize_affine
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class FixedFakeQuantize(nn.Module):
-    """Fake-quantizes its input to one fixed affine grid, as a device does whose ranges were chosen beforehand.
+    """Fake-quantizes its input to a fixed affine grid, as a device does whose ranges were chosen beforehand.
 
     Args:
-        scale: real units a step, float32, shape ``()``.
-        zero_point: int32, shape ``()``, from 0 to ``2^num_bits - 1``.
-        num_bits: 2 to 16.
+        scale: Distance of two neighbouring levels, float32, shape ``()``.
+        zero_point: Integer that stands for 0.0, int32, shape ``()``, from 0 to ``2^num_bits - 1``.
+        num_bits: Bits of the grid, 2 to 16.
     """
 
     scale: Tensor
@@ -35,7 +36,7 @@ class FixedFakeQuantize(nn.Module):
 
     @classmethod
     def observe(cls, values: Tensor, num_bits: int) -> FixedFakeQuantize:
-        """The grid from the smallest to the largest of ``values``."""
+        """Returns the module whose grid reaches from the smallest to the largest of ``values``."""
         return cls(*choose_qparams(values, num_bits), num_bits)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -44,15 +45,15 @@ class FixedFakeQuantize(nn.Module):
 
 @torch.no_grad()
 def quantize_model_weights(model: Model, num_bits: int = 8, *, inplace: bool = False) -> Model:
-    """Puts every weight and bias on the affine grid of its own range; activations stay in float.
+    """Fake-quantizes each weight and bias to the affine grid of its own range. Activations stay in float.
 
     Args:
-        model: a trained model.
-        num_bits: 2 to 16.
-        inplace: False: ``model`` stays as it is and a copy is quantized.
+        model: A trained model.
+        num_bits: Bits of the grids, 2 to 16.
+        inplace: Whether to quantize ``model`` itself and not a copy.
 
     Returns:
-        The quantized model; its parameters are still float32, with at most ``2^num_bits`` different values each.
+        The quantized model. Its parameters are still float32, with at most ``2^num_bits`` different values each.
 
     Raises:
         ValueError: ``num_bits`` is not from 2 to 16.
@@ -70,19 +71,19 @@ def quantize_model_weights(model: Model, num_bits: int = 8, *, inplace: bool = F
 def quantize_model(
     model: nn.Module, num_bits: int, calibration_inputs: Tensor, *, float_scores: bool = False
 ) -> nn.Sequential:
-    """Quantizes weights, biases, the input and the output of every linear layer: the whole model as a device runs it.
+    """Quantizes the input, the parameters and the outputs of all linear layers, as a device with fixed ranges does.
 
-    The range of each activation is the smallest and largest value it takes on the calibration inputs, with the
-    quantized weights; it is fixed from then on.
+    The range of an activation is fixed to the smallest and largest value that it has for the calibration inputs, with
+    quantized weights.
 
     Args:
-        model: a trained float model of nn.Linear layers; it stays as it is.
-        num_bits: 2 to 16, of everything.
-        calibration_inputs: (samples, features), of the training data.
-        float_scores: True: the output of the last linear layer stays in float.
+        model: A trained float model of nn.Linear layers, which does not change.
+        num_bits: Bits of everything that is quantized, 2 to 16.
+        calibration_inputs: (samples, features), from the training data.
+        float_scores: Whether the output of the last linear layer stays in float.
 
     Returns:
-        ``nn.Sequential(input=FixedFakeQuantize, model=copy)``, in evaluation mode, each linear layer of the copy
+        ``nn.Sequential(input=FixedFakeQuantize, model=copy)`` in evaluation mode, with each linear layer of the copy
         replaced by ``nn.Sequential(linear=..., output=FixedFakeQuantize)``.
 
     Raises:
@@ -104,7 +105,7 @@ def quantize_model(
 
 @torch.no_grad()
 def linear_outputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """The output of each linear layer for ``inputs``, in the order in which the layers run."""
+    """Returns the output of each linear layer for ``inputs``, in the order in which the layers run."""
     outputs: dict[str, Tensor] = {}
 
     def watch(name: str, module: nn.Module) -> RemovableHandle:
@@ -120,3 +121,70 @@ def linear_outputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
         for handle in handles:
             handle.remove()
     return outputs
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """The relative error of one layer, ``||quantized - float|| / ||float||`` with the Euclidean norm.
+
+    Args:
+        model: A key of TITLES.
+        bits: Bits of weights and inputs.
+        layer: Name of the layer.
+        weight_error: Error of the weight matrix alone.
+        output_error: Error of the layer's output on the test samples, with the errors of all layers before it.
+    """
+
+    model: str
+    bits: int
+    layer: str
+    weight_error: float
+    output_error: float
+
+
+@torch.no_grad()
+def layer_errors(
+    name: str, num_bits: int, model: nn.Module, quantized: nn.Module, inputs: Tensor
+) -> list[LayerError]:
+    """Compares each linear layer of ``model`` with the same layer of its quantized form.
+
+    Args:
+        name: Key of the model, for the result.
+        num_bits: Bits, for the result.
+        model: A float model.
+        quantized: The model that :func:`quantize_layers` returns for it.
+        inputs: (samples, features), for which the outputs are compared.
+
+    Returns:
+        One error per linear layer, in the order of the model.
+    """
+    outputs = linear_outputs(quantized, inputs)
+    errors = []
+    for layer, exact in linear_outputs(model, inputs).items():
+        weight = model.get_parameter(f"{layer}.weight")
+        weight_error = relative_error(quantized_weight(quantized.get_submodule(layer)), weight)
+        errors.append(LayerError(name, num_bits, layer, weight_error, relative_error(outputs[layer], exact)))
+    return errors
+
+
+@torch.no_grad()
+def quantized_weight(layer: nn.Module) -> Tensor:
+    """Returns the weight that a layer multiplies with, which is on the grid of its config if it has one."""
+    assert isinstance(layer, nn.Linear)
+    spec: QuantSpec | None = layer.config.weight if isinstance(layer, QATLinear) else None
+    if spec is None:
+        return layer.weight.detach()
+    return fake_quantize(layer.weight, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
+
+
+def relative_error(approximate: Tensor, exact: Tensor) -> float:
+    """Returns ``||approximate - exact|| / ||exact||`` with the Euclidean norm, or 0 if both are zero.
+
+    Example:
+        >>> relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0]))
+        0.2
+    """
+    approximate, exact = approximate.detach().double(), exact.detach().double()
+    distance = float(torch.linalg.vector_norm(approximate - exact))
+    size = float(torch.linalg.vector_norm(exact))
+    return distance / size if size else distance

@@ -1,8 +1,11 @@
-"""The report of a study: index.html (one self-contained file), results.json, model files and the plots as PNG."""
+"""The report of a study: its folder with index.html (a self-contained page), results.json, model files and PNGs."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,24 +13,32 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from . import page, tables
+from . import page
+from .data import plural
 from .experiments import Study
-from .figures import svg
-from .insights import best, definition
-from .names import EXPLANATIONS, FLOAT_BITS, TITLES, plural
-from .networks import EDGE_BITS, config_code
-from .noise import Spread
+from .insights import Spread, best, definition
+from .networks import EDGE_BITS, EXPLANATIONS, FLOAT_BITS, TITLES, config_code
 from .plots import (
+    PNG_DPI,
     plot_accuracy_over_bits,
     plot_layer_errors,
-    plot_signal,
     plot_training_history,
+    svg,
     visualize_weight_distributions,
 )
-from .results import as_json
-from .signal_error import SignalError
+from .results import (
+    MAIN_MODELS,
+    PROGRAM,
+    accuracy_table,
+    as_json,
+    batch_table,
+    layer_table,
+    signal_table,
+    size_table,
+    time_table,
+)
+from .signals import SignalError, plot_signal
 
-PNG_DPI = 160
 PLOTTED = ("ptq", "qat_finetuned", "qat_tutorial")
 FINDINGS = ("tutorial", "edges", "diverged", "batch", "size")
 LIMITS = (
@@ -44,10 +55,10 @@ class Plot:
     """A figure of the report.
 
     Args:
-        name: of its PNG, without suffix.
-        figure: drawn.
-        alt: what it shows, in words.
-        caption: below it.
+        name: Name of its PNG, without suffix.
+        figure: The figure.
+        alt: Description of what it shows.
+        caption: Caption below the figure.
     """
 
     name: str
@@ -56,7 +67,7 @@ class Plot:
     caption: str
 
     def html(self) -> str:
-        """As it stands in the page."""
+        """Returns the figure as HTML."""
         return page.figure(svg(self.figure), self.alt, self.caption)
 
 
@@ -64,13 +75,13 @@ def write_report(study: Study, signals: list[SignalError], folder: Path, *, seco
     """Writes index.html, results.json and the PNGs of a study beside its model files.
 
     Args:
-        study: complete or interrupted.
-        signals: the quantized signal at each bit width.
-        folder: of the report.
-        seconds: that the study took.
+        study: A complete or interrupted study.
+        signals: The quantized signal at each bit width.
+        folder: Folder of the report.
+        seconds: Duration of the study.
 
     Raises:
-        OSError: a file cannot be written.
+        OSError: A file cannot be written.
     """
     results = as_json(study, signals, seconds=seconds)
     plots = {group: list(found) for group, found in _plots(study, signals).items()}
@@ -115,7 +126,7 @@ def _body(
 
 
 def _header(study: Study, results: dict[str, Any], contents: str) -> str:
-    """The verdict: the headline, one line per bit width, and what it rests on."""
+    """Returns the headline, one line per bit width, and the definition of a loss."""
     parts = [f"<header>\n<h1>Is QAT worth it, at how many bits? {page.escape(_title(study))}</h1>"]
     if not study.complete:
         done = len({run.seed for run in study.runs})
@@ -150,7 +161,7 @@ def _edges() -> str:
 def _accuracy(study: Study, plots: list[Plot]) -> str:
     labels = ("fp32_longer", "ptq", "qat_finetuned", "qat_tutorial")
     words = page.definitions({TITLES[name]: EXPLANATIONS[name] for name in labels if _has(study, name)})
-    table = page.table(tables.accuracy_table(study))
+    table = page.table(accuracy_table(study))
     return page.section("accuracy", "Accuracy", page.beside(*(plot.html() for plot in plots), table + words))
 
 
@@ -172,11 +183,11 @@ def _details(
         return page.figures(plot.html() for plot in plots[group])
 
     if study.runs:
-        batch = tables.batch_table(study)
-        others = [name for name in TITLES if name not in tables.MAIN and _has(study, name)]
+        batch = batch_table(study)
+        others = [name for name in TITLES if name not in MAIN_MODELS and _has(study, name)]
         yield page.details(
             "All models, and what the batch does",
-            page.table(tables.accuracy_table(study, list(TITLES), deviations=True)),
+            page.table(accuracy_table(study, list(TITLES), deviations=True)),
             page.definitions({TITLES[name]: EXPLANATIONS[name] for name in others}),
             page.table(batch) if batch.rows else "",
         )
@@ -186,13 +197,13 @@ def _details(
         )
         yield page.details("Training curves", page.paragraph(note, "note"), shown("training"))
     for content, name in (
-        (tables.size_table(study), "Model files"),
-        (tables.time_table(study), "Training time"),
+        (size_table(study), "Model files"),
+        (time_table(study), "Training time"),
     ):
         if content.rows:
             yield page.details(name, page.table(content))
     if study.layer_errors:
-        content = tables.layer_table(study)
+        content = layer_table(study)
         yield page.details(
             content.title, page.beside(*(p.html() for p in plots["errors"]), page.table(content))
         )
@@ -202,7 +213,7 @@ def _details(
         "A value x becomes the integer q = clamp(round(x / scale) + zero point, 0, levels − 1) and is read back as "
         "(q − zero point) · scale. Below, a noisy sine before and after."
     )
-    signal = page.table(tables.signal_table(signals))
+    signal = page.table(signal_table(signals))
     yield page.details("How quantization works", page.paragraph(how), shown("signal"), signal)
     yield page.details("How it was done", page.definitions(_facts(study, results)))
 
@@ -227,8 +238,8 @@ def _facts(study: Study, results: dict[str, Any]) -> dict[str, str]:
         f"with the same share of each class; {plural(results['data']['features'], 'feature')}; classes "
         f"{', '.join(study.samples.class_names[:20])}.",
         "Machine": f"{machine['processor']}, {machine['system']}, {plural(int(machine['threads']), 'thread')} (one "
-        f"for the study's network), device {machine['device']}. Kernels: {machine['kernels']} "
-        f"({machine['instruction set']}).",
+        f"for the study's network), device {machine['device']}. Kernels: {machine['kernels']}; "
+        f"instruction set {machine['instruction set']}.",
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "Time": f"{results['timing']['seconds']:.0f} s, ended {results['date']}.",
         "Files": "results.json beside this page holds every figure; models/ the model files; the plots are PNGs.",
@@ -306,7 +317,7 @@ def _training_plots(study: Study) -> Iterator[Plot]:
 
 
 def _weight_plots(study: Study) -> Iterator[Plot]:
-    """At the lowest bits without a loss, or else at the lowest that were tried."""
+    """Draws the weights at the lowest bits without a loss, or at the lowest bits if all have a loss."""
     winner = best(study)
     bits = winner[0] if winner else min(study.settings.bits)
     fp32, qat = study.weights.get(("fp32_longer", FLOAT_BITS)), study.weights.get(("qat_finetuned", bits))
@@ -335,3 +346,109 @@ def _signal_plots(signals: list[SignalError]) -> Iterator[Plot]:
 
 def _has(study: Study, model: str) -> bool:
     return any(run.model == model for run in study.runs)
+
+
+class FolderError(ValueError):
+    """A folder cannot take a report. The message is one line that says why and what is allowed."""
+
+
+class ReportFolder:
+    """A temporary folder beside ``out`` that replaces ``out`` when the report is finished.
+
+    Args:
+        out: Folder of the report. It does not exist, or is empty, or holds an earlier report and no other files.
+
+    Raises:
+        FolderError: ``out`` holds other files, is not a folder, or cannot be written.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out).resolve()
+        check_replaceable(self.out)
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
+            self.path.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the report from a web server
+        except OSError as error:
+            raise FolderError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+    def __enter__(self) -> ReportFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self.out.exists():
+            shutil.rmtree(self._old, ignore_errors=True)
+
+    @property
+    def _old(self) -> Path:
+        """Path of the earlier report while the new report is moved to its place."""
+        return self.path.with_name(f"{self.path.name}-old")
+
+    def finish(self, *, complete: bool) -> Path:
+        """Moves the report to ``out``, or to ``out-partial`` if ``out`` holds a complete report and this is partial.
+
+        Args:
+            complete: Whether the study is complete.
+
+        Returns:
+            Path of the moved report.
+
+        Raises:
+            FolderError: Files that are not a report's have been written there in the meantime.
+            OSError: The report cannot be moved.
+        """
+        place = self.out
+        if not complete and _report(place).get("complete"):
+            place = place.with_name(f"{place.name}-partial")
+        check_replaceable(place)
+        old = self._old
+        if place.exists():
+            place.rename(old)
+        try:
+            self.path.rename(place)
+        except BaseException:
+            if old.exists():
+                old.rename(place)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        return place
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises FolderError if ``folder`` holds files that are not an earlier report's, or cannot be a report."""
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise FolderError(f"{folder}: is the current folder or holds it; name a new folder")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FolderError(f"{folder}: is a file; name a new folder, an empty one or an earlier report's")
+    report = _report(folder)
+    known = {"results.json", *report["files"]} if report else set()
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if name not in known and (path.is_symlink() or not path.is_dir()):
+            raise FolderError(
+                f"{folder}: holds files that are not a report's ({name}); name a new folder, an empty one or an "
+                "earlier report's"
+            )
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    """Returns results.json of an earlier report, or an empty dict if there is none."""
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    ours = (
+        isinstance(results, dict)
+        and results.get("program") == PROGRAM
+        and isinstance(results.get("files"), list)
+    )
+    return results if ours else {}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,32 +1,33 @@
-"""results.json: every figure of a study, in one documented shape.
+"""The results of a study as results.json, and as tables for the terminal and the page.
 
-Accuracies are shares from 0 to 1, losses nats, times seconds. A figure that is not there, or not finite, is null. The
-same settings on the same machine give the same file, apart from the keys ``timing``, ``machine``, ``versions`` and
-``date``::
+In results.json accuracies are shares from 0 to 1, losses are in nats and times in seconds. A figure that is missing or
+not finite is null. The same settings on the same machine give the same file, apart from the keys ``timing``,
+``machine``, ``versions`` and ``date``::
 
     program           "qatfast compare"
-    complete          false: the study was interrupted, and what is missing was not measured
-    settings          what was asked for: data, target, bits, epochs, seeds, seed, device, batch_size, ...
+    complete          false if the study was interrupted; what is missing was not measured then
+    settings          settings of the study: data, target, bits, epochs, seeds, seed, device, batch_size, ...
     data              {name, features, classes, train_samples, test_samples}
     network           {layers: [in, hidden, hidden, out], parameters}
-    models            {model: {title, explanation}}, what each model is
+    models            {model: {title, explanation}}
     verdict           {bits, model, code}: the lowest bits without a loss, ptq or qat_finetuned, and code to paste; all
-                      null where no bits are known to be without a loss
-    accuracy          [{model, bits, diverged, accuracy, accuracy_batch_1, accuracy_batch_256, loss}]: diverged is how
-                      many trainings did, each figure {mean, std, values}: values one per seed, std null for one seed
+                      null if no bits are known to be without a loss
+    accuracy          [{model, bits, diverged, accuracy, accuracy_batch_1, accuracy_batch_256, loss}]: diverged is the
+                      number of trainings that diverged, each figure is {mean, std, values} with one value per seed and
+                      std null for one seed
     runs              [{seed, model, bits, loss, accuracy, accuracy_batch_1, accuracy_batch_256, diverged}]: diverged
-                      is how the training failed, empty where it did not
+                      says how the training failed, and is empty if it did not fail
     insights          [{kind, bits, value, margin, clear, text}], the headline first, then a verdict per bit width
-    histories         [{model, bits, train_loss, train_accuracy, test_loss, test_accuracy}] of the first seed, each a
-                      list with one figure an epoch
+    histories         [{model, bits, train_loss, train_accuracy, test_loss, test_accuracy}] of the first seed: lists
+                      with one figure per epoch
     layer_errors      [{model, bits, layer, weight_error, output_error}] of the first seed
     signal            [{num_bits, scale, zero_point, levels, mean_error, max_error}]
-    sizes             [{model, bits, bytes, file}] of the first seed; file relative to this file's folder
-    files             every file of the report, relative to this file's folder
+    sizes             [{model, bits, bytes, file}] of the first seed: file is relative to the folder of results.json
+    files             all files of the report, relative to the folder of results.json
     timing            {seconds, steps: [{network, model, seconds, ratio, quartiles}], insights: [text]}
-    machine           {processor, system, threads, device, kernels, instruction set}
+    machine           {processor, cores, caches, system, threads, instruction set, kernels, device, ...}: texts
     versions          {qatfast, torch, numpy, python}
-    date              when the study ended, ISO 8601, UTC
+    date              end of the study, ISO 8601, UTC
 
 ``bits`` is 32 for a float model.
 """
@@ -34,38 +35,33 @@ same settings on the same machine give the same file, apart from the keys ``timi
 from __future__ import annotations
 
 import math
-import platform
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from qatfast.bench.machine import machine, versions
 
-from qatfast import __version__, kernels
-
+from .data import plural
 from .experiments import Study
-from .insights import best, find_insights, time_insights
-from .names import EXPLANATIONS, TITLES
-from .networks import config_code
-from .noise import Spread
-from .signal_error import SignalError
+from .insights import Spread, best, find_insights, time_insights
+from .networks import EXPLANATIONS, FLOAT_BITS, TITLES, config_code
+from .signals import SignalError, describe
 
 PROGRAM = "qatfast compare"
 FIGURES = ("accuracy", "accuracy_batch_1", "accuracy_batch_256", "loss")
 
 
 def as_json(study: Study, signals: list[SignalError], *, seconds: float) -> dict[str, Any]:
-    """The study in the shape of results.json, without ``files``.
+    """Returns the study in the shape of results.json, without ``files``.
 
     Args:
-        study: complete or interrupted.
-        signals: the quantized signal at each bit width.
-        seconds: that the study took.
+        study: A complete or interrupted study.
+        signals: The quantized signal at each bit width.
+        seconds: Duration of the study.
 
     Returns:
-        A dict that ``json.dumps`` takes with ``allow_nan=False``.
+        A dict that ``json.dumps`` accepts with ``allow_nan=False``.
     """
     samples, settings = study.samples, study.settings
     features, classes = samples.inputs.shape[1], len(samples.class_names)
@@ -99,13 +95,8 @@ def as_json(study: Study, signals: list[SignalError], *, seconds: float) -> dict
             "steps": [asdict(entry) for entry in study.step_times],
             "insights": time_insights(study.step_times),
         },
-        "machine": _machine(settings.device),
-        "versions": {
-            "qatfast": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": {**machine(), "device": settings.device},
+        "versions": versions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     return _finite(results)
@@ -140,30 +131,8 @@ def _signal(signal: SignalError) -> dict[str, Any]:
     return {name: getattr(signal, name) for name in names}
 
 
-def _machine(device: str) -> dict[str, str]:
-    facts = kernels.info()
-    return {
-        "processor": processor(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "threads": str(torch.get_num_threads()),
-        "device": device,
-        "kernels": facts.get("kernels", ""),
-        "instruction set": facts.get("instruction set", ""),
-    }
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _finite(value: Any) -> Any:
-    """The same with null for NaN and infinity, which JSON does not know."""
+    """Returns ``value`` with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -171,3 +140,187 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    Args:
+        title: What the table shows.
+        explanation: One or two sentences about the meaning of its numbers.
+        header: One text per column. The first column names the rows.
+        rows: As many texts per row.
+        text_columns: Number of columns from the left that hold words. The others hold numbers.
+    """
+
+    title: str
+    explanation: str
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    text_columns: int = 1
+
+
+MAIN_MODELS = ("fp32_longer", "ptq", "qat_finetuned", "qat_tutorial")
+"""Models of the first table. The other models are details."""
+
+
+def accuracy_table(study: Study, models: Sequence[str] = MAIN_MODELS, *, deviations: bool = False) -> Table:
+    """Returns the test accuracy of each model at each bit width.
+
+    Args:
+        study: A complete or interrupted study.
+        models: Keys of the models, each of which is a row.
+        deviations: Whether to add the standard deviation over the seeds.
+    """
+    spread = "one seed"
+    if study.settings.seeds > 1:
+        seeds = plural(study.settings.seeds, "seed")
+        spread = f"mean ± standard deviation over {seeds}" if deviations else f"mean over {seeds}"
+    explanation = (
+        f"In percent, {spread}; one of {plural(study.test_samples, 'test sample')} is "
+        f"{100 / max(1, study.test_samples):.2f}."
+    )
+    rows = []
+    for model in models:
+        cells = [_accuracy_cell(study, model, width, deviations) for width in widths(study)]
+        if any(cells):
+            rows.append((TITLES[model], *cells))
+    return Table("Test accuracy", explanation, _header(study), rows)
+
+
+def batch_table(study: Study) -> Table:
+    """Returns the accuracies with batch 1 and batch 256 of the models for which they differ."""
+    explanation = (
+        "The tutorials' models with each range taken from the batch itself, as in training: one test sample at a time "
+        "/ 256 at a time. The ranges depend on the other samples of the batch, so the same sample may be classified "
+        "differently. In percent, mean over the seeds. All other models give the same result for any batch."
+    )
+    bits = study.settings.bits
+    rows = []
+    for model, title in TITLES.items():
+        cells = [_both_batches(study, model, width) for width in bits]
+        if any(cells):
+            rows.append((title, *cells))
+    return Table("Ranges from the batch", explanation, _header(study)[:1] + _header(study)[2:], rows)
+
+
+def size_table(study: Study) -> Table:
+    """Returns the sizes of the model files."""
+    explanation = (
+        "Bytes of the files in models/, and how many times smaller than FP32: float weights as torch.save writes them; "
+        "else packed integers with their scales. Below 8 bits the first and the last layer of PTQ and QAT keep 8 bits. "
+        "The names and shapes in each file weigh more the smaller the network is."
+    )
+    bits = study.settings.bits
+    found = {(file.model, file.bits): file.bytes for file in study.sizes}
+    fp32 = found.get(("fp32_longer", FLOAT_BITS))
+    rows = [] if fp32 is None else [("FP32", f"{fp32:,}", *[""] * len(bits))]
+    for model, title in (
+        ("ptq", "PTQ and QAT"),
+        ("ptq_every_layer", "Every layer"),
+        ("ptq_tutorial", "Tutorial"),
+    ):
+        cells = [_bytes(found.get((model, width)), fp32) for width in bits]
+        if any(cells):
+            rows.append((title, "", *cells))
+    return Table("Model file", explanation, _header(study), rows)
+
+
+def time_table(study: Study) -> Table:
+    """Returns the times of a training step."""
+    explanation = (
+        "Median time of a training step (forward, backward, Adam), the networks taking turns in one run. Times FP32: "
+        "the median of the ratios turn by turn, and their middle half. QAT is the recommended config at 8 bits, the "
+        "tutorials' code is plain PyTorch."
+    )
+    titles = {"fp32": "FP32", "tutorial": "Tutorial code", "qatfast": "QAT"}
+    rows = [
+        (
+            entry.network,
+            titles[entry.model],
+            _milliseconds(entry.seconds),
+            f"{entry.ratio:.2f}",
+            "" if entry.model == "fp32" else "–".join(f"{ratio:.2f}" for ratio in entry.quartiles),
+        )
+        for entry in study.step_times
+    ]
+    return Table("Training time", explanation, ("network", "", "ms", "times FP32", "middle half"), rows, 2)
+
+
+def layer_table(study: Study) -> Table:
+    """Returns the relative quantization error of each layer."""
+    explanation = (
+        "How far PTQ moves each layer, in percent of the float values' length (first seed): the weights alone / the "
+        "output for the test samples, with the errors of the layers before it. A layer that stands out is one to give "
+        "more bits."
+    )
+    bits = study.settings.bits
+    found = {(e.layer, e.bits): e for e in study.layer_errors}
+    rows = []
+    for layer in dict.fromkeys(error.layer for error in study.layer_errors):
+        errors = [found.get((layer, width)) for width in bits]
+        cells = [
+            f"{100 * e.weight_error:.2g} / {100 * e.output_error:.2g}" if e is not None else ""
+            for e in errors
+        ]
+        rows.append((layer, *cells))
+    return Table("Error of each layer", explanation, _header(study)[:1] + _header(study)[2:], rows)
+
+
+def signal_table(signals: list[SignalError]) -> Table:
+    """Returns the figures of the quantized signal at several bit widths."""
+    explanation = (
+        "The scale is the distance of two neighbouring levels; no value inside the range is moved by more than half of "
+        "it. The zero point is the integer that stands for 0.0."
+    )
+    columns = [describe(signal) for signal in signals]
+    header, *rest = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    return Table("A signal", explanation, tuple(header), rest)
+
+
+def widths(study: Study) -> tuple[int, ...]:
+    """Returns the bits of all tables and figures, in their order."""
+    return (FLOAT_BITS, *study.settings.bits)
+
+
+def _header(study: Study) -> tuple[str, ...]:
+    return ("", *(f"{width} bits" for width in widths(study)))
+
+
+def _both_batches(study: Study, model: str, bits: int) -> str:
+    batch_1, batch_256 = (study.accuracies(model, bits, f"accuracy_batch_{size}") for size in (1, 256))
+    means = (
+        f"{100 * Spread.of(list(values.values())).mean:.1f}"
+        for values in (batch_1, batch_256)
+        if batch_1 != batch_256
+    )
+    return " / ".join(means)
+
+
+def _accuracy_cell(study: Study, model: str, bits: int, deviations: bool) -> str:
+    """Returns a text such as ``96.7 ± 0.5``, or the number of diverged trainings, whose mean is meaningless."""
+    values, failed = study.accuracies(model, bits), study.divergences(model, bits)
+    if failed:
+        return f"{len(failed)} of {len(values)} diverged" if len(values) > 1 else "diverged"
+    return _percent(values, deviations)
+
+
+def _bytes(size: int | None, fp32: int | None) -> str:
+    if size is None:
+        return ""
+    return f"{size:,}" if fp32 is None or size == fp32 else f"{size:,} ({fp32 / size:.1f}×)"
+
+
+def _percent(values: dict[int, float], deviation: bool) -> str:
+    if not values:
+        return ""
+    spread = Spread.of(list(values.values()))
+    mean = f"{100 * spread.mean:.1f}"
+    return (
+        mean if spread.std is None or not deviation else f"{mean} ±\N{NO-BREAK SPACE}{100 * spread.std:.1f}"
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g}" if seconds < 0.1 else f"{1000 * seconds:.0f}"

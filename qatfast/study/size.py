@@ -1,4 +1,4 @@
-"""Model files: float weights as torch.save writes them, and quantized ones as the integers a device stores."""
+"""Model files: float weights as torch.save writes them, and quantized weights as packed integers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qatfast import PerChannel, PerTensor, QATLinear, QuantSpec, choose_qparams, dequantize, quantize
+from qatfast.packing import pack, unpack
 
 from .ptq import FixedFakeQuantize
 
@@ -20,18 +20,19 @@ from .ptq import FixedFakeQuantize
 def calculate_model_size(
     model: nn.Module, num_bits: int | None = None, *, path: str | Path | None = None
 ) -> int:
-    """The bytes of a file that holds the model, counted on a file really written.
+    """Writes a file that holds the model and returns its size.
 
     Args:
-        model: in float.
-        num_bits: None: its float ``state_dict``; 2 to 16: its parameters as packed integers (:func:`save_quantized`).
-        path: where to leave the file; None: it is removed again.
+        model: A float model.
+        num_bits: Bits of its parameters as packed integers, 2 to 16, see :func:`save_quantized`. None means its float
+            ``state_dict``.
+        path: Path of the file. None means a temporary file.
 
     Returns:
-        Bytes of the file.
+        Number of bytes of the file.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
         ValueError: ``num_bits`` is not from 2 to 16.
     """
     if path is None:
@@ -45,11 +46,11 @@ def calculate_model_size(
 
 
 def save_float(model: nn.Module, path: str | Path) -> None:
-    """Writes the ``state_dict`` with torch.save, on the CPU.
+    """Writes the ``state_dict`` on the CPU with torch.save.
 
     Args:
-        model: in float.
-        path: of the file.
+        model: A float model.
+        path: Path of the file.
     """
     _write({name: value.cpu() for name, value in model.state_dict().items()}, path)
 
@@ -59,14 +60,14 @@ def save_quantized(
 ) -> None:
     """Writes each parameter as packed integers with its scales and zero points.
 
-    A QATLinear's weight and bias are stored as its config says, float ones as float32. Every other parameter has
-    ``num_bits`` bits per tensor, as in :func:`quantize_model_weights`.
+    The weight and the bias of a QATLinear are stored as its config says, and as float32 if that says float. All other
+    parameters have ``num_bits`` bits per tensor, as in :func:`quantize_model_weights`.
 
     Args:
-        model: with its parameters in float.
-        num_bits: 2 to 16, of the parameters that no config describes.
-        path: of the file.
-        calibrated: the same model from :func:`quantize_model`; its activation ranges are stored too.
+        model: A model with float parameters.
+        num_bits: Bits of the parameters that no config describes, 2 to 16.
+        path: Path of the file.
+        calibrated: The result of :func:`quantize_model` for the model, whose activation ranges are stored too.
 
     Raises:
         ValueError: ``num_bits`` is not from 2 to 16.
@@ -90,23 +91,23 @@ def save_quantized(
 
 
 def load_quantized(path: str | Path) -> dict[str, Tensor]:
-    """The parameters of a file of :func:`save_quantized`, back in float32: a ``state_dict``.
+    """Loads the parameters of a file that :func:`save_quantized` has written.
 
     Args:
-        path: of the file.
+        path: Path of the file.
 
     Returns:
-        ``(integer - zero_point) * scale`` for each parameter.
+        A ``state_dict`` with the float32 values ``(integer - zero_point) * scale`` of each parameter.
     """
     stored: Mapping[str, Any] = torch.load(path, weights_only=True)
     return {name: _restored(entry) for name, entry in stored["parameters"].items()}
 
 
 def _stored(values: Tensor, spec: QuantSpec | None) -> Tensor | dict[str, Any]:
-    """Integers from 0, packed, with what turns them back; a float tensor as it is.
+    """Returns packed integers and the figures that turn them back into values, or a copy of ``values`` without a spec.
 
     Raises:
-        ValueError: the granularity is neither per tensor nor per channel.
+        ValueError: The granularity is neither per tensor nor per channel.
     """
     if spec is None:
         return values.clone()
@@ -122,7 +123,7 @@ def _stored(values: Tensor, spec: QuantSpec | None) -> Tensor | dict[str, Any]:
         "num_bits": spec.num_bits,
         "shape": list(values.shape),
         "axis": spec.granularity.axis if isinstance(spec.granularity, PerChannel) else None,
-        # a tensor takes a file of its own inside the file
+        # A tensor would be a file of its own inside the file.
         "scale": scale if scale.dim() else float(scale),
         "zero_point": None if spec.symmetric else zero_point if zero_point.dim() else int(zero_point),
     }
@@ -137,48 +138,13 @@ def _restored(entry: Tensor | dict[str, Any]) -> Tensor:
         integers -= QuantSpec(bits, symmetric=True).quant_max
         zero_point = torch.zeros_like(torch.as_tensor(entry["scale"]), dtype=torch.int32)
     granularity = PerTensor() if axis is None else PerChannel(axis)
-    # dequantize takes integers of 8 and 16 bits
+    # dequantize takes integers of 8 and 16 bits only.
     narrow = integers.to(torch.int16) if int(integers.min()) < 0 else integers.to(torch.uint16)
     return dequantize(narrow, entry["scale"], zero_point, granularity=granularity)
 
 
 def _write(content: Mapping[str, Any], path: str | Path) -> None:
-    """torch.save by way of memory: given a path it stores the file's name too, once a tensor."""
+    """Saves via memory, because torch.save stores the name of a file once per tensor if it is given a path."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
     Path(path).write_bytes(buffer.getvalue())
-
-
-def pack(integers: Tensor, num_bits: int) -> Tensor:
-    """Integers from 0 to ``2^num_bits - 1`` one after another without gaps, lowest bit first.
-
-    Args:
-        integers: any shape.
-        num_bits: stored of each integer.
-
-    Returns:
-        uint8, ``ceil(elements * num_bits / 8)`` bytes.
-
-    Example:
-        >>> pack(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), num_bits=2).tolist()
-        [57]
-    """
-    bits = integers.numpy().astype(np.uint16).reshape(-1, 1) >> np.arange(num_bits, dtype=np.uint16) & 1
-    return torch.from_numpy(np.packbits(bits.astype(np.uint8), bitorder="little"))
-
-
-def unpack(packed: Tensor, num_bits: int, shape: list[int]) -> Tensor:
-    """The inverse of :func:`pack`.
-
-    Args:
-        packed: uint8.
-        num_bits: stored of each integer.
-        shape: of the result.
-
-    Returns:
-        uint8 up to 8 bits, uint16 above.
-    """
-    count = int(np.prod(shape))
-    bits = np.unpackbits(packed.numpy(), count=count * num_bits, bitorder="little").reshape(count, num_bits)
-    integers = (bits.astype(np.uint32) << np.arange(num_bits, dtype=np.uint32)).sum(axis=1)
-    return torch.from_numpy(integers.astype(np.uint8 if num_bits <= 8 else np.uint16).reshape(shape))

@@ -1,30 +1,33 @@
-"""Training and evaluation, the same for every network of the study."""
+"""Training and evaluation of the networks of the study, and the progress that a terminal shows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .data import Dataset
-from .progress import training_bar
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """How one epoch went.
+    """Loss and accuracy of one epoch.
 
     Args:
-        number: from 1.
-        train_loss: mean cross entropy (nats) over the epoch's batches, while the weights still changed.
-        train_accuracy: share of training samples classified right, likewise.
-        test_loss: mean cross entropy (nats) on the test samples after the epoch.
-        test_accuracy: share of test samples classified right after the epoch.
+        number: Number of the epoch, from 1.
+        train_loss: Mean cross entropy (nats) over the batches of the epoch, with the weights of each batch.
+        train_accuracy: Share of training samples classified correctly, with the weights of each batch.
+        test_loss: Mean cross entropy (nats) on the test samples after the epoch.
+        test_accuracy: Share of test samples classified correctly after the epoch.
     """
 
     number: int
@@ -34,9 +37,12 @@ class Epoch:
     test_accuracy: float
 
 
+OnEpoch = Callable[[Epoch], None]
+
+
 @dataclass
 class History:
-    """The figures of :class:`Epoch`, one list a figure, one element an epoch."""
+    """The figures of :class:`Epoch` as lists with one element per epoch."""
 
     train_loss: list[float] = field(default_factory=list)
     train_accuracy: list[float] = field(default_factory=list)
@@ -44,18 +50,18 @@ class History:
     test_accuracy: list[float] = field(default_factory=list)
 
     def append(self, epoch: Epoch) -> None:
-        """Adds one epoch to each list."""
+        """Appends the figures of one epoch to the lists."""
         for name, values in vars(self).items():
             values.append(getattr(epoch, name))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model does on samples it was not trained on.
+    """Loss and accuracy of a model on samples that it was not trained on.
 
     Args:
-        loss: mean cross entropy (nats).
-        accuracy: share of samples classified right.
+        loss: Mean cross entropy (nats).
+        accuracy: Share of samples classified correctly.
     """
 
     loss: float
@@ -63,17 +69,17 @@ class Evaluation:
 
 
 def divergence(history: History, chance: float, test_samples: int) -> str:
-    """How a training failed, in words; empty where it did not.
+    """Returns how a training failed, in words, or an empty string if it did not fail.
 
     Args:
-        history: of the training.
-        chance: the share of the most frequent class: the accuracy of always guessing it.
-        test_samples: on which the accuracy was measured.
+        history: Loss and accuracy of the training.
+        chance: Share of the most frequent class, which is the accuracy of always guessing it.
+        test_samples: Number of samples on which the accuracy was measured.
 
     Returns:
-        ``the loss is not finite``; ``the accuracy is that of guessing``: no higher than chance and two standard
-        deviations of counting; ``the loss rose``: the last training loss is 1.25 times the lowest one and more, and
-        that rise is 0.1 nats and more.
+        ``the loss is not finite``; ``the accuracy is that of guessing`` if it is at most two standard deviations of a
+        binomial share above chance; ``the loss rose`` if the last training loss is at least 1.25 times the lowest loss
+        and at least 0.1 nats higher.
     """
     if not all(math.isfinite(loss) for loss in (*history.train_loss, history.test_loss[-1])):
         return "the loss is not finite"
@@ -85,25 +91,10 @@ def divergence(history: History, chance: float, test_samples: int) -> str:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch draws the CPU random numbers of ``seed``; the caller's generator is as before afterwards."""
+    """Sets the seed of torch's CPU generator inside the block, and restores the caller's generator after it."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, torch computes on one thread; the caller's number of threads is as before afterwards.
-
-    Layers as small as the study's gain nothing from a second thread, and where another program keeps a core busy they
-    wait for it at every operation.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def train_model(
@@ -114,18 +105,18 @@ def train_model(
     learning_rate: float = 1e-3,
     batch_size: int = 32,
     seed: int = 42,
-    on_epoch: Callable[[Epoch], None] | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> History:
     """Trains ``model`` in place with Adam and cross entropy on shuffled batches.
 
     Args:
-        model: maps (batch, features) to (batch, classes); on the device of ``data``.
-        data: training and test samples; the test samples are only measured, never learned from.
-        epochs: passes over the training samples.
-        learning_rate: of Adam.
-        batch_size: samples a step; the last batch of an epoch may be smaller.
-        seed: of the order of the samples. The same seed and model give the same weights on the same machine.
-        on_epoch: called after each epoch; without it a progress bar shows on a terminal.
+        model: Maps (batch, features) to (batch, classes). It is on the device of ``data``.
+        data: Training and test samples. The test samples are only measured, never learned from.
+        epochs: Passes over the training samples.
+        learning_rate: Learning rate of Adam.
+        batch_size: Samples per step. The last batch of an epoch may be smaller.
+        seed: Seed of the order of the samples. The same seed and model give the same weights on the same machine.
+        on_epoch: Called after each epoch. If None, a terminal shows a progress bar.
 
     Returns:
         Loss and accuracy on training and test samples after each epoch.
@@ -166,18 +157,18 @@ def train_model(
 
 @torch.no_grad()
 def evaluate_model(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: int = 256) -> Evaluation:
-    """Loss and accuracy of ``model``; of equal highest scores the first class counts.
+    """Measures loss and accuracy of ``model``. Of equal highest scores the first class counts.
 
-    Where a model takes its quantization ranges from the batch, the result depends on ``batch_size``.
+    If a model takes its quantization ranges from the batch, the result depends on ``batch_size``.
 
     Args:
-        model: maps (batch, features) to (batch, classes). It is in evaluation mode meanwhile.
+        model: Maps (batch, features) to (batch, classes). It is in evaluation mode during the measurement.
         inputs: (samples, features).
         labels: (samples,), int64.
-        batch_size: samples the model sees at once.
+        batch_size: Samples per batch.
 
     Returns:
-        Mean cross entropy (nats) and share of samples classified right.
+        Mean cross entropy (nats) and share of samples classified correctly.
     """
     training = model.training
     model.eval()
@@ -187,3 +178,112 @@ def evaluate_model(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_si
         model.train(training)
     correct = int((scores.argmax(1) == labels).sum())
     return Evaluation(float(cross_entropy(scores, labels)), correct / len(labels))
+
+
+class _Bars(Progress):
+    """Progress bars below a heading of their own line, so that the figures fit into 80 columns."""
+
+    heading = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if self.heading:
+            yield Text(self.heading, no_wrap=True, overflow="ellipsis")
+        yield self.make_tasks_table(self.tasks)
+
+
+def _bar(console: Console) -> _Bars:
+    return _Bars(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+def _figures(epoch: Epoch) -> str:
+    return f"loss {epoch.test_loss:.3f}  accuracy {epoch.test_accuracy:.1%}"
+
+
+@contextmanager
+def training_bar(epochs: int) -> Iterator[OnEpoch]:
+    """Shows a bar for one training: epoch, test loss, test accuracy and time left."""
+    with _bar(Console(stderr=True)) as bar:
+        task = bar.add_task("epoch", total=epochs, figures="")
+        yield lambda epoch: bar.update(task, completed=epoch.number, figures=_figures(epoch))
+
+
+def study_progress(trainings: int, epochs: int) -> StudyBar | StudyLines:
+    """Returns bars if standard output and error are terminals, otherwise one line per training on standard output."""
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    return StudyBar(trainings * epochs, epochs) if terminal else StudyLines(trainings, epochs)
+
+
+class StudyLines:
+    """Prints one line when a training ends: its number, name and accuracy.
+
+    Args:
+        trainings: Number of trainings.
+        epochs: Epochs of one training.
+    """
+
+    def __init__(self, trainings: int, epochs: int) -> None:
+        self._trainings, self._epochs, self._begun = trainings, epochs, 0
+
+    def __enter__(self) -> StudyLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def training(self, name: str) -> OnEpoch:
+        """Begins one training, and returns a function that prints its line after the last epoch."""
+        self._begun += 1
+        start = f"{self._begun:>{len(str(self._trainings))}}/{self._trainings}  {name}:"
+
+        def show(epoch: Epoch) -> None:
+            if epoch.number == self._epochs:
+                print(f"{start} {_figures(epoch)}", flush=True)
+
+        return show
+
+
+class StudyBar:
+    """Shows a bar for the whole study, and a second bar for the current training with its name above.
+
+    Args:
+        total: Epochs of all trainings together.
+        epochs: Epochs of one training.
+    """
+
+    def __init__(self, total: int, epochs: int) -> None:
+        self._bar = _bar(Console(stderr=True))
+        self._whole: TaskID = self._bar.add_task("whole study", total=total, figures="")
+        self._epochs = epochs
+        self._now: TaskID | None = None
+
+    def __enter__(self) -> StudyBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def training(self, name: str) -> OnEpoch:
+        """Begins the bar of one training, and returns a function that shows its epochs."""
+        if self._now is not None:
+            self._bar.remove_task(self._now)
+        self._bar.heading = name
+        now = self._now = self._bar.add_task("epoch", total=self._epochs, figures="")
+
+        def show(epoch: Epoch) -> None:
+            self._bar.update(now, completed=epoch.number, figures=_figures(epoch))
+            self._bar.advance(self._whole)
+            if self._bar.finished:
+                self._bar.heading = "trained; measuring the time of a training step"
+
+        return show

@@ -1,0 +1,384 @@
+"""What is measured: the operators, their sizes, granularities and passes, and the targets that they are held to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..checks import dtype_name
+from ..config import Granularity, PerChannel, PerGroup, PerTensor, PerToken, QATConfig
+
+# Providers that other modules refer to.
+OURS = "qatfast"
+CACHED = "qatfast, cached weights"
+REFERENCE = "reference"
+COMPILED = "reference, compiled"
+TUTORIAL = "tutorial formula"
+TUTORIAL_LAYER = "tutorial layer"
+TRIAD = "triad"
+INTEGER_PRODUCT = "integer product alone"
+
+ONE_THREAD = ", 1 thread"
+"""Suffix of a provider's name: the same provider while torch has one thread."""
+
+EXACT = (OURS, CACHED)
+"""Providers that have to give the reference's bits."""
+
+BOUNDS = (TRIAD, INTEGER_PRODUCT)
+"""Providers that do only the part of the work that bounds its time. Their results are not compared."""
+
+ELEMENTWISE_OPS = ("fake_quantize", "fake_quantize_affine", "choose_qparams", "quantize", "dequantize")
+OPS = (*ELEMENTWISE_OPS, "qat_linear")
+SUBJECTS = (*OPS, "network", "import")
+# Subjects that are measured without --op and --full.
+SHORT_SUBJECTS = ("fake_quantize", "qat_linear")
+BASELINES = {"qat_linear": "nn.Linear", "network": "ThreeLayerNet", "import": "import torch"}
+QUANT_MIN, QUANT_MAX = 0, 255
+
+KI, MI = 2**10, 2**20
+FORWARD = "forward"
+BACKWARD = "backward"
+BOTH = "forward + backward"
+STEP = "training step"
+
+TINY = (1, 64, KI, 4 * KI)
+SIZES = tuple(2**power for power in range(14, 23))  # 16 Ki to 4 Mi
+LARGE = tuple(2**power for power in range(23, 27))  # 8 Mi to 64 Mi
+# 256 Ki and 4 Mi elements, as matrices and as images
+MATRICES = ((256, 1024), (1024, 4096))
+IMAGES = ((4, 64, 32, 32), (16, 256, 32, 32))
+GRANULARITIES: dict[str, Granularity] = {
+    "per token": PerToken(),
+    "per group of 32": PerGroup(32),
+    "per group of 128": PerGroup(128),
+    "per channel 0": PerChannel(0),
+    "per channel 1": PerChannel(1),
+}
+# (batch, in_features, out_features)
+SMALL_LAYER, MIDDLE_LAYER = (32, 64, 64), (256, 1024, 1024)
+BROAD_LAYER, LONG_LAYER = (512, 4096, 4096), (8192, 768, 3072)
+TUTORIAL_LAYERS = ((32, 10, 64), SMALL_LAYER, MIDDLE_LAYER, BROAD_LAYER)
+# Limits as shares of nn.Linear: time of a step, of inference, of inference with cached weights, and bytes kept
+INT8_LIMITS = {
+    SMALL_LAYER: (1.15, 1.6, 1.3, 0.35),
+    MIDDLE_LAYER: (0.85, 0.50, 0.40, 0.30),
+    BROAD_LAYER: (0.78, 0.28, 0.22, 0.27),
+    LONG_LAYER: (0.80, 0.33, 0.30, 0.27),
+}
+CONFIGS = {"tutorial config": QATConfig(), "int8 config": QATConfig.int8()}
+
+LARGE_SIZE = "left out of the large sizes, where its calls take long"
+OTHER_DTYPE = "left out of the other types"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit that a provider has to keep.
+
+    Args:
+        most: Largest value that meets the target.
+        figure: What is limited. ``time`` and ``kept`` (bytes) are ratios to another provider, ``seconds`` is the time
+            itself and ``above`` the time beyond that of another provider, both in seconds.
+        provider: Name of the provider.
+        of: Name of the other provider. None means the baseline.
+    """
+
+    most: float
+    figure: str = "time"
+    provider: str = OURS
+    of: str | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An operator on one input, or another subject of a measurement.
+
+    Args:
+        op: Name of the operator, or another one of ``SUBJECTS``.
+        table: Title of the table that the results belong to: the passes and the sizes.
+        column: Title of the column in that table.
+        shape: Shape of the input. For ``qat_linear`` (batch, in_features, out_features).
+        backward: Whether the gradients are computed.
+        granularity: Which elements share a scale.
+        dtype: Type of the float tensors.
+        device: Device of the tensors.
+        forward: Whether the forward pass is timed. False means the gradients alone.
+        channels_last: Whether a four-dimensional input is in channels-last layout.
+        config: Config of ``qat_linear``, a key of ``CONFIGS``.
+        autocast: Whether ``qat_linear`` runs under autocast to bfloat16.
+        one_thread: Whether the baseline and qatfast are also measured while torch has one thread.
+        reduced: Why only the fastest providers take part. Empty if all do.
+        targets: The limits that providers have to keep.
+    """
+
+    op: str
+    table: str
+    column: str
+    shape: tuple[int, ...] = ()
+    backward: bool = False
+    granularity: Granularity = PerTensor()
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    forward: bool = True
+    channels_last: bool = False
+    config: str = "tutorial config"
+    autocast: bool = False
+    one_thread: bool = False
+    reduced: str = ""
+    targets: tuple[Target, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.column}"
+
+    @property
+    def title(self) -> str:
+        """Title of the table."""
+        dtype = "" if self.dtype == torch.float32 else f", {dtype_name(self.dtype)}"
+        return f"{self.op}, {self.table}{dtype}"
+
+    @property
+    def baseline(self) -> str:
+        """The provider whose time is 1.0."""
+        return BASELINES.get(self.op, "clone")
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the subject is an operator of one tensor, with or without a given range."""
+        return self.op in ELEMENTWISE_OPS
+
+    def grad_mode(self) -> AbstractContextManager[Any]:
+        """Returns a context in which no graph is kept if only the forward pass is measured, as in evaluation."""
+        return torch.set_grad_enabled(self.backward)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of an elementwise operator, the same for each provider.
+
+    Args:
+        workload: The workload that they are made for.
+        x: Input of the operator. Integers for ``dequantize``.
+        real: Float input.
+        grad: Gradient of the output.
+        scale: Scale of a given grid, which is somewhat narrower than the input's range.
+        zero_point: Zero point of that grid.
+        arguments: Arguments of the public function after the input.
+    """
+
+    workload: Workload
+    x: Tensor
+    real: Tensor
+    grad: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    arguments: dict[str, Any]
+
+    @property
+    def moved(self) -> int:
+        """Minimum number of bytes to move: the input is read once and the result is written once."""
+        written = {"choose_qparams": 0, "quantize": self.x.numel()}
+        return self.x.nbytes + written.get(self.workload.op, self.real.nbytes)
+
+
+def normal(workload: Workload, *shape: int, seed: int = 0) -> Tensor:
+    """Returns normal numbers from numpy, because those of torch depend on the instruction set."""
+    values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    x = torch.from_numpy(values).to(workload.device, workload.dtype)
+    return x.to(memory_format=torch.channels_last) if workload.channels_last else x
+
+
+def inputs(workload: Workload) -> Inputs:
+    """Returns the tensors of an elementwise operator."""
+    granularity: dict[str, Any] = {}
+    if not isinstance(workload.granularity, PerTensor):
+        granularity["granularity"] = workload.granularity
+    real = normal(workload, *workload.shape)
+    x = real
+    scale, zero_point = reference.choose_qparams(real * 0.75, **granularity)
+    arguments: dict[str, Any] = {}
+    if workload.op in ("fake_quantize_affine", "quantize", "dequantize"):
+        arguments.update(scale=scale, zero_point=zero_point)
+    if workload.op == "dequantize":
+        x = reference.quantize(real, scale, zero_point, QUANT_MIN, QUANT_MAX, **granularity)
+        if workload.dtype != torch.float32:
+            arguments.update(dtype=workload.dtype)
+    elif arguments:
+        arguments.update(quant_min=QUANT_MIN, quant_max=QUANT_MAX)
+    if workload.backward:
+        x = x.detach().requires_grad_()
+    return Inputs(
+        workload,
+        x,
+        real,
+        normal(workload, *workload.shape, seed=1),
+        scale,
+        zero_point,
+        {**arguments, **granularity},
+    )
+
+
+def workloads_of(
+    subject: str, *, short: bool = False, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[Workload]:
+    """Returns the workloads of an operator, of a network's training step, or of the import.
+
+    Args:
+        subject: One of ``SUBJECTS``.
+        short: Whether to return only the workloads of the short table.
+        dtype: Type of the float tensors. There are targets only for float32.
+        device: Device of the tensors.
+    """
+    chosen = [
+        replace(workload, device=device) for workload in _ALL[subject]() if not short or _is_short(workload)
+    ]
+    if dtype == torch.float32:
+        return chosen
+    return [
+        replace(workload, dtype=dtype, targets=()) for workload in chosen if workload.dtype == torch.float32
+    ]
+
+
+def _is_short(workload: Workload) -> bool:
+    if workload.op == "qat_linear":
+        return workload.table.endswith(STEP) and workload.shape in (SMALL_LAYER, MIDDLE_LAYER)
+    plain = workload.dtype == torch.float32 and not workload.backward
+    return not workload.is_elementwise or (plain and workload.shape in ((16 * KI,), (256 * KI,), (4 * MI,)))
+
+
+def _fake_quantize() -> Iterator[Workload]:
+    op, limit = "fake_quantize", Target(1.5)
+    yield from _sizes(op, "per tensor, small", TINY, Target(2e-6, "above"))
+    yield from _sizes(op, "per tensor", SIZES, limit, Target(1.0, of=COMPILED))
+    yield from _sizes(op, "per tensor, large", LARGE, limit, Target(1.0, of=COMPILED), reduced=LARGE_SIZE)
+    yield from _sizes(op, "per tensor", (4 * KI, 256 * KI, 4 * MI), backward=True)
+    for shape in MATRICES:
+        yield from _granularities(op, shape, limit)
+    for image in IMAGES:
+        column = f"{elements(image)} elements"
+        yield Workload(
+            op,
+            f"{FORWARD}, per channel 1, channels-last images",
+            column,
+            image,
+            granularity=PerChannel(1),
+            channels_last=True,
+            targets=(limit,),
+        )
+    for dtype in (torch.bfloat16, torch.float16):
+        for workload in _sizes(
+            op, "per tensor", (16 * KI, 256 * KI, 4 * MI, 64 * MI), Target(1.6), reduced=OTHER_DTYPE
+        ):
+            yield replace(workload, dtype=dtype)
+
+
+def _fake_quantize_affine() -> Iterator[Workload]:
+    op, sizes, limit = "fake_quantize_affine", (256 * KI, 4 * MI), Target(1.3)
+    yield from _sizes(op, "per tensor", sizes, limit)
+    yield from _sizes(op, "per tensor", sizes, limit, backward=True, forward=False)
+    yield from _sizes(op, "per tensor", sizes, backward=True)
+    yield from _granularities(op, MATRICES[-1], limit)
+
+
+def _one_pass(op: str, limit: float) -> Iterator[Workload]:
+    yield from _sizes(op, "per tensor", (256 * KI, 4 * MI), Target(limit))
+    yield from _granularities(op, MATRICES[-1], Target(limit))
+
+
+def _sizes(
+    op: str, table: str, sizes: tuple[int, ...], *targets: Target, **options: Any
+) -> Iterator[Workload]:
+    for size in sizes:
+        workload = Workload(op, "", elements((size,)), (size,), targets=targets, **options)
+        one_thread = not workload.backward and size in (256 * KI, 4 * MI, 64 * MI)
+        yield replace(workload, table=f"{_passes(workload)}, {table}", one_thread=one_thread)
+
+
+def _granularities(op: str, shape: tuple[int, ...], limit: Target) -> Iterator[Workload]:
+    table = f"{FORWARD}, {elements(shape)} elements"
+    for name, granularity in GRANULARITIES.items():
+        yield Workload(op, table, name, shape, granularity=granularity, targets=(limit,))
+
+
+def _passes(workload: Workload) -> str:
+    if not workload.backward:
+        return FORWARD
+    return BOTH if workload.forward else BACKWARD
+
+
+def _qat_linear() -> Iterator[Workload]:
+    tutorial, int8 = CONFIGS
+    for shape in TUTORIAL_LAYERS:
+        yield _layer(tutorial, STEP, shape, Target(1.05), backward=True)
+    for shape in TUTORIAL_LAYERS[1:]:
+        yield _layer(tutorial, "inference", shape)
+    for config in CONFIGS:
+        yield _layer(config, BACKWARD, MIDDLE_LAYER, backward=True, forward=False)
+    for shape, (step, _, _, kept) in INT8_LIMITS.items():
+        yield _layer(int8, STEP, shape, Target(step), Target(kept, "kept"), backward=True)
+    for shape, (_, inference, cached, _) in INT8_LIMITS.items():
+        yield _layer(int8, "inference", shape, Target(inference), Target(cached, provider=CACHED))
+    for shape in tuple(INT8_LIMITS)[1:]:
+        yield _layer(
+            int8,
+            f"{STEP} under bfloat16 autocast",
+            shape,
+            Target(1.05),
+            Target(0.6, "kept"),
+            backward=True,
+            autocast=True,
+        )
+
+
+def _layer(config: str, table: str, shape: tuple[int, ...], *targets: Target, **options: Any) -> Workload:
+    reduced = LARGE_SIZE if shape == LONG_LAYER else ""
+    one_thread = table == STEP and shape == MIDDLE_LAYER
+    column = ", ".join(map(str, shape))
+    return Workload(
+        "qat_linear",
+        f"{config}, {table}",
+        column,
+        shape,
+        config=config,
+        one_thread=one_thread,
+        reduced=reduced,
+        targets=targets,
+        **options,
+    )
+
+
+def _network() -> Iterator[Workload]:
+    yield Workload("network", f"{STEP} with Adam", "batch 32", (32,), True, targets=(Target(1.10),))
+
+
+def _import() -> Iterator[Workload]:
+    yield Workload("import", "after torch", "a fresh process", targets=(Target(0.1, "seconds"),))
+
+
+_ALL: dict[str, Callable[[], Iterator[Workload]]] = {
+    "fake_quantize": _fake_quantize,
+    "fake_quantize_affine": _fake_quantize_affine,
+    "choose_qparams": partial(_one_pass, "choose_qparams", 0.6),
+    "quantize": partial(_one_pass, "quantize", 0.9),
+    "dequantize": partial(_one_pass, "dequantize", 0.9),
+    "qat_linear": _qat_linear,
+    "network": _network,
+    "import": _import,
+}
+
+
+def elements(shape: tuple[int, ...]) -> str:
+    """Returns the number of elements as a text such as ``4 Ki`` or ``32 Mi``."""
+    count = math.prod(shape)
+    for unit, name in ((MI, "Mi"), (KI, "Ki")):
+        if count % unit == 0:
+            return f"{count // unit} {name}"
+    return str(count)

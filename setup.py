@@ -173,7 +173,12 @@ if not reason:
     if sanitize:
         link_flags += [f"-fsanitize={SANITIZERS[name]}" for name in sanitize.split(",")]
         compile_flags += [*link_flags, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
-    patterns = ["*.cpp", "ops/*.cpp", "cpu/**/*.cpp", "cuda/plan.cpp"]  # the plan is host arithmetic, tested without CUDA too
+    patterns = [
+        "*.cpp",
+        "ops/*.cpp",
+        "cpu/**/*.cpp",
+        "cuda/plan.cpp",
+    ]  # the plan is host arithmetic, tested without CUDA too
     # A flag, so that another torch in the same place makes every object anew: its headers' times do not count.
     macros = [("QATFAST_TORCH_VERSION", f'"{torch.__version__}"')]
     kind = CppExtension

@@ -4,7 +4,6 @@ import torch
 
 from . import functional, reference
 from .config import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec
-from .fake_quantizer import FakeQuantize
 from .functional import (
     choose_qparams,
     dequantize,
@@ -13,13 +12,13 @@ from .functional import (
     qat_linear,
     quantize,
 )
-from .linear import QATLinear
 from .model import Summary, prepare, summary, unused_layers
+from .modules import FakeQuantize, QATLinear
 from .weight_cache import cached_weights
 
 __version__ = "0.1.0"
 
-# What a saved model holds of this package; torch.load(weights_only=True) makes objects of known classes only.
+# torch.load(weights_only=True) creates objects of known classes only.
 torch.serialization.add_safe_globals(
     [FakeQuantize, PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QATLinear, QuantSpec]
 )

@@ -1,6 +1,6 @@
 """What tensors and granularities are legal, and what is said where they are not: one check a rule.
 
-Every message names the op, the rule and the value. The C++ side (csrc/ops.cpp) says the same words for tensors.
+Every message names the op, the rule and the value. The C++ side (csrc/checks.cpp) says the same words for tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .arguments import integer
-from .config import Granularity, PerChannel, PerGroup, PerTensor
+from .config import Granularity, PerChannel, PerGroup, PerTensor, checked_granularity
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.uint16)
@@ -146,6 +146,27 @@ def qparam_tensors(
             )
         zero_point = torch.full((), zero_point, dtype=torch.int32, device=input.device)
     return scale, zero_point
+
+
+def static_range(
+    op: str,
+    input: Any,
+    scale: Any,
+    zero_point: Any,
+    quant_min: int,
+    quant_max: int,
+    granularity: Granularity,
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, Any]:
+    """Checks what Python gives for a static range. Returns scale and zero point, as tensors if ``input`` is one.
+
+    ``dtype`` (default: that of ``input``) decides the dtype of the scale.
+    """
+    checked_granularity(op, granularity)
+    if not isinstance(input, Tensor):
+        return scale, zero_point
+    dtype = dtype or input.dtype
+    return qparam_tensors(op, input, scale, zero_point, quant_min, quant_max, granularity, dtype)
 
 
 def qparams(

@@ -113,13 +113,10 @@ def fake_quantize_affine(
         >>> fake_quantize_affine(torch.tensor([-9.0, 0.3, 9.0]), 0.5, 0, -8, 7)
         tensor([-4.0000,  0.5000,  3.5000])
     """
-    op = "fake_quantize_affine"
-    checked_granularity(op, granularity)
-    quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
-    if isinstance(input, Tensor):
-        scale, zero_point = checks.qparam_tensors(
-            op, input, scale, zero_point, quant_min, quant_max, granularity, input.dtype
-        )
+    quant_min, quant_max = checks.quant_range("fake_quantize_affine", quant_min, quant_max)
+    scale, zero_point = checks.static_range(
+        "fake_quantize_affine", input, scale, zero_point, quant_min, quant_max, granularity
+    )
     ops = kernels.route(input, scale, zero_point)
     if ops is not None:
         return ops.fake_quantize_affine(input, scale, zero_point, quant_min, quant_max, granularity.code)
@@ -222,13 +219,10 @@ def quantize(
         >>> quantize(torch.tensor([-9.0, 0.3, 9.0]), 0.5, 0, -8, 7)
         tensor([-8,  1,  7], dtype=torch.int8)
     """
-    op = "quantize"
-    checked_granularity(op, granularity)
-    quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
-    if isinstance(input, Tensor):
-        scale, zero_point = checks.qparam_tensors(
-            op, input, scale, zero_point, quant_min, quant_max, granularity, input.dtype
-        )
+    quant_min, quant_max = checks.quant_range("quantize", quant_min, quant_max)
+    scale, zero_point = checks.static_range(
+        "quantize", input, scale, zero_point, quant_min, quant_max, granularity
+    )
     ops = kernels.route(input, scale, zero_point)
     if ops is not None:
         return ops.quantize(input, scale, zero_point, quant_min, quant_max, granularity.code)
@@ -275,14 +269,13 @@ def dequantize(
         >>> dequantize(torch.tensor([-8, 1, 7], dtype=torch.int8), 0.5, 0)
         tensor([-4.0000,  0.5000,  3.5000])
     """
-    op = "dequantize"
-    checked_granularity(op, granularity)
     if dtype not in checks.FLOAT_DTYPES:
-        raise TypeError(f"{op}: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
-    if isinstance(input, Tensor):
-        scale, zero_point = checks.qparam_tensors(
-            op, input, scale, zero_point, -32768, 65535, granularity, dtype
+        raise TypeError(
+            f"dequantize: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}"
         )
+    scale, zero_point = checks.static_range(
+        "dequantize", input, scale, zero_point, -32768, 65535, granularity, dtype
+    )
     ops = kernels.route(input, scale, zero_point)
     if ops is not None:
         return ops.dequantize(input, scale, zero_point, granularity.code, dtype)

@@ -21,7 +21,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from . import checks
 from .arguments import integer
 from .config import QATConfig, QuantSpec
-from .linear import CONTAINERS, QATLinear, check_parameters, open_blocks, share_hooks, why_not_from_float
+from .modules.linear import (
+    CONTAINERS,
+    QATLinear,
+    check_parameters,
+    open_blocks,
+    share_hooks,
+    why_not_from_float,
+)
 
 # Modules of PyTorch that read the weight of an nn.Linear that they hold, and do not call it.
 _READERS: tuple[type[nn.Module], ...] = tuple(

@@ -65,12 +65,10 @@ def cached_weights(module: nn.Module) -> Iterator[nn.Module]:
         ...     layer(torch.ones(1, 3)).shape
         torch.Size([1, 2])
     """
-    from .linear import QATLinear
-
     if not isinstance(module, nn.Module):
         raise TypeError(f"cached_weights: expected module to be an nn.Module, got {type(module).__name__}")
     # a layer that an outer block has already stays with that block
-    layers = [layer for layer in module.modules() if isinstance(layer, QATLinear)]
+    layers = [layer for layer in module.modules() if getattr(type(layer), "_caches_weight", False)]
     block: _Block = {layer: _held(layer) or _Slot(layer) for layer in layers}
     _count_blocks(1)
     try:

@@ -299,15 +299,6 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
 }
 
 
-def __getattr__(name: str) -> tuple[str, ...]:
-    """To drop once tests/test_bench.py reads ``operators.OPERATORS``."""
-    if name != "OPS":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from operators import OPERATORS
-
-    return tuple(OPERATORS)
-
-
 def why_no_kernels(device: str) -> str:
     """Returns why the kernels do not serve tensors on ``device``; empty if they do."""
     if kernels.extension is None:

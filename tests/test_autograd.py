@@ -489,9 +489,7 @@ def test_the_operators_inside_refuse_to_be_differentiated(kernels, device):
     calls = {
         "fake_quantize_affine_forward": lambda x: ops.fake_quantize_affine_forward(x, *grid)[0],
         "qat_linear_forward": lambda x: ops.qat_linear_forward(x, weight, bias, QATConfig().codes)[0],
-        "qat_linear_int8_forward": lambda x: ops.qat_linear_int8_forward(x, weight, bias, [], codes)[
-            0
-        ],
+        "qat_linear_int8_forward": lambda x: ops.qat_linear_int8_forward(x, weight, bias, [], codes)[0],
         "qat_linear_int8_backward": lambda x: ops.qat_linear_int8_backward(
             dy + x.sum(), values, scale, zero_point, weight, codes[4:8]
         )[0],

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import cases
+import operators
 import qatfast
 from qatfast import PerChannel, PerGroup, PerTensor, PerToken, bench, cli, reference
 from qatfast.bench import plots, providers, results, runner, timer, tutorial
@@ -696,11 +697,14 @@ def test_runs_without_a_common_benchmark_cannot_be_compared(monkeypatch, capsys,
     assert capsys.readouterr().err.endswith("error: the files have no benchmark in common\n")
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
-def test_the_benchmark_files_collect(subject):
-    module = loaded(f"bench_{subject}")
-    (mark,) = getattr(module, f"test_{subject}").pytestmark
-    assert mark.args[1] == bench.measurements(subject)
+def test_the_benchmarks_are_all_measurements():
+    (mark,) = loaded("bench_workloads").test_workload.pytestmark
+    expected = [pair for subject in SUBJECTS for pair in bench.measurements(subject)]
+    assert [case.values for case in mark.args[1]] == expected
+
+
+def test_every_operator_has_a_workload():
+    assert {*operators.OPERATORS} <= {*SUBJECTS}
 
 
 def test_a_benchmark_reports_what_the_runner_measured(tmp_path):
@@ -712,11 +716,11 @@ def test_a_benchmark_reports_what_the_runner_measured(tmp_path):
             "-m",
             "pytest",
             "-q",
-            str(BENCHMARKS / "bench_quantize.py"),
+            str(BENCHMARKS / "bench_workloads.py"),
             "-p",
             "no:cacheprovider",
             "-k",
-            "tensor and 256 and (qatfast or clone) and not thread",
+            "quantize-quantize and tensor and 256 and (qatfast or clone) and not thread",
             "--seconds",
             "0",
             "--benchmark-json",

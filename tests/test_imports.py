@@ -10,7 +10,11 @@ import qatfast
 PACKAGE = Path(qatfast.__file__).parent
 TOOLS = {"study", "bench"}
 # The command line runs the tools, and __main__ runs the command line.
-PRODUCT = sorted(path.name for path in PACKAGE.glob("*.py") if path.name != "cli.py")
+PRODUCT = sorted(
+    path.relative_to(PACKAGE).as_posix()
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "cli.py" and path.relative_to(PACKAGE).parts[0] not in TOOLS
+)
 
 
 def imported_modules(source):
@@ -33,7 +37,7 @@ def imported_tools(source):
 
 
 def test_the_modules_are_found():
-    assert {"__init__.py", "functional.py", "linear.py", "model.py", "packing.py"} <= set(PRODUCT)
+    assert {"__init__.py", "functional.py", "model.py", "modules/linear.py", "packing.py"} <= set(PRODUCT)
     assert all((PACKAGE / tool / "__init__.py").is_file() for tool in TOOLS)
 
 

@@ -14,7 +14,7 @@ from qatfast import functional, reference
 ROOT = Path(__file__).parent.parent
 LAUNCHERS = "csrc/{device}/{op}.*"
 # The files of an operator: its launchers once per device that it names.
-PLACES = ("csrc/ops/{op}.cpp", LAUNCHERS, "tests/test_{op}.py", "benchmarks/bench_{op}.py")
+PLACES = ("csrc/ops/{op}.cpp", LAUNCHERS, "tests/test_{op}.py")
 # The other sources of a device.
 SHARED = {"cpu": {"copy"}, "cuda": {"plan"}}
 SOURCES = {".cpp", ".cu"}
@@ -84,8 +84,6 @@ def test_the_direct_entry_has_it(kernels, op):
 @OPS
 @pytest.mark.parametrize("place", PLACES)
 def test_it_has_its_files(op, place):
-    if place.startswith("benchmarks") and not (ROOT / "benchmarks").is_dir():
-        pytest.skip("the benchmarks are not here")
     for device in op.devices:
         assert list(ROOT.glob(place.format(op=op, device=device)))
 

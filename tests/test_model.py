@@ -690,7 +690,7 @@ def test_blocks_nest_and_leave_nothing_behind():
             model(x)
     assert (outer, inner, part, second) == ([], ["0", "2"], [""], [])
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
-    assert qatfast.linear.open_blocks == []
+    assert qatfast.modules.linear.open_blocks == []
 
 
 def test_blocks_overlap_between_threads():
@@ -710,7 +710,7 @@ def test_blocks_overlap_between_threads():
     for thread in threads:
         thread.join()
     assert results == [[]] * 200
-    assert qatfast.linear.open_blocks == []
+    assert qatfast.modules.linear.open_blocks == []
 
 
 @pytest.mark.usefixtures("fresh_compiler")

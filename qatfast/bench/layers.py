@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..linear import QATLinear
+from ..modules.linear import QATLinear
 from ..weight_cache import cached_weights
 from . import tutorial
 from .providers import Function, ao_fake_quantize

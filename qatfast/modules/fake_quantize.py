@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import Granularity, PerTensor, QuantSpec
-from .functional import fake_quantize
+from ..config import Granularity, PerTensor, QuantSpec
+from ..functional import fake_quantize
 
 
 class FakeQuantize(torch.nn.Module):

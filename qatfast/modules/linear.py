@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parameter import is_lazy
 
-from . import checks, kernels, weight_cache
-from .config import PerChannel, PerGroup, QATConfig, QuantSpec, describe
-from .functional import qat_linear
+from .. import checks, kernels, weight_cache
+from ..config import PerChannel, PerGroup, QATConfig, QuantSpec, describe
+from ..functional import qat_linear
 
 # One set for each open `unused_layers` block: the layers that ran since it was opened.
 open_blocks: list[set[nn.Module]] = []
@@ -63,6 +63,7 @@ bias=affine per tensor, output=affine per tensor)
     """
 
     config: QATConfig
+    _caches_weight: ClassVar[bool] = True  # cached_weights finds the layer by this
 
     def __init__(
         self,

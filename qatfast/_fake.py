@@ -1,6 +1,6 @@
 """Shapes, dtypes and strides of each operator, for torch.compile, torch.export and meta tensors; FLOPs for counters.
 
-Strides are those of the operators themselves (``csrc/ops.cpp``): what a compiled graph reads must lie where it says.
+Strides are those of the operators themselves (``csrc/ops/``): what a compiled graph reads must lie where it says.
 """
 
 from __future__ import annotations

@@ -107,17 +107,24 @@ def keepdim_shape(shape: torch.Size, granularity: Granularity) -> tuple[int, ...
     return (*shape_of_qparams(shape, granularity), 1)
 
 
-def qparam_tensors(
+def static_range(
     op: str,
-    input: Tensor,
+    input: Any,
     scale: Any,
     zero_point: Any,
     quant_min: int,
     quant_max: int,
     granularity: Granularity,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Tensors as they are; numbers as 0-dimensional tensors, which only PerTensor() takes."""
+    dtype: torch.dtype | None = None,
+) -> tuple[Any, Any]:
+    """Checks what Python gives for a static range. Returns scale and zero point, as tensors if ``input`` is one.
+
+    Numbers become 0-dimensional tensors; only PerTensor() takes them. ``dtype`` (default: that of ``input``) decides
+    the dtype of the scale.
+    """
+    checked_granularity(op, granularity)
+    if (isinstance(scale, Tensor) and isinstance(zero_point, Tensor)) or not isinstance(input, Tensor):
+        return scale, zero_point
     for name, value, kind, word in (
         ("scale", scale, numbers.Real, "a number"),
         ("zero_point", zero_point, numbers.Integral, "an int"),
@@ -129,7 +136,7 @@ def qparam_tensors(
         if not isinstance(granularity, PerTensor):
             raise TypeError(f"{op}: expected {name} to be a torch.Tensor for {granularity}, got {value!r}")
     if not isinstance(scale, Tensor):
-        compute = compute_dtype(dtype)
+        compute = compute_dtype(dtype or input.dtype)
         least, most = (0, math.inf) if compute == torch.float64 else _FLOAT32_ENDS
         scale = scale if isinstance(scale, int) else float(scale)
         if not least < scale < most:
@@ -148,39 +155,19 @@ def qparam_tensors(
     return scale, zero_point
 
 
-def static_range(
-    op: str,
-    input: Any,
-    scale: Any,
-    zero_point: Any,
-    quant_min: int,
-    quant_max: int,
-    granularity: Granularity,
-    dtype: torch.dtype | None = None,
-) -> tuple[Any, Any]:
-    """Checks what Python gives for a static range. Returns scale and zero point, as tensors if ``input`` is one.
-
-    ``dtype`` (default: that of ``input``) decides the dtype of the scale.
-    """
-    checked_granularity(op, granularity)
-    if not isinstance(input, Tensor):
-        return scale, zero_point
-    dtype = dtype or input.dtype
-    return qparam_tensors(op, input, scale, zero_point, quant_min, quant_max, granularity, dtype)
-
-
 def qparams(
     op: str,
     input: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
+    scale: Any,
+    zero_point: Any,
     quant_min: int,
     quant_max: int,
     granularity: Granularity,
     dtype: torch.dtype,
     of: str = "input",
 ) -> tuple[Tensor, Tensor]:
-    """Given scales and zero points fit ``input``; returns them in the shape of the blocks, zero points as int32."""
+    """Checks that scale and zero point fit ``input``. Returns them with one element per block, zero points as int32."""
+    scale, zero_point = static_range(op, input, scale, zero_point, quant_min, quant_max, granularity, dtype)
     dense(op, "scale", scale)
     dense(op, "zero_point", zero_point)
     if scale.dtype != compute_dtype(dtype):

@@ -117,7 +117,6 @@ def dequantize(
         raise TypeError(f"{op}: expected dtype to be float32, float64, float16 or bfloat16, got {dtype}")
     checks.blocks(op, input.shape, checked_granularity(op, granularity))
     checks.fixed_scale(op, scale)
-    scale, zero_point = checks.qparam_tensors(op, input, scale, zero_point, -32768, 65535, granularity, dtype)
     scale, zero_point = checks.qparams(
         op, input, scale, zero_point, -32768, 65535, granularity, dtype, "output"
     )
@@ -210,9 +209,6 @@ def _check_affine(
     quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
     checks.tensor(op, "input", input, checks.FLOAT_DTYPES)
     checks.blocks(op, input.shape, granularity)
-    scale, zero_point = checks.qparam_tensors(
-        op, input, scale, zero_point, quant_min, quant_max, granularity, input.dtype
-    )
     scale, zero_point = checks.qparams(
         op, input, scale, zero_point, quant_min, quant_max, granularity, input.dtype
     )

@@ -3,14 +3,28 @@
 import torch
 
 from . import functional, reference
-from .config import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec
+from .config import (
+    Dynamic,
+    Fixed,
+    Learned,
+    MinMax,
+    MovingAverage,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QATConfig,
+    QuantSpec,
+)
 from .functional import (
     choose_qparams,
     dequantize,
     fake_quantize,
     fake_quantize_affine,
+    fake_quantize_learned,
     qat_linear,
     quantize,
+    search_qparams,
 )
 from .model import Summary, prepare, summary, unused_layers
 from .modules import FakeQuantize, QATLinear
@@ -20,11 +34,30 @@ __version__ = "0.1.0"
 
 # torch.load(weights_only=True) creates objects of known classes only.
 torch.serialization.add_safe_globals(
-    [FakeQuantize, PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QATLinear, QuantSpec]
+    [
+        Dynamic,
+        FakeQuantize,
+        Fixed,
+        Learned,
+        MinMax,
+        MovingAverage,
+        PerChannel,
+        PerGroup,
+        PerTensor,
+        PerToken,
+        QATConfig,
+        QATLinear,
+        QuantSpec,
+    ]
 )
 
 __all__ = [
+    "Dynamic",
     "FakeQuantize",
+    "Fixed",
+    "Learned",
+    "MinMax",
+    "MovingAverage",
     "PerChannel",
     "PerGroup",
     "PerTensor",
@@ -38,11 +71,13 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fake_quantize_affine",
+    "fake_quantize_learned",
     "functional",
     "prepare",
     "qat_linear",
     "quantize",
     "reference",
+    "search_qparams",
     "summary",
     "unused_layers",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from typing import Any
 
@@ -14,6 +15,12 @@ def integer(op: str, name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(type(value), "__index__") or isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: expected {name} to be an int, got {value!r}")
     return operator.index(value)
+
+
+def number(op: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: expected {name} to be a number, got {value!r}")
+    return float(value)
 
 
 def boolean(op: str, name: str, value: Any) -> bool:

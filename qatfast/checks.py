@@ -198,6 +198,30 @@ def qparams(
     return scale.detach().reshape(shape), zero_point.reshape(shape).to(torch.int32)
 
 
+def learned_qparams(
+    op: str,
+    input: Tensor,
+    scale: Any,
+    zero_point: Any,
+    quant_min: int,
+    quant_max: int,
+    granularity: Granularity,
+) -> Tensor:
+    """Checks scale and zero point of a learned range. Returns the zero point as an int32 tensor."""
+    dense(op, "scale", scale)
+    if scale.dtype != compute_dtype(input.dtype):
+        expected = dtype_name(compute_dtype(input.dtype))
+        raise TypeError(
+            f"{op}: expected scale to be {expected} for {dtype_name(input.dtype)} input, got {dtype_name(scale.dtype)}"
+        )
+    if not isinstance(zero_point, Tensor):
+        zero_point = integer(op, "zero_point", zero_point)
+        zero_point = torch.full_like(scale, zero_point, dtype=torch.int32, requires_grad=False)
+    positive = scale.detach().abs().clamp(min=torch.finfo(scale.dtype).tiny)
+    _, zero_point = qparams(op, input, positive, zero_point, quant_min, quant_max, granularity, input.dtype)
+    return zero_point
+
+
 def fixed_scale(op: str, scale: Any) -> None:
     """A given scale gets no gradient, so one that waits for it is a mistake that nobody else would notice."""
     if not isinstance(scale, Tensor):

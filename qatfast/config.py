@@ -1,9 +1,10 @@
-"""How tensors are quantized: the granularities, QuantSpec for one tensor, QATConfig for a layer."""
+"""How tensors are quantized: granularities, ranges, QuantSpec for one tensor, QATConfig for a layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from math import isfinite
 from typing import Any
 
 from . import arguments
@@ -103,6 +104,88 @@ def granularity_from_code(code: Sequence[int]) -> Granularity:
 
 
 @dataclass(frozen=True)
+class Range(_Arguments):
+    """Where the range of a tensor comes from. This is the base of the five classes below."""
+
+
+@dataclass(frozen=True)
+class Dynamic(Range):
+    """The range of the tensor at hand."""
+
+
+@dataclass(frozen=True)
+class MovingAverage(Range):
+    """A stored range, which training moves towards the range of each batch after it has quantized the batch::
+
+        running = running + averaging_constant * (range of the batch - running)
+
+    The first batch sets the range and is quantized with it. Evaluation uses the stored range.
+
+    Args:
+        averaging_constant: greater than 0, at most 1.
+
+    Raises:
+        TypeError: ``averaging_constant`` is not a number.
+        ValueError: ``averaging_constant`` is not in (0, 1].
+    """
+
+    averaging_constant: float = 0.01
+
+    def __post_init__(self) -> None:
+        value = arguments.number("MovingAverage", "averaging_constant", self.averaging_constant)
+        if not 0 < value <= 1:
+            raise ValueError(
+                f"MovingAverage: expected averaging_constant to be greater than 0 and at most 1, got {value}"
+            )
+        object.__setattr__(self, "averaging_constant", value)
+
+
+@dataclass(frozen=True)
+class MinMax(Range):
+    """A stored range, which training widens to hold each batch after it has quantized the batch.
+
+    The first batch sets the range and is quantized with it. Evaluation uses the stored range.
+    """
+
+
+@dataclass(frozen=True)
+class Learned(Range):
+    """A scale that is trained as a parameter (LSQ; Esser et al. 2020, arXiv 1902.08153).
+
+    The first tensor sets it to the scale of :func:`qatfast.search_qparams`.
+    """
+
+
+@dataclass(frozen=True)
+class Fixed(Range):
+    """A range that is known beforehand, as of a sensor, of ReLU6 or of an image in 0..1.
+
+    Args:
+        lo: finite, at most 0.
+        hi: finite, at least 0; not 0 if ``lo`` is 0.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: ``lo <= 0 <= hi`` does not hold, an end is not finite, or both are 0.
+    """
+
+    lo: float
+    hi: float
+
+    def __post_init__(self) -> None:
+        lo, hi = (arguments.number("Fixed", name, getattr(self, name)) for name in ("lo", "hi"))
+        if not (isfinite(lo) and isfinite(hi) and lo <= 0 <= hi and lo < hi):
+            raise ValueError(
+                f"Fixed: expected finite lo <= 0 <= hi that are not both 0, got lo={lo}, hi={hi}"
+            )
+        object.__setattr__(self, "lo", lo)
+        object.__setattr__(self, "hi", hi)
+
+
+OBSERVED = (MovingAverage, MinMax)
+
+
+@dataclass(frozen=True)
 class QuantSpec(_Arguments):
     """How one tensor is quantized.
 
@@ -111,6 +194,8 @@ class QuantSpec(_Arguments):
         symmetric: False: affine, the grid ``[0, 2^b - 1]`` with a zero point.
             True: the grid ``[-(2^(b-1) - 1), 2^(b-1) - 1]`` with zero point 0.
         granularity: which elements share a scale.
+        range: where the range comes from: ``Dynamic()``, ``MovingAverage()``, ``MinMax()``, ``Learned()`` or
+            ``Fixed(lo, hi)``.
         narrow_range: of a symmetric grid; False: the grid ``[-2^(b-1), 2^(b-1) - 1]``, as int4 kernels have it. It has
             no effect on an affine grid.
 
@@ -119,13 +204,14 @@ class QuantSpec(_Arguments):
 
     Raises:
         TypeError: an argument has the wrong type (``num_bits=True`` and ``num_bits=2.5`` too).
-        ValueError: ``num_bits`` is not from 2 to 16.
+        ValueError: ``num_bits`` is not from 2 to 16; ``PerToken()`` with a range that is not ``Dynamic()``.
     """
 
     num_bits: int = 8
     symmetric: bool = False
     granularity: Granularity = PerTensor()
-    narrow_range: bool = field(default=True, kw_only=True)
+    range: Range = Dynamic()
+    narrow_range: bool = True
     code: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -133,8 +219,24 @@ class QuantSpec(_Arguments):
         arguments.boolean("QuantSpec", "symmetric", self.symmetric)
         arguments.boolean("QuantSpec", "narrow_range", self.narrow_range)
         checked_granularity("QuantSpec", self.granularity)
+        if not isinstance(self.range, Range):
+            raise TypeError(
+                "QuantSpec: expected range to be Dynamic(), MovingAverage(), MinMax(), Learned() or Fixed(lo, hi), "
+                f"got {self.range!r}"
+            )
+        if isinstance(self.granularity, PerToken) and not self.is_dynamic:
+            raise ValueError(f"QuantSpec: expected Dynamic() for PerToken(), got {self.range}")
         grid = (1 if self.narrow_range else 2) if self.symmetric else 0
         object.__setattr__(self, "code", (self.num_bits, grid, *self.granularity.code))
+
+    @property
+    def is_dynamic(self) -> bool:
+        return isinstance(self.range, Dynamic)
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a module has to keep the range."""
+        return isinstance(self.range, (*OBSERVED, Learned))
 
     @property
     def quant_min(self) -> int:
@@ -161,7 +263,8 @@ class QuantSpec(_Arguments):
         elif isinstance(self.granularity, PerGroup):
             words = f"per group of {self.granularity.group_size}"
         symmetric = "symmetric" if self.narrow_range else "symmetric full range"
-        return f"{self.num_bits}-bit {symmetric if self.symmetric else 'affine'} {words}"
+        kind = "" if self.is_dynamic else f", {self.range}"
+        return f"{self.num_bits}-bit {symmetric if self.symmetric else 'affine'} {words}{kind}"
 
 
 def quant_range(num_bits: int, symmetric: bool, narrow_range: bool) -> tuple[int, int]:
@@ -198,6 +301,8 @@ class QATConfig(_Arguments):
         for name, spec in specs.items():
             if spec is not None and not isinstance(spec, QuantSpec):
                 raise TypeError(f"QATConfig: expected {name} to be a QuantSpec or None, got {spec!r}")
+            if spec is not None and not spec.is_dynamic:
+                _check_static(name, spec)
         codes = [(0, 0, 0, 0) if spec is None else spec.code for spec in specs.values()]
         object.__setattr__(self, "codes", sum(codes, ()))
         object.__setattr__(self, "_integer_features", _integer_features(self.input, self.weight))
@@ -232,9 +337,58 @@ class QATConfig(_Arguments):
         return cls(input=QuantSpec(num_bits, granularity=PerToken()), weight=weight, bias=None, output=None)
 
     @classmethod
+    def static(cls, num_bits: int = 8, *, activations: str = "affine") -> QATConfig:
+        """Input per tensor with a stored range, weight symmetric per output channel; bias and output in float.
+
+        At 8 bits and more the input's range is a moving average and the weight's that of the weight at hand. Below 8
+        bits both scales are learned. The deployed layer needs no ranges at run time.
+
+        Args:
+            num_bits: 2 to 16.
+            activations: ``"affine"``, or ``"symmetric"`` for the full symmetric range ``[-2^(b-1), 2^(b-1) - 1]``
+                without zero point, which TensorRT requires.
+
+        Raises:
+            ValueError: ``activations`` is neither.
+        """
+        if activations not in ("affine", "symmetric"):
+            raise ValueError(
+                f"QATConfig.static: expected activations to be 'affine' or 'symmetric', got {activations!r}"
+            )
+        is_low = arguments.num_bits("QATConfig.static", num_bits) < 8
+        input_range, weight_range = (Learned(), Learned()) if is_low else (MovingAverage(), Dynamic())
+        symmetric = activations == "symmetric"
+        input = QuantSpec(num_bits, symmetric, range=input_range, narrow_range=not symmetric)
+        weight = QuantSpec(num_bits, symmetric=True, granularity=PerChannel(0), range=weight_range)
+        return cls(input=input, weight=weight, bias=None, output=None)
+
+    @classmethod
+    def for_target(cls, name: str) -> QATConfig:
+        """The config whose deployed model a runtime takes: ``static()``, with symmetric activations for TensorRT.
+
+        Args:
+            name: ``"onnxruntime"``, ``"executorch"``, ``"litert"``, ``"openvino"``, ``"coreml"`` or ``"tensorrt"``.
+
+        Raises:
+            ValueError: ``name`` is another.
+        """
+        targets = ("onnxruntime", "executorch", "litert", "openvino", "coreml", "tensorrt")
+        if name not in targets:
+            raise ValueError(f"QATConfig.for_target: expected one of {', '.join(targets)}, got {name!r}")
+        return cls.static(activations="symmetric" if name == "tensorrt" else "affine")
+
+    @classmethod
     def weight_only(cls, num_bits: int = 4, group_size: int = 32) -> QATConfig:
         """Weight affine per group of ``group_size`` input features; the rest in float."""
         return cls(weight=QuantSpec(num_bits, granularity=PerGroup(group_size)), bias=None, output=None)
+
+
+def _check_static(name: str, spec: QuantSpec) -> None:
+    """Raises if a layer cannot keep the range of its tensor ``name``."""
+    if name == "bias" and not isinstance(spec.range, Dynamic):
+        raise ValueError(f"QATConfig: expected Dynamic() for the bias, got {spec.range}")
+    if isinstance(spec.granularity, PerGroup) and name != "weight":
+        raise ValueError(f"QATConfig: expected Dynamic() for groups of the {name}, got {spec.range}")
 
 
 def _integer_features(input: QuantSpec | None, weight: QuantSpec | None) -> int | None:

@@ -179,6 +179,100 @@ def choose_qparams(
     )
 
 
+def search_qparams(
+    input: Tensor,
+    num_bits: int = 8,
+    *,
+    symmetric: bool = False,
+    granularity: Granularity = _PER_TENSOR,
+    narrow_range: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Returns the scale and zero point with the least squared error among those of 80 shrunk ranges.
+
+    For each block, the ranges are ``(lo * f, hi * f)`` for ``f = i / 80``, ``i = 1 ... 80``, with ``lo`` and ``hi`` as
+    in :func:`choose_qparams`. The error is the sum of ``(y - x)^2`` in float64 over the finite values, in an order that
+    depends on the block's size only. If errors are equal, the largest ``f`` wins.
+
+    Args:
+        input: float32, float64, float16 or bfloat16; any shape and strides, empty too.
+        num_bits: 2 to 16.
+        symmetric: as in :func:`fake_quantize`.
+        granularity: which elements share a scale.
+        narrow_range: as in :func:`fake_quantize`.
+
+    Returns:
+        ``(scale, zero_point)`` as :func:`choose_qparams` returns them.
+
+    Raises:
+        TypeError: ``input`` is no dense floating tensor; ``num_bits`` is no int; another argument has a wrong type.
+        ValueError: ``num_bits`` is not from 2 to 16; ``granularity`` does not divide ``input``.
+
+    Source:
+        Nagel et al. 2021 (arXiv 2106.08295), section 2.2.
+
+    Example:
+        >>> search_qparams(torch.tensor([-1.0, -0.9, 0.1, 0.9, 1.4]), num_bits=2)
+        (tensor(0.8000), tensor(1, dtype=torch.int32))
+    """
+    return reference.search_qparams(
+        input, num_bits, symmetric=symmetric, granularity=granularity, narrow_range=narrow_range
+    )
+
+
+def fake_quantize_learned(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | int,
+    quant_min: int,
+    quant_max: int,
+    *,
+    granularity: Granularity = _PER_TENSOR,
+) -> Tensor:
+    """Rounds ``input`` to a grid whose scale is trained (LSQ) and back to floats.
+
+    With ``s = max(|scale|, eps)``, ``v = x / s``, n the elements of a block, and
+    ``g = 1 / sqrt(n * max(quant_max - zero_point, 1))``::
+
+        y      = (clamp(round(v) + zero_point, quant_min, quant_max) - zero_point) * s
+        dx     = dy where quant_min <= round(v) + zero_point <= quant_max, else 0
+        dscale = sign(scale) * g * sum(dy * t)
+        t      = round(v) - v inside, quant_min - zero_point below, quant_max - zero_point above, 0 if x is NaN
+
+    The products are float32 (float64 for float64 input). The sum is float64, in an order that depends on the block's
+    size only, and is rounded once. Only ``input`` is kept for backward. There are no second derivatives.
+
+    Args:
+        input: float32, float64, float16 or bfloat16; any shape and strides, empty too.
+        scale: finite; float32 (float64 for float64 input), shaped as in :func:`fake_quantize_affine`. It gets a
+            gradient. Its sign does not change the result.
+        zero_point: as in :func:`fake_quantize_affine`. It gets no gradient.
+        quant_min: -32768 or more.
+        quant_max: greater than ``quant_min``, at most 65535, and at most ``quant_min + 65535``.
+        granularity: which elements share a scale.
+
+    Returns:
+        A new tensor like ``input``: shape, dtype, device and memory format.
+
+    Raises:
+        TypeError: a tensor has a wrong dtype or layout; another argument has a wrong type.
+        ValueError: a shape, a range or (on the CPU, where reading them is free) a value is wrong.
+        RuntimeError: ``scale`` or ``zero_point`` is on another device.
+
+    Source:
+        Esser et al. 2020 (arXiv 1902.08153).
+
+    Example:
+        >>> scale = torch.tensor(0.5, requires_grad=True)
+        >>> y = fake_quantize_learned(torch.tensor([-2.4, 0.2, 5.0]), scale, 0, -4, 3)
+        >>> y.sum().backward()
+        >>> y.detach(), scale.grad
+        (tensor([-2.0000,  0.0000,  1.5000]), tensor(-0.4667))
+    """
+    return reference.fake_quantize_learned(
+        input, scale, zero_point, quant_min, quant_max, granularity=granularity
+    )
+
+
 def quantize(
     input: Tensor,
     scale: Tensor | float,

@@ -14,6 +14,7 @@ Source: Jacob et al. 2018 (arXiv 1712.05877), equations 1 and 12; the STE: Bengi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from . import arguments, checks
 from .config import (
     Granularity,
+    Learned,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -32,6 +34,9 @@ from .config import (
     checked_granularity,
     quant_range,
 )
+
+SEARCH_STEPS = 80
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def fake_quantize(
@@ -79,6 +84,88 @@ def choose_qparams(
     op = "choose_qparams"
     quant_min, quant_max = _check_dynamic(op, input, num_bits, symmetric, granularity, narrow_range)
     return _choose_qparams(input.detach(), quant_min, quant_max, symmetric, granularity)
+
+
+def search_qparams(
+    input: Tensor,
+    num_bits: int = 8,
+    *,
+    symmetric: bool = False,
+    granularity: Granularity = PerTensor(),
+    narrow_range: bool = True,
+) -> tuple[Tensor, Tensor]:
+    op = "search_qparams"
+    quant_min, quant_max = _check_dynamic(op, input, num_bits, symmetric, granularity, narrow_range)
+    x = input.detach().to(checks.compute_dtype(input.dtype))
+    lo, hi = _range(x, granularity)
+    blocks = _to_blocks(x, granularity)
+    best: tuple[Tensor, ...] = ()
+    best_error = torch.full_like(lo, torch.inf, dtype=torch.float64)
+    for i in range(SEARCH_STEPS, 0, -1):
+        factor = torch.full_like(lo, i) / SEARCH_STEPS
+        qparams = qparams_of_range(lo * factor, hi * factor, quant_min, quant_max, symmetric)
+        values, _ = _fake_quantize(x, *qparams, quant_min, quant_max, granularity)
+        error = _to_blocks(values, granularity).double() - blocks.double()
+        squared = torch.where(blocks.isfinite(), error * error, 0.0)
+        total = _sum_of_blocks(squared, granularity)
+        is_better = total < best_error
+        best_error = torch.where(is_better, total, best_error)
+        best = tuple(torch.where(is_better, *pair) for pair in zip(qparams, best or qparams, strict=True))
+    scale, zero_point = best
+    return scale, zero_point
+
+
+def fake_quantize_learned(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | int,
+    quant_min: int,
+    quant_max: int,
+    *,
+    granularity: Granularity = PerTensor(),
+) -> Tensor:
+    op = "fake_quantize_learned"
+    quant_min, quant_max = checks.quant_range(op, quant_min, quant_max)
+    checks.tensor(op, "input", input, checks.FLOAT_DTYPES)
+    checks.blocks(op, input.shape, checked_granularity(op, granularity))
+    zero_point = checks.learned_qparams(op, input, scale, zero_point, quant_min, quant_max, granularity)
+    return _LearnedFakeQuantize.apply(input, scale, zero_point, quant_min, quant_max, granularity)
+
+
+def observe_range(
+    input: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    num_batches: Tensor,
+    averaging_constant: float,
+    num_bits: int,
+    symmetric: bool,
+    granularity: Granularity,
+    narrow_range: bool,
+) -> tuple[Tensor, Tensor]:
+    """Moves a stored range by ``input``. Returns the scale and zero point that quantize ``input``.
+
+    They are those of the stored range before it moves, or of the range of ``input`` if a block has none yet (0, 0).
+    ``averaging_constant`` is 0 for a range that only widens.
+    """
+    op = "observe_range"
+    quant_min, quant_max = _check_dynamic(op, input, num_bits, symmetric, granularity, narrow_range)
+    x = input.detach()
+    lo, hi = (end.float().clamp(-FLOAT32_MAX, FLOAT32_MAX) + 0.0 for end in _range(x, granularity))
+    is_finite = _any_finite(x, granularity)
+    is_new = (running_min == 0) & (running_max == 0)
+    low, high = torch.where(is_new, lo, running_min), torch.where(is_new, hi, running_max)
+    compute = checks.compute_dtype(x.dtype)
+    qparams = qparams_of_range(low.to(compute), high.to(compute), quant_min, quant_max, symmetric)
+    if averaging_constant == 0:
+        moved_low, moved_high = torch.minimum(low, lo), torch.maximum(high, hi)
+    else:
+        constant = torch.full_like(low, averaging_constant)
+        moved_low, moved_high = low + constant * (lo - low), high + constant * (hi - high)
+    running_min.copy_(torch.where(is_finite, torch.where(is_new, lo, moved_low), running_min) + 0.0)
+    running_max.copy_(torch.where(is_finite, torch.where(is_new, hi, moved_high), running_max) + 0.0)
+    num_batches.add_(is_finite.any())
+    return qparams
 
 
 def quantize(
@@ -132,18 +219,36 @@ def qat_linear(
     if not isinstance(config, QATConfig):
         raise TypeError(f"{op}: expected config to be a QATConfig, got {config!r}")
     checks.linear_operands(op, input, weight, bias)
-    x_hat = _by_spec(op, "input", input, config.input)
-    w_hat = _by_spec(op, "weight", weight, config.weight)
-    b_hat = None if bias is None else _by_spec(op, "bias", bias, config.bias)
+    return qat_linear_static(input, weight, bias, config, {})
+
+
+# The scale and the zero point of each tensor of a layer whose range is not Dynamic, by the tensor's name.
+StaticGrids = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def qat_linear_static(
+    input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig, grids: StaticGrids
+) -> Tensor:
+    """Returns :func:`qat_linear` with static ranges: ``grids`` has those of ``input``, ``weight`` and ``output``.
+
+    The scale of a Learned range gets a gradient.
+    """
+    op = "qat_linear"
+    x_hat = _by_spec(op, "input", input, config.input, grids)
+    w_hat = _by_spec(op, "weight", weight, config.weight, grids)
+    b_hat = None if bias is None else _by_spec(op, "bias", bias, config.bias, grids)
     product = F.linear(x_hat, w_hat, b_hat)
     if product.is_meta or not config.uses_int8_gemm(weight.shape[1]):  # a meta tensor has no values
-        return _by_spec(op, "output", product, config.output)
+        return _by_spec(op, "output", product, config.output, grids)
     assert config.input is not None and config.weight is not None
-    y = _integer_product(input.detach(), config.input, weight.detach(), config.weight)
+    y = _int8_gemm(
+        _levels(input.detach(), config.input, grids.get("input")),
+        _levels(weight.detach(), config.weight, grids.get("weight")),
+    )
     if b_hat is not None:
         y = y + b_hat.detach()
-    y = _by_spec(op, "output", y, config.output)
-    return _straight_through(product, y.to(product.dtype))
+    y = _straight_through(product.to(y.dtype), y)
+    return _by_spec(op, "output", y, config.output, grids).to(product.dtype)
 
 
 def quantized_dtype(quant_min: int, quant_max: int) -> torch.dtype:
@@ -158,25 +263,34 @@ def quantized_dtype(quant_min: int, quant_max: int) -> torch.dtype:
     )
 
 
-def _by_spec(op: str, name: str, tensor: Tensor, spec: QuantSpec | None) -> Tensor:
+def _by_spec(op: str, name: str, tensor: Tensor, spec: QuantSpec | None, grids: StaticGrids) -> Tensor:
     if spec is None:
         return tensor
     checks.blocks(f"{op}: {name}", tensor.shape, spec.granularity)
-    return fake_quantize(tensor, **spec.arguments)
+    if name not in grids:
+        return fake_quantize(tensor, **spec.arguments)
+    function = fake_quantize_learned if isinstance(spec.range, Learned) else fake_quantize_affine
+    scale, zero_point = grids[name]
+    return function(tensor, scale, zero_point, spec.quant_min, spec.quant_max, granularity=spec.granularity)
 
 
-def _integer_product(x: Tensor, x_spec: QuantSpec, weight: Tensor, weight_spec: QuantSpec) -> Tensor:
-    """``sum((q_x - zero_point_x) * (q_w - zero_point_w)) * (scale_x * scale_w)``, the sum exact in float64."""
-    x_steps, x_scale = _steps(x, x_spec)
-    weight_steps, weight_scale = _steps(weight, weight_spec)
-    total = x_steps @ weight_steps.t() + 0.0  # never -0.0
+def _int8_gemm(x: tuple[Tensor, Tensor], weight: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns ``sum(level_x * level_w) * (scale_x * scale_w)``, with the exact sum in float64."""
+    x_levels, x_scale = x
+    weight_levels, weight_scale = weight
+    total = x_levels @ weight_levels.t() + 0.0  # never -0.0
     return total.to(x_scale.dtype) * (x_scale * weight_scale.squeeze(-1))
 
 
-def _steps(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """``q - zero_point`` in float64, NaN where ``x`` is; the scale of each row, or of all, as a column."""
+def _levels(x: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Returns the levels of ``x`` in float64 (NaN for NaN) and the scale of each row, or of all, as a column."""
     quant_min, quant_max, granularity = spec.quant_min, spec.quant_max, spec.granularity
-    scale, zero_point = _choose_qparams(x, quant_min, quant_max, spec.symmetric, granularity)
+    if grid is None:
+        scale, zero_point = _choose_qparams(x, quant_min, quant_max, spec.symmetric, granularity)
+    else:
+        shape = checks.shape_of_qparams(x.shape, granularity)
+        scale, zero_point = (value.detach().reshape(shape) for value in grid)
+        scale = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny)
     blocks = _to_blocks(x.to(scale.dtype), granularity)
     of_block, zero = _broadcast(scale, blocks, granularity), _broadcast(zero_point, blocks, granularity)
     q = torch.clamp(torch.round(blocks / of_block) + zero, quant_min, quant_max)
@@ -243,17 +357,37 @@ def _broadcast(qparam: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
 def _choose_qparams(
     x: Tensor, quant_min: int, quant_max: int, symmetric: bool, granularity: Granularity
 ) -> tuple[Tensor, Tensor]:
-    compute = checks.compute_dtype(x.dtype)
-    eps = torch.finfo(compute).tiny
+    return qparams_of_range(*_range(x, granularity), quant_min, quant_max, symmetric)
+
+
+def _range(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """Returns the range of the finite values of each block, 0 included, in the compute dtype."""
     shape = checks.shape_of_qparams(x.shape, granularity)
-    x = _to_blocks(x.to(compute), granularity)
+    x = _to_blocks(x.to(checks.compute_dtype(x.dtype)), granularity)
     finite = torch.where(x.isfinite(), x, torch.zeros_like(x))
     dims = _dims_within_block(x, granularity)
     if x.numel() == 0:
-        lo = hi = x.new_zeros(shape)
-    else:  # amin(()) would reduce every dimension, not none
-        lo = (finite.amin(dims) if dims else finite).clamp(max=0)
-        hi = (finite.amax(dims) if dims else finite).clamp(min=0)
+        return x.new_zeros(shape), x.new_zeros(shape)
+    # amin(()) would reduce every dimension, not none
+    lo = (finite.amin(dims) if dims else finite).clamp(max=0)
+    hi = (finite.amax(dims) if dims else finite).clamp(min=0)
+    return lo, hi
+
+
+def _any_finite(x: Tensor, granularity: Granularity) -> Tensor:
+    """Returns whether each block has a finite value."""
+    if x.numel() == 0:
+        shape = checks.shape_of_qparams(x.shape, granularity)
+        return torch.zeros(shape, dtype=torch.bool, device=x.device)
+    x = _to_blocks(x, granularity)
+    dims = _dims_within_block(x, granularity)
+    return x.isfinite().any(dims) if dims else x.isfinite()
+
+
+def qparams_of_range(
+    lo: Tensor, hi: Tensor, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    eps = torch.finfo(lo.dtype).tiny
     # divisors are tensors: on CUDA torch divides by a Python number with a rounded reciprocal
     if symmetric:
         scale = torch.maximum(lo / torch.full_like(lo, quant_min), hi / torch.full_like(hi, quant_max))
@@ -278,6 +412,37 @@ def _fake_quantize(
     inside = (quant_min <= q) & (q <= quant_max)
     y = (torch.clamp(q, quant_min, quant_max) - zero_point) * scale
     return _like(_rounded(y, input.dtype).reshape(input.shape), input), inside.reshape(input.shape)
+
+
+def _sum_of_blocks(values: Tensor, granularity: Granularity) -> Tensor:
+    """Returns the sum of each block of ``_to_blocks(x)`` in an order that depends on the block's size only.
+
+    A block's elements, in the order of a contiguous tensor, form chunks of 512, 16 rows of 32 lanes each. The rows of
+    a chunk are added one after the other, then the halves of the lanes. The chunks' sums are added the same way.
+    """
+    if isinstance(granularity, PerTensor):
+        rows = values.reshape(1, -1)
+    elif isinstance(granularity, PerChannel):
+        rows = values.movedim(granularity.axis, 0).reshape(values.shape[granularity.axis], -1)
+    else:
+        rows = values.reshape(values.shape[:-1].numel(), values.shape[-1])
+    rows = rows.double()
+    while rows.shape[1] != 1:
+        missing = -rows.shape[1] % 512 if rows.shape[1] > 0 else 512
+        chunks = F.pad(rows, (0, missing)).unflatten(1, (-1, 16, 32))
+        lanes = torch.zeros_like(chunks[:, :, 0])
+        for i in range(16):
+            lanes = lanes + chunks[:, :, i]
+        while lanes.shape[-1] > 1:
+            half = lanes.shape[-1] // 2
+            lanes = lanes[..., :half] + lanes[..., half:]
+        rows = lanes.squeeze(-1)
+    shape = values.shape[:-1]
+    if isinstance(granularity, PerTensor):
+        shape = torch.Size()
+    elif isinstance(granularity, PerChannel):
+        shape = values.shape[granularity.axis : granularity.axis + 1 or None]
+    return rows.reshape(shape)
 
 
 def _rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -322,6 +487,63 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return (_where(ctx.saved_tensors[0], grad) if ctx.has_inside else grad), None, None
+
+
+class _LearnedFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        quant_min: int,
+        quant_max: int,
+        granularity: Granularity,
+    ) -> Tensor:
+        ctx.save_for_backward(input, scale, zero_point)
+        ctx.rest = quant_min, quant_max, granularity
+        shape = checks.shape_of_qparams(input.shape, granularity)
+        positive = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny).reshape(shape)
+        return _fake_quantize(input, positive, zero_point.reshape(shape), quant_min, quant_max, granularity)[
+            0
+        ]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, scale, zero_point = ctx.saved_tensors
+        dx, ds = _learned_gradients(grad, input, scale, zero_point, *ctx.rest)
+        return dx, ds, None, None, None, None
+
+
+def _learned_gradients(
+    grad: Tensor,
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    granularity: Granularity,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of input and scale of :func:`fake_quantize_learned`."""
+    shape = checks.shape_of_qparams(input.shape, granularity)
+    positive = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny).reshape(shape)
+    zero_point = zero_point.reshape(shape)
+    compute = checks.compute_dtype(input.dtype)
+    x = _to_blocks(input.to(compute), granularity)
+    v = x / _broadcast(positive, x, granularity)
+    level = torch.round(v)
+    z = _broadcast(zero_point, x, granularity)
+    low, high = (quant_min - z).to(compute), (quant_max - z).to(compute)
+    t = torch.where(level < low, low, torch.where(level > high, high, level - v))
+    products = torch.where(x.isnan(), 0, _to_blocks(grad.to(compute), granularity) * t)
+    total = _sum_of_blocks(products, granularity)
+    size = input.numel() // max(zero_point.numel(), 1)
+    factor = 1 / (size * (quant_max - zero_point.double()).clamp(min=1)).sqrt() if size else 0.0
+    sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
+    inside = ((low <= level) & (level <= high)).reshape(input.shape)
+    ds = (factor * total).to(scale.dtype).reshape(scale.shape) * sign
+    return _like(torch.where(inside, grad, 0), input), ds
 
 
 class _StraightThroughBothModes(_StraightThrough):

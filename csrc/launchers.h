@@ -75,6 +75,27 @@ QATFAST_LAUNCHERS(cuda)
 
 #undef QATFAST_LAUNCHERS
 
+// Operators that only the CPU has; on other devices the reference serves.
+namespace cpu {
+
+// lo, hi (of the opmath type) and has_finite (bool) of every block of `x`, in the order of layout_of(x).
+void ranges(const at::Tensor& x, Granularity granularity, const at::Tensor& lo, const at::Tensor& hi,
+    const at::Tensor& has_finite);
+
+// Scale and zero point of blocks with the ranges lo, hi of the opmath type.
+void choose_of_ranges(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,
+    const at::Tensor& zero_point);
+
+// Blocks are the rows of the contiguous matrices x, grad and grad_x. `sums` (rows,) of double receives the sum of each
+// row of grad * t (see fake_quantize_learned).
+void fake_quantize_learned_backward(const at::Tensor& x, const at::Tensor& grad, const at::Tensor& grad_x,
+    const at::Tensor& sums, const QParams& qparams);
+
+// Blocks are the rows of the contiguous matrix x.
+void search_qparams(const at::Tensor& x, const QuantSpec& spec, const at::Tensor& scale, const at::Tensor& zero_point);
+
+} // namespace cpu
+
 // The launcher for the device of `x`. `cuda` is defined only in a build with CUDA.
 #ifdef QATFAST_CUDA
 #define QATFAST_ON(x, launcher) ((x).is_cuda() ? cuda::launcher : cpu::launcher)

@@ -34,9 +34,24 @@ TORCH_LIBRARY(qatfast, m) {
       "dequantize(Tensor input, Tensor scale, Tensor zero_point, int[2] granularity=[0, 0], "
       "ScalarType dtype=float) -> Tensor",
       tags);
+  m.def(
+      "fake_quantize_learned(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
+      "int[2] granularity=[0, 0]) -> Tensor",
+      tags);
+  m.def(
+      "search_qparams(Tensor input, int num_bits=8, bool symmetric=False, int[2] granularity=[0, 0], "
+      "bool narrow_range=True) -> (Tensor scale, Tensor zero_point)",
+      tags);
   // dtype: of the product, if it differs from that of the tensors (autocast)
   m.def(
       "qat_linear(Tensor input, Tensor weight, Tensor? bias, int[] specs, *, ScalarType? dtype=None) -> Tensor", tags);
+
+  // The stored range of a module. averaging_constant: 0 for a range that only widens
+  m.def(
+      "observe_range(Tensor input, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) num_batches, "
+      "float averaging_constant, int num_bits, bool symmetric, int[2] granularity, bool narrow_range) "
+      "-> (Tensor scale, Tensor zero_point)",
+      tags);
 
   // What autograd calls: forwards that also return what their backward needs.
   // mask: one bit per element in the memory order of the output (on a GPU of a contiguous one if blocks are rows).
@@ -45,6 +60,10 @@ TORCH_LIBRARY(qatfast, m) {
       "int[2] granularity=[0, 0]) -> (Tensor output, Tensor mask)",
       tags);
   m.def("fake_quantize_affine_backward(Tensor grad, Tensor mask, SymInt[] stride) -> Tensor", tags);
+  m.def(
+      "fake_quantize_learned_backward(Tensor grad, Tensor input, Tensor scale, Tensor zero_point, int quant_min, "
+      "int quant_max, int[2] granularity) -> (Tensor grad_input, Tensor grad_scale)",
+      tags);
   // weight_hat: the fake-quantized weight in the product's dtype, without elements if the weight stays in float
   m.def(
       "qat_linear_forward(Tensor input, Tensor weight, Tensor? bias, int[] specs, *, ScalarType? dtype=None) "
@@ -94,6 +113,14 @@ void register_kernels(torch::Library& m) {
   m.impl("qat_linear_int8_backward", kernel::qat_linear_int8_backward);
 }
 
+// On other devices the reference serves.
+void register_cpu_kernels(torch::Library& m) {
+  m.impl("fake_quantize_learned", kernel::fake_quantize_learned);
+  m.impl("fake_quantize_learned_backward", kernel::fake_quantize_learned_backward);
+  m.impl("search_qparams", kernel::search_qparams);
+  m.impl("observe_range", kernel::observe_range);
+}
+
 void register_autocast(torch::Library& m) {
   m.impl("qat_linear", autocast::qat_linear);
   m.impl("qat_linear_int8", autocast::qat_linear_int8);
@@ -103,6 +130,7 @@ void register_autocast(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(qatfast, CPU, m) {
   register_kernels(m);
+  register_cpu_kernels(m);
 }
 
 TORCH_LIBRARY_IMPL(qatfast, AutocastCPU, m) {
@@ -124,15 +152,18 @@ TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
   m.impl("fake_quantize_affine", autograd::fake_quantize_affine);
   m.impl("fake_quantize_affine_backward", autograd::fake_quantize_affine_backward);
   m.impl("dequantize", autograd::dequantize);
+  m.impl("fake_quantize_learned", autograd::fake_quantize_learned);
   m.impl("qat_linear", autograd::qat_linear);
   m.impl("qat_linear_int8", autograd::qat_linear_int8);
   // Their results never require grad.
   m.impl("choose_qparams", op::choose_qparams.below_autograd);
+  m.impl("search_qparams", op::search_qparams.below_autograd);
+  m.impl("observe_range", op::observe_range.below_autograd);
   m.impl("quantize", op::quantize.below_autograd);
   m.impl("qat_linear_int8_weight", op::qat_linear_int8_weight.below_autograd);
   // The operators above call these below autograd; differentiating one is an error.
-  for (const char* name : {"fake_quantize_affine_forward", "qat_linear_forward", "qat_linear_grad_weight",
-           "qat_linear_int8_forward", "qat_linear_int8_input", "qat_linear_int8_backward"}) {
+  for (const char* name : {"fake_quantize_affine_forward", "fake_quantize_learned_backward", "qat_linear_forward",
+           "qat_linear_grad_weight", "qat_linear_int8_forward", "qat_linear_int8_input", "qat_linear_int8_backward"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

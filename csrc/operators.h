@@ -66,6 +66,25 @@ QATFAST_OPERATOR(fake_quantize_affine_forward,
 QATFAST_OPERATOR(
     fake_quantize_affine_backward, Tensor(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef stride))
 
+QATFAST_OPERATOR(fake_quantize_learned,
+    Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+        at::IntArrayRef granularity))
+
+// The gradients of input and scale.
+QATFAST_OPERATOR(fake_quantize_learned_backward,
+    std::tuple<Tensor, Tensor>(const Tensor& grad, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
+        int64_t quant_min, int64_t quant_max, at::IntArrayRef granularity))
+
+QATFAST_OPERATOR(search_qparams,
+    std::tuple<Tensor, Tensor>(
+        const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range))
+
+// Moves the stored range; returns the scale and the zero point that quantize the input.
+QATFAST_OPERATOR(observe_range,
+    std::tuple<Tensor, Tensor>(const Tensor& input, const Tensor& running_min, const Tensor& running_max,
+        const Tensor& num_batches, double averaging_constant, int64_t num_bits, bool symmetric,
+        at::IntArrayRef granularity, bool narrow_range))
+
 QATFAST_OPERATOR(quantize,
     Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
         at::IntArrayRef granularity))

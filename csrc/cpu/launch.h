@@ -237,29 +237,19 @@ void for_each_strip(const Layout& layout, const Strips& strips, int64_t begin, i
   }
 }
 
-// Scale and zero point of every block from the range of its values. Returns whether no value is clamped.
-template <class T>
-bool choose_qparams_of_blocks(
-    const T* x, const Layout& layout, const QuantSpec& spec, opmath_type<T>* scale, int32_t* zero_point) {
+// Finds the range of the finite values of every block and calls done(first block, blocks, lo, hi), which may run in
+// parallel for different blocks. Returns whether all values are finite.
+template <class T, class F>
+bool for_each_range(const T* x, const Layout& layout, F done) {
   using C = opmath_type<T>;
-  const StandardArithmetic arithmetic;
   const auto& loops = chosen().loops<T>();
-  const auto quant_range = spec.quant_range<C>();
   const auto n = layout.numel();
-  std::atomic<bool> unclamped{true};
-  const auto note = [&](bool is_unclamped) {
-    if (!is_unclamped) {
-      unclamped = false;
+  std::atomic<bool> all_finite{true};
+  const auto note = [&](bool is_finite) {
+    if (!is_finite) {
+      all_finite = false;
     }
   };
-  if (are_whole_rows(layout)) {
-    const auto blocks_per_task = std::max<int64_t>(1, grain / std::max<int64_t>(1, layout.inner));
-    parallel_for(0, layout.blocks, blocks_per_task, [&](int64_t begin, int64_t end) {
-      note(loops.choose_qparams(
-          x + begin * layout.inner, end - begin, layout.inner, quant_range, scale + begin, zero_point + begin));
-    });
-    return unclamped;
-  }
   const auto tasks = std::clamp<int64_t>(n / grain, 1, at::get_num_threads());
   const bool by_columns = are_columns(layout, longest_ranged);
   const auto range = by_columns ? range_of_blocks<T> : range_of_runs<T>;
@@ -270,11 +260,11 @@ bool choose_qparams_of_blocks(
     parallel_for(0, count, (count + tasks - 1) / tasks, [&](int64_t begin, int64_t end) {
       for_each_strip(layout, strips, begin, end, [&](int64_t first, int64_t blocks, int64_t offset) {
         C lo[strip_columns], hi[strip_columns];
-        const bool is_finite = range(x + offset, layout.outer, columns, blocks, layout.inner, lo, hi);
-        note(loops.choose(lo, hi, blocks, quant_range, scale + first, zero_point + first) && is_finite);
+        note(range(x + offset, layout.outer, columns, blocks, layout.inner, lo, hi));
+        done(first, blocks, lo, hi);
       });
     });
-    return unclamped;
+    return all_finite;
   }
   // There are few blocks: every task finds ranges over its own stretch of memory.
   const auto blocks = layout.parts * layout.blocks;
@@ -305,7 +295,36 @@ bool choose_qparams_of_blocks(
       hi[block] = widen_hi(hi[block], hi[task * blocks + block]);
     }
   }
-  return loops.choose(lo.data(), hi.data(), blocks, quant_range, scale, zero_point) && unclamped;
+  done(0, blocks, lo.data(), hi.data());
+  return all_finite;
+}
+
+// Scale and zero point of every block from the range of its values. Returns whether no value is clamped.
+template <class T>
+bool choose_qparams_of_blocks(
+    const T* x, const Layout& layout, const QuantSpec& spec, opmath_type<T>* scale, int32_t* zero_point) {
+  using C = opmath_type<T>;
+  const StandardArithmetic arithmetic;
+  const auto& loops = chosen().loops<T>();
+  const auto quant_range = spec.quant_range<C>();
+  std::atomic<bool> unclamped{true};
+  const auto note = [&](bool is_unclamped) {
+    if (!is_unclamped) {
+      unclamped = false;
+    }
+  };
+  if (are_whole_rows(layout)) {
+    const auto blocks_per_task = std::max<int64_t>(1, grain / std::max<int64_t>(1, layout.inner));
+    parallel_for(0, layout.blocks, blocks_per_task, [&](int64_t begin, int64_t end) {
+      note(loops.choose_qparams(
+          x + begin * layout.inner, end - begin, layout.inner, quant_range, scale + begin, zero_point + begin));
+    });
+    return unclamped;
+  }
+  const bool all_finite = for_each_range(x, layout, [&](int64_t first, int64_t blocks, const C* lo, const C* hi) {
+    note(loops.choose(lo, hi, blocks, quant_range, scale + first, zero_point + first));
+  });
+  return unclamped && all_finite;
 }
 
 } // namespace qatfast::cpu

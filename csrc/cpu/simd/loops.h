@@ -79,6 +79,30 @@ struct FloatLoops {
       const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids);
 };
 
+// A sum's order depends on its length only: elements form chunks of 16 rows of 32 lanes. The rows of a chunk are added
+// one after the other, then the halves of the lanes. The sums of chunks are added the same way (ordered_sum).
+constexpr int64_t sum_lanes = 32, sum_chunk = 512;
+
+// The sum of the lanes of a chunk, which are overwritten.
+inline double sum_of_lanes(double* lanes) {
+  for (int64_t half = sum_lanes / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) {
+      lanes[l] += lanes[l + half];
+    }
+  }
+  return lanes[0];
+}
+
+// The loops over one block of n values that sum in this order.
+template <class T>
+struct SumLoops {
+  using C = opmath_type<T>;
+  // The gradient of the input of fake_quantize_learned; the chunks' sums of that of the scale.
+  void (*learned_gradients)(const T* x, const T* grad, T* grad_x, int64_t n, const Grids<C>& grid, double* sums);
+  // The chunks' sums of the squared errors of `count` grids, `stride` apart per grid.
+  void (*squared_errors)(const T* x, int64_t n, const Grids<C>& grids, int64_t count, double* sums, int64_t stride);
+};
+
 // What the int8 GEMM needs beside the product.
 template <class T>
 struct Int8Loops {
@@ -91,6 +115,7 @@ struct Int8Loops {
 
 template <class T>
 struct Loops : FloatLoops<T>,
+               SumLoops<T>,
                Int8Loops<T>,
                IntegerLoops<T, int8_t>,
                IntegerLoops<T, uint8_t>,

@@ -302,7 +302,8 @@ def qat_linear(
 
     ::
 
-        y = fake_quantize(F.linear(fake_quantize(input), fake_quantize(weight), fake_quantize(bias)))
+        x_hat, w_hat, b_hat = fake_quantize(input), fake_quantize(weight), fake_quantize(bias)
+        y = fake_quantize(F.linear(x_hat, w_hat, b_hat))
 
     ``config`` gives the arguments of each ``fake_quantize``, or leaves it out. If
     ``config.uses_int8_gemm(in_features)`` (input quantized per tensor or per token, weight per

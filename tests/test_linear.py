@@ -248,7 +248,7 @@ def test_repr_shows_sizes_and_what_is_quantized_how(layer, expected):
             lambda: QATLinear(10, 64, config=QATConfig(weight=QuantSpec(granularity=PerChannel(2)))),
             ValueError,
             "QATLinear: expected the axis of config.weight to be from -2 to 1 for its 2 dimensions, got 2; write "
-            "PerChannel(0) for one scale an output channel",
+            "PerChannel(0) for one scale per output channel",
         ),
         (
             lambda: QATLinear(10, 64, config=QATConfig(bias=QuantSpec(granularity=PerChannel(1)))),

@@ -518,7 +518,7 @@ def test_a_model_without_a_layer_to_quantize_says_so():
         (
             (..., None, {"layers": {"blocks.0": None}}),
             ValueError,
-            "prepare: expected the patterns of layers to match layers, got 'blocks.0', which holds some; write "
+            "prepare: expected the patterns of layers to match layers, got 'blocks.0', which contains layers; write "
             "'blocks.0.*'",
         ),
         (
@@ -612,7 +612,8 @@ def test_a_summary_is_a_table():
         "0      Conv1d     float                    float                                      160  no quantized layer "
         "for Conv1d yet\n"
         "1      QATLinear  8-bit affine per tensor  8-bit symmetric per channel 0  dynamic  24,000\n"
-        "1 of 2 layers are quantized. Whether each of them runs: run the model once inside qatfast.unused_layers."
+        "1 of 2 layers are quantized. To check that each of them runs, run the model once inside "
+        "qatfast.unused_layers."
     )
     assert repr(summary(model)) == str(summary(model))
 

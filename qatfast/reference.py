@@ -3,7 +3,7 @@
 It is the specification: the compiled kernels return the same bits. It also runs where there are no
 kernels: on other devices, without a compiler and in functorch transforms.
 
-For the finite values ``x`` of each block:
+For the finite values ``x`` of each block::
 
     lo, hi     = min(x.min(), 0), max(x.max(), 0)
     scale      = max((hi - lo) / (quant_max - quant_min), eps)                  affine

@@ -243,7 +243,7 @@ def linear():
         yield bad(op, ValueError, words, config=config)
 
 
-def integer_linear():
+def int8_linear():
     """A layer on integers says the words of any other."""
     for case in linear():
         if "config" not in case.arguments:
@@ -284,7 +284,7 @@ TABLE = [
     *given("dequantize"),
     *others(),
     *linear(),
-    *integer_linear(),
+    *int8_linear(),
 ]
 NAMES = [
     f"{case.op}-{case.message.removeprefix(case.op + ': ').removeprefix('expected ')}"[:90] for case in TABLE

@@ -44,7 +44,7 @@ def quantized(x, spec):
 def formula(input, weight, bias, config):
     """The contract written out: on integers the oracle, else the public quantizer and torch's own product."""
     if oracle.uses_int8_gemm(config, weight.shape[1]):
-        return oracle.integer_linear(input, weight, bias, config)
+        return oracle.int8_linear(input, weight, bias, config)
     return float_formula(input, weight, bias, config)
 
 
@@ -147,7 +147,7 @@ def test_an_exact_product_gives_the_oracles_numbers(ops, dtype, output, device):
 def assert_layers_are_the_oracles(ops, operands, configs, device, **options):
     for config, (input, weight, bias) in itertools.product(configs, operands):
         assert oracle.uses_int8_gemm(config, weight.shape[1])
-        expected = oracle.integer_linear(input, weight, bias, config)
+        expected = oracle.int8_linear(input, weight, bias, config)
         on_device = [None if x is None else x.to(device) for x in (input, weight, bias)]
         try:
             cases.assert_same(ops.qat_linear(*on_device, config=config), expected)

@@ -88,7 +88,7 @@ def test_vmap_of_a_layer_over_inputs_and_over_weights(config, device):
 def test_vmap_of_integers_gives_the_oracles_numbers(config, leading, dtype, device):
     samples = [cases.linear((leading, 16, 6), dtype, seed=seed) for seed in range(3)]
     stacked = [torch.stack(tensors).to(device) for tensors in zip(*samples, strict=True)]
-    expected = [oracle.integer_linear(*sample, config) for sample in samples]
+    expected = [oracle.int8_linear(*sample, config) for sample in samples]
     y = vmap(lambda *operands: functional.qat_linear(*operands, config=config))(*stacked)
     cases.assert_same(y, torch.stack(expected))
 
@@ -188,7 +188,7 @@ def test_autocast_casts_what_the_quantizers_give(ops, config, dtype, device):
     expected = by_spec(F.linear(*hats), config.output)
     with torch.autocast(device, dtype):
         y = ops.qat_linear(*operands, config=config)
-    numbers = oracle.integer_linear(*operands, config, dtype) if is_integer(config) else expected
+    numbers = oracle.int8_linear(*operands, config, dtype) if is_integer(config) else expected
     cases.assert_same(y, numbers)
     upstream = cases.normal((5, 6), dtype, seed=4, device=device)
     theirs = torch.autograd.grad(expected, list(operands), upstream)
@@ -226,7 +226,7 @@ def test_autocast_takes_mixed_operands_for_integers(ops, device):
     ):
         with torch.autocast(device, torch.bfloat16):
             y = ops.qat_linear(*operands, config=config)
-        expected = oracle.integer_linear(*operands, config, torch.bfloat16)
+        expected = oracle.int8_linear(*operands, config, torch.bfloat16)
         cases.assert_same(y, expected)
 
 

@@ -163,7 +163,7 @@ OPERATORS = {
 
 
 def operators(device: str | None = None, **properties: Any) -> tuple[Operator, ...]:
-    """Returns the operators with these properties and, unless it is None, kernels for ``device``."""
+    """Returns the operators with these properties, and with kernels for ``device`` if given."""
     return tuple(
         operator
         for operator in OPERATORS.values()

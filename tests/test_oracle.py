@@ -1,4 +1,4 @@
-"""The oracle itself, against numbers worked out by hand and against IEEE arithmetic."""
+"""The oracle, compared with results computed by hand and with IEEE arithmetic."""
 
 import math
 from fractions import Fraction
@@ -112,7 +112,7 @@ def test_the_integer_layer_is_that_of_fractions(dtype, granularity):
 
 
 def test_the_integer_layer_is_the_float_formula_of_exact_numbers():
-    """Steps of 1 and 1/4, worked out by hand: 255 * 3 / 4 - 20 / 4 - 1."""
+    """With the scales 1 and 1/4, the result is 255 * 3 / 4 - 20 / 4 - 1."""
     x, weight = torch.tensor([[255.0, -0.0, 20.0]]), torch.tensor([[0.75, -31.0, -0.25], [0.0, 31.75, 0.0]])
     config = QATConfig(QuantSpec(8), QuantSpec(8, symmetric=True), None, None)
     y = oracle.int8_linear(x, weight, torch.tensor([-1.0, -0.0]), config)

@@ -1,4 +1,4 @@
-"""torch.func transforms, autocast, and other contexts in which a call must mean the same."""
+"""torch.func transforms, autocast and other contexts do not change the results."""
 
 import pytest
 import torch
@@ -180,8 +180,10 @@ def by_spec(x, spec):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.name)
 @CONFIGS
 def test_autocast_casts_what_the_quantizers_give(ops, config, dtype, device):
-    """The quantizers see float32 tensors with their own grids; the product and the output are in the smaller type. On
-    integers only the result is."""
+    """The quantizers take float32 tensors; the product and the output have the autocast dtype.
+
+    With an int8 GEMM, only the result has the autocast dtype.
+    """
     operands = cases.linear(((5,), 16, 6), device=device, requires_grad=True)
     specs = (config.input, config.weight, config.bias)
     hats = [by_spec(operand, spec).to(dtype) for operand, spec in zip(operands, specs, strict=True)]
@@ -216,7 +218,7 @@ def test_autocast_takes_mixed_operands(device):
 
 
 def test_autocast_takes_mixed_operands_for_integers(ops, device):
-    """Each is quantized as it is, in float32."""
+    """Each operand is quantized in its own dtype, computed in float32."""
     input, weight, bias = cases.linear(((5,), 16, 6), device=device)
     config = QATConfig(QuantSpec(8), QuantSpec(8), QuantSpec(8), QuantSpec(6))
     for operands in (

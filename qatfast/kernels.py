@@ -186,11 +186,7 @@ def why_no_cuda() -> str:
 def _warn_of_device(device: str) -> None:
     if device == "meta":
         return
-    cause = (
-        f" ({why_no_cuda()})"
-        if device == "cuda"
-        else ": nothing to install; CPU and CUDA tensors use kernels."
-    )
+    cause = f" ({why_no_cuda()})" if device == "cuda" else ". Only CPU and CUDA tensors have kernels."
     _warn_once(
         f"qatfast has no compiled kernels for {device} tensors and computes them in plain PyTorch, slowly, with the "
         f"same results{cause}"

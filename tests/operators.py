@@ -163,7 +163,7 @@ OPERATORS = {
 
 
 def operators(device: str | None = None, **properties: Any) -> tuple[Operator, ...]:
-    """Returns the operators with these properties, and with kernels for ``device`` if given."""
+    """Returns the operators with these properties, and with kernels for ``device`` if not None."""
     return tuple(
         operator
         for operator in OPERATORS.values()

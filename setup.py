@@ -1,8 +1,8 @@
-"""Builds the extension qatfast._C, and writes qatfast/_build.json: what was built, with what, and if not, why not.
+"""Builds the extension qatfast._C, and writes the build record qatfast/_build.json.
 
-Everything else about the package is in pyproject.toml. Read from the environment: CXX, MAX_JOBS, FORCE_CUDA=1|0,
-TORCH_CUDA_ARCH_LIST, CUDA_HOME, QATFAST_NO_EXT=1, QATFAST_DEBUG=1, QATFAST_SANITIZE=address|undefined|thread
-(several with commas).
+All other metadata of the package is in pyproject.toml. Environment variables: CXX, MAX_JOBS,
+FORCE_CUDA=1|0, TORCH_CUDA_ARCH_LIST, CUDA_HOME, QATFAST_NO_EXT=1, QATFAST_DEBUG=1 and
+QATFAST_SANITIZE=address|undefined|thread (several separated by commas).
 """
 
 import json
@@ -21,7 +21,11 @@ from setuptools.command.build_py import build_py
 
 
 def find_cuda_home():
-    """The CUDA toolkit: CUDA_HOME, or what nvcc names (which may be a wrapper outside of it), or the usual place."""
+    """Returns the folder of the CUDA toolkit.
+
+    It is CUDA_HOME, or the folder that nvcc reports (nvcc on PATH may be a wrapper elsewhere), or
+    the default location.
+    """
     if os.environ.get("CUDA_HOME"):
         return Path(os.environ["CUDA_HOME"])
     nvcc = shutil.which("nvcc")
@@ -35,12 +39,13 @@ def find_cuda_home():
 
 cuda_home = find_cuda_home()
 if (cuda_home / "bin" / "nvcc").is_file():
-    os.environ["CUDA_HOME"] = str(cuda_home)  # torch reads it when it is imported
+    os.environ["CUDA_HOME"] = str(cuda_home)  # torch reads it at import
 
-# An isolated build (plain `pip install .`) sees no installed package, but the kernels must be compiled against the
-# torch that they will run with: the target environment's. Its folders come last, so the build's own tools win.
+# An isolated build (plain `pip install .`) does not see the packages of the target environment, but
+# the kernels must be compiled against its torch. Its folders come last, so that the tools of the
+# build take precedence.
 sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-if sys.prefix == sys.base_prefix:  # inside a virtual environment the user's own folder is not in use
+if sys.prefix == sys.base_prefix:  # a virtual environment does not use the user's folder
     sys.path.append(site.getusersitepackages())
 try:
     import torch
@@ -59,13 +64,13 @@ def switch(name):
 
 
 def find_compiler():
-    """The name of the C++ compiler: CXX, which has to exist, or else the first one found, or None."""
-    given = os.environ.get("CXX")
-    if not given:
+    """Returns the C++ compiler: CXX, which must exist, or else the first on PATH, or None."""
+    cxx = os.environ.get("CXX")
+    if not cxx:
         return next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if not shutil.which(given):
-        sys.exit(f"qatfast: CXX={given}: no such compiler. Set CXX to a C++ compiler, or unset it.")
-    return given
+    if not shutil.which(cxx):
+        sys.exit(f"qatfast: CXX={cxx}: no such compiler. Set CXX to a C++ compiler, or unset it.")
+    return cxx
 
 
 def why_no_kernels(compiler):
@@ -79,7 +84,7 @@ def why_no_kernels(compiler):
 
 
 def why_no_cuda():
-    """Why no CUDA kernels are built; empty if they are."""
+    """Returns why no CUDA kernels are built; empty if they are."""
     if os.environ.get("FORCE_CUDA") == "0":
         return "FORCE_CUDA was 0 when qatfast was built"
     if torch.version.cuda is None:
@@ -97,39 +102,44 @@ def why_no_cuda():
 
 
 def architectures():
-    """What the CUDA kernels are compiled for: TORCH_CUDA_ARCH_LIST, or the GPUs present, or else one architecture.
+    """Returns the architectures of the CUDA kernels, in the format of TORCH_CUDA_ARCH_LIST.
 
-    TORCH_CUDA_ARCH_LIST=all is every architecture of this torch. The newest of a list is there as PTX too, from which
-    the driver makes code for later devices: without a GPU, the oldest one from 8.0 on serves all that came after it.
+    They are those of TORCH_CUDA_ARCH_LIST (all: every architecture of this torch), or those of the
+    GPUs present. If there is no GPU, it is the oldest architecture of this torch from 8.0 on (the
+    newest if all are older). The newest architecture is compiled as PTX too, from which the driver
+    compiles code for later devices.
     """
-    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    if given and given.lower() != "all":
-        return given
+    arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if arch_list and arch_list.lower() != "all":
+        return arch_list
     names = re.findall(r"\bsm_(\d+)(\d)\b", torch._C._cuda_getArchFlags() or "")
-    built_for = sorted((int(major), int(minor)) for major, minor in names) or [(8, 0)]
-    chosen = set(built_for)
-    if not given:
-        chosen = {min(gpu, built_for[-1]) for gpu in gpus() if gpu >= built_for[0]}
-    if not chosen:
-        major, minor = next((each for each in built_for if each >= (8, 0)), built_for[-1])
-        chosen = {(major, minor)}
+    supported = sorted((int(major), int(minor)) for major, minor in names) or [(8, 0)]
+    selected = set(supported)
+    if not arch_list:
+        selected = {min(gpu, supported[-1]) for gpu in gpus() if gpu >= supported[0]}
+    if not selected:
+        major, minor = next((capability for capability in supported if capability >= (8, 0)), supported[-1])
+        selected = {(major, minor)}
         print(
             "qatfast: no GPU was found, so the CUDA kernels are compiled for compute capability "
             f"{major}.{minor} and, as PTX, for later ones. Set TORCH_CUDA_ARCH_LIST to choose others "
-            "(9.0, 8.6;9.0+PTX, or all: every one of this torch, which takes several times as long), or FORCE_CUDA=0 "
-            "to build for CPUs only.",
+            "(9.0, 8.6;9.0+PTX, or all for every architecture of this torch, which takes several times as long), "
+            "or FORCE_CUDA=0 to build for CPUs only.",
             file=sys.stderr,
         )
-    return ";".join(f"{major}.{minor}" for major, minor in sorted(chosen)) + "+PTX"
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(selected)) + "+PTX"
 
 
 def gpus():
-    """The compute capabilities of the GPUs present; none where the driver does not answer, as in many containers."""
+    """Returns the compute capabilities of the GPUs present.
+
+    Returns an empty list if the driver does not respond, as in many containers.
+    """
     try:
         devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
         return [torch.cuda.get_device_capability(device) for device in devices]
     except Exception as error:
-        print(f"qatfast: the GPUs cannot be asked for their compute capability ({error}).", file=sys.stderr)
+        print(f"qatfast: the compute capability of the GPUs cannot be read ({error}).", file=sys.stderr)
         return []
 
 
@@ -159,27 +169,25 @@ if switch("FORCE_CUDA") and record["cuda_reason"]:
     )
 extensions = []
 if not reason:
-    os.environ["CXX"] = compiler  # torch would take c++, which may be the one that is missing
+    os.environ["CXX"] = compiler  # torch would use c++, which may be missing
     banner = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     record["compiler"] = banner.partition("\n")[0] or compiler
-    # No -std: BuildExtension adds the one its torch needs. No -march: one binary for every machine; the loops choose
-    # their instruction set at run time. No contraction: every instruction set has to give the same bits.
+    # No -std: BuildExtension adds the version that torch needs. No -march: the binary runs on every
+    # machine, and the loops select their instruction set at run time. No contraction: every
+    # instruction set must return the same bits.
     compile_flags = ["-O0", "-g", "-UNDEBUG", "-D_GLIBCXX_ASSERTIONS"] if debug else ["-O3", "-g0"]
     compile_flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
     compile_flags += ["-fopenmp", "-Wall", "-Wextra", "-Wno-psabi"]
-    # As system folders: the warnings are for our code, not for torch's headers.
+    # -isystem: compiler warnings are for this project's code, not for the headers of torch.
     compile_flags += [f"-isystem{path}" for path in include_paths()]
     link_flags = ["-fopenmp"]
     if sanitize:
         link_flags += [f"-fsanitize={SANITIZERS[name]}" for name in sanitize.split(",")]
         compile_flags += [*link_flags, "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1"]
-    patterns = [
-        "*.cpp",
-        "ops/*.cpp",
-        "cpu/**/*.cpp",
-        "cuda/plan.cpp",
-    ]  # the plan is host arithmetic, tested without CUDA too
-    # A flag, so that another torch in the same place makes every object anew: its headers' times do not count.
+    # cuda/plan.cpp is host code, which is also tested without CUDA.
+    patterns = ["*.cpp", "ops/*.cpp", "cpu/**/*.cpp", "cuda/plan.cpp"]
+    # This flag causes a full rebuild after an upgrade of torch: the build ignores the modification
+    # times of its headers.
     macros = [("QATFAST_TORCH_VERSION", f'"{torch.__version__}"')]
     kind = CppExtension
     if not record["cuda_reason"]:
@@ -224,6 +232,6 @@ class BuildKernels(BuildExtension):
 setup(
     ext_modules=extensions,
     cmdclass={"build_py": BuildPython, "build_ext": BuildKernels},
-    # Only where the target environment has no torch: then the newest one is what qatfast will run with.
+    # If the target environment has no torch, pip installs the newest version.
     setup_requires=["torch"] if reason == NO_TORCH else [],
 )

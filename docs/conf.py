@@ -1,4 +1,4 @@
-"""Sphinx: the pages of this folder, and the API from the docstrings."""
+"""Sphinx configuration: the pages of this folder and the API from the docstrings."""
 
 import qatfast
 
@@ -12,7 +12,7 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 nitpicky = True
-# Types of torch and of Python, whose pages cannot be looked up without a network, and ours by their modules' names.
+# Types of torch and of Python cannot be resolved without a network; ours are in private modules.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn\.|collections|typing|Any|Tensor|Iterator|Mapping).*"),
     ("py:.*", r"qatfast\.(config\.Granularity|model\.Summary(Row)?)"),

@@ -1,4 +1,4 @@
-"""Fake quantization for PyTorch: fused kernels, a drop-in nn.Linear and a reference in plain PyTorch."""
+"""Fake quantization for PyTorch: fused kernels, a drop-in nn.Linear and a reference."""
 
 import torch
 
@@ -32,7 +32,7 @@ from .weight_cache import cached_weights
 
 __version__ = "0.1.0"
 
-# torch.load(weights_only=True) creates objects of known classes only.
+# torch.load(weights_only=True) loads objects of registered classes only.
 torch.serialization.add_safe_globals(
     [
         Dynamic,

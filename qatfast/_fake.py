@@ -1,6 +1,6 @@
-"""Shapes, dtypes and strides of each operator, for torch.compile, torch.export and meta tensors; FLOPs for counters.
+"""Fake kernels for torch.compile, torch.export and meta tensors, and FLOP formulas.
 
-Strides are those of the operators themselves (``csrc/ops/``): what a compiled graph reads must lie where it says.
+The strides must be those that the operators in ``csrc/ops/`` return: compiled graphs rely on them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .config import PerGroup, PerToken, granularity_from_code
 
 
 def register() -> None:
-    """Registers everything; the extension is loaded."""
+    """Registers the fake kernels and the FLOP formulas. The extension must be loaded."""
     _register_fakes()
     _register_flops()
 
@@ -150,7 +150,10 @@ def _register_fakes() -> None:
 
 
 def _register_flops() -> None:
-    """The products, as torch counts those of nn.Linear: 2 M N K each. Quantizers count as other elementwise work: 0."""
+    """Registers FLOP formulas: 2 M N K per matrix product, as torch counts nn.Linear.
+
+    Quantizers count 0, like other elementwise operators.
+    """
     ops = torch.ops.qatfast
     forwards = [
         ops.qat_linear,
@@ -159,7 +162,8 @@ def _register_flops() -> None:
         ops.qat_linear_int8_forward,
     ]
     for op in (*forwards, ops.qat_linear_grad_weight, ops.qat_linear_int8_backward):
-        flop_registry.pop(op, None)  # of an earlier import in this process; torch takes no second formula
+        # Removes the formula of an earlier import in this process: torch rejects a second one.
+        flop_registry.pop(op, None)
 
     @register_flop_formula(forwards)
     def _(input: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:

@@ -1,4 +1,4 @@
-"""Checks of plain Python arguments; each message names who asks, the rule and the value."""
+"""Checks of Python arguments. Each message names the function, the rule and the value."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def boolean(op: str, name: str, value: Any) -> bool:
 
 
 def num_bits(op: str, value: Any) -> int:
-    if (
-        type(value) is int and 2 <= value <= 16
-    ):  # the common case first: eager calls are counted in microseconds
+    if type(value) is int and 2 <= value <= 16:  # the common case, first to save time in eager mode
         return value
     value = integer(op, "num_bits", value)
     if not 2 <= value <= 16:

@@ -1,6 +1,7 @@
-"""What tensors and granularities are legal, and what is said where they are not: one check a rule.
+"""The argument checks of the operators.
 
-Every message names the op, the rule and the value. The C++ side (csrc/checks.cpp) says the same words for tensors.
+Each message names the operator, the rule and the value. The messages for tensors are those of
+csrc/checks.cpp.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGER_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.uint16)
 ZERO_POINT_DTYPES = (*INTEGER_DTYPES, torch.int32, torch.uint32, torch.int64, torch.uint64)
 
-_FLOAT32_ENDS = (2.0**-150, (2 - 2.0**-24) * 2.0**127)  # these round to 0 and to infinity
+_FLOAT32_ENDS = (2.0**-150, (2 - 2.0**-24) * 2.0**127)  # the bounds round to 0 and to infinity
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 computes in float64, the others in float32."""
+    """Returns the dtype of the arithmetic: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -33,7 +34,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dense(op: str, name: str, value: Any) -> None:
-    """``value`` is a dense (strided) tensor."""
+    """Raises TypeError unless ``value`` is a dense (strided) tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: expected {name} to be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
@@ -42,7 +43,7 @@ def dense(op: str, name: str, value: Any) -> None:
 
 
 def tensor(op: str, name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> None:
-    """``value`` is a dense tensor of one of ``dtypes``."""
+    """Raises TypeError unless ``value`` is a dense tensor with one of the ``dtypes``."""
     dense(op, name, value)
     if value.dtype not in dtypes:
         names = [dtype_name(dtype) for dtype in dtypes]
@@ -58,7 +59,7 @@ def same_device(op: str, name: str, value: Tensor, input: Tensor) -> None:
 
 
 def blocks(op: str, shape: torch.Size, granularity: Granularity) -> None:
-    """``granularity`` can divide a tensor of ``shape``."""
+    """Raises ValueError unless ``granularity`` divides a tensor of ``shape``."""
     if isinstance(granularity, PerTensor):
         return
     if len(shape) == 0:
@@ -87,7 +88,11 @@ def quant_range(op: str, quant_min: Any, quant_max: Any) -> tuple[int, int]:
 
 
 def shape_of_qparams(shape: torch.Size, granularity: Granularity) -> tuple[int, ...]:
-    """One element per block: () per tensor, (C,) per channel, leading shape per token, (..., groups) per group."""
+    """Returns the shape of scale and zero point, which have one element per block.
+
+    It is ``()`` per tensor, ``(C,)`` per channel, the leading shape per token and
+    ``(..., groups)`` per group.
+    """
     if isinstance(granularity, PerTensor):
         return ()
     if isinstance(granularity, PerChannel):
@@ -98,7 +103,10 @@ def shape_of_qparams(shape: torch.Size, granularity: Granularity) -> tuple[int, 
 
 
 def keepdim_shape(shape: torch.Size, granularity: Granularity) -> tuple[int, ...]:
-    """The same with reduced dimensions kept as size 1, as other libraries' checkpoints store them."""
+    """Returns ``shape_of_qparams`` with reduced dimensions kept as size 1.
+
+    The checkpoints of other libraries store scales in this shape.
+    """
     if isinstance(granularity, PerTensor):
         return (1,) * len(shape)
     if isinstance(granularity, PerChannel):
@@ -125,25 +133,25 @@ def static_range(
     checked_granularity(op, granularity)
     if (isinstance(scale, Tensor) and isinstance(zero_point, Tensor)) or not isinstance(input, Tensor):
         return scale, zero_point
-    for name, value, kind, word in (
+    for name, value, number_type, type_name in (
         ("scale", scale, numbers.Real, "a number"),
         ("zero_point", zero_point, numbers.Integral, "an int"),
     ):
         if isinstance(value, Tensor):
             continue
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise TypeError(f"{op}: expected {name} to be a torch.Tensor or {word}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, number_type):
+            raise TypeError(f"{op}: expected {name} to be a torch.Tensor or {type_name}, got {value!r}")
         if not isinstance(granularity, PerTensor):
             raise TypeError(f"{op}: expected {name} to be a torch.Tensor for {granularity}, got {value!r}")
     if not isinstance(scale, Tensor):
         compute = compute_dtype(dtype or input.dtype)
-        least, most = (0, math.inf) if compute == torch.float64 else _FLOAT32_ENDS
+        low, high = (0, math.inf) if compute == torch.float64 else _FLOAT32_ENDS
         scale = scale if isinstance(scale, int) else float(scale)
-        if not least < scale < most:
+        if not low < scale < high:
             is_inexact = scale > 0 and scale != math.inf
-            which = f", which is {'inf' if scale > 1 else 0} in {dtype_name(compute)}" if is_inexact else ""
-            raise ValueError(f"{op}: expected scale to be positive and finite, got {_text(scale)}{which}")
-        # full, not tensor: a copy from the host would wait for a device
+            reason = f", which is {'inf' if scale > 1 else 0} in {dtype_name(compute)}" if is_inexact else ""
+            raise ValueError(f"{op}: expected scale to be positive and finite, got {_text(scale)}{reason}")
+        # torch.full needs no copy from the host, which would synchronize with the device.
         scale = torch.full((), float(scale), dtype=compute, device=input.device)
     if not isinstance(zero_point, Tensor):
         zero_point = int(zero_point)
@@ -166,7 +174,10 @@ def qparams(
     dtype: torch.dtype,
     of: str = "input",
 ) -> tuple[Tensor, Tensor]:
-    """Checks that scale and zero point fit ``input``. Returns them with one element per block, zero points as int32."""
+    """Checks that scale and zero point fit ``input``.
+
+    Returns them with shape ``shape_of_qparams``, the zero point as int32.
+    """
     scale, zero_point = static_range(op, input, scale, zero_point, quant_min, quant_max, granularity, dtype)
     dense(op, "scale", scale)
     dense(op, "zero_point", zero_point)
@@ -190,10 +201,10 @@ def qparams(
     if _readable(scale):
         _all(op, "scale", scale, (scale > 0) & scale.isfinite(), "to be positive and finite")
     if _readable(zero_point):
-        wide = zero_point.to(torch.int64)  # torch compares no unsigned integers of more than 8 bits
+        wide = zero_point.to(torch.int64)  # torch does not compare uint16, uint32 and uint64
         inside = (wide >= quant_min) & (wide <= quant_max)
         if zero_point.dtype == torch.uint64:
-            inside &= wide >= 0  # a large one has wrapped
+            inside &= wide >= 0  # values from 2^63 on wrap
         _all(op, "zero_point", zero_point, inside, f"to be from {quant_min} to {quant_max}")
     return scale.detach().reshape(shape), zero_point.reshape(shape).to(torch.int32)
 
@@ -223,18 +234,21 @@ def learned_qparams(
 
 
 def fixed_scale(op: str, scale: Any) -> None:
-    """A given scale gets no gradient, so one that waits for it is a mistake that nobody else would notice."""
+    """Raises ValueError if ``scale`` requires grad or has a tangent.
+
+    The operators compute no gradient for the scale; without this check it would never be trained.
+    """
     if not isinstance(scale, Tensor):
         return
-    cure = "; write fake_quantize_learned to train it, or scale.detach()"
+    remedy = "; write fake_quantize_learned to train it, or scale.detach()"
     if scale.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: expected scale not to require grad, got one that does{cure}")
+        raise ValueError(f"{op}: expected scale not to require grad, got one that does{remedy}")
     if not torch.compiler.is_compiling() and forward_ad.unpack_dual(scale).tangent is not None:
-        raise ValueError(f"{op}: expected scale to have no tangent, got one that does{cure}")
+        raise ValueError(f"{op}: expected scale to have no tangent, got one that does{remedy}")
 
 
 def linear_operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """``F.linear(input, weight, bias)`` is defined: dtypes, devices and shapes fit."""
+    """Checks dtypes, devices and shapes of the arguments of ``F.linear``."""
     operands = [("weight", weight)] + ([("bias", bias)] if bias is not None else [])
     for name, value in [("input", input), *operands]:
         tensor(op, name, value, FLOAT_DTYPES)
@@ -266,7 +280,11 @@ def linear_operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None)
 
 
 def _readable(value: Tensor) -> bool:
-    """Values are checked on the CPU only: elsewhere it would be a host sync, and under a transform there are none."""
+    """Returns whether the values of ``value`` can be checked.
+
+    Reading them on another device would synchronize with it; in a transform or a trace there are no
+    values.
+    """
     return (
         value.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -275,9 +293,9 @@ def _readable(value: Tensor) -> bool:
     )
 
 
-def _all(op: str, name: str, value: Tensor, ok: Tensor, rule: str) -> None:
-    if not bool(ok.all()):
-        raise ValueError(f"{op}: expected {name} {rule}, got {_text(value[~ok].flatten()[0].item())}")
+def _all(op: str, name: str, value: Tensor, is_legal: Tensor, rule: str) -> None:
+    if not bool(is_legal.all()):
+        raise ValueError(f"{op}: expected {name} {rule}, got {_text(value[~is_legal].flatten()[0].item())}")
 
 
 def _text(number: float | int) -> str:

@@ -18,7 +18,7 @@ BAD_DATA = 1
 BAD_ARGUMENT = 2
 
 DESCRIPTION = (
-    "Fake quantization for PyTorch: what is installed, how it works, how it compares, how fast it is."
+    "Fake quantization for PyTorch: information about the installation, examples, comparisons and benchmarks."
 )
 EXAMPLES = """examples:
   qatfast info                     versions, kernels, threads
@@ -28,7 +28,7 @@ EXAMPLES = """examples:
 """
 VISUALIZE_EXAMPLES = """examples:
   qatfast visualize                     8 bits; writes quantization_8bit.png
-  qatfast visualize --bits 8 4 2        one picture each
+  qatfast visualize --bits 8 4 2        a picture per bit width
   qatfast visualize --out pictures      into the folder pictures
 
 exit codes: 0 done, 1 a picture cannot be written or a package is missing (pip install matplotlib scikit-learn rich),
@@ -36,14 +36,14 @@ exit codes: 0 done, 1 a picture cannot be written or a package is missing (pip i
 """
 COMPARE_EXAMPLES = """examples:
   qatfast compare                                       handwritten digits, 8 4 3 2 bits, 7 seeds
-  qatfast compare --bits 4 --epochs 2 --seeds 1         a quick look
+  qatfast compare --bits 4 --epochs 2 --seeds 1         a short run
   qatfast compare --data synthetic --out report-synthetic
-  qatfast compare --data iris.csv --target species      own table: a header row, numbers, one label column;
+  qatfast compare --data iris.csv --target species      your table: a header row, numbers, one label column;
                                                         commas, semicolons or tabs between the cells
-  qatfast compare --data arrays.npz --target labels     own arrays: all but the labels are features
+  qatfast compare --data arrays.npz --target labels     your arrays: all arrays but the labels are features
 
-A report in OUT is replaced when the new report is finished. A folder with other files in it is never changed.
-Ctrl-C leaves a partial report that says so, in OUT, or in OUT-partial if OUT holds a complete report.
+A report in OUT is replaced when the new report is complete. A folder with other files is never changed.
+Ctrl-C leaves a partial report, marked as such, in OUT, or in OUT-partial if OUT has a complete report.
 If the output is not a terminal, progress is one line per training.
 exit codes: 0 done, 1 bad data or a missing package (pip install matplotlib scikit-learn rich), 2 bad argument,
 130 interrupted
@@ -51,7 +51,7 @@ exit codes: 0 done, 1 bad data or a missing package (pip install matplotlib scik
 
 
 class _Flat(argparse.Action):
-    """Joins the lists that the words of an option were parsed into."""
+    """Concatenates the lists that the values of an option are parsed into."""
 
     def __call__(self, _parser: Any, namespace: argparse.Namespace, values: Any, _option: Any = None) -> None:
         setattr(namespace, self.dest, [value for each in values for value in each])
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Args:
-        argv: Arguments without the program's name. None means those of the process.
+        argv: Arguments without the program's name. None means ``sys.argv[1:]``.
 
     Returns:
         The exit code: 0 done, 1 bad data or a missing package, 2 bad argument, 130 interrupted.
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("qatfast: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of the pipe has gone, and Python's flush at exit must not fail because of that.
+        # The reader closed the pipe; Python's flush at exit must not fail because of that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BAD_DATA
 
@@ -168,7 +168,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds",
         type=_count,
         default=7,
-        help="number of repetitions; a single seed cannot tell a difference (default: 7)",
+        help="number of repetitions; a single seed shows no significant difference (default: 7)",
     )
     parser.add_argument("--seed", type=_seed, default=42, help="the first seed (default: 42)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
@@ -238,7 +238,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _one_line_errors(command: str, run: Callable[[], int]) -> int:
-    """Returns what ``run`` returns, and reports an error that the user can fix in one line."""
+    """Calls ``run``; prints an error that the user can fix as a single line."""
     try:
         from qatfast.study.data import DataError
         from qatfast.study.report import FolderError
@@ -265,10 +265,10 @@ def _say(command: str, message: str, code: int) -> int:
 
 
 def _wrong_data_arguments(options: argparse.Namespace) -> str:
-    """Returns what is wrong with --data and --target, or an empty string."""
+    """Returns an error message about --data and --target, or an empty string."""
     if options.data in ("synthetic", "digits"):
         if options.target is not None:
-            return f"--target: only for a file; --data {options.data} knows its labels"
+            return f"--target: only for a file; --data {options.data} contains its labels"
         return ""
     path = Path(options.data)
     if path.is_dir():
@@ -281,18 +281,18 @@ def _wrong_data_arguments(options: argparse.Namespace) -> str:
 
 
 def _missing_target(options: argparse.Namespace) -> str:
-    """Returns what --target may be if it is missing, or an empty string."""
+    """Returns an error message with the possible values if --target is missing, or an empty string."""
     if options.target is not None or options.data in ("synthetic", "digits"):
         return ""
     from qatfast.study.data import label_columns, listing
 
     kind = "array" if options.data.lower().endswith(".npz") else "column"
-    found = listing(label_columns(options.data))
-    return f"--target: needed with a file; name the {kind} with the labels, one of {found}"
+    names = listing(label_columns(options.data))
+    return f"--target: needed with a file; name the {kind} with the labels, one of {names}"
 
 
 def _wrong_device(name: str) -> str:
-    """Returns why the device cannot be used, or an empty string."""
+    """Returns an error message if the device cannot be used, or an empty string."""
     import torch
 
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
@@ -325,10 +325,10 @@ def _seed(text: str) -> int:
     return _whole_number(text, 0, 2**32 - 1)
 
 
-def _whole_number(text: str, least: int, most: int) -> int:
+def _whole_number(text: str, low: int, high: int) -> int:
     number = int(text) if text.isascii() and text.isdigit() else None
-    if number is None or not least <= number <= most:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got '{text}'")
+    if number is None or not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got '{text}'")
     return number
 
 

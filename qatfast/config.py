@@ -1,4 +1,4 @@
-"""How tensors are quantized: granularities, ranges, QuantSpec for one tensor, QATConfig for a layer."""
+"""Granularities, ranges, QuantSpec for a tensor and QATConfig for a layer."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from . import arguments
 
 
 class _Arguments:
-    """Copies and files of a dataclass hold the arguments of its constructor, and nothing that it makes of them."""
+    """A dataclass whose copies and pickles hold only its constructor arguments.
+
+    Derived fields are computed again when a copy is made or a pickle is loaded.
+    """
 
     def __getstate__(self) -> dict[str, Any]:
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.init}  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in self._argument_names()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        known = {each.name for each in fields(self) if each.init}  # type: ignore[arg-type]
-        self.__init__(**{name: value for name, value in state.items() if name in known})  # type: ignore[misc]
+        names = self._argument_names()
+        self.__init__(**{name: value for name, value in state.items() if name in names})  # type: ignore[misc]
+
+    def _argument_names(self) -> list[str]:
+        return [field.name for field in fields(self) if field.init]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Granularity(_Arguments):
-    """Which elements share a scale and a zero point; the base of the four below.
+    """The base class of the granularities, which say which elements share a scale and a zero point.
 
     ``code`` is the pair (kind, argument) that the operators take as ``int[2] granularity``.
     """
@@ -44,7 +50,7 @@ class PerTensor(Granularity):
 
 @dataclass(frozen=True)
 class PerChannel(Granularity):
-    """One scale for each index along ``axis`` (negative as in torch).
+    """One scale per index along ``axis``, which may be negative.
 
     Raises:
         TypeError: ``axis`` is not an int.
@@ -59,7 +65,9 @@ class PerChannel(Granularity):
 
 @dataclass(frozen=True)
 class PerGroup(Granularity):
-    """One scale for each run of ``group_size`` elements of the last dimension, which it must divide.
+    """One scale per ``group_size`` consecutive elements of the last dimension.
+
+    ``group_size`` must divide the size of the last dimension.
 
     Raises:
         TypeError: ``group_size`` is not an int.
@@ -77,17 +85,17 @@ class PerGroup(Granularity):
 
 @dataclass(frozen=True)
 class PerToken(Granularity):
-    """One scale for each row of the last dimension."""
+    """One scale per row of the last dimension."""
 
     def __post_init__(self) -> None:
         self._set_code(3)
 
 
 def checked_granularity(op: str, value: Any) -> Granularity:
-    """``value`` if it is a granularity.
+    """Returns ``value`` if it is a granularity.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: ``value`` is not a granularity.
     """
     if isinstance(value, Granularity):
         return value
@@ -98,7 +106,7 @@ def checked_granularity(op: str, value: Any) -> Granularity:
 
 
 def granularity_from_code(code: Sequence[int]) -> Granularity:
-    """The granularity that a pair (kind, argument) stands for."""
+    """Returns the granularity whose ``code`` is ``code``."""
     kind, argument = code
     return (PerTensor, lambda: PerChannel(argument), lambda: PerGroup(argument), PerToken)[kind]()
 
@@ -187,24 +195,24 @@ OBSERVED = (MovingAverage, MinMax)
 
 @dataclass(frozen=True)
 class QuantSpec(_Arguments):
-    """How one tensor is quantized.
+    """The number of bits, the grid and the granularity of a quantized tensor.
 
     Args:
-        num_bits: 2 to 16.
-        symmetric: False: affine, the grid ``[0, 2^b - 1]`` with a zero point.
-            True: the grid ``[-(2^(b-1) - 1), 2^(b-1) - 1]`` with zero point 0.
+        num_bits: number of bits, 2 to 16.
+        symmetric: if False, the grid is affine: ``[0, 2^b - 1]`` with a zero point. If True, it is
+            ``[-(2^(b-1) - 1), 2^(b-1) - 1]`` with zero point 0.
         granularity: which elements share a scale.
-        range: where the range comes from: ``Dynamic()``, ``MovingAverage()``, ``MinMax()``, ``Learned()`` or
-            ``Fixed(lo, hi)``.
-        narrow_range: of a symmetric grid; False: the grid ``[-2^(b-1), 2^(b-1) - 1]``, as int4 kernels have it. It has
-            no effect on an affine grid.
+        range: where the range comes from: ``Dynamic()``, ``MovingAverage()``, ``MinMax()``,
+            ``Learned()`` or ``Fixed(lo, hi)``.
+        narrow_range: if False, a symmetric grid is ``[-2^(b-1), 2^(b-1) - 1]``, as in int4
+            kernels. It has no effect on an affine grid.
 
-    ``code`` holds the spec as the operators take it: (num_bits, grid, granularity kind, granularity argument), grid 0
-    affine, 1 symmetric, 2 symmetric in full range.
+    ``code`` holds the spec as the operators take it: (num_bits, grid, granularity kind,
+    granularity argument). Grid 0 is affine, 1 is symmetric and 2 is symmetric with the full range.
 
     Raises:
-        TypeError: an argument has the wrong type (``num_bits=True`` and ``num_bits=2.5`` too).
-        ValueError: ``num_bits`` is not from 2 to 16; ``PerToken()`` with a range that is not ``Dynamic()``.
+        TypeError: an argument has the wrong type, including ``num_bits=True`` and ``num_bits=2.5``.
+        ValueError: ``num_bits`` is not from 2 to 16; ``PerToken()`` with a range other than ``Dynamic()``.
     """
 
     num_bits: int = 8
@@ -248,7 +256,7 @@ class QuantSpec(_Arguments):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What ``fake_quantize`` and ``choose_qparams`` take beside the tensor."""
+        """The arguments of ``fake_quantize`` and ``choose_qparams`` except the tensor."""
         return {
             "num_bits": self.num_bits,
             "symmetric": self.symmetric,
@@ -257,20 +265,18 @@ class QuantSpec(_Arguments):
         }
 
     def __str__(self) -> str:
-        words = {PerTensor: "per tensor", PerToken: "per token"}.get(type(self.granularity))
+        granularity = {PerTensor: "per tensor", PerToken: "per token"}.get(type(self.granularity))
         if isinstance(self.granularity, PerChannel):
-            words = f"per channel {self.granularity.axis}"
+            granularity = f"per channel {self.granularity.axis}"
         elif isinstance(self.granularity, PerGroup):
-            words = f"per group of {self.granularity.group_size}"
+            granularity = f"per group of {self.granularity.group_size}"
         symmetric = "symmetric" if self.narrow_range else "symmetric full range"
         kind = "" if self.is_dynamic else f", {self.range}"
-        return f"{self.num_bits}-bit {symmetric if self.symmetric else 'affine'} {words}{kind}"
+        return f"{self.num_bits}-bit {symmetric if self.symmetric else 'affine'} {granularity}{kind}"
 
 
 def quant_range(num_bits: int, symmetric: bool, narrow_range: bool) -> tuple[int, int]:
-    """(quant_min, quant_max): affine ``[0, 2^b - 1]``, symmetric ``[-(2^(b-1) - 1), 2^(b-1) - 1]``, symmetric without
-    ``narrow_range`` ``[-2^(b-1), 2^(b-1) - 1]``.
-    """
+    """Returns (quant_min, quant_max) of a grid; see :class:`QuantSpec`."""
     if symmetric:
         return int(narrow_range) - 2 ** (num_bits - 1), 2 ** (num_bits - 1) - 1
     return 0, 2**num_bits - 1
@@ -278,12 +284,12 @@ def quant_range(num_bits: int, symmetric: bool, narrow_range: bool) -> tuple[int
 
 @dataclass(frozen=True)
 class QATConfig(_Arguments):
-    """What a linear layer quantizes, and how; None leaves that tensor in float.
+    """The specs of a linear layer's tensors; None leaves a tensor in float.
 
     The default quantizes weight, bias and output to 8 bits, affine, per tensor.
 
-    ``codes`` holds the four specs as the operators take them: the codes of input, weight, bias and output one after the
-    other, (0, 0, 0, 0) for None.
+    ``codes`` holds the specs as the operators take them: the codes of input, weight, bias and
+    output, concatenated. The code of None is (0, 0, 0, 0).
 
     Raises:
         TypeError: a field is neither a QuantSpec nor None.
@@ -294,7 +300,7 @@ class QATConfig(_Arguments):
     bias: QuantSpec | None = QuantSpec()
     output: QuantSpec | None = QuantSpec()
     codes: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _integer_features: int | None = field(init=False, repr=False, compare=False)
+    _int8_gemm_features: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         specs = {"input": self.input, "weight": self.weight, "bias": self.bias, "output": self.output}
@@ -305,33 +311,41 @@ class QATConfig(_Arguments):
                 _check_static(name, spec)
         codes = [(0, 0, 0, 0) if spec is None else spec.code for spec in specs.values()]
         object.__setattr__(self, "codes", sum(codes, ()))
-        object.__setattr__(self, "_integer_features", _integer_features(self.input, self.weight))
+        object.__setattr__(self, "_int8_gemm_features", _int8_gemm_features(self.input, self.weight))
 
     def uses_int8_gemm(self, in_features: int) -> bool:
-        """Whether a layer multiplies integers: its input is quantized per tensor or per token and its weight per tensor
-        or per output channel (its rows, however that is spelled), both to at most 8 bits.
+        """Returns whether a layer with this config multiplies integers (an int8 GEMM).
+
+        It does if its input is quantized per tensor or per token and its weight per tensor or per
+        row (output channel), by any granularity that means it, both to at most 8 bits.
         """
-        return self._integer_features in (0, in_features)
+        return self._int8_gemm_features in (0, in_features)
 
     @classmethod
     def tutorial(cls, num_bits: int = 8) -> QATConfig:
-        """Weight, bias and output, affine, per tensor: what tutorials teach, and the default."""
+        """Returns a config with weight, bias and output affine per tensor, as tutorials teach it.
+
+        With 8 bits it is the default config.
+        """
         spec = QuantSpec(num_bits)
         return cls(weight=spec, bias=spec, output=spec)
 
     @classmethod
     def int8(cls) -> QATConfig:
-        """Input affine per tensor, weight symmetric per output channel, both 8 bits; bias and output in float."""
+        """Returns an 8-bit config: input affine per tensor, weight symmetric per output channel.
+
+        Bias and output stay in float.
+        """
         weight = QuantSpec(8, symmetric=True, granularity=PerChannel(0))
         return cls(input=QuantSpec(8), weight=weight, bias=None, output=None)
 
     @classmethod
     def dynamic(cls, num_bits: int = 8) -> QATConfig:
-        """Input affine per token, weight symmetric per output channel; bias and output in float.
+        """Returns a config with input affine per token and weight symmetric per output channel.
 
-        A row of the result depends on that row of the input only: nothing leaks between the samples of a batch or along
-        a causal sequence, as it does through the one range per tensor of ``int8()``. Up to 8 bits the layer multiplies
-        integers.
+        Bias and output stay in float. Each row of the result depends only on the same row of the
+        input: nothing leaks between the samples of a batch or along a causal sequence, as it does
+        through the range per tensor of ``int8()``. Up to 8 bits, the layer runs as an int8 GEMM.
         """
         weight = QuantSpec(num_bits, symmetric=True, granularity=PerChannel(0))
         return cls(input=QuantSpec(num_bits, granularity=PerToken()), weight=weight, bias=None, output=None)
@@ -379,7 +393,10 @@ class QATConfig(_Arguments):
 
     @classmethod
     def weight_only(cls, num_bits: int = 4, group_size: int = 32) -> QATConfig:
-        """Weight affine per group of ``group_size`` input features; the rest in float."""
+        """Returns a config with the weight affine per group of ``group_size`` input features.
+
+        All other tensors stay in float.
+        """
         return cls(weight=QuantSpec(num_bits, granularity=PerGroup(group_size)), bias=None, output=None)
 
 
@@ -391,8 +408,8 @@ def _check_static(name: str, spec: QuantSpec) -> None:
         raise ValueError(f"QATConfig: expected Dynamic() for groups of the {name}, got {spec.range}")
 
 
-def _integer_features(input: QuantSpec | None, weight: QuantSpec | None) -> int | None:
-    """The in_features with which a layer multiplies integers: 0 for any, None for none."""
+def _int8_gemm_features(input: QuantSpec | None, weight: QuantSpec | None) -> int | None:
+    """Returns the in_features for which a layer runs as an int8 GEMM: 0 for any, None for none."""
     if input is None or weight is None or max(input.num_bits, weight.num_bits) > 8:
         return None
     if input.granularity not in (PerTensor(), PerToken()):
@@ -404,13 +421,13 @@ def _integer_features(input: QuantSpec | None, weight: QuantSpec | None) -> int 
 
 
 def describe(config: QATConfig) -> str:
-    """What is quantized how, for a repr: ``num_bits=8, input=float, weight=affine per tensor, ...``."""
+    """Returns a repr of ``config``: ``num_bits=8, input=float, weight=affine per tensor, ...``."""
     specs: dict[str, Any] = {name: getattr(config, name) for name in ("input", "weight", "bias", "output")}
     bits = {spec.num_bits for spec in specs.values() if spec is not None}
-    words = {name: "float" if spec is None else str(spec) for name, spec in specs.items()}
+    texts = {name: "float" if spec is None else str(spec) for name, spec in specs.items()}
     if len(bits) != 1:
-        return ", ".join(f"{name}={word}" for name, word in words.items())
-    shared = bits.pop()
-    return f"num_bits={shared}, " + ", ".join(
-        f"{name}={word.removeprefix(f'{shared}-bit ')}" for name, word in words.items()
+        return ", ".join(f"{name}={text}" for name, text in texts.items())
+    num_bits = bits.pop()
+    return f"num_bits={num_bits}, " + ", ".join(
+        f"{name}={text.removeprefix(f'{num_bits}-bit ')}" for name, text in texts.items()
     )

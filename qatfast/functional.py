@@ -1,4 +1,4 @@
-"""The public functions: docstrings, and the way to the kernels or to the reference; no maths."""
+"""The public functions: they check arguments and call the kernels or the reference."""
 
 from __future__ import annotations
 
@@ -20,36 +20,41 @@ def fake_quantize(
     granularity: Granularity = _PER_TENSOR,
     narrow_range: bool = True,
 ) -> Tensor:
-    """Rounds ``input`` to the integer grid of its own range and back to floats; the gradient passes unchanged.
+    """Rounds ``input`` to an integer grid over its dynamic range and converts it back to floats.
 
-    For each block, over its finite values::
+    For the finite values ``x`` of each block::
 
         lo, hi     = min(x.min(), 0), max(x.max(), 0)
-        scale      = max((hi - lo) / (quant_max - quant_min), eps)   symmetric: max(lo / quant_min, hi / quant_max, eps)
+        scale      = max((hi - lo) / (quant_max - quant_min), eps)               affine
+                     max(lo / quant_min, hi / quant_max, eps)                    symmetric
         zero_point = clamp(quant_min - round(lo / scale), quant_min, quant_max)
         y          = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
 
-    ``round`` is half to even. NaN stays NaN in its own element; infinities saturate to the ends of the range.
-    float16 and bfloat16 compute in float32 and round once at the end.
+    ``round`` rounds half to even. NaN elements stay NaN; infinities saturate to the ends of the
+    range. float16 and bfloat16 inputs are computed in float32 and rounded once at the end. The
+    gradient passes unchanged.
 
     Args:
-        input: float32, float64, float16 or bfloat16; any shape and strides, empty too.
-        num_bits: 2 to 16.
-        symmetric: False: the grid ``[0, 2^b - 1]`` with a zero point; True: ``[-(2^(b-1) - 1), 2^(b-1) - 1]``, no
-            zero point.
-        granularity: which elements share a scale: ``PerTensor()``, ``PerChannel(axis)``, ``PerGroup(group_size)`` or
-            ``PerToken()``.
-        narrow_range: of a symmetric grid; False: ``[-2^(b-1), 2^(b-1) - 1]``. It has no effect on an affine grid.
+        input: a float32, float64, float16 or bfloat16 tensor; any shape and strides, may be empty.
+        num_bits: number of bits, 2 to 16.
+        symmetric: if False, the grid is ``[0, 2^b - 1]`` with a zero point; if True,
+            ``[-(2^(b-1) - 1), 2^(b-1) - 1]`` with zero point 0.
+        granularity: which elements share a scale: ``PerTensor()``, ``PerChannel(axis)``,
+            ``PerGroup(group_size)`` or ``PerToken()``.
+        narrow_range: if False, a symmetric grid is ``[-2^(b-1), 2^(b-1) - 1]``. It has no effect on
+            an affine grid.
 
     Returns:
-        A new tensor like ``input``: shape, dtype, device and memory format.
+        A new tensor with the shape, dtype, device and memory format of ``input``.
 
     Raises:
-        TypeError: ``input`` is no dense floating tensor; ``num_bits`` is no int; another argument has a wrong type.
-        ValueError: ``num_bits`` is not from 2 to 16; ``granularity`` does not divide ``input``.
+        TypeError: ``input`` is not a dense floating-point tensor, ``num_bits`` is not an int, or
+            another argument has the wrong type.
+        ValueError: ``num_bits`` is not from 2 to 16, or ``granularity`` does not divide ``input``.
 
     Source:
-        Jacob et al. 2018 (arXiv 1712.05877), equation 12; STE: Bengio et al. 2013 (arXiv 1308.3432).
+        Jacob et al. 2018 (arXiv 1712.05877), equation 12; STE: Bengio et al. 2013
+        (arXiv 1308.3432).
 
     Example:
         >>> fake_quantize(torch.tensor([-1.0, 0.0, 0.3, 2.0]), num_bits=2)
@@ -76,38 +81,41 @@ def fake_quantize_affine(
     *,
     granularity: Granularity = _PER_TENSOR,
 ) -> Tensor:
-    """Rounds ``input`` to a given integer grid and back to floats.
+    """Rounds ``input`` to the integer grid of a static range and converts it back to floats.
 
     ::
 
         y = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale
 
-    The gradient passes where ``quant_min <= round(x / scale) + zero_point <= quant_max`` and is zero elsewhere; one
-    bit per element is kept for it. ``scale`` and ``zero_point`` get no gradient.
+    The gradient passes where ``quant_min <= round(x / scale) + zero_point <= quant_max`` and is
+    zero elsewhere. Backward needs a mask of one bit per element. ``scale`` and ``zero_point`` get
+    no gradient.
 
     Args:
-        input: float32, float64, float16 or bfloat16; any shape and strides, empty too.
-        scale: real units per step, positive and finite; float32 (float64 for float64 input), one element per block:
-            ``()`` per tensor, ``(C,)`` per channel, the leading shape per token, the leading shape plus ``(groups,)``
-            per group; or the same with reduced dimensions kept as size 1. A number per tensor.
-        zero_point: int32 (other integer dtypes are converted), shape as ``scale``, from ``quant_min`` to ``quant_max``.
-            An int per tensor.
-        quant_min: -32768 or more.
+        input: a float32, float64, float16 or bfloat16 tensor; any shape and strides, may be empty.
+        scale: the interval, positive and finite: a tensor, or a number if the granularity is per
+            tensor. A tensor is float32 (float64 for float64 input) and has one element per block:
+            shape ``()`` per tensor, ``(C,)`` per channel, the leading shape per token, the leading
+            shape plus ``(groups,)`` per group; reduced dimensions may be kept as size 1.
+        zero_point: from ``quant_min`` to ``quant_max``: an int32 tensor with the shape of ``scale``
+            (other integer dtypes are converted), or an int if the granularity is per tensor.
+        quant_min: at least -32768.
         quant_max: greater than ``quant_min``, at most 65535, and at most ``quant_min + 65535``.
         granularity: which elements share a scale.
 
     Returns:
-        A new tensor like ``input``: shape, dtype, device and memory format.
+        A new tensor with the shape, dtype, device and memory format of ``input``.
 
     Raises:
-        TypeError: a tensor has a wrong dtype or layout; another argument has a wrong type.
-        ValueError: a shape, a range or (on the CPU, where reading them is free) a value is wrong; ``scale`` requires
-            grad while gradients are recorded.
+        TypeError: a tensor has the wrong dtype or layout, or another argument has the wrong type.
+        ValueError: a shape or a range is wrong; a value is wrong (checked on the CPU only, because
+            reading it would make another device wait); or ``scale`` requires grad in grad mode.
         RuntimeError: ``scale`` or ``zero_point`` is on another device.
 
     Source:
-        Jacob et al. 2018 (arXiv 1712.05877), equation 1; as ``torch.fake_quantize_per_tensor_affine`` and
-        ``per_channel_affine``, with IEEE division and rounding before the zero point is added, as ONNX does.
+        Jacob et al. 2018 (arXiv 1712.05877), equation 1. Like
+        ``torch.fake_quantize_per_tensor_affine`` and ``torch.fake_quantize_per_channel_affine``,
+        but with IEEE division and rounding before the zero point is added, as in ONNX.
 
     Example:
         >>> fake_quantize_affine(torch.tensor([-9.0, 0.3, 9.0]), 0.5, 0, -8, 7)
@@ -133,32 +141,34 @@ def choose_qparams(
     granularity: Granularity = _PER_TENSOR,
     narrow_range: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The scale and zero point that ``fake_quantize`` takes from the range of ``input``.
+    """Returns the scale and the zero point that ``fake_quantize`` uses for ``input``.
 
-    For each block, over its finite values::
+    For the finite values ``x`` of each block::
 
         lo, hi     = min(x.min(), 0), max(x.max(), 0)
-        scale      = max((hi - lo) / (quant_max - quant_min), eps)   symmetric: max(lo / quant_min, hi / quant_max, eps)
+        scale      = max((hi - lo) / (quant_max - quant_min), eps)               affine
+                     max(lo / quant_min, hi / quant_max, eps)                    symmetric
         zero_point = clamp(quant_min - round(lo / scale), quant_min, quant_max)
 
-    ``eps`` is the smallest normal float32 (float64 for float64 input). A block without finite values and an empty one
-    give ``eps`` and the zero point of ``lo = hi = 0``.
+    ``eps`` is the smallest normal float32 (float64 for float64 input). A block that is empty or has
+    no finite values gets the scale ``eps`` and the zero point of ``lo = hi = 0``.
 
     Args:
-        input: float32, float64, float16 or bfloat16; any shape and strides, empty too.
-        num_bits: 2 to 16.
-        symmetric: as in :func:`fake_quantize`.
+        input: a float32, float64, float16 or bfloat16 tensor; any shape and strides, may be empty.
+        num_bits: number of bits, 2 to 16.
+        symmetric: see :func:`fake_quantize`.
         granularity: which elements share a scale.
-        narrow_range: as in :func:`fake_quantize`.
+        narrow_range: see :func:`fake_quantize`.
 
     Returns:
-        ``(scale, zero_point)``: float32 (float64 for float64 input) and int32, one element a block: ``()`` per tensor,
-        ``(C,)`` per channel, the leading shape per token, the leading shape plus ``(groups,)`` per group. Neither
-        requires grad.
+        ``(scale, zero_point)``: a float32 (float64 for float64 input) and an int32 tensor with one
+        element per block: shape ``()`` per tensor, ``(C,)`` per channel, the leading shape per
+        token, the leading shape plus ``(groups,)`` per group. Neither requires grad.
 
     Raises:
-        TypeError: ``input`` is no dense floating tensor; ``num_bits`` is no int; another argument has a wrong type.
-        ValueError: ``num_bits`` is not from 2 to 16; ``granularity`` does not divide ``input``.
+        TypeError: ``input`` is not a dense floating-point tensor, ``num_bits`` is not an int, or
+            another argument has the wrong type.
+        ValueError: ``num_bits`` is not from 2 to 16, or ``granularity`` does not divide ``input``.
 
     Source:
         Jacob et al. 2018 (arXiv 1712.05877), section 3.
@@ -282,28 +292,30 @@ def quantize(
     *,
     granularity: Granularity = _PER_TENSOR,
 ) -> Tensor:
-    """The integers of ``input`` on a given grid.
+    """Quantizes ``input`` to the integers of a static range.
 
     ::
 
         q = clamp(round(x / scale) + zero_point, quant_min, quant_max)
 
-    NaN gives ``zero_point``.
+    NaN becomes ``zero_point``.
 
     Args:
-        input: float32, float64, float16 or bfloat16; any shape and strides, empty too.
-        scale: as in :func:`fake_quantize_affine`.
-        zero_point: as in :func:`fake_quantize_affine`.
-        quant_min: -32768 or more.
-        quant_max: greater than ``quant_min``, at most 65535.
+        input: a float32, float64, float16 or bfloat16 tensor; any shape and strides, may be empty.
+        scale: see :func:`fake_quantize_affine`.
+        zero_point: see :func:`fake_quantize_affine`.
+        quant_min: at least -32768.
+        quant_max: greater than ``quant_min`` and at most 65535.
         granularity: which elements share a scale.
 
     Returns:
-        uint8 or uint16 where ``quant_min >= 0``, else int8 or int16: the narrower that holds both ends.
+        A uint8 or uint16 tensor if ``quant_min >= 0``, otherwise an int8 or int16 tensor: the
+        narrowest dtype that holds ``quant_min`` and ``quant_max``.
 
     Raises:
-        TypeError: a tensor has a wrong dtype or layout; another argument has a wrong type.
-        ValueError: a shape, a range or (on the CPU) a value is wrong; no 8 or 16-bit integer holds both ends.
+        TypeError: a tensor has the wrong dtype or layout, or another argument has the wrong type.
+        ValueError: a shape, a range or (on the CPU) a value is wrong, or no 8-bit or 16-bit integer
+            dtype holds ``quant_min`` and ``quant_max``.
         RuntimeError: ``scale`` or ``zero_point`` is on another device.
 
     Source:
@@ -331,29 +343,30 @@ def dequantize(
     granularity: Granularity = _PER_TENSOR,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The real values of integers on a grid.
+    """Converts quantized integers back to floats.
 
     ::
 
         y = (q - zero_point) * scale
 
-    Computed in float32 (float64 for ``dtype=torch.float64``) and rounded once to ``dtype``.
+    The result is computed in float32 (float64 for ``dtype=torch.float64``) and rounded once to
+    ``dtype``.
 
     Args:
-        input: int8, uint8, int16 or uint16; any shape and strides, empty too.
-        scale: real units per step, positive and finite; float32 (float64 for ``dtype=torch.float64``), one element per
-            block as in :func:`fake_quantize_affine`. A number per tensor.
-        zero_point: int32 (other integer dtypes are converted), shape as ``scale``, from -32768 to 65535. An int per
-            tensor.
+        input: an int8, uint8, int16 or uint16 tensor; any shape and strides, may be empty.
+        scale: see :func:`fake_quantize_affine`; a tensor is float32 (float64 for
+            ``dtype=torch.float64``).
+        zero_point: see :func:`fake_quantize_affine`; from -32768 to 65535.
         granularity: which elements share a scale.
-        dtype: of the result: float32, float64, float16 or bfloat16.
+        dtype: dtype of the result: float32, float64, float16 or bfloat16.
 
     Returns:
-        A tensor of ``dtype`` in the shape and memory format of ``input``.
+        A tensor of ``dtype`` with the shape and memory format of ``input``.
 
     Raises:
-        TypeError: a tensor has a wrong dtype or layout; another argument has a wrong type.
-        ValueError: a shape or (on the CPU) a value is wrong; ``scale`` requires grad while gradients are recorded.
+        TypeError: a tensor has the wrong dtype or layout, or another argument has the wrong type.
+        ValueError: a shape or (on the CPU) a value is wrong, or ``scale`` requires grad in grad
+            mode.
         RuntimeError: ``scale`` or ``zero_point`` is on another device.
 
     Source:
@@ -379,38 +392,43 @@ def dequantize(
 def qat_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, config: QATConfig = _DEFAULT_CONFIG
 ) -> Tensor:
-    """A linear layer on fake-quantized tensors, as one autograd node.
+    """Applies a linear layer to fake-quantized tensors, as a single autograd node.
 
     ::
 
-        y = fake_quantize(F.linear(fake_quantize(input), fake_quantize(weight), fake_quantize(bias)))
+        x_hat, w_hat, b_hat = fake_quantize(input), fake_quantize(weight), fake_quantize(bias)
+        y = fake_quantize(F.linear(x_hat, w_hat, b_hat))
 
-    each ``fake_quantize`` as ``config`` says, or left out. Where ``config.uses_int8_gemm(in_features)`` (the input
-    quantized per tensor or per token, the weight per tensor or per output channel, both to at most 8 bits) the product
-    is one of integers, the same bits on every device::
+    ``config`` gives the arguments of each ``fake_quantize``, or leaves it out. If
+    ``config.uses_int8_gemm(in_features)`` (input quantized per tensor or per token, weight per
+    tensor or per output channel, both to at most 8 bits), the layer runs as an int8 GEMM, with the
+    same bits on every device::
 
         y = sum((q_x - zero_point_x) * (q_w - zero_point_w)) * (scale_x * scale_w) + b_hat
 
-    with the exact sum over in_features, rounded once to float32 (float64 for float64), then the output's quantizer,
-    then one rounding to the result's dtype; a NaN in a row of the input or of the weight makes that row or column NaN.
+    The sum over in_features is exact and is rounded once to float32 (float64 for float64 input).
+    The output's quantizer is applied next; the result is then rounded once to its dtype. A NaN in a
+    row of the input makes that row of the output NaN; a NaN in a row of the weight, that column.
 
-    Gradients are those of the float product with the straight-through estimator: ``dx = dy @ w_hat``,
-    ``dw = dy.T @ x_hat``, ``db = dy.sum(0)``, those of higher order and forward mode too. Kept for backward are the
-    input, the weight itself and its fake-quantized values; of the integer product the input's integers and the weight
-    itself. Under ``torch.autocast`` the quantizers see the tensors as they are, and what they give is cast for the
-    product.
+    Gradients, also of higher order and in forward mode, are those of the float product with the
+    straight-through estimator: ``dx = dy @ w_hat``, ``dw = dy.T @ x_hat``, ``db = dy.sum(0)``. The
+    layer saves the input, the weight and the fake-quantized weight for backward; as an int8 GEMM,
+    it saves the quantized input and the weight. Under ``torch.autocast`` the quantizers take the
+    tensors in their own dtype; their results are cast for the product.
 
     Args:
-        input: ``(..., in_features)``, float32, float64, float16 or bfloat16.
-        weight: ``(out_features, in_features)``, the dtype of ``input`` (any float dtype under autocast).
-        bias: ``(out_features,)`` or None, the dtype of ``input`` (any float dtype under autocast).
-        config: what is quantized how.
+        input: a float32, float64, float16 or bfloat16 tensor of shape ``(..., in_features)``.
+        weight: a tensor of shape ``(out_features, in_features)`` with the dtype of ``input`` (any
+            floating dtype under autocast).
+        bias: a tensor of shape ``(out_features,)`` with the dtype of ``input`` (any floating dtype
+            under autocast), or None.
+        config: the specs of input, weight, bias and output.
 
     Returns:
-        ``(..., out_features)``, the dtype of the product.
+        A tensor of shape ``(..., out_features)`` with the dtype of the product.
 
     Raises:
-        TypeError: a tensor has a wrong dtype or layout; ``config`` is no QATConfig.
+        TypeError: a tensor has the wrong dtype or layout, or ``config`` is not a QATConfig.
         ValueError: a shape is wrong, or ``config`` does not divide a tensor.
         RuntimeError: the tensors are on different devices.
 

@@ -1,9 +1,10 @@
-"""The compiled extension: whether it is loaded, why not, and what it runs on.
+"""Loads the compiled extension and selects the implementation for a call.
 
-``qatfast._C`` is loaded once per process, at import, and only if that is safe: ``_build.json`` beside it names the
-torch that it was built with (another one may crash it), the file is whole, and no other copy of qatfast has registered
-its operators (torch would abort). Otherwise the reference serves every function after one warning; no installation,
-however damaged, makes ``import qatfast`` fail.
+``qatfast._C`` is loaded once per process, at import, and only if that is safe: ``_build.json`` next
+to it names the torch that it was built with (it may crash with another version), the file is
+complete, and no other copy of qatfast has registered its operators (torch would abort). Otherwise
+every function uses the reference, after one warning. A damaged installation does not make
+``import qatfast`` fail.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _COMPILER = "Install a C++ compiler (g++ or clang++) and install qatfast again."
 
 
 def _read_record() -> tuple[dict[str, Any], str]:
-    """(what setup.py wrote of the build, ""), or (nothing, why there is none and what to do)."""
+    """Returns (the build record of setup.py, ""), or ({}, the reason and a remedy)."""
     path = Path(__file__).with_name("_build.json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -50,19 +51,23 @@ _record, _no_record = _read_record()
 
 
 def build_record() -> dict[str, Any]:
-    """What setup.py wrote of the build: torch, kernels, reason, compiler, debug, sanitize; empty if there is none."""
+    """Returns the build record of setup.py, empty if there is none.
+
+    Its keys are torch, kernels, reason, compiler, debug, sanitize, cuda, cuda_reason and
+    cuda_architectures.
+    """
     return _record
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """(the extension, "") or (None, why not and what to do)."""
+    """Returns (the extension, ""), or (None, the reason and a remedy)."""
     if os.environ.get("QATFAST_NO_EXT", "") not in ("", "0"):
         return None, "QATFAST_NO_EXT is set. Unset it to use the kernels."
     if _no_record:
         return None, _no_record
     if not _record["kernels"]:
-        cure = _COMPILER if "compiler" in _record["reason"] else _REINSTALL
-        return None, f"the package was built without kernels ({_record['reason']}). {cure}"
+        remedy = _COMPILER if "compiler" in _record["reason"] else _REINSTALL
+        return None, f"the package was built without kernels ({_record['reason']}). {remedy}"
     if _record["torch"] != torch.__version__:
         return (
             None,
@@ -71,12 +76,12 @@ def _load() -> tuple[ModuleType | None, str]:
     folder = Path(__file__).parent
     path = next(filter(Path.is_file, (folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES)), None)
     if path is None:
-        others = ", ".join(sorted(found.name for found in folder.glob("_C.*.so"))) or "none"
+        others = ", ".join(sorted(library.name for library in folder.glob("_C.*.so"))) or "none"
         return (
             None,
             f"there is no library for Python {platform.python_version()} in {folder} (found: {others}). {_REINSTALL}",
         )
-    if not _is_whole(path):
+    if not _is_complete(path):
         return None, f"the library {path} is damaged or cannot be read. {_REINSTALL}"
     if hasattr(torch.ops.qatfast, "fake_quantize") and not _is_loaded(path):
         return (
@@ -86,12 +91,15 @@ def _load() -> tuple[ModuleType | None, str]:
         )
     try:
         return import_module("qatfast._C"), ""
-    except Exception as error:  # whatever it is, the reference can serve
+    except Exception as error:  # the reference does not need the extension
         return None, f"the library does not load ({error}). {_REINSTALL}"
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a 64-bit ELF file has its section headers, which come last: loading a truncated one is a bus error."""
+def _is_complete(path: Path) -> bool:
+    """Returns whether a 64-bit ELF file includes its section headers, which are at its end.
+
+    Loading a truncated library is a bus error.
+    """
     try:
         with path.open("rb") as file:
             header = file.read(64)
@@ -103,7 +111,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _is_loaded(path: Path) -> bool:
-    """Whether this very file (by device and inode, or by name) is part of the process already."""
+    """Returns whether the process has loaded this file (by device and inode, or by name)."""
     try:
         ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
     except OSError:
@@ -112,7 +120,7 @@ def _is_loaded(path: Path) -> bool:
 
 
 def _loaded_libraries() -> str:
-    """The qatfast libraries in this process."""
+    """Returns the paths of the qatfast libraries in this process."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -125,16 +133,16 @@ _warned: set[str] = set()
 
 
 def reason() -> str:
-    """Why there are no kernels and what to do about it; empty if they are loaded."""
+    """Returns why there are no kernels, with a remedy; empty if they are loaded."""
     return _reason
 
 
 def route(*tensors: Any) -> Any:
-    """Where the operators for these tensors are: the extension, ``torch.ops.qatfast``, or None for the reference.
+    """Returns the module whose operators take these tensors, or None for the reference.
 
-    The kernels take dense CPU (and, where they were built, CUDA) tensors outside of functorch transforms, in which a
-    C++ autograd Function has no part.
-    The extension's direct entry points save the overhead of torch.ops, which tracers and tensor subclasses must see.
+    The kernels take dense CPU tensors (and CUDA tensors if built with CUDA) outside of functorch
+    transforms, which do not support C++ autograd functions. The entry points of the extension avoid
+    the overhead of ``torch.ops.qatfast``, which tracers and tensor subclasses need.
     """
     if extension is None:
         _warn_once(f"qatfast runs without its compiled kernels, slowly, with the same results: {_reason}")
@@ -143,11 +151,11 @@ def route(*tensors: Any) -> Any:
         return extension
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
-            return None  # the reference's checks say what is wrong
+            return None  # the checks of the reference raise
         if tensor.is_nested or tensor.is_quantized:
             return None
         if is_dtensor(tensor):
-            # The operators of PyTorch know how to shard themselves: a range is that of the whole tensor.
+            # PyTorch shards its own operators correctly: a range is that of the whole tensor.
             _warn_once(
                 "qatfast has no compiled kernels for DTensors (tensor parallel) and computes them in plain PyTorch, "
                 "slowly, with the same results"
@@ -160,29 +168,25 @@ def route(*tensors: Any) -> Any:
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether it is a DTensor (tensor parallel), which only a process that has imported them can have."""
+    """Returns whether ``tensor`` is a DTensor, without importing ``torch.distributed.tensor``."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def why_no_cuda() -> str:
-    """Why there are no CUDA kernels and what to do about it; empty if they are loaded."""
+    """Returns why there are no CUDA kernels, with a remedy; empty if they are loaded."""
     if extension is None:
         return _reason
     if extension.has_cuda:
         return ""
     cause = _record.get("cuda_reason", "not built for CUDA")
-    return f"{cause}. Install qatfast again with a torch and an nvcc of one CUDA version."
+    return f"{cause}. Install qatfast again with a torch and an nvcc of the same CUDA version."
 
 
 def _warn_of_device(device: str) -> None:
     if device == "meta":
         return
-    cause = (
-        f" ({why_no_cuda()})"
-        if device == "cuda"
-        else ": nothing to install; CPU and CUDA tensors use kernels."
-    )
+    cause = f" ({why_no_cuda()})" if device == "cuda" else ". Only CPU and CUDA tensors have kernels."
     _warn_once(
         f"qatfast has no compiled kernels for {device} tensors and computes them in plain PyTorch, slowly, with the "
         f"same results{cause}"
@@ -197,7 +201,7 @@ def _warn_once(message: str) -> None:
 
 
 def info() -> dict[str, str]:
-    """What ``qatfast info`` prints: versions, kernels and why not, instruction set, threads, CUDA."""
+    """Returns the rows that ``qatfast info`` prints."""
     from . import __version__
 
     kernels = (

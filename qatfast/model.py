@@ -1,4 +1,4 @@
-"""A whole model: prepare, summary, unused_layers."""
+"""Functions for whole models: prepare, summary and unused_layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .modules.linear import (
     why_not_from_float,
 )
 
-# Modules of PyTorch that read the weight of an nn.Linear that they hold, and do not call it.
+# Modules of PyTorch that read the weight of a child nn.Linear and do not call it.
 _READERS: tuple[type[nn.Module], ...] = tuple(
     getattr(nn, name) for name in ("MultiheadAttention", "LinearCrossEntropyLoss") if hasattr(nn, name)
 )
@@ -46,32 +46,36 @@ def prepare(
     layers: Mapping[str, QATConfig | None] | None = None,
     edges: int | None = 8,
 ) -> nn.Module:
-    """Puts a QATLinear in the place of each nn.Linear of a model, on the same parameters.
+    """Replaces each nn.Linear of a model by a QATLinear with the same parameters.
 
-    The model changes in place; parameters, ``state_dict`` keys, hooks, training mode, tied weights and all names of a
-    layer that is used twice stay, so an optimizer made before goes on. Nothing changes where it raises.
+    The model is changed in place. Parameters, ``state_dict`` keys, hooks, training mode, tied
+    weights and all names of a shared layer stay the same, so existing optimizers stay valid. If
+    ``prepare`` raises, the model is unchanged.
 
-    Only what is exactly an nn.Linear is replaced; a QATLinear that is there already stays as it is. ``summary(model)``
-    says what stays in float and why. A layer whose weight its parent reads without calling the layer (as some attention
-    modules do) stays in float although it was replaced: run the model once inside :func:`unused_layers`, which names
-    such layers.
+    Subclasses of nn.Linear are not replaced, and an existing QATLinear is left unchanged.
+    ``summary(model)`` shows which layers stay in float, and why. If the parent of a layer reads its
+    weight without calling the layer (as some attention modules do), the layer stays in float even
+    though it is replaced: run the model once inside :func:`unused_layers` to find such layers.
 
     Args:
-        model: in float. Prepare it before torch.compile of a single layer, before DTensor or FSDP shard it; DDP may be
-            around it already.
-        config: of each layer; None means ``QATConfig.dynamic()``.
-        layers: ``{pattern: config}`` for layers that get another config, or None to leave them in float. Patterns are
-            those of ``fnmatch`` on dotted names (``"decoder.*"``); the last one that matches a layer wins.
-        edges: the first and the last quantized layer, in the order of ``named_modules``, get this number of bits
-            wherever ``config`` has fewer, 2 to 16; None: no exception. A layer that ``layers`` names keeps its config.
+        model: a float model. Prepare it before torch.compile wraps a single layer and before
+            DTensor or FSDP shards it; DDP may wrap it already.
+        config: the config of each layer; None means ``QATConfig.dynamic()``.
+        layers: ``{pattern: config}`` for layers with another config; a config of None leaves them
+            in float. Patterns match dotted names as in ``fnmatch`` (``"decoder.*"``); if several
+            match, the last one applies.
+        edges: minimum number of bits, 2 to 16, of the first and the last quantized layer in the
+            order of ``named_modules``; None for no minimum. It does not apply to layers that
+            ``layers`` matches.
 
     Returns:
         ``model``, or the new layer if ``model`` itself is an nn.Linear.
 
     Raises:
-        TypeError: an argument has the wrong type, or ``model`` holds layers that ``prepare`` made.
-        ValueError: a pattern matches no layer, or gives one a config that does not fit it; ``edges`` is not from 2 to
-            16; the model is sharded by FSDP, or a layer is wrapped by torch.compile.
+        TypeError: an argument has the wrong type, or ``model`` contains layers that ``prepare``
+            created.
+        ValueError: a pattern matches no layer, or its config does not fit the layer; ``edges`` is
+            not from 2 to 16; FSDP shards the model, or torch.compile wraps a layer.
 
     Example:
         >>> model = prepare(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), layers={"2": None})
@@ -79,35 +83,42 @@ def prepare(
         ['QATLinear', 'ReLU', 'Linear']
     """
     _check_arguments(model, config, layers, edges)
-    found = _find(model)
-    _check_state(model, found)
-    chosen = dict(layers or {})
-    plan, notes = _plan(found, QATConfig.dynamic() if config is None else config, chosen, edges)
-    new: dict[nn.Module, nn.Module] = {
-        linear: QATLinear.from_float(linear, config=its_config) for linear, its_config in plan.items()
+    candidates = _candidates(model)
+    _check_state(model, candidates)
+    layers = dict(layers or {})
+    configs, notes = _plan(candidates, QATConfig.dynamic() if config is None else config, layers, edges)
+    replacements: dict[nn.Module, nn.Module] = {
+        linear: QATLinear.from_float(linear, config=layer_config) for linear, layer_config in configs.items()
     }
-    for linear, layer in new.items():
+    for linear, layer in replacements.items():
         share_hooks(linear, layer)
         vars(layer)["_qatfast_note"] = _PREPARED
     for module in list(model.modules()):
-        _replace_in(module, new)
+        _replace_in(module, replacements)
     for linear, reason in notes.items():
         vars(linear)["_qatfast_note"] = reason
-    if not plan and None not in chosen.values() and not any(map(_is_quantized, found)):
+    if not configs and None not in layers.values() and not any(map(_is_quantized, candidates)):
         warnings.warn(
-            f"prepare: no layer of {type(model).__name__} is quantized; print(qatfast.summary(model)) says why",
+            f"prepare: no layer of {type(model).__name__} is quantized; print(qatfast.summary(model)) shows why",
             UserWarning,
             stacklevel=2,
         )
-    return new.get(model, model)
+    return replacements.get(model, model)
 
 
 class SummaryRow(NamedTuple):
     """A layer in :func:`summary`.
 
-    ``name`` is the dotted one (its first, if it has several), ``kind`` its class; ``weight`` and ``input`` say how each
-    is quantized, or "float"; ``range`` where the scales come from; ``bytes`` is what its parameters take as integers
-    with their scales, or in float; ``reason`` is why the layer is in float. ``chain`` and ``clipped`` are None.
+    Attributes:
+        name: dotted name of the layer; the first one if it has several.
+        kind: class name of the layer.
+        weight: how the weight is quantized, or "float".
+        input: how the input is quantized, or "float".
+        chain: None.
+        range: how the scales are determined; None for a float layer.
+        clipped: None.
+        bytes: size of the parameters, as integers with their scales if quantized.
+        reason: why the layer is in float; None if it is quantized.
     """
 
     name: str
@@ -123,7 +134,7 @@ class SummaryRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`summary` returns: ``rows``, and a table of them as ``str``."""
+    """The result of :func:`summary`: ``rows``, and a table of them as ``str``."""
 
     rows: tuple[SummaryRow, ...]
 
@@ -152,17 +163,17 @@ class Summary:
         quantized = sum(row.reason is None for row in self.rows)
         lines.append(f"{quantized} of {len(self.rows)} layers are quantized.")
         if quantized:
-            lines[-1] += " Whether each of them runs: run the model once inside qatfast.unused_layers."
+            lines[-1] += " To check that each of them runs, run the model once inside qatfast.unused_layers."
         return "\n".join(lines)
 
     __repr__ = __str__
 
 
 def summary(model: nn.Module) -> Summary:
-    """Which layers of a model are quantized and how, and which stay in float and why.
+    """Lists how the layers of a model are quantized, and why others stay in float.
 
-    A row for each quantized layer and for each module that has a weight of its own to multiply by; normalization layers
-    and modules without weights have none. The model may be prepared or not.
+    The list has a row per quantized layer and per module that has its own weight matrix. It leaves
+    out normalization layers and modules without weights. The model need not be prepared.
 
     Args:
         model: any module.
@@ -171,17 +182,18 @@ def summary(model: nn.Module) -> Summary:
         A :class:`Summary`: ``print`` it, or read its ``rows``.
 
     Raises:
-        TypeError: ``model`` is no nn.Module.
+        TypeError: ``model`` is not an nn.Module.
 
     Example:
         >>> print(summary(prepare(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)))))
         layer  kind       input                   weight                         range    bytes  in float because
         0      QATLinear  8-bit affine per token  8-bit symmetric per channel 0  dynamic    256
         2      QATLinear  8-bit affine per token  8-bit symmetric per channel 0  dynamic     48
-        2 of 2 layers are quantized. Whether each of them runs: run the model once inside qatfast.unused_layers.
+        2 of 2 layers are quantized. To check that each of them runs, run the model once inside
+        qatfast.unused_layers.
     """
     _check_module("summary", model)
-    return Summary(tuple(_row(each) for each in _find(model)))
+    return Summary(tuple(_row(candidate) for candidate in _candidates(model)))
 
 
 _lock = threading.Lock()
@@ -189,21 +201,22 @@ _lock = threading.Lock()
 
 @contextmanager
 def unused_layers(model: nn.Module) -> Iterator[list[str]]:
-    """Names the quantized layers of a model that did not run within the block.
+    """Lists the quantized layers of a model that do not run in the block.
 
-    Such a layer stays in float, and nothing else says so: its parent reads the weight without calling the layer, or
-    does not use it at all. Run the model once inside the block, as it will be trained and once more as it will be
-    evaluated. A compiled model is compiled once more for the block.
+    Such a layer stays in float, without a warning: its parent reads the weight without calling the
+    layer, or does not use it at all. Run the model in the block once as in training and once as in
+    evaluation. A compiled model is recompiled for the block.
 
     Args:
-        model: holds quantized layers.
+        model: a model with quantized layers.
 
     Yields:
-        A list that is filled when the block ends, also by an exception: the dotted names (the first one of a layer that
-        has several) of the layers whose ``forward`` did not run inside the block, in any thread.
+        A list that is filled when the block ends, even if it raises: the dotted names of the layers
+        whose ``forward`` was not called in any thread while the block was open. If a layer has
+        several names, the list has the first one.
 
     Raises:
-        TypeError: ``model`` is no nn.Module.
+        TypeError: ``model`` is not an nn.Module.
 
     Example:
         >>> model = prepare(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2)))
@@ -221,8 +234,8 @@ def unused_layers(model: nn.Module) -> Iterator[list[str]]:
     try:
         yield unused
     finally:
-        with _lock:  # not remove(): two sets may be equal
-            open_blocks[:] = [each for each in open_blocks if each is not ran]
+        with _lock:  # list.remove would compare the sets, and two blocks may have equal sets
+            open_blocks[:] = [layers for layers in open_blocks if layers is not ran]
         unused.extend(name for layer, name in names.items() if layer not in ran)
 
 
@@ -256,40 +269,40 @@ def _check_arguments(model: Any, config: Any, layers: Any, edges: Any) -> None:
         raise ValueError(f"prepare: expected edges to be from 2 to 16 bits or None, got {edges}")
 
 
-class _Found(NamedTuple):
-    """A module that multiplies by a weight: its names, and why it is not an nn.Linear that could be quantized."""
+class _Candidate(NamedTuple):
+    """A module with a weight matrix, its dotted names, and why it cannot be quantized."""
 
     module: nn.Module
     names: list[str]
     obstacle: str | None
 
 
-def _find(model: nn.Module) -> list[_Found]:
-    """The modules of a model that multiply, in the order of ``named_modules``."""
+def _candidates(model: nn.Module) -> list[_Candidate]:
+    """Returns the modules with a weight matrix in the order of ``named_modules``."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if "parametrizations" not in name.split("."):  # these belong to the module that they parametrize
             names.setdefault(module, []).append(name)
     read = {child for module in names if isinstance(module, _READERS) for child in module.children()}
     return [
-        _Found(module, its_names, _why_float(module, module in read))
-        for module, its_names in names.items()
+        _Candidate(module, module_names, _why_float(module, module in read))
+        for module, module_names in names.items()
         if isinstance(module, nn.Linear) or _weights(module)
     ]
 
 
 def _weights(module: nn.Module) -> list[str]:
-    """The names of a module's own parameters of two dimensions and more, or not yet initialized."""
+    """Returns the names of a module's own parameters that are matrices, tensors or lazy."""
     if isinstance(module, _NORMS):
         return []
     if is_parametrized(module):
         return list(module.parametrizations)  # type: ignore[arg-type]
-    own = module.named_parameters(recurse=False)
-    return [name for name, parameter in own if is_lazy(parameter) or parameter.dim() >= 2]
+    parameters = module.named_parameters(recurse=False)
+    return [name for name, parameter in parameters if is_lazy(parameter) or parameter.dim() >= 2]
 
 
 def _why_float(module: nn.Module, is_read: bool) -> str | None:
-    """Why the module stays in float whatever the config is; None for what prepare quantizes, and what is quantized."""
+    """Returns why the module stays in float with any config; None if it is or can be quantized."""
     kind = type(module)
     if is_read or kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return _READ
@@ -305,13 +318,14 @@ def _why_float(module: nn.Module, is_read: bool) -> str | None:
     return f"has weights of its own: {', '.join(_weights(module))}"
 
 
-def _check_state(model: nn.Module, found: list[_Found]) -> None:
-    """The model is not prepared, sharded or compiled so that a replaced layer would not run."""
-    for each in found:
-        if vars(each.module).get("_qatfast_note") == _PREPARED:
+def _check_state(model: nn.Module, candidates: list[_Candidate]) -> None:
+    """Raises if the model is prepared, or if FSDP or torch.compile would not run a new layer."""
+    for candidate in candidates:
+        if vars(candidate.module).get("_qatfast_note") == _PREPARED:
             raise TypeError(
-                f"prepare: expected a model that is not prepared, got one whose layer {each.names[0]!r} prepare made; "
-                "start from the float model, or set the .config of its layers"
+                "prepare: expected a model that is not prepared, got one whose layer "
+                f"{candidate.names[0]!r} prepare made; start from the float model, or set the .config of "
+                "its layers"
             )
     fsdp, dynamo = sys.modules.get("torch.distributed.fsdp"), sys.modules.get("torch._dynamo.eval_frame")
     for name, module in model.named_modules():
@@ -330,80 +344,94 @@ def _check_state(model: nn.Module, found: list[_Found]) -> None:
 
 
 def _plan(
-    found: list[_Found], config: QATConfig, layers: dict[str, QATConfig | None], edges: int | None
+    candidates: list[_Candidate],
+    config: QATConfig,
+    layers: dict[str, QATConfig | None],
+    edges: int | None,
 ) -> tuple[dict[nn.Linear, QATConfig], dict[nn.Module, str]]:
-    """The config of each layer to replace, and why others that could be replaced are not."""
-    for pattern, value in layers.items():
-        _check_pattern(pattern, value, found)
-    plan: dict[nn.Linear, QATConfig] = {}
+    """Returns the config of each layer to replace, and why other nn.Linear layers stay in float."""
+    for pattern, pattern_config in layers.items():
+        _check_pattern(pattern, pattern_config, candidates)
+    configs: dict[nn.Linear, QATConfig] = {}
     notes: dict[nn.Module, str] = {}
-    named: set[nn.Module] = set()
-    for each in found:
-        linear = each.module
-        if each.obstacle is not None or not isinstance(linear, nn.Linear) or isinstance(linear, QATLinear):
+    matched: set[nn.Module] = set()
+    for candidate in candidates:
+        linear = candidate.module
+        if not _is_replaceable(candidate):
             continue
-        patterns = [pattern for pattern in layers if _matches(pattern, each)]
-        its_config = layers[patterns[-1]] if patterns else config
-        if its_config is None:
+        assert isinstance(linear, nn.Linear)
+        patterns = [pattern for pattern in layers if _matches(pattern, candidate)]
+        layer_config = layers[patterns[-1]] if patterns else config
+        if layer_config is None:
             notes[linear] = f"layers[{patterns[-1]!r}] is None"
             continue
         out_features, in_features = linear.weight.shape
         try:
-            check_parameters(its_config, in_features, out_features, linear.bias is not None)
+            check_parameters(layer_config, in_features, out_features, linear.bias is not None)
         except ValueError as error:
             text = str(error).removeprefix("QATLinear: ")
             if patterns:
                 raise ValueError(
-                    f"prepare: layers[{patterns[-1]!r}] does not fit {each.names[0]!r}: {text}"
+                    f"prepare: layers[{patterns[-1]!r}] does not fit {candidate.names[0]!r}: {text}"
                 ) from None
             notes[linear] = text.partition(";")[0]
             continue
-        plan[linear] = its_config
+        configs[linear] = layer_config
         if patterns:
-            named.add(linear)
-    quantized = [each.module for each in found if each.module in plan or _is_quantized(each)]
+            matched.add(linear)
+    quantized = [
+        candidate.module
+        for candidate in candidates
+        if candidate.module in configs or _is_quantized(candidate)
+    ]
     if edges is not None and quantized:
         for layer in {quantized[0], quantized[-1]}:
-            if layer in plan and layer not in named:
+            if layer in configs and layer not in matched:
                 assert isinstance(layer, nn.Linear)
-                plan[layer] = _with_at_least(plan[layer], edges)
-    return plan, notes
+                configs[layer] = _with_at_least(configs[layer], edges)
+    return configs, notes
 
 
-def _is_quantized(each: _Found) -> bool:
-    return isinstance(each.module, QATLinear) and each.obstacle is None
+def _is_quantized(candidate: _Candidate) -> bool:
+    return isinstance(candidate.module, QATLinear) and candidate.obstacle is None
 
 
-def _matches(pattern: str, each: _Found) -> bool:
-    return any(fnmatchcase(name, pattern) for name in each.names)
+def _is_replaceable(candidate: _Candidate) -> bool:
+    module = candidate.module
+    return candidate.obstacle is None and isinstance(module, nn.Linear) and not isinstance(module, QATLinear)
 
 
-def _check_pattern(pattern: str, value: QATConfig | None, found: list[_Found]) -> None:
-    """The pattern names a layer that can have this config."""
-    hits = [each for each in found if _matches(pattern, each)]
-    free = [each for each in hits if each.obstacle is None and not isinstance(each.module, QATLinear)]
-    if free or (hits and value is None and not isinstance(hits[0].module, QATLinear)):
+def _matches(pattern: str, candidate: _Candidate) -> bool:
+    return any(fnmatchcase(name, pattern) for name in candidate.names)
+
+
+def _check_pattern(pattern: str, config: QATConfig | None, candidates: list[_Candidate]) -> None:
+    """Raises ValueError unless the pattern matches a layer that can have this config."""
+    matches = [candidate for candidate in candidates if _matches(pattern, candidate)]
+    if any(map(_is_replaceable, matches)):
         return
-    if hits:
-        each = hits[0]
-        reason = each.obstacle or "a QATLinear already, which prepare leaves as it is; set its .config"
+    if matches:
+        first = matches[0]
+        if config is None and not isinstance(first.module, QATLinear):
+            return
+        reason = first.obstacle or "a QATLinear already, which prepare leaves unchanged; set its .config"
         raise ValueError(
             f"prepare: expected layers[{pattern!r}] to match a layer that can be quantized, got "
-            f"{each.names[0]!r}, {reason}"
+            f"{first.names[0]!r}, {reason}"
         )
-    names = [name for each in found for name in each.names]
+    names = [name for candidate in candidates for name in candidate.names]
     if any(name.startswith(f"{pattern}.") for name in names):
         raise ValueError(
-            f"prepare: expected the patterns of layers to match layers, got {pattern!r}, which holds some; write "
-            f"{pattern + '.*'!r}"
+            f"prepare: expected the patterns of layers to match layers, got {pattern!r}, which contains layers; "
+            f"write {pattern + '.*'!r}"
         )
     nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0)
-    cure = f"the nearest name is {nearest[0]!r}" if nearest else "the model has no layers"
-    raise ValueError(f"prepare: expected each pattern of layers to match a layer, got {pattern!r}; {cure}")
+    hint = f"the nearest name is {nearest[0]!r}" if nearest else "the model has no layers"
+    raise ValueError(f"prepare: expected each pattern of layers to match a layer, got {pattern!r}; {hint}")
 
 
 def _with_at_least(config: QATConfig, num_bits: int) -> QATConfig:
-    """The config with ``num_bits`` in each spec that has fewer."""
+    """Returns the config with at least ``num_bits`` bits in each spec."""
     specs = {name: getattr(config, name) for name in ("input", "weight", "bias", "output")}
     return replace(
         config,
@@ -415,55 +443,61 @@ def _with_at_least(config: QATConfig, num_bits: int) -> QATConfig:
     )
 
 
-def _replace_in(module: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
-    """The new layers in the place of the old ones: among the submodules, and in plain attributes and lists."""
+def _replace_in(module: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Replaces layers among the children of ``module`` and in its attributes.
 
-    def is_old(value: Any) -> bool:
-        return isinstance(value, nn.Module) and value in new
+    Attributes may be layers, or lists, tuples or dicts of layers.
+    """
+
+    def is_replaced(value: Any) -> bool:
+        return isinstance(value, nn.Module) and value in replacements
 
     def replaced(value: Any) -> Any:
-        return new[value] if is_old(value) else value
+        return replacements[value] if is_replaced(value) else value
 
     attributes = {name: value for name, value in vars(module).items() if name not in CONTAINERS}
     for name, child in module._modules.items():
         module._modules[name] = replaced(child)
     for name, value in attributes.items():
-        if is_old(value):
-            vars(module)[name] = new[value]
-        elif type(value) is list and any(map(is_old, value)):
+        if is_replaced(value):
+            vars(module)[name] = replacements[value]
+        elif type(value) is list and any(map(is_replaced, value)):
             value[:] = map(replaced, value)
-        elif type(value) is tuple and any(map(is_old, value)):
+        elif type(value) is tuple and any(map(is_replaced, value)):
             vars(module)[name] = tuple(map(replaced, value))
-        elif type(value) is dict and any(map(is_old, value.values())):
-            value.update({key: replaced(each) for key, each in value.items()})
+        elif type(value) is dict and any(map(is_replaced, value.values())):
+            value.update({key: replaced(item) for key, item in value.items()})
 
 
-def _row(each: _Found) -> SummaryRow:
-    module, name = each.module, each.names[0]
+def _row(candidate: _Candidate) -> SummaryRow:
+    module, name = candidate.module, candidate.names[0]
     kind = type(module).__name__
-    if isinstance(module, QATLinear) and each.obstacle is None:
+    if isinstance(module, QATLinear) and candidate.obstacle is None:
         config = module.config
         size = sum(
             0 if parameter is None or is_lazy(parameter) else _bytes(parameter, spec)
             for parameter, spec in ((module.weight, config.weight), (module.bias, config.bias))
         )
         return SummaryRow(
-            name, kind, _words(config.weight), _words(config.input), None, "dynamic", None, size, None
+            name, kind, _describe(config.weight), _describe(config.input), None, "dynamic", None, size, None
         )
-    reason = each.obstacle or vars(module).get("_qatfast_note", "not prepared")
-    own = [*module.named_parameters(recurse=False)]
+    reason = candidate.obstacle or vars(module).get("_qatfast_note", "not prepared")
+    parameters = [*module.named_parameters(recurse=False)]
     if is_parametrized(module):
-        own += module.parametrizations.named_parameters()  # type: ignore[union-attr]
-    size = sum(_bytes(parameter, None) for _, parameter in own if not is_lazy(parameter))
+        parameters += module.parametrizations.named_parameters()  # type: ignore[union-attr]
+    size = sum(_bytes(parameter, None) for _, parameter in parameters if not is_lazy(parameter))
     return SummaryRow(name, kind, "float", "float", None, None, None, size, reason)
 
 
-def _words(spec: QuantSpec | None) -> str:
+def _describe(spec: QuantSpec | None) -> str:
     return "float" if spec is None else str(spec)
 
 
 def _bytes(parameter: torch.Tensor, spec: QuantSpec | None) -> int:
-    """Of the parameter in float, or of its integers (rows packed up to 4 bits), scales and zero points."""
+    """Returns the size of a parameter in float, or of its integers, scales and zero points.
+
+    Rows of integers of up to 4 bits are packed.
+    """
     shape = parameter.shape
     if spec is None:
         return parameter.numel() * parameter.element_size()

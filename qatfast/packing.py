@@ -1,4 +1,4 @@
-"""Dense storage of integers with fewer bits than a byte, or with bits that do not fill their bytes."""
+"""Dense storage of integers whose bits do not fill whole bytes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def pack(integers: Tensor, num_bits: int) -> Tensor:
         num_bits: Number of bits that each integer takes, 1 to 16.
 
     Returns:
-        One-dimensional uint8 tensor of ``ceil(integers.numel() * num_bits / 8)`` bytes on the CPU. The unused bits of
-        the last byte are 0.
+        One-dimensional uint8 tensor of ``ceil(integers.numel() * num_bits / 8)`` bytes on the CPU.
+        The unused bits of the last byte are 0.
 
     Raises:
         TypeError: ``integers`` does not hold integers, or ``num_bits`` is not an int.
-        ValueError: ``num_bits`` is not from 1 to 16, or an integer does not fit into ``num_bits`` bits.
+        ValueError: ``num_bits`` is not from 1 to 16, or an integer does not fit into ``num_bits``
+            bits.
 
     Example:
         >>> pack(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), num_bits=2).tolist()
@@ -59,7 +60,8 @@ def unpack(packed: Tensor, num_bits: int, shape: Sequence[int]) -> Tensor:
 
     Raises:
         TypeError: ``packed`` is not uint8, or ``num_bits`` is not an int.
-        ValueError: ``num_bits`` is not from 1 to 16, or ``packed`` has another number of bytes than ``shape`` needs.
+        ValueError: ``num_bits`` is not from 1 to 16, or ``packed`` has another number of bytes than
+            ``shape`` needs.
 
     Example:
         >>> unpack(torch.tensor([57], dtype=torch.uint8), num_bits=2, shape=[4]).tolist()

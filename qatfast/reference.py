@@ -1,19 +1,24 @@
-"""The specification that runs: every function of qatfast in plain PyTorch, obvious and slow.
+"""The reference implementation of every function of qatfast in plain PyTorch: simple and slow.
 
-The compiled kernels give these bits. Where there are no kernels (another device, no compiler, a functorch transform)
-these functions serve.
+It is the specification: the compiled kernels return the same bits. It also runs where there are no
+kernels: on other devices, without a compiler and in functorch transforms.
 
-    lo, hi     = min(x.min(), 0), max(x.max(), 0)                over the finite values of the block
-    scale      = max((hi - lo) / (quant_max - quant_min), eps)   symmetric: max(lo / quant_min, hi / quant_max, eps)
+For the finite values ``x`` of each block::
+
+    lo, hi     = min(x.min(), 0), max(x.max(), 0)
+    scale      = max((hi - lo) / (quant_max - quant_min), eps)                  affine
+                 max(lo / quant_min, hi / quant_max, eps)                       symmetric
     zero_point = clamp(quant_min - round(lo / scale), quant_min, quant_max)
     q          = clamp(round(x / scale) + zero_point, quant_min, quant_max)
     y          = (q - zero_point) * scale
 
-Source: Jacob et al. 2018 (arXiv 1712.05877), equations 1 and 12; the STE: Bengio et al. 2013 (arXiv 1308.3432).
+Source: Jacob et al. 2018 (arXiv 1712.05877), equations 1 and 12; STE: Bengio et al. 2013
+(arXiv 1308.3432).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -186,7 +191,7 @@ def quantize(
     scale, zero_point = _broadcast(scale, x, granularity), _broadcast(zero_point, x, granularity)
     q = torch.clamp(torch.round(x / scale) + zero_point, quant_min, quant_max)
     q = torch.where(x.isnan(), zero_point.to(q.dtype), q)
-    # torch converts float to uint16 through int32 on every device
+    # On every device, torch converts float to uint16 through int32.
     return _like(q.to(torch.int32).reshape(input.shape).to(dtype), input)
 
 
@@ -252,7 +257,7 @@ def qat_linear_static(
 
 
 def quantized_dtype(quant_min: int, quant_max: int) -> torch.dtype:
-    """The narrowest integer type for the ends: unsigned exactly where ``quant_min >= 0``."""
+    """Returns the narrowest integer dtype for the ends; it is unsigned if ``quant_min >= 0``."""
     candidates = (torch.uint8, torch.uint16) if quant_min >= 0 else (torch.int8, torch.int16)
     for dtype in candidates:
         if torch.iinfo(dtype).min <= quant_min and quant_max <= torch.iinfo(dtype).max:
@@ -292,10 +297,11 @@ def _levels(x: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> t
         scale, zero_point = (value.detach().reshape(shape) for value in grid)
         scale = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny)
     blocks = _to_blocks(x.to(scale.dtype), granularity)
-    of_block, zero = _broadcast(scale, blocks, granularity), _broadcast(zero_point, blocks, granularity)
-    q = torch.clamp(torch.round(blocks / of_block) + zero, quant_min, quant_max)
+    block_scale = _broadcast(scale, blocks, granularity)
+    block_zero_point = _broadcast(zero_point, blocks, granularity)
+    q = torch.clamp(torch.round(blocks / block_scale) + block_zero_point, quant_min, quant_max)
     column = scale.reshape(1) if isinstance(granularity, PerTensor) else scale.reshape(*x.shape[:-1], 1)
-    return (q - zero).reshape(x.shape).to(torch.float64), column
+    return (q - block_zero_point).reshape(x.shape).to(torch.float64), column
 
 
 def _check_dynamic(
@@ -330,14 +336,14 @@ def _check_affine(
 
 
 def _to_blocks(x: Tensor, granularity: Granularity) -> Tensor:
-    """The tensor itself, or with the last dimension split into (groups, group_size)."""
+    """Splits the last dimension into (groups, group_size) if the granularity is per group."""
     if isinstance(granularity, PerGroup):
         return x.unflatten(-1, (x.shape[-1] // granularity.group_size, granularity.group_size))
     return x
 
 
 def _dims_within_block(x: Tensor, granularity: Granularity) -> tuple[int, ...]:
-    """The dimensions of ``_to_blocks(x)`` that a block spans."""
+    """Returns the dimensions of ``_to_blocks(x)`` that a block spans."""
     if isinstance(granularity, PerTensor):
         return tuple(range(x.dim()))
     if isinstance(granularity, PerChannel):
@@ -346,7 +352,7 @@ def _dims_within_block(x: Tensor, granularity: Granularity) -> tuple[int, ...]:
 
 
 def _broadcast(qparam: Tensor, x: Tensor, granularity: Granularity) -> Tensor:
-    """One element per block, shaped to broadcast against ``_to_blocks(x)``."""
+    """Reshapes ``qparam`` (one element per block) to broadcast against ``_to_blocks(x)``."""
     if isinstance(granularity, (PerGroup, PerToken)):
         return qparam.unsqueeze(-1)
     if isinstance(granularity, PerChannel):
@@ -392,8 +398,8 @@ def qparams_of_range(
     if symmetric:
         scale = torch.maximum(lo / torch.full_like(lo, quant_min), hi / torch.full_like(hi, quant_max))
     else:
-        steps = torch.full_like(lo, quant_max - quant_min)
-        scale = torch.where((hi - lo).isinf(), hi / steps - lo / steps, (hi - lo) / steps)
+        intervals = torch.full_like(lo, quant_max - quant_min)
+        scale = torch.where((hi - lo).isinf(), hi / intervals - lo / intervals, (hi - lo) / intervals)
     scale = scale.clamp(min=eps)
     if symmetric:
         zero_point = torch.zeros_like(lo)
@@ -405,7 +411,7 @@ def qparams_of_range(
 def _fake_quantize(
     input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, granularity: Granularity
 ) -> tuple[Tensor, Tensor]:
-    """The values, and where the gradient passes for a given range."""
+    """Returns the fake-quantized values, and where the gradient passes for a static range."""
     x = _to_blocks(input.to(checks.compute_dtype(input.dtype)), granularity)
     scale, zero_point = _broadcast(scale, x, granularity), _broadcast(zero_point, x, granularity)
     q = torch.round(x / scale) + zero_point
@@ -415,8 +421,10 @@ def _fake_quantize(
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Returns the correctly rounded root: torch's vectorized one of float64 is a unit off in 2 % of values."""
-    return torch.stack((x, x), -1)[..., 0].sqrt()  # strided tensors take the scalar one
+    """Returns the correctly rounded root: torch's float64 one (MKL) is a unit off in 2 % of values."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x.sqrt()
+    return torch.tensor([math.sqrt(value) for value in x.flatten().tolist()], dtype=x.dtype).reshape(x.shape)
 
 
 def _sum_of_blocks(values: Tensor, granularity: Granularity) -> Tensor:
@@ -455,26 +463,26 @@ def _sums_of_chunks(rows: Tensor) -> Tensor:
 
 
 def _rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds once, to ``dtype``; what underflows in it is 0.0, never -0.0."""
+    """Rounds to ``dtype``; values that underflow become 0.0, never -0.0."""
     y = y.to(dtype)
     return torch.where(y == 0, torch.zeros_like(y), y)
 
 
 def _like(value: Tensor, input: Tensor) -> Tensor:
-    """``value`` in the memory layout of ``torch.empty_like(input)``."""
+    """Returns ``value`` in the memory format of ``torch.empty_like(input)``."""
     if torch._C._are_functorch_transforms_active():
         return value
     return torch.empty_like(input, dtype=value.dtype).copy_(value)
 
 
 def _straight_through(input: Tensor, value: Tensor, inside: Tensor | None = None) -> Tensor:
-    """``value``, with the derivative of ``input``: unchanged, or (``inside`` given) zero outside."""
+    """Returns ``value`` with the derivative of ``input``, zero where ``inside`` is False."""
     if not torch.compiler.is_dynamo_compiling():
         return _StraightThroughBothModes.apply(input, value, inside)
     if not torch._C._are_functorch_transforms_active():
         return _StraightThrough.apply(input, value, inside)
-    # In a transform, torch.compile drops the backward of autograd functions. This drops the derivative only where
-    # ``input`` is not finite.
+    # In a functorch transform, torch.compile drops the backward of autograd functions. This formula
+    # drops the derivative only where ``input`` is not finite.
     passes = input.isfinite() if inside is None else inside & input.isfinite()
     return value + torch.where(passes, input - input.detach(), 0)
 
@@ -489,7 +497,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
         ctx.has_inside = inputs[2] is not None
-        if ctx.has_inside:  # else nothing is kept, and backward may run again
+        if ctx.has_inside:  # otherwise nothing is saved, and backward may run twice
             ctx.save_for_backward(inputs[2])
             ctx.save_for_forward(inputs[2])
 
@@ -556,16 +564,19 @@ def _learned_gradients(
 
 
 class _StraightThroughBothModes(_StraightThrough):
-    """Apart, because torch.compile takes no autograd function with a ``jvp``."""
+    """Adds forward mode; separate because torch.compile rejects a ``jvp``."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        # in memory of its own: a write into the output writes into its tangent, too
+        # Returns a copy: an in-place operation on the output also writes into its tangent.
         return _where(ctx.saved_tensors[0], tangent) if ctx.has_inside else tangent.clone()
 
 
 def _where(inside: Tensor, derivative: Tensor) -> Tensor:
-    """``derivative``, zero outside; a sparse one, as tables of embeddings have, stays sparse."""
+    """Returns ``derivative``, zero where ``inside`` is False.
+
+    A sparse derivative, such as that of an embedding table, stays sparse.
+    """
     if not derivative.is_sparse:
         return torch.where(inside, derivative, 0)
     derivative = derivative.coalesce()

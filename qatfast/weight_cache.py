@@ -1,4 +1,4 @@
-"""cached_weights: inside the block each layer quantizes its weight once; outside of it nothing is ever cached."""
+"""cached_weights, a context manager inside which each layer quantizes its weight once."""
 
 from __future__ import annotations
 
@@ -29,34 +29,42 @@ from .functional import fake_quantize, qat_linear
 def cached_weights(module: nn.Module) -> Iterator[nn.Module]:
     """Quantizes the weight of each QATLinear inside ``module`` once within the block.
 
-    For evaluation, gradient accumulation and any number of forwards between two optimizer steps; results and gradients
-    are the same. The block serves the thread or asyncio task that opened it; other threads quantize at each call or
-    open blocks of their own. Blocks may nest, overlap and end in any order; what a block keeps, a copy of each
-    quantized weight, ends with it.
+    Use it for evaluation, for gradient accumulation and for several forwards between two optimizer
+    steps; results and gradients stay the same. A block applies to the thread or asyncio task that
+    opened it; other threads quantize at each call or open their own blocks. Blocks may nest,
+    overlap and end in any order. A block frees its copies of quantized weights when it ends;
+    nothing is cached outside of blocks.
 
-    A weight is quantized again after it was replaced or written by an optimizer step (of any ``torch.optim.Optimizer``,
-    fused ones too), ``load_state_dict``, ``vector_to_parameters``, ``.to()``, another tensor in ``.data``, or any
-    in-place operation that autograd counts.
+    A weight is quantized again after it is replaced, or written by an optimizer step (of any
+    ``torch.optim.Optimizer``, including fused ones), ``load_state_dict``, ``vector_to_parameters``,
+    ``.to()``, an assignment to ``.data``, or any in-place operation that increments its version.
 
-    Some writes into a weight's memory cannot be seen: an in-place operation on ``weight.data`` or on a NumPy view of it
-    (``weight.data.copy_(average)``, ``weight.data += delta``, as in moving averages and adapter merges), a collective
-    of ``torch.distributed`` into it, an optimizer that writes so and does not run the hooks of
-    ``torch.optim.Optimizer``, and another process that shares the memory. Leave the block before such a write, and the
-    blocks around it, and enter it again afterwards: a new block starts with nothing.
+    The cache cannot detect the following writes:
 
-    The weight is quantized at each call, as without the block, if it is not a plain ``nn.Parameter`` (a parametrized
-    one, a DTensor), is an inference tensor or is gathered by FSDP; and so it is under ``torch.compile``,
-    ``torch.export``, ``torch.jit.trace``, ``torch.func`` transforms, activation checkpointing and other saved-tensor
-    hooks, in CUDA graphs, and inside an optimizer step (closures).
+    - in-place operations on ``weight.data`` or on a NumPy view of it
+      (``weight.data.copy_(average)`` or ``weight.data += delta``, as in moving averages and adapter
+      merges);
+    - ``torch.distributed`` collectives that write to the weight;
+    - optimizers that write in these ways and do not run the hooks of ``torch.optim.Optimizer``;
+    - writes of another process that shares the memory.
+
+    Leave the block and all enclosing blocks before such a write, and open a new one afterwards: a
+    new block starts empty.
+
+    Inside a block, a weight is still quantized at each call if it is not a plain ``nn.Parameter``
+    (for example parametrized or a DTensor), is an inference tensor, or is gathered by FSDP. The
+    same holds in ``torch.compile``, ``torch.export``, ``torch.jit.trace``, ``torch.func``
+    transforms, activation checkpointing and other saved-tensor hooks, CUDA graphs, and optimizer
+    steps (closures).
 
     Args:
-        module: a QATLinear, or a module that holds some.
+        module: a QATLinear, or a module that contains QATLinear layers.
 
     Yields:
         ``module``.
 
     Raises:
-        TypeError: ``module`` is no nn.Module.
+        TypeError: ``module`` is not an nn.Module.
 
     Example:
         >>> from qatfast import QATLinear, cached_weights
@@ -67,45 +75,49 @@ def cached_weights(module: nn.Module) -> Iterator[nn.Module]:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"cached_weights: expected module to be an nn.Module, got {type(module).__name__}")
-    # a layer that an outer block has already stays with that block
     layers = [layer for layer in module.modules() if getattr(type(layer), "_caches_weight", False)]
-    block: _Block = {layer: _held(layer) or _Slot(layer) for layer in layers}
+    # If an enclosing block has a slot for the layer, both blocks use it.
+    block: _Block = {layer: _find_slot(layer) or _Slot(layer) for layer in layers}
     _count_blocks(1)
     try:
         _blocks.set((*_blocks.get(), block))
         yield module
     finally:
-        block.clear()  # for each context that has the block
+        block.clear()  # contexts copied inside the block may still refer to it
         _blocks.set(tuple(other for other in _blocks.get() if other))
         _count_blocks(-1)
 
 
 class _Slot:
-    """What open blocks keep for a layer."""
+    """The cache entry of a layer in the open blocks."""
 
     __slots__ = ("entry", "layer", "not_gathered")
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        # the weight, its state, the generation, the config; what was made and the rest of the config; the storage, kept
-        # so that no other takes its address. One tuple, so that each thread reads what belongs together.
+        # The weight, its state, the generation and the config; the quantized weight and the config
+        # for the remaining tensors; the storage, kept alive so that its address is not reused. It
+        # is a single tuple so that other threads read a consistent entry.
         self.entry: tuple[Tensor, Any, object, QATConfig, Any, QATConfig | None, Any] | None = None
-        self.not_gathered: Tensor | None = None  # the last weight that FSDP2 was found not to gather
+        self.not_gathered: Tensor | None = None  # the last weight known not to be gathered by FSDP2
 
 
 _Block = dict[nn.Module, _Slot]
-_blocks: ContextVar[tuple[_Block, ...]] = ContextVar(
-    "qatfast.cached_weights", default=()
-)  # of this thread or task
-_is_open = False  # whether any thread has a block; a bool, so that Dynamo's guard on it has two values
+# The open blocks of the current thread or task.
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("qatfast.cached_weights", default=())
+# Whether any thread has an open block; a bool, so that Dynamo's guard on it has only two values.
+_is_open = False
 
 
 def slot_of(layer: nn.Module) -> _Slot | None:
-    """What the open blocks of this thread keep for ``layer``; None if there are none, and in compiled code."""
-    return _held(layer) if _is_open and not is_dynamo_compiling() else None
+    """Returns the slot of ``layer`` in the open blocks of this thread.
+
+    Returns None if no block has one, and in compiled code.
+    """
+    return _find_slot(layer) if _is_open and not is_dynamo_compiling() else None
 
 
-def _held(layer: nn.Module) -> _Slot | None:
+def _find_slot(layer: nn.Module) -> _Slot | None:
     for block in _blocks.get():
         slot = block.get(layer)
         if slot is not None:
@@ -114,10 +126,12 @@ def _held(layer: nn.Module) -> _Slot | None:
 
 
 def linear(slot: _Slot, input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig) -> Tensor:
-    """``qat_linear`` with the quantized weight of ``slot``, made now if there is none of this weight as it is."""
+    """Computes ``qat_linear`` with the cached weight of ``slot``; renews it if it is stale."""
     state = _ordinary_state(weight) or _state(weight)
     if _has_cuda and weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        state = None  # a graph would keep what is cached, and what is made in it is not there before it runs
+        # The graph would use the cached tensor forever, and a tensor computed during the capture
+        # has no values before the graph runs.
+        state = None
     entry = slot.entry
     if (
         entry is not None
@@ -126,46 +140,52 @@ def linear(slot: _Slot, input: Tensor, weight: Tensor, bias: Tensor | None, conf
         and entry[2] is _generation
         and (entry[3] is config or entry[3] == config)
     ):
-        made, rest = entry[4], entry[5]
+        quantized, remaining_config = entry[4], entry[5]
     else:
-        made, rest = (None, None) if state is None else _make(slot, weight, state, config)
-    if made is None:
+        quantized, remaining_config = (
+            (None, None) if state is None else _quantize(slot, weight, state, config)
+        )
+    if quantized is None:
         return qat_linear(input, weight, bias, config=config)
-    if rest is not None:
-        return qat_linear(input, made, bias, config=rest)
+    if remaining_config is not None:
+        return qat_linear(input, quantized, bias, config=remaining_config)
     ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
     if ops is None:
         return qat_linear(input, weight, bias, config=config)
-    return ops.qat_linear_int8(input, weight, bias, made, config.codes)
+    return ops.qat_linear_int8(input, weight, bias, quantized, config.codes)
 
 
-def _make(slot: _Slot, weight: Tensor, state: Any, config: QATConfig) -> tuple[Any, QATConfig | None]:
-    """The weight's integers and None, or the fake-quantized weight and the config of a layer that has it, for ``slot``
-    too; (None, None) if this weight must not be cached. ``state`` and generation are read before the weight is, so that
-    a write meanwhile leaves an entry that is out of date.
+def _quantize(slot: _Slot, weight: Tensor, state: Any, config: QATConfig) -> tuple[Any, QATConfig | None]:
+    """Quantizes ``weight`` and stores the result in ``slot``.
+
+    Returns the tensors of an int8 weight and None, or the fake-quantized weight and the config for
+    the remaining tensors, or (None, None) if the weight must not be cached. ``state`` and the
+    generation are read before the weight, so that a concurrent write makes the entry stale.
     """
     spec = config.weight
     if spec is None or ((slot.not_gathered is not weight or weight.__dict__) and _is_gathered(slot, weight)):
         return None, None
-    # 0: whatever the number of features; asked first, as the shape costs more than all else here
-    has_integers = config.uses_int8_gemm(0) or config.uses_int8_gemm(weight.shape[-1])
-    if torch.is_inference_mode_enabled() or not (has_integers or torch.is_grad_enabled()):
-        # what is made serves all calls: an ordinary tensor, with a gradient if the weight has one
+    # uses_int8_gemm(0) holds for any in_features and comes first because reading the shape is slow.
+    uses_int8_gemm = config.uses_int8_gemm(0) or config.uses_int8_gemm(weight.shape[-1])
+    if torch.is_inference_mode_enabled() or not (uses_int8_gemm or torch.is_grad_enabled()):
+        # The cached tensor is used in every mode: it must be an ordinary tensor, with a gradient if
+        # the weight has one.
         with torch.inference_mode(False), torch.enable_grad():
-            return _make(slot, weight, state, config)
+            return _quantize(slot, weight, state, config)
     generation = _generation
-    made: Any
-    rest: QATConfig | None = None
-    if has_integers:
+    quantized: Any
+    remaining_config: QATConfig | None = None
+    if uses_int8_gemm:
         ops = kernels.extension if type(state) is bytes else kernels.route(weight)
         if ops is None:
             return None, None
-        made = ops.qat_linear_int8_weight(weight, spec.code)
+        quantized = ops.qat_linear_int8_weight(weight, spec.code)
     else:
-        made, rest = fake_quantize(weight, **spec.arguments), _without_weight(config)
+        quantized, remaining_config = fake_quantize(weight, **spec.arguments), _without_weight(config)
     if not _running_steps:
-        slot.entry = (weight, state, generation, config, made, rest, weight.untyped_storage())
-    return made, rest
+        storage = weight.untyped_storage()
+        slot.entry = (weight, state, generation, config, quantized, remaining_config, storage)
+    return quantized, remaining_config
 
 
 @functools.lru_cache
@@ -180,14 +200,16 @@ _ordinary_state: Callable[[Tensor], bytes | None] = (
 
 
 def _state(weight: Tensor) -> tuple[Any, ...] | None:
-    """What tells whether ``weight`` is as it was; None if nothing tells, or if the call is part of something that would
-    keep the cached tensor or expects the operators of a layer without one: a trace, a functorch transform, saved-tensor
-    hooks (those of checkpointing, whose second forward may come after the block).
+    """Returns a value that changes if ``weight`` is written or moved; None if it must not be cached.
+
+    It must not be cached if there is no such value, or in a trace, a functorch transform or
+    saved-tensor hooks: these keep the cached tensor, or expect the operators of a layer without a
+    cache. The second forward of activation checkpointing may run after the block.
     """
     if (
         type(weight) is not nn.Parameter
         or weight.layout is not torch.strided
-        or weight.is_inference()  # has no version
+        or weight.is_inference()  # inference tensors have no version
         or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
@@ -197,16 +219,16 @@ def _state(weight: Tensor) -> tuple[Any, ...] | None:
         return None
     modes = _get_current_dispatch_mode_stack()
     if any(getattr(mode, "_mode_key", None) is not None for mode in modes):
-        return None  # of fake, functional or traced tensors
+        return None  # the mode of fake, functional or traced tensors
     storage = weight.untyped_storage()
     place = (storage._cdata, storage.data_ptr(), weight.storage_offset(), weight.shape, weight.stride())
-    # the work of another stream may come before that which makes the result
+    # Kernels on another stream may run before the cached tensor is computed.
     stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None
     return *modes, *place, weight._version, weight.dtype, weight.requires_grad, stream
 
 
 def _is_gathered(slot: _Slot, weight: Tensor) -> bool:
-    """Whether FSDP or ZeRO-3 write ``weight`` anew in each forward, under the same version."""
+    """Returns whether FSDP or ZeRO-3 rewrites ``weight`` in each forward without a new version."""
     if "_fsdp_flattened" in weight.__dict__ or "ds_id" in weight.__dict__:
         return True
     if slot.not_gathered is weight:
@@ -223,18 +245,21 @@ def _is_gathered(slot: _Slot, weight: Tensor) -> bool:
     return False
 
 
-# Fused optimizers write parameters and leave their versions: what was made before a step is of another generation.
-# Inside a step, whose closure and hooks may run forwards before and after the writes, nothing is kept.
+# Fused optimizers write parameters without a new version, so each step begins a new generation of
+# cache entries. Nothing is cached during a step: its closure and its hooks may run forwards before
+# and after the writes.
 _generation = object()
-_running_steps: list[int] = []  # ids of optimizers; a step that raises stays until all blocks have ended
-_hooks: list[tuple[Any, int, Callable[..., None]]] = []  # torch's dict of hooks, the key in it, the hook
+_running_steps: list[int] = []  # ids of optimizers; if a step raises, its id stays until all blocks end
+_hooks: list[tuple[Any, int, Callable[..., None]]] = []  # (hook dict of torch, key, hook)
 _is_hooked = False
 _open_blocks = 0
-_lock = threading.RLock()  # of the three above; reentrant, as a block that is garbage ends anywhere
+# Protects the three variables above. It is reentrant because the garbage collector may end a block
+# anywhere.
+_lock = threading.RLock()
 
 
 def _count_blocks(change: int) -> None:
-    """Has optimizers tell of their steps while any block is open."""
+    """Adds ``change`` to the number of open blocks; registers or removes the optimizer hooks."""
     global _is_hooked, _is_open, _open_blocks
     with _lock:
         _open_blocks += change
@@ -242,7 +267,8 @@ def _count_blocks(change: int) -> None:
         if _is_open and not _is_hooked:
             _hook_optimizers()
             _is_hooked = True
-        # another thread's step may be iterating over other hooks, which a removal would break: ours stay with them
+        # If there are hooks of others, these stay registered: another thread's step may be
+        # iterating over the dict, and a removal would break the iteration.
         elif not _is_open:
             _running_steps.clear()
             if all(len(hooks) == 1 for hooks, _, _ in _hooks):
@@ -254,7 +280,7 @@ def _count_blocks(change: int) -> None:
 def _hook_optimizers() -> None:
     global _generation
     _generation = object()
-    for hooks, key, hook in _hooks:  # with the same keys, on which Dynamo has guards
+    for hooks, key, hook in _hooks:  # the same keys as before: Dynamo has guards on them
         hooks[key] = hook
     if not _hooks:
         for register, hook in (
@@ -265,7 +291,7 @@ def _hook_optimizers() -> None:
             _hooks.append((handle.hooks_dict_ref(), handle.id, hook))
 
 
-# The order of the two writes of each hook counts for the threads that read them.
+# Other threads read the two variables; the order of the two writes in each hook matters.
 
 
 def _begin_step(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -277,13 +303,13 @@ def _begin_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 def _end_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     global _generation
     _generation = object()
-    if id(optimizer) in _running_steps:  # else it began when no block was open
+    if id(optimizer) in _running_steps:  # False if the step began when no block was open
         _running_steps.remove(id(optimizer))
 
 
 def _renew_lock() -> None:
     global _lock
-    _lock = threading.RLock()  # a thread that the child does not have may hold the old one
+    _lock = threading.RLock()  # a thread that does not exist in the child may hold the old lock
 
 
 if hasattr(os, "register_at_fork"):

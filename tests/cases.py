@@ -1,6 +1,7 @@
-"""The inputs that tests and benchmarks share: tensors, grids, layers. ``operators.py`` makes calls of them.
+"""The inputs that tests and benchmarks share: tensors, grids and layers.
 
-Numbers come from numpy: ``torch.randn`` gives other ones for other instruction sets.
+``operators.py`` builds calls from them. The numbers come from numpy because those of
+``torch.randn`` depend on the instruction set.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from qatfast import (
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.uint16)
 
-# Every granularity on shapes of 0 to 4 dimensions, empty ones, and sizes that no vector register divides.
+# Every granularity on shapes of 0 to 4 dimensions, empty shapes, and sizes that are no multiple of
+# a vector register.
 BLOCKS = (
     ((), PerTensor()),
     ((1,), PerTensor()),
@@ -61,13 +63,13 @@ BLOCKS = (
     ((2, 0, 4), PerToken()),
     ((3, 0), PerToken()),
 )
-# The three integer grids, as arguments.
+# The arguments of the three integer grids.
 GRIDS = {
     "affine": {},
     "symmetric": {"symmetric": True},
     "full_range": {"symmetric": True, "narrow_range": False},
 }
-# One of each granularity, for the tests that have another axis to vary.
+# A few shapes with every granularity, for tests that also vary other parameters.
 FEW_BLOCKS = (
     ((67,), PerTensor()),
     ((5, 19), PerChannel(0)),
@@ -75,7 +77,8 @@ FEW_BLOCKS = (
     ((3, 34), PerGroup(17)),
     ((2, 3, 7), PerToken()),
 )
-# (quant_min, quant_max): every result type of quantize, and ends that no type has.
+# (quant_min, quant_max): for every dtype that quantize returns; also ends that are not those of a
+# dtype.
 RANGES = ((0, 255), (-128, 127), (0, 3), (-7, 7), (0, 65535), (-32768, 32767), (3, 300), (-300, -2))
 
 CONFIGS = {
@@ -121,7 +124,7 @@ LINEAR_SHAPES = (
 
 
 def name(value: Any) -> str:
-    """A test id: ``float32``, ``5x7-PerChannel(0)``, ..."""
+    """Returns a test id such as ``float32`` or ``5x7-PerChannel(0)``."""
     if isinstance(value, torch.dtype):
         return checks.dtype_name(value)
     if isinstance(value, tuple) and all(isinstance(size, int) for size in value):
@@ -144,7 +147,7 @@ def normal(
 
 
 def special_values(dtype: torch.dtype) -> list[float]:
-    """Zeros, denormals and the ends of the normal numbers, infinities, NaN."""
+    """Returns zeros, denormals, the smallest and largest normal numbers, infinities and NaN."""
     info = torch.finfo(dtype)
     positive = [
         0.0,
@@ -160,12 +163,12 @@ def special_values(dtype: torch.dtype) -> list[float]:
 def mixed(
     shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, seed: int = 0, device: str = "cpu"
 ) -> Tensor:
-    """Normal numbers, every fifth one a zero, a denormal, an infinity or NaN."""
+    """Returns normally distributed numbers; about a fifth is zero, denormal, infinite or NaN."""
     values = normal(shape, dtype, seed=seed)
-    rare = torch.tensor([value for value in special_values(dtype) if abs(value) != torch.finfo(dtype).max])
+    special = torch.tensor([value for value in special_values(dtype) if abs(value) != torch.finfo(dtype).max])
     rng = np.random.default_rng([seed, 1])
-    chosen = torch.tensor(rng.choice(len(rare), size=shape))
-    return torch.where(torch.tensor(rng.random(shape) < 0.2), rare[chosen].to(dtype), values).to(device)
+    index = torch.tensor(rng.choice(len(special), size=shape))
+    return torch.where(torch.tensor(rng.random(shape) < 0.2), special[index].to(dtype), values).to(device)
 
 
 def integers(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> Tensor:
@@ -175,7 +178,7 @@ def integers(shape: tuple[int, ...], dtype: torch.dtype, *, seed: int = 0, devic
 
 
 class Grid(NamedTuple):
-    """A given range: the arguments between ``input`` and ``granularity``."""
+    """A static range: the arguments between ``input`` and ``granularity``."""
 
     scale: Tensor
     zero_point: Tensor
@@ -193,8 +196,11 @@ def grid(
     device: str = "cpu",
     width: float = 12.0,
 ) -> Grid:
-    """A grid a block, some ``width`` wide, so that normal inputs fall inside and outside; every third scale is a
-    power of two, so that inputs on multiples of it are exact ties."""
+    """Returns a static range with a random grid per block.
+
+    The range is about ``width`` wide, so that normally distributed inputs are inside and outside of
+    it. Every third scale is a power of two, so that inputs at multiples of it are exact ties.
+    """
     quant_min, quant_max = quant_range
     rng = np.random.default_rng([seed, 2])
     blocks = checks.shape_of_qparams(torch.Size(shape), granularity)
@@ -210,10 +216,13 @@ def grid(
 
 
 def ties(shape: tuple[int, ...], scale: Tensor, dtype: torch.dtype, *, seed: int = 0) -> Tensor:
-    """Multiples of half a step of the first scale, rounded to ``dtype``; half of them one number next to that."""
+    """Returns multiples of half an interval of the first scale, rounded to ``dtype``.
+
+    About half of them are replaced by the next larger or smaller number.
+    """
     rng = np.random.default_rng([seed, 3])
-    step = scale.flatten()[0].item() if scale.numel() else 1.0
-    halves = torch.tensor(rng.integers(-600, 600, size=shape) * (step / 2)).to(dtype)
+    interval = scale.flatten()[0].item() if scale.numel() else 1.0
+    halves = torch.tensor(rng.integers(-600, 600, size=shape) * (interval / 2)).to(dtype)
     infinite = torch.tensor(np.where(rng.random(shape) < 0.5, -math.inf, math.inf)).to(dtype)
     return torch.where(torch.tensor(rng.random(shape) < 0.5), halves, torch.nextafter(halves, infinite))
 
@@ -237,7 +246,7 @@ def linear(
     device: str = "cpu",
     requires_grad: bool = False,
 ) -> Linear:
-    """The tensors of a layer: ``shape`` is (leading shape of the input, in_features, out_features)."""
+    """Returns the tensors of a layer; ``shape`` is (leading shape, in_features, out_features)."""
     leading, inputs, outputs = shape
 
     def tensor(*size: int, offset: int) -> Tensor:
@@ -282,7 +291,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[x.dim()])
 
 
-# The same values in another place: (layout, the shape it is tried on)
+# {name: (function that copies a tensor to this memory layout, shape to test)}
 LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "contiguous": (Tensor.contiguous, (6, 35)),
     "offset_1": (_offset(1), (6, 35)),
@@ -309,7 +318,7 @@ def why_no_kernels(device: str) -> str:
 
 
 def bits(x: Tensor) -> Tensor:
-    """The bit patterns as integers, every NaN as the same one."""
+    """Returns the bit patterns as integers, with the same pattern for every NaN."""
     x = x.detach().cpu()
     if not x.is_floating_point():
         return x.to(torch.int32) if x.dtype == torch.uint16 else x.clone()
@@ -319,31 +328,32 @@ def bits(x: Tensor) -> Tensor:
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Same dtype, shape and bits: -0.0 differs from 0.0; NaN is NaN whatever its payload."""
+    """Asserts equal dtypes, shapes and bits: -0.0 differs from 0.0; all NaN are equal."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     different = bits(actual) != bits(expected)
     if different.any():
-        where = tuple(different.nonzero()[0].tolist())
+        index = tuple(different.nonzero()[0].tolist())
         raise AssertionError(
-            f"{int(different.sum())} of {different.numel()} elements differ, first at {where}: "
-            f"{actual.detach().cpu()[where].item()!r} instead of {expected.detach().cpu()[where].item()!r}"
+            f"{int(different.sum())} of {different.numel()} elements differ, first at {index}: "
+            f"{actual.detach().cpu()[index].item()!r} instead of {expected.detach().cpu()[index].item()!r}"
         )
 
 
 def assert_all_same(actual: Any, expected: Any) -> None:
-    """``assert_same`` on a tensor or on each of a tuple."""
+    """Applies ``assert_same`` to tensors or to tuples of tensors."""
     if isinstance(expected, Tensor):
         return assert_same(actual, expected)
     assert len(actual) == len(expected)
-    for one, other in zip(actual, expected, strict=True):
-        assert_same(one, other)
+    for actual_tensor, expected_tensor in zip(actual, expected, strict=True):
+        assert_same(actual_tensor, expected_tensor)
 
 
 def end_process_group() -> None:
-    """Destroys the default group once gloo's threads are idle.
+    """Destroys the default process group when the threads of gloo are idle.
 
-    They take the GIL to free the last collective, and destroying a group waits for them without releasing it.
+    These threads take the GIL to free the last collective, and destroying a group waits for them
+    without releasing the GIL.
     """
     time.sleep(0.5)
     torch.distributed.destroy_process_group()

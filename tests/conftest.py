@@ -1,3 +1,5 @@
+"""The fixtures and options of the tests."""
+
 import os
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ settings.load_profile("qatfast")
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--device", default="cpu", help="where the tensors of the tests live: cpu (default) or cuda"
+        "--device", default="cpu", help="device of the tensors in the tests: cpu (default) or cuda"
     )
 
 
@@ -29,7 +31,7 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup(item):
-    """Skips a test of an operator on a device that the operator does not name."""
+    """Skips a test of an operator on a device for which the operator has no kernels."""
     op = item.callspec.params.get("op") if hasattr(item, "callspec") else None
     device = item.config.getoption("--device")
     if isinstance(op, Operator) and device not in op.devices:
@@ -43,7 +45,7 @@ def device(request):
 
 @pytest.fixture(scope="session")
 def kernels(device):
-    """Returns the extension module; skips the test if the reference serves."""
+    """Returns the extension module; skips the test if there are no kernels for the device."""
     reason = cases.why_no_kernels(device)
     if reason:
         pytest.skip(reason)
@@ -54,7 +56,7 @@ def kernels(device):
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def ops(request, device):
-    """Returns each way to an operator in turn: the public functions, the reference, torch.ops."""
+    """Returns the implementations in turn: the public functions, the reference and torch.ops."""
     if request.param == "torch.ops" and (reason := cases.why_no_kernels(device)):
         pytest.skip(reason)
     return IMPLEMENTATIONS[request.param]
@@ -62,10 +64,10 @@ def ops(request, device):
 
 @pytest.fixture
 def fresh_compiler():
-    """Clears the compiler's caches; every test that compiles uses it.
+    """Clears the caches of torch.compile; every test that compiles uses it.
 
-    A cached graph hides what the fake kernels say now. A function that other tests compiled too often runs in eager
-    mode.
+    A cached graph hides changes of the fake kernels, and a function that other tests compiled too
+    often runs in eager mode.
     """
     import torch._inductor.config
 
@@ -77,7 +79,7 @@ def fresh_compiler():
 
 @pytest.fixture
 def threads():
-    """``torch.set_num_threads``, undone after the test."""
+    """Returns ``torch.set_num_threads``; resets the number of threads after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

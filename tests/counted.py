@@ -1,4 +1,4 @@
-"""What a call does on a CUDA device: its kernels, and where a simulator counts them, its bytes and waits."""
+"""Counts the kernels of a call on a CUDA device, and on a simulator its bytes and host syncs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ except ImportError:
 
 class Counts(NamedTuple):
     result: Any
-    kernels: list[str]  # ours and ATen's
-    read: int | None  # bytes of our kernels; None where nobody counts them
-    written: int | None
+    kernels: list[str]  # the names of all kernels, including those of ATen
+    read: int | None  # bytes read by kernels of qatfast; None without a simulator
+    written: int | None  # bytes written by kernels of qatfast
     host_syncs: int | None
-    launches: list[dict[str, Any]]  # of our kernels, as the simulator describes them
+    launches: list[dict[str, Any]]  # launches of kernels of qatfast, as the simulator reports them
 
 
 def counted(function: Callable[[], Any]) -> Counts:
-    """The second call of ``function``: the first may ask the device for its properties."""
+    """Counts the second call of ``function``: the first may read properties of the device."""
     function()
     if SIMULATED:
-        c = cudasim.count(function)
-        names = [launch["kernel"] for launch in c.launches] + list(c.fallback_ops)
-        return Counts(c.result, names, c.bytes_read, c.bytes_written, c.host_syncs, list(c.launches))
+        counts = cudasim.count(function)
+        names = [launch["kernel"] for launch in counts.launches] + list(counts.fallback_ops)
+        return Counts(
+            counts.result,
+            names,
+            counts.bytes_read,
+            counts.bytes_written,
+            counts.host_syncs,
+            list(counts.launches),
+        )
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:

@@ -1,6 +1,6 @@
-"""What every operator gives on sizes around vector and block boundaries; as a script, a digest of each result as JSON.
+"""The results of all operators on sizes around the boundaries of vectors and blocks.
 
-python tests/digests.py public|reference
+``python tests/digests.py public|reference`` prints a digest of each result as JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BLOCKS = (
     ((2, 300, 65), PerChannel(1)),
     ((3, 64, 17, 17), PerChannel(1)),
     ((40, 7, 5), PerChannel(-1)),
-    # short blocks: their rows or columns share vectors
+    # short blocks, whose rows or columns share vectors
     *(((23, 1260), PerGroup(size)) for size in (1, 2, 3, 4, 5, 6, 7, 9, 10, 12, 14, 15, 18, 20, 21, 28, 30)),
     *(((37, 16 * size), PerGroup(size)) for size in (8, 11, 13, 16, 17, 23, 31, 33)),
     *(((rows, columns), PerToken()) for rows, columns in ((2049, 3), (700, 6), (130, 31))),
@@ -51,7 +51,7 @@ BLOCKS = (
     ((150, 3, 2), PerChannel(1)),
     ((2, 40, 300), PerChannel(1)),
 )
-# Blocks that lie across memory: (shape, order of the dimensions in memory, granularity)
+# Blocks that are not contiguous in memory: (shape, order of the dimensions in memory, granularity)
 ACROSS = (
     *(
         ((rows, columns), (1, 0), granularity)
@@ -67,7 +67,7 @@ ACROSS = (
     ((256, 512), (1, 0), PerGroup(32)),
 )
 OFFSETS = (1, 3, 5)
-# Of layers that multiply integers (rows, in_features, out_features): around vectors; more than one block of products.
+# (rows, in_features, out_features) of layers with int8 GEMM: around the sizes of vectors and tiles.
 LAYERS = (
     *((5, inputs, 67) for inputs in (1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65, 130, 1027)),
     *((17, 48, outputs) for outputs in (*range(1, 20), 31, 32, 33, 70)),
@@ -86,33 +86,36 @@ LAYER_CONFIGS = (
 
 
 def inputs(dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Any]]:
-    """(label, tensor, granularity)"""
+    """Yields (label, tensor, granularity)."""
     sizes = SIZES if dtype == torch.float32 else SIZES[::3] + SIZES[-3:]
     for size in sizes:
-        yield f"{size}", sprinkled((size,), dtype), PerTensor()
+        yield f"{size}", mixed_with_ties((size,), dtype), PerTensor()
     for offset in OFFSETS:
         for size in (1, 7, 63, 64, 4099):
-            yield f"{size} from {offset}", sprinkled((size + offset,), dtype)[offset:], PerTensor()
-        x = sprinkled((offset + 61 * 67,), dtype)[offset:].view(61, 67)
+            yield f"{size} from {offset}", mixed_with_ties((size + offset,), dtype)[offset:], PerTensor()
+        x = mixed_with_ties((offset + 61 * 67,), dtype)[offset:].view(61, 67)
         for granularity in (PerToken(), PerChannel(0), PerChannel(1)):
             yield f"61x67 from {offset} {granularity}", x, granularity
     for shape, granularity in BLOCKS:
-        yield f"{cases.name(shape)} {granularity}", sprinkled(shape, dtype), granularity
+        yield f"{cases.name(shape)} {granularity}", mixed_with_ties(shape, dtype), granularity
         yield f"{cases.name(shape)} {granularity} finite", cases.normal(shape, dtype), granularity
     for shape, order, granularity in ACROSS:
-        in_memory = sprinkled(tuple(shape[dim] for dim in order), dtype)
+        in_memory = mixed_with_ties(tuple(shape[dim] for dim in order), dtype)
         x = in_memory.permute([order.index(dim) for dim in range(len(shape))])
         yield f"{cases.name(shape)} in order {order} {granularity}", x, granularity
-    yield "67x61 transposed", sprinkled((67, 61), dtype).t(), PerChannel(0)
+    yield "67x61 transposed", mixed_with_ties((67, 61), dtype).t(), PerChannel(0)
     yield (
         "2x3x17x19 channels last",
-        sprinkled((2, 3, 17, 19), dtype).to(memory_format=torch.channels_last),
+        mixed_with_ties((2, 3, 17, 19), dtype).to(memory_format=torch.channels_last),
         PerChannel(1),
     )
 
 
-def sprinkled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Normal numbers; in tensors of some size special ones and exact ties of a step of 1/16 too."""
+def mixed_with_ties(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Returns normally distributed numbers.
+
+    Tensors of at least 8 elements also contain special values and exact ties for the scale 1/16.
+    """
     x = cases.mixed(shape, dtype)
     if x.numel() < 8:
         return cases.normal(shape, dtype)
@@ -121,7 +124,7 @@ def sprinkled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def results(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Each result of each operator on each of the inputs of at least ``least`` elements."""
+    """Yields (label, result) for all operators on all inputs with at least ``least`` elements."""
     for label, x, granularity in inputs(dtype):
         if x.numel() < least:
             continue
@@ -129,10 +132,10 @@ def results(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str,
         for num_bits, grid in ((8, "affine"), (4, "symmetric"), (8, "full_range")):
             options = {**cases.GRIDS[grid], "granularity": granularity}
             yield f"fake_quantize {num_bits} {grid} {label}", ops.fake_quantize(x, num_bits, **options)
-            for word, qparam in zip(
+            for name, qparam in zip(
                 ("scale", "zero point"), ops.choose_qparams(x, num_bits, **options), strict=True
             ):
-                yield f"choose_qparams {num_bits} {grid} {word} {label}", qparam
+                yield f"choose_qparams {num_bits} {grid} {name} {label}", qparam
         for quant_range in ((0, 255), (-128, 127), (0, 65535), (-32768, 32767)):
             grid = cases.grid(tuple(x.shape), granularity, dtype, quant_range)
             if granularity == PerTensor():
@@ -156,11 +159,11 @@ def results(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str,
 
 
 def cast_weights(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """The float32 weights of layers whose product is of ``dtype``: fake-quantized, then cast."""
+    """Yields (label, w_hat) for float32 weights, fake-quantized and then cast to ``dtype``."""
     for shape, granularity in (*BLOCKS, ((70, 61), PerTensor()), ((2, 4099), PerTensor())):
         if len(shape) != 2 or math.prod(shape) < least:
             continue
-        kinds = {"any": sprinkled(shape, torch.float32), "normal": cases.normal(shape)}
+        kinds = {"any": mixed_with_ties(shape, torch.float32), "normal": cases.normal(shape)}
         for kind, values in {**kinds, "tiny": kinds["normal"] * 1e-8}.items():
             if ops is IMPLEMENTATIONS["reference"]:
                 w_hat = ops.fake_quantize(values, 8, granularity=granularity).to(dtype)
@@ -174,7 +177,7 @@ def cast_weights(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple
 
 
 def layers(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """What layers that multiply integers give, where they have at least ``least`` outputs."""
+    """Yields (label, output) for layers with int8 GEMM and at least ``least`` outputs."""
     for rows, inputs, outputs in LAYERS:
         if rows * outputs < least:
             continue

@@ -1,8 +1,8 @@
-"""Seeded mistakes in the CUDA kernels: each is built in a copy of the tree, where a test has to find it.
+"""Mutation tests: seeds a bug in the CUDA kernels in a copy of the tree; a test must fail.
 
-python tests/mutants.py [WORD ...]      all of them, or those with one of the words in their name; about a minute each
-
-Needs nvcc, a CUDA build of torch, and the simulator: CUDASIM names its folder (default: ../shared/cudasim).
+``python tests/mutants.py [WORD ...]`` runs all mutants, or those with one of the words in their
+name. A mutant takes about a minute. Needs nvcc, a CUDA build of torch, and the simulator in the
+folder CUDASIM (default: ../shared/cudasim).
 """
 
 import os
@@ -17,22 +17,22 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 CUDASIM = Path(os.environ.get("CUDASIM") or ROOT.parent / "shared" / "cudasim").resolve()
 PARTS = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "qatfast", "tests")
-PATIENCE = 600  # seconds for the tests of one mutant
+TIMEOUT = 600  # seconds for the tests of a mutant
 
 
 class Mutant(NamedTuple):
     name: str
     file: str  # in csrc
-    old: str  # found there exactly once
+    old: str  # occurs exactly once in the file
     new: str
-    tests: str  # pytest's words
-    strict: bool = False  # races and reads of uninitialized memory are errors
+    tests: str  # arguments of pytest
+    strict: bool = False  # whether races and reads of uninitialized memory are errors
 
 
 BUDGET = "tests/test_cuda.py::test_fake_quantize_is_one_launch"
 INTEGERS = "tests/test_qat_linear.py -k 'integers and public'"
 AFFINE = "tests/test_fake_quantize_affine.py tests/test_cuda.py"
-# Mutants of one file follow each other: it is compiled once for each, and once more to mend it.
+# Mutants of the same file are adjacent: each build then recompiles only this file.
 MUTANTS = (
     Mutant(
         "a 32-bit index in the plan",
@@ -94,7 +94,7 @@ MUTANTS = (
         "tests/test_fake_quantize.py tests/test_special_values.py",
     ),
     Mutant(
-        "a bias that fewer threads than planned hold in registers",
+        "fewer threads than planned hold a bias in registers",
         "cuda/plan.cpp",
         "second.width <= warp || second.layout.outer * second.units_per_run <= most_held",
         "second.all_held || second.layout.outer * second.units_per_run <= most_held",
@@ -115,7 +115,7 @@ MUTANTS = (
         f"{BUDGET} -k 'float32 and PerChannel'",
     ),
     Mutant(
-        "what lies outside of a run widens its range",
+        "elements outside of a run widen its range",
         "cuda/dynamic_quantize.cuh",
         "    Unit<T> unit_values{};\n",
         "    Unit<T> unit_values;\n    for (T& x : unit_values.at) {\n      x = T(100.f);\n    }\n",
@@ -129,7 +129,7 @@ MUTANTS = (
         f"{BUDGET} -k 'float32 and 3000001'",
     ),
     Mutant(
-        "rows of a column that no team member owns",
+        "rows of a column belong to no team member",
         "cuda/dynamic_quantize.cuh",
         "layout.outer * (member + 1) / team",
         "layout.outer / team * (member + 1)",
@@ -143,7 +143,7 @@ MUTANTS = (
         "tests/test_cuda.py -k 'stream or graph'",
     ),
     Mutant(
-        "16-byte stores where only the input is aligned",
+        "16-byte stores even if only the input is aligned",
         "cuda/fake_quantize.cu",
         "distance(from) == distance(to)",
         "true",
@@ -200,7 +200,7 @@ MUTANTS = (
         strict=True,
     ),
     Mutant(
-        "no barrier before a row's ends are compared",
+        "no barrier before the range of a row is reduced",
         "cuda/qat_linear.cu",
         "  __syncthreads();\n  RangeKeys<C> keys;",
         "  RangeKeys<C> keys;",
@@ -208,21 +208,21 @@ MUTANTS = (
         strict=True,
     ),
     Mutant(
-        "a row with a NaN looks healthy",
+        "a NaN in a row is ignored",
         "cuda/qat_linear.cu",
         "any_nan ? std::numeric_limits<C>::quiet_NaN() : row_grid.scale",
         "row_grid.scale",
         INTEGERS,
     ),
     Mutant(
-        "the weight's zero point is forgotten",
+        "the zero point of the weight is ignored",
         "cuda/qat_linear.cu",
         " - row_level_sum * weight_zero[i];",
         ";",
         INTEGERS,
     ),
     Mutant(
-        "halves rounded up, not to even",
+        "ties are rounded up, not to even",
         "common/quant_math.h",
         "return (x + magic) - magic;",
         """const T half = T{} + element_t<T>(0.5);
@@ -233,51 +233,54 @@ MUTANTS = (
 )
 
 
-def run(words: list[str] | str, folder: Path, **variables: str) -> subprocess.CompletedProcess:
-    """A command in the copy, its output as one text."""
+def run(command: list[str] | str, folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Runs a command in ``folder``; stdout and stderr are merged."""
     return subprocess.run(
-        words,
-        shell=isinstance(words, str),
+        command,
+        shell=isinstance(command, str),
         cwd=folder,
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
     )
 
 
 def build(folder: Path) -> None:
-    words = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    made = run(
-        words, folder, TORCH_CUDA_ARCH_LIST="9.0+PTX", NVCC_APPEND_FLAGS="--no-compress", FORCE_CUDA="1"
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    process = run(
+        command, folder, TORCH_CUDA_ARCH_LIST="9.0+PTX", NVCC_APPEND_FLAGS="--no-compress", FORCE_CUDA="1"
     )
-    if made.returncode:
-        sys.exit(f"mutants.py: the build failed\n{made.stdout}")
+    if process.returncode:
+        sys.exit(f"mutants.py: the build failed\n{process.stdout}")
 
 
 def failure(folder: Path, tests: str, strict: bool) -> str | None:
-    """The first test that fails; None where all pass."""
+    """Returns the first test that fails, or None if all tests pass."""
     options = "--strict" if strict else ""
     command = (
         f"{sys.executable} -m cudasim {options} -- "
         f"{sys.executable} -m pytest -qx --tb=no -p no:cacheprovider --device cuda {tests}"
     )
     try:
-        done = run(command, folder, PYTHONPATH=os.pathsep.join([str(CUDASIM), str(folder)]))
+        process = run(command, folder, PYTHONPATH=os.pathsep.join([str(CUDASIM), str(folder)]))
     except subprocess.TimeoutExpired:
-        return f"no end within {PATIENCE} s"
-    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    if done.returncode == 0:
+        return f"timeout of {TIMEOUT} s"
+    failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", process.stdout, re.MULTILINE)
+    if process.returncode == 0:
         return None
-    if done.returncode == 1 and failed:
+    if process.returncode == 1 and failed:
         return failed[1]
-    sys.exit(f"mutants.py: neither passed nor failed: {command}\n{done.stdout}")
+    sys.exit(f"mutants.py: the tests did not run: {command}\n{process.stdout}")
 
 
 def patched(text: str, mutant: Mutant) -> str:
-    if (found := text.count(mutant.old)) != 1:
-        sys.exit(f"mutants.py: {mutant.name}: csrc/{mutant.file} has {found} times, not once:\n{mutant.old}")
+    if (count := text.count(mutant.old)) != 1:
+        sys.exit(
+            f"mutants.py: {mutant.name}: expected this text once in csrc/{mutant.file}, got it {count} times:\n"
+            f"{mutant.old}"
+        )
     return text.replace(mutant.old, mutant.new)
 
 
@@ -300,7 +303,7 @@ def main() -> int:
         print(f"SKIPPED: no mutant was built or tested: {reason}.")
         return 0
     texts = {file: (ROOT / "csrc" / file).read_text() for file in {mutant.file for mutant in MUTANTS}}
-    for mutant in MUTANTS:  # all, before the first minute is spent
+    for mutant in MUTANTS:  # checks all mutants before the first build
         patched(texts[mutant.file], mutant)
     survivors = 0
     with tempfile.TemporaryDirectory() as name:
@@ -318,7 +321,7 @@ def main() -> int:
             file.write_text(patched(texts[mutant.file], mutant))
             build(folder)
             caught = failure(folder, mutant.tests, mutant.strict)
-            file.write_text(texts[mutant.file])  # a new time: the next build compiles it again
+            file.write_text(texts[mutant.file])  # the next build recompiles it
             survivors += caught is None
             by = f"{caught}{' (strict)' if mutant.strict else ''}" if caught else "**nothing**"
             print(f"| {mutant.name} | {mutant.file} | {by} |", flush=True)

@@ -1,4 +1,4 @@
-"""An ONNX model of QuantizeLinear and DequantizeLinear, written without the onnx package: protobuf by hand."""
+"""Builds an ONNX model of QuantizeLinear and DequantizeLinear without the onnx package."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _model(dtype: str, dims: int, qparam_dims: int, axis: int) -> bytes:
 def quantize_dequantize(
     x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, axis: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(q, y) as onnxruntime computes them; ``axis`` None is per tensor."""
+    """Returns (q, y) of onnxruntime; the granularity is per tensor if ``axis`` is None."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

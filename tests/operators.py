@@ -1,6 +1,6 @@
-"""The operators: one entry per public function, for everything that runs over all or some of them.
+"""The registry of operators, with one entry per public function.
 
-A test selects operators by property: ``operators(elementwise=True)``.
+Tests select operators by property: ``operators(elementwise=True)``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, functi
 
 
 class Call(NamedTuple):
-    """A legal call of a public function, with every argument by name."""
+    """A legal call of a public function with keyword arguments."""
 
     op: str
     label: str
@@ -45,7 +45,7 @@ class Call(NamedTuple):
 
 
 def schema_arguments(op: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """Returns the arguments of the schema of ``op`` for those of the public function."""
+    """Converts arguments of the public function to arguments of the schema of ``op``."""
     bound = inspect.signature(getattr(functional, op)).bind(*args, **kwargs)
     bound.apply_defaults()
     return tuple(map(_code_of, bound.arguments.values()))
@@ -59,18 +59,18 @@ def _code_of(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Operator:
-    """A public function: how it is called legally, and its properties."""
+    """A public function, its legal calls and its properties."""
 
     name: str
     # (blocks, dtype, device=, seed=) -> (label, arguments) of each call
     inputs: Callable[..., Iterator[tuple[str, dict[str, Any]]]]
     # The names of the arguments that get a gradient.
     differentiable: tuple[str, ...] = ()
-    # Whether it returns one tensor in the shape of ``input``.
+    # Whether it returns a tensor with the shape of ``input``.
     elementwise: bool = False
     # The devices that have kernels.
     devices: tuple[str, ...] = ("cpu", "cuda")
-    # The operators without a public function that belong to it.
+    # Its internal operators, which have no public function.
     internal: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -91,7 +91,8 @@ class Operator:
     ) -> Iterator[Call]:
         """Yields legal calls: at least one per granularity, or per config.
 
-        With ``requires_grad``, the input and the differentiable arguments require grad, if they are floating.
+        With ``requires_grad``, the input and the differentiable arguments require grad if they are
+        floating-point tensors.
         """
         for label, arguments in self.inputs(blocks, dtype, device=device, seed=seed):
             for name in ("input", *self.differentiable):
@@ -102,10 +103,10 @@ class Operator:
 
 def _dynamic_range(blocks: Any, dtype: torch.dtype, **options: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     for shape, granularity in blocks:
-        for word, symmetric in (("affine", False), ("symmetric", True)):
+        for grid, symmetric in (("affine", False), ("symmetric", True)):
             x = cases.normal(shape, dtype, **options)
             arguments = {"input": x, "num_bits": 5, "symmetric": symmetric, "granularity": granularity}
-            yield f"{cases.name((shape, granularity))}-{word}", arguments
+            yield f"{cases.name((shape, granularity))}-{grid}", arguments
 
 
 def _static_range(blocks: Any, dtype: torch.dtype, **options: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -162,7 +163,7 @@ OPERATORS = {
 
 
 def operators(device: str | None = None, **properties: Any) -> tuple[Operator, ...]:
-    """Returns the operators whose properties have these values and, if given, which have kernels for ``device``."""
+    """Returns the operators with these properties, and with kernels for ``device`` if not None."""
     return tuple(
         operator
         for operator in OPERATORS.values()
@@ -175,7 +176,7 @@ def _through_torch_ops(op: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(torch.ops.qatfast, op)(*schema_arguments(op, *args, **kwargs))
 
 
-# The ways to an operator, each with the arguments of the public functions.
+# The implementations of the operators; each takes the arguments of the public functions.
 IMPLEMENTATIONS = {
     "public": functional,
     "reference": SimpleNamespace(**{op: getattr(reference, op) for op in OPERATORS}),

@@ -1,8 +1,8 @@
-"""An independent computation of what qatfast computes: no torch arithmetic, no code of the package.
+"""An independent implementation of qatfast without arithmetic of torch or code of the package.
 
-Scalars are exact fractions that are rounded to a floating-point format by hand, half to even, once an operation of the
-contract; numpy does the same for whole arrays where the number of elements forbids fractions (test_oracle.py compares
-the two).
+Scalars are exact fractions. They are rounded to a floating-point format, half to even, once per
+operation of the contract. For large arrays there are functions in numpy; test_oracle.py compares
+them with the fractions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMATS = {
 
 
 def rounded(value: Fraction, dtype: torch.dtype) -> Fraction | float:
-    """The nearest number of ``dtype``, ties to the even one; past the largest one an infinity."""
+    """Rounds to the nearest number of ``dtype``, half to even; overflows to an infinity."""
     if value == 0:
         return value
     digits, smallest, largest = FORMATS[dtype]
@@ -56,27 +56,27 @@ def quant_range(num_bits: int, symmetric: bool, narrow_range: bool = True) -> tu
 def choose_scalar(
     values: list[float], num_bits: int, symmetric: bool, dtype: torch.dtype, narrow_range: bool = True
 ) -> tuple[Fraction, int]:
-    """(scale, zero_point) of one block; ``dtype`` is that of the arithmetic."""
+    """Returns (scale, zero_point) of a block; ``dtype`` is that of the arithmetic."""
     quant_min, quant_max = quant_range(num_bits, symmetric, narrow_range)
     finite = [Fraction(value) for value in values if math.isfinite(value)]
     low, high = min([*finite, Fraction(0)]), max([*finite, Fraction(0)])
     if symmetric:
         scale = rounded(max(low / quant_min, high / quant_max), dtype)
     else:
-        steps = quant_max - quant_min
+        intervals = quant_max - quant_min
         width = rounded(high - low, dtype)
         if width == math.inf:
-            scale = rounded(rounded(high / steps, dtype) - rounded(low / steps, dtype), dtype)
+            scale = rounded(rounded(high / intervals, dtype) - rounded(low / intervals, dtype), dtype)
         else:
-            scale = rounded(width / steps, dtype)
+            scale = rounded(width / intervals, dtype)
     scale = max(scale, Fraction(2) ** FORMATS[dtype].smallest_exponent)
     if symmetric:
         return scale, 0
     return scale, min(max(quant_min - round(rounded(low / scale, dtype)), quant_min), quant_max)
 
 
-def step_scalar(x: float, scale: Fraction, zero_point: int, dtype: torch.dtype) -> int | float:
-    """``round(x / scale) + zero_point``, before the clamp; infinite or NaN as ``x`` is."""
+def unclamped_scalar(x: float, scale: Fraction, zero_point: int, dtype: torch.dtype) -> int | float:
+    """Returns ``round(x / scale) + zero_point``, without the clamp; it may be infinite or NaN."""
     quotient = rounded(Fraction(x) / scale, dtype) if math.isfinite(x) else x
     return round(quotient) + zero_point if math.isfinite(quotient) else quotient
 
@@ -86,7 +86,7 @@ def quantize_scalar(
 ) -> int:
     if math.isnan(x):
         return zero_point
-    return int(min(max(step_scalar(x, scale, zero_point, dtype), quant_min), quant_max))
+    return int(min(max(unclamped_scalar(x, scale, zero_point, dtype), quant_min), quant_max))
 
 
 def dequantize_scalar(
@@ -97,7 +97,7 @@ def dequantize_scalar(
 
 
 def block_of_each_element(shape: tuple[int, ...], granularity: Any) -> tuple[np.ndarray, tuple[int, ...]]:
-    """(the flat index of the block that each element is in, the shape of the blocks)."""
+    """Returns the flat index of the block of each element, and the shape of the blocks."""
     if isinstance(granularity, PerTensor):
         return np.zeros(shape, dtype=int), ()
     if isinstance(granularity, PerChannel):
@@ -138,7 +138,7 @@ def choose_qparams(
     return scale.reshape(shape), torch.tensor([pair[1] for pair in pairs], dtype=torch.int32).reshape(shape)
 
 
-def _each(function: Any, x: Tensor, scale: Tensor, zero_point: Tensor, granularity: Any) -> list[Any]:
+def _map_elements(function: Any, x: Tensor, scale: Tensor, zero_point: Tensor, granularity: Any) -> list[Any]:
     index, _ = block_of_each_element(tuple(x.shape), granularity)
     scales, zero_points = [Fraction(value) for value in _list(scale)], _list(zero_point)
     return [
@@ -156,10 +156,10 @@ def quantize(
     *,
     granularity: Any = PerTensor(),
 ) -> Tensor:
-    def one(value: float, s: Fraction, z: int) -> int:
+    def element(value: float, s: Fraction, z: int) -> int:
         return quantize_scalar(value, s, z, quant_min, quant_max, _compute(x.dtype))
 
-    q = torch.tensor(_each(one, x, scale, zero_point, granularity), dtype=torch.int32)
+    q = torch.tensor(_map_elements(element, x, scale, zero_point, granularity), dtype=torch.int32)
     return q.reshape(x.shape).to(quantized_dtype(quant_min, quant_max))
 
 
@@ -177,10 +177,10 @@ def dequantize(
     granularity: Any = PerTensor(),
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    def one(value: int, s: Fraction, z: int) -> float:
+    def element(value: int, s: Fraction, z: int) -> float:
         return dequantize_scalar(value, s, z, _compute(dtype), dtype)
 
-    y = torch.tensor(_each(one, q, scale, zero_point, granularity), dtype=torch.float64)
+    y = torch.tensor(_map_elements(element, q, scale, zero_point, granularity), dtype=torch.float64)
     return y.reshape(q.shape).to(dtype)
 
 
@@ -195,14 +195,14 @@ def fake_quantize_affine(
 ) -> Tensor:
     compute = _compute(x.dtype)
 
-    def one(value: float, s: Fraction, z: int) -> float:
+    def element(value: float, s: Fraction, z: int) -> float:
         if math.isnan(value):
             return math.nan
         return dequantize_scalar(
             quantize_scalar(value, s, z, quant_min, quant_max, compute), s, z, compute, x.dtype
         )
 
-    y = torch.tensor(_each(one, x, scale, zero_point, granularity), dtype=torch.float64)
+    y = torch.tensor(_map_elements(element, x, scale, zero_point, granularity), dtype=torch.float64)
     return y.reshape(x.shape).to(x.dtype)
 
 
@@ -215,12 +215,14 @@ def inside(
     *,
     granularity: Any = PerTensor(),
 ) -> Tensor:
-    """Where ``fake_quantize_affine`` passes the gradient."""
+    """Returns where ``fake_quantize_affine`` passes the gradient."""
 
-    def one(value: float, s: Fraction, z: int) -> bool:
-        return quant_min <= step_scalar(value, s, z, _compute(x.dtype)) <= quant_max
+    def element(value: float, s: Fraction, z: int) -> bool:
+        return quant_min <= unclamped_scalar(value, s, z, _compute(x.dtype)) <= quant_max
 
-    return torch.tensor(_each(one, x, scale, zero_point, granularity), dtype=torch.bool).reshape(x.shape)
+    return torch.tensor(_map_elements(element, x, scale, zero_point, granularity), dtype=torch.bool).reshape(
+        x.shape
+    )
 
 
 def fake_quantize(
@@ -239,7 +241,7 @@ def fake_quantize(
 
 
 def round_array(y: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """A float32 or float64 array as a tensor of ``dtype``, rounded half to even."""
+    """Rounds a float32 or float64 array half to even; returns a tensor of ``dtype``."""
     if dtype != torch.bfloat16:
         numpy_dtype = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}[dtype]
         with np.errstate(over="ignore"):
@@ -253,18 +255,17 @@ def round_array(y: np.ndarray, dtype: torch.dtype) -> Tensor:
 def fake_quantize_affine_array(
     x: np.ndarray, scale: np.ndarray, zero_point: int, quant_min: int, quant_max: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(the values in the type of ``x``, float32 or float64, the integers); ``scale`` broadcasts."""
+    """Returns (y, q); ``x`` and y are float32 or float64, and ``scale`` broadcasts."""
     scale = np.asarray(scale, dtype=x.dtype)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        steps = np.rint(x / scale)
-        q = np.clip(steps, quant_min - zero_point, quant_max - zero_point)
-        y = q * scale + x.dtype.type(0)
-    integer = np.where(np.isnan(x), zero_point, q + zero_point)
-    return np.where(np.isnan(x), x, y), integer.astype(np.int32)
+        levels = np.clip(np.rint(x / scale), quant_min - zero_point, quant_max - zero_point)
+        y = levels * scale + x.dtype.type(0)
+    q = np.where(np.isnan(x), zero_point, levels + zero_point)
+    return np.where(np.isnan(x), x, y), q.astype(np.int32)
 
 
 def uses_int8_gemm(config: QATConfig, in_features: int) -> bool:
-    """Whether the layer is the integer product: where it is not, it is the float formula."""
+    """Returns whether the layer runs as an int8 GEMM; otherwise it is the float formula."""
     if config.input is None or config.weight is None:
         return False
     if config.input.num_bits > 8 or config.weight.num_bits > 8:
@@ -272,37 +273,42 @@ def uses_int8_gemm(config: QATConfig, in_features: int) -> bool:
     if config.input.granularity not in (PerTensor(), PerToken()):
         return False
     index, _ = block_of_each_element((3, max(in_features, 1)), config.weight.granularity)
-    return bool((index == index[:, :1]).all())  # a block is a row, or several
+    return bool((index == index[:, :1]).all())  # a block consists of rows
 
 
-def steps_array(x: Tensor, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(the integers less the zero point, of each row the scale and whether it has a NaN); a block is a row, or all."""
+def levels_array(x: Tensor, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the levels, and per row the scale and whether the row has a NaN.
+
+    A block must be a row or the whole matrix.
+    """
     dtype = _compute(x.dtype)
     values = x.detach().cpu().to(dtype).numpy()
     ends = quant_range(spec.num_bits, spec.symmetric, spec.narrow_range)
-    steps = np.zeros(values.shape, dtype=np.int64)
+    levels = np.zeros(values.shape, dtype=np.int64)
     scales = np.zeros(len(values), dtype=values.dtype)
     is_one_block = spec.granularity == PerTensor()
     for rows in [slice(None)] if is_one_block else [slice(row, row + 1) for row in range(len(values))]:
         finite = values[rows][np.isfinite(values[rows])]
-        of_block = [float(finite.min(initial=0)), float(finite.max(initial=0))]
-        scale, zero_point = choose_scalar(of_block, spec.num_bits, spec.symmetric, dtype, spec.narrow_range)
+        block_range = [float(finite.min(initial=0)), float(finite.max(initial=0))]
+        scale, zero_point = choose_scalar(
+            block_range, spec.num_bits, spec.symmetric, dtype, spec.narrow_range
+        )
         scales[rows] = float(scale)
         _, q = fake_quantize_affine_array(values[rows], scales.dtype.type(float(scale)), zero_point, *ends)
-        steps[rows] = q - zero_point
-    return steps, scales, np.isnan(values).any(1)
+        levels[rows] = q - zero_point
+    return levels, scales, np.isnan(values).any(1)
 
 
-def integer_linear(
+def int8_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The layer that multiplies integers; ``dtype`` is that of the result, if it is not the input's."""
+    """Computes the layer as an int8 GEMM; ``dtype`` (default: the input's) is the result's."""
     assert config.input is not None and config.weight is not None
     compute = _compute(input.dtype)
     matrix = input.detach().reshape(math.prod(input.shape[:-1]), input.shape[-1])
-    x, x_scale, x_nan = steps_array(matrix, config.input)
-    w, w_scale, w_nan = steps_array(weight, config.weight)
-    total = (x @ w.T).astype(x_scale.dtype)  # from int64: one rounding
+    x, x_scale, x_nan = levels_array(matrix, config.input)
+    w, w_scale, w_nan = levels_array(weight, config.weight)
+    total = (x @ w.T).astype(x_scale.dtype)  # rounded once, from int64
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         y = total * (x_scale[:, None] * w_scale)
         if bias is not None:

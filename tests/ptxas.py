@@ -1,4 +1,7 @@
-"""What the compiler makes of the CUDA kernels, by the flags of setup.py: registers, shared memory, spills, size."""
+"""Compiles the CUDA kernels with the flags of setup.py and reports the result.
+
+The report has registers, shared memory, spills and code size.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Derivatives of every order, mode and kind of gradient: those of ``x + (q(x) - x).detach()``."""
+"""Derivatives of all orders, modes and gradient types are those of ``x + (q(x) - x).detach()``."""
 
 import itertools
 
@@ -44,13 +44,13 @@ LAYOUTS_OF_GRID = pytest.mark.parametrize(
 
 
 def subsets(things):
-    """All that are not empty."""
+    """Returns all nonempty subsets."""
     things = list(things)
     return [chosen for size in range(1, len(things) + 1) for chosen in itertools.combinations(things, size)]
 
 
 def by_spec(x, spec):
-    """The values of the quantizer, with the derivatives of x."""
+    """Returns the values of the quantizer with the derivatives of x."""
     if x is None or spec is None:
         return x
     hat = fake_quantize(x.detach(), spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
@@ -65,7 +65,7 @@ def surrogate(input, weight, bias, config):
 
 
 def affine_surrogate(x, grid, granularity):
-    """Zero slope where the grid clips."""
+    """Returns the values of the quantizer with derivative zero outside of the static range."""
     steps = functional.quantize(x.detach(), *grid[:2], -32768, 32767, granularity=granularity)
     inside = (steps >= grid.quant_min) & (steps <= grid.quant_max)
     y = functional.fake_quantize_affine(x.detach(), *grid, granularity=granularity)
@@ -77,7 +77,7 @@ def operands_of(bias, device, leading=(5,)):
 
 
 def layers(config, weight):
-    """Every way to a layer: {name: function of input, weight and bias}."""
+    """Returns the implementations of a layer: {name: function of input, weight and bias}."""
     found = {
         "public": lambda *operands: functional.qat_linear(*operands, config=config),
         "reference": lambda *operands: reference.qat_linear(*operands, config=config),
@@ -96,7 +96,7 @@ def close(actual, expected, where=""):
 
 
 def derivatives(y, first, upstream, seconds):
-    """The gradients by ``first``, and those of a loss of them by each of ``seconds``, in one list."""
+    """Returns gradients by ``first`` and second derivatives by each of ``seconds``, as a list."""
     gradients = torch.autograd.grad(y, first, upstream, create_graph=True)
     loss = sum(gradient.pow(2).sum() + gradient.sin().sum() for gradient in gradients)
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
@@ -107,7 +107,7 @@ def derivatives(y, first, upstream, seconds):
 @BIAS
 @pytest.mark.parametrize("leading", [(5,), (2, 3)], ids=cases.name)
 def test_derivatives_by_every_subset_of_the_tensors(config, bias, leading, device):
-    """Which tensors require grad, by which of them it is differentiated first, and by which then: all combinations."""
+    """Tests all subsets of tensors that require grad, and derivatives by all subsets."""
     values = operands_of(bias, device, leading)
     present = [index for index, value in enumerate(values) if value is not None]
 
@@ -130,7 +130,7 @@ def test_derivatives_by_every_subset_of_the_tensors(config, bias, leading, devic
 
 @ALL_CONFIGS
 def test_second_derivatives_of_tensors_that_are_no_leaves(ops, config, device):
-    """And of one that is input and weight."""
+    """Also tests a tensor that is both input and weight."""
     values = cases.normal((8, 8), torch.float64, device=device)
 
     def found(layer):
@@ -249,7 +249,7 @@ def test_products_with_the_hessian(ops, config, device):
 
 
 def test_gradcheck_of_a_layer_that_quantizes_nothing(ops, device):
-    """The one config whose derivatives are those of its values."""
+    """A config without quantizers is the only one for which numerical derivatives are right."""
     operands = [x.requires_grad_() for x in operands_of(True, device)]
 
     def layer(*operands):
@@ -260,11 +260,14 @@ def test_gradcheck_of_a_layer_that_quantizes_nothing(ops, device):
     assert torch.autograd.gradgradcheck(layer, operands, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-# ---- forward mode ----
+# Forward mode
 
 
 def tangent(function, primals, tangents, requires_grad=()):
-    """The result and its tangent; a primal without a tangent is no dual."""
+    """Returns the result and its tangent.
+
+    A primal without a tangent is passed as a plain tensor.
+    """
     with forward_ad.dual_level():
         duals = [
             primal
@@ -282,7 +285,7 @@ def tangent(function, primals, tangents, requires_grad=()):
 @BIAS
 @pytest.mark.parametrize("leading", [(5,), (), (2, 3), (0,)], ids=cases.name)
 def test_tangents_of_a_layer(config, bias, leading, device):
-    """Which tensors have tangents, and which require grad: all combinations."""
+    """Tests all combinations of tensors with tangents and tensors that require grad."""
     values = operands_of(bias, device, leading)
     present = [index for index, value in enumerate(values) if value is not None]
     ones = [
@@ -334,7 +337,7 @@ def test_integers_and_grids_have_no_tangent(ops, device):
 
 
 def test_a_scale_with_a_tangent_is_refused(ops, device):
-    """As one that requires grad."""
+    """A scale with a tangent is an error, like a scale that requires grad."""
     x = cases.normal((9,), device=device)
     scale, *rest = cases.grid((9,), PerTensor(), device=device)
     q = torch.ones(9, dtype=torch.int8, device=device)
@@ -392,7 +395,7 @@ def test_tangents_through_the_modules(device):
     model = torch.nn.Sequential(
         FakeQuantize(), QATLinear(8, 6, dtype=torch.float64, config=QATConfig.int8()), torch.nn.Tanh()
     ).to(device)
-    expected = torch.autograd.functional.jvp(model, x, direction)[1]  # of two backwards
+    expected = torch.autograd.functional.jvp(model, x, direction)[1]  # computed by two backward passes
     close(tangent(model, [x], [direction])[1], expected)
     with cached_weights(model):
         for _ in range(2):
@@ -424,7 +427,7 @@ def test_forward_over_reverse_is_reverse_over_reverse(ops, config, device):
     for rows, others in zip(forward, expected, strict=True):
         for one, other in zip(rows, others, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-    # without a transform: the tangents of gradients
+    # The tangents of gradients, without a functorch transform.
     directions = [cases.normal(tuple(x.shape), x.dtype, seed=6, device=device) for x in operands]
     with forward_ad.dual_level():
         duals = [
@@ -462,7 +465,7 @@ def test_forward_over_reverse_of_a_given_grid(ops, device):
 
 @ALL_CONFIGS
 def test_reverse_over_forward(ops, config, device):
-    """The gradient of a tangent."""
+    """Tests the gradient of a tangent."""
     values = operands_of(True, device)
     direction = cases.normal((5, 8), torch.float64, seed=6, device=device)
 
@@ -480,7 +483,10 @@ def test_reverse_over_forward(ops, config, device):
 
 
 def test_the_operators_inside_refuse_to_be_differentiated(kernels, device):
-    """Below autograd nobody differentiates them; called from outside they must not drop a derivative in silence."""
+    """Internal operators are called below autograd.
+
+    Direct calls must not silently drop a derivative.
+    """
     ops, codes = torch.ops.qatfast, QATConfig.int8().codes
     x, weight, bias = operands_of(True, device)
     grid = cases.grid((5, 8), PerTensor(), torch.float64, device=device)
@@ -506,11 +512,11 @@ def test_the_operators_inside_refuse_to_be_differentiated(kernels, device):
             y.sum().backward()
 
 
-# ---- gradients that are no plain dense tensors ----
+# Gradients that are not plain dense tensors
 
 
 def quantizers(ops, device):
-    """{name: function of a (10, 4) tensor}."""
+    """Returns {name: function of a (10, 4) tensor}."""
     found = {}
     for granularity in (PerTensor(), PerChannel(0), PerChannel(1), PerToken(), PerGroup(2)):
         grid = cases.grid((10, 4), granularity, quant_range=(0, 7), device=device)
@@ -524,7 +530,10 @@ def quantizers(ops, device):
 
 
 def test_sparse_gradients_are_sparse(ops, device):
-    """As those of torch.fake_quantize_per_channel_affine: what SparseAdam needs."""
+    """Sparse gradients stay sparse, as in torch.fake_quantize_per_channel_affine.
+
+    SparseAdam needs it.
+    """
     table = cases.normal((10, 4), device=device)
     rows = torch.tensor([1, 3, 3, 7, 1, 1], device=device)
     weights = cases.normal((6, 4), seed=3, device=device)
@@ -566,7 +575,7 @@ def test_a_sparse_optimizer_trains_a_quantized_table(ops, device):
 
 @pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8()], ids=["tutorial", "int8"])
 def test_a_layer_takes_a_sparse_gradient(kernels, config, device):
-    """A table that a layer makes; nn.Linear does not."""
+    """A layer may receive a sparse gradient; nn.Linear does not support it."""
     operands = [x.requires_grad_() for x in operands_of(True, device)]
     rows = torch.tensor([1, 3, 3], device=device)
     gradients = []
@@ -578,7 +587,7 @@ def test_a_layer_takes_a_sparse_gradient(kernels, config, device):
 
 
 def odd_gradients(dense):
-    """{name: a tensor of these values of another kind}."""
+    """Returns {name: a tensor of another type with these values}."""
     yield "negative view", torch._neg_view(-dense)
     yield "imaginary part of a conjugate", torch.complex(dense, -dense).conj().imag
     yield "transposed", dense.t().contiguous().t()
@@ -624,7 +633,7 @@ def test_gradients_of_every_kind_through_a_layer(ops, config, device):
 
 @ALL_CONFIGS
 def test_undefined_gradients(ops, config, device):
-    """Of a result that a function takes and does not use."""
+    """A function that does not use the result passes an undefined gradient."""
 
     class Unused(torch.autograd.Function):
         @staticmethod
@@ -684,7 +693,7 @@ def test_gradients_that_are_tensor_subclasses(config, device):
 
 
 def test_a_hook_may_change_the_gradient_but_not_its_type(ops, device):
-    """The engine says so, before a node sees it."""
+    """The autograd engine raises before it calls the node."""
     operands = [x.requires_grad_() for x in operands_of(True, device)]
     for config in (QATConfig(), QATConfig.int8()):
         y = ops.qat_linear(*operands, config=config)

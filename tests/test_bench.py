@@ -1,4 +1,4 @@
-"""The benchmarks: all providers run the same workload, wrong and missing ones are named, and the figures are right."""
+"""The benchmarks: all providers run the same workload; wrong and missing providers are reported."""
 
 import argparse
 import importlib.util
@@ -42,9 +42,9 @@ from qatfast.bench.workloads import (
 )
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-# One of the 255 steps, and the float rounding of the largest value.
+# The interval of a grid of 256 levels, and the float rounding of the largest value.
 ONE_STEP = 1 / 100
-# These quantize differently: with another range, the input and not the output, or not the bias.
+# These providers use another range, quantize the input and not the output, or not the bias.
 OTHERWISE = ("Brevitas", "torchao", "torch.ao qat.Linear", "NNCF", "ModelOpt")
 
 
@@ -246,7 +246,8 @@ def test_a_baseline_that_fails_is_an_error(monkeypatch):
 
 
 def test_a_ratio_is_taken_round_by_round(monkeypatch):
-    # The machine is twice as slow in every other round, and qatfast takes 1.5 times as long as the baseline.
+    # The machine is twice as slow in every other round, and qatfast takes 1.5 times as long as the
+    # baseline.
     rounds = {"clone": 0, OURS: 0}
 
     def turn_of(name, run, workload):
@@ -313,9 +314,7 @@ def test_the_bytes_of_a_layer():
     batch, inputs, outputs = small("qat_linear").shape
     step = bench.prepare(small("qat_linear", backward=True), ["nn.Linear", OURS, TUTORIAL_LAYER])
     counted = {name: memory(run) for name, run in step.runs.items()}
-    assert (
-        counted["nn.Linear"].kept == 4 * batch * inputs
-    )  # the input, but not the weight, which is a parameter
+    assert counted["nn.Linear"].kept == 4 * batch * inputs  # saves the input; the weight is a parameter
     assert counted[OURS].kept == counted[TUTORIAL_LAYER].kept == 4 * (batch * inputs + outputs * inputs)
     assert counted[TUTORIAL_LAYER].allocated > counted[OURS].allocated > counted["nn.Linear"].allocated
 
@@ -349,7 +348,10 @@ def timed_at(workload):
 
 
 def result(workload, ratios, *, kept=None):
-    """Returns a result with these ratios to 1 ms. Each provider keeps ``kept`` bytes times its ratio."""
+    """Returns a result with these ratios to 1 ms.
+
+    Each provider keeps ``kept`` bytes times its ratio.
+    """
     timings = [
         bench.Timing(name, (value * 1e-3,) * 3, 0.0, kept and Memory(0, round(kept * value)))
         for name, value in ratios.items()
@@ -509,7 +511,7 @@ def loaded(name):
 
 @pytest.fixture
 def results_script():
-    """The module benchmarks/results.py."""
+    """Returns the module benchmarks/results.py."""
     return loaded("results")
 
 
@@ -654,7 +656,7 @@ def test_files_of_two_machines_do_not_mix(results_script):
 
 
 def run_of(**medians):
-    """Returns what pytest-benchmark writes about a group."""
+    """Returns a group of results in the format of pytest-benchmark."""
     return {
         "benchmarks": [
             {
@@ -728,7 +730,7 @@ def test_a_benchmark_reports_what_the_runner_measured(tmp_path):
         ],
         check=True,
         capture_output=True,
-        # pytest-benchmark is disabled in a process of pytest-xdist.
+        # pytest-xdist disables pytest-benchmark.
         env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
     )
     run = json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""The command line: what it prints and writes, its errors and exit codes."""
+"""The command line: its output and files, its errors and exit codes."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ try:
 except ImportError:
     pty = None
 
-# SIGINT may be ignored if the suite runs in the background, and children inherit that.
+# SIGINT may be ignored if the tests run in the background; child processes inherit this.
 LAUNCH = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from qatfast.cli import main; sys.exit(main())"
@@ -32,7 +32,8 @@ def command(*arguments):
 
 
 def environment(**changes):
-    # With two threads on a busy machine, small layers would wait for the second thread at every step.
+    # With two threads on a busy machine, small layers would wait for the second thread at every
+    # step.
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -53,7 +54,7 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """A folder in which ``qatfast compare`` has run."""
+    """Returns a folder in which ``qatfast compare`` has run."""
     folder = tmp_path_factory.mktemp("cli")
     return qatfast("compare", *QUICK, cwd=folder), folder / "report"
 
@@ -90,7 +91,7 @@ def test_without_a_terminal_each_training_is_a_line(compared):
 
 
 def on_a_terminal(code, columns, **changes):
-    """Returns what a program prints to a terminal of this many columns."""
+    """Returns the output of a program on a terminal with this number of columns."""
     parent, child = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -138,7 +139,7 @@ _print(_results(study, [quantize_signal(bits) for bits in (8, 4, 3, 2)], {verbos
 @pytest.mark.parametrize("columns", [80, 120])
 def test_a_terminal_gets_less_than_40_lines(columns):
     shown = on_a_terminal(FULL_STUDY.replace("{verbose}", "False"), columns).splitlines()
-    assert 20 < len(shown) + 2 < 40  # 2 lines are not in it: the path of the report, and --verbose
+    assert 20 < len(shown) + 2 < 40  # two lines are missing: the path of the report, and --verbose
     assert max(map(len, shown)) <= columns
     first = next(line for line in shown if "without a loss" in line)
     assert first.startswith("Lowest bits without a loss: ")
@@ -171,7 +172,10 @@ def test_compare_own_table(tmp_path):
 
 
 def interrupt_when(tmp_path, ready, *arguments):
-    """Runs ``qatfast compare``, sends SIGINT when ``ready()``, and returns exit code, output and errors."""
+    """Runs ``qatfast compare`` and sends SIGINT when ``ready()`` is true.
+
+    Returns exit code, output and errors.
+    """
     process = subprocess.Popen(
         command("compare", *arguments),
         cwd=tmp_path,

@@ -1,4 +1,4 @@
-"""torch.compile without a graph break, torch.export, fake tensors."""
+"""torch.compile without graph breaks, torch.export and fake tensors."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def compiled(function, backend="aot_eager", **options):
 
 
 def results_and_gradients(function, tensors):
-    """What ``function`` gives, and the gradient of each tensor that asks for one."""
+    """Returns the results of ``function`` and the gradient of each tensor that requires grad."""
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
     result = function(*leaves)
     results = result if isinstance(result, tuple) else (result,)
@@ -82,7 +82,7 @@ def test_strides_of_the_compiled_result(op, layout, device):
 
 
 def strided_operands(device):
-    """Inputs and weights as models have them: (input, weight) as functions of contiguous leaves."""
+    """Returns typical layouts: (input, weight) as functions of contiguous leaves."""
     x = cases.normal((5, 16), device=device, requires_grad=True)
     weight = cases.normal((6, 16), seed=1, device=device, requires_grad=True)
     wide = cases.normal((5, 2, 32), seed=2, device=device, requires_grad=True)
@@ -105,7 +105,7 @@ def strided_operands(device):
 
 
 def every_place(places, config):
-    """One function of the leaves: a layer on each pair, so that one compilation serves all."""
+    """Applies a layer to every pair in a single function, so that it is compiled only once."""
 
     def function(*leaves):
         return tuple(
@@ -145,7 +145,7 @@ def test_training_with_strided_operands(config, device):
 @pytest.mark.slow
 @pytest.mark.skipif(counted.SIMULATED, reason="a simulated device does not run what Triton compiles")
 def test_inductor_trains_with_strided_operands(device):
-    """Its graphs assert the strides that the fake kernels promise."""
+    """The graphs of Inductor assert the strides of the fake kernels."""
     leaves, places = strided_operands(device)
     configs = [STRIDED_CONFIGS[name] for name in ("tutorial", "int8", "weight_only")]
     functions = [every_place(places, config) for config in configs]
@@ -324,7 +324,7 @@ def test_shapes_of_fake_tensors(op):
 
 @pytest.mark.parametrize("config", [QATConfig(), QATConfig.int8(), STRIDED_CONFIGS["input_only"]], ids=str)
 def test_transforms_of_a_layer_under_compile(config, device):
-    """Of which torch.compile drops the backwards of autograd functions."""
+    """In transforms, torch.compile drops the backward of autograd functions."""
     operands = tuple(cases.linear(((5,), 16, 6), device=device))
     tangents = tuple(cases.normal(tuple(x.shape), seed=8, device=device) for x in operands)
 
@@ -383,7 +383,10 @@ def test_errors_under_compile_are_errors(device):
 
 
 def test_an_aot_inductor_package_of_every_preset(kernels, tmp_path):
-    """A package hands an empty list of integers to an operator as None: no spec is one."""
+    """A package passes an empty list of integers to an operator as None.
+
+    No spec is an empty list.
+    """
     configs = [QATConfig(), QATConfig.int8(), QATConfig.weight_only(4, 8), QATConfig(None, None, None, None)]
     layers = [QATLinear(16, 16, bias=index % 2 == 0, config=config) for index, config in enumerate(configs)]
     model = torch.nn.Sequential(*layers, FakeQuantize(4)).eval()

@@ -36,7 +36,7 @@ def test_values_are_frozen_hashable_and_survive_copies(value):
 
 @pytest.mark.parametrize("value", VALUES, ids=str)
 def test_files_hold_the_arguments_and_not_what_is_made_of_them(value):
-    """So that a file of an older version, which may hold more or less, gets what this version makes of them."""
+    """Derived fields are computed again, so pickles of older versions may have other fields."""
     state = value.__getstate__()
     assert state == {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
     other = type(value).__new__(type(value))

@@ -1,6 +1,6 @@
-"""What the operators cost on a CUDA device, and what CUDA adds: streams, graphs, autocast, modules that move.
+"""CUDA: the kernels and bytes of the operators; streams, graphs, autocast and module.to.
 
-Values, gradients and errors on a device are those of every other test: ``pytest --device cuda``.
+The other tests check values, gradients and errors on a device: ``pytest --device cuda``.
 """
 
 import os
@@ -45,7 +45,7 @@ counts_bytes = pytest.mark.skipif(
     not counted.SIMULATED, reason="only a simulated device counts bytes and waits"
 )
 
-# (shape, granularity): from one thread block to more than the chip of 16 multiprocessors holds
+# (shape, granularity): from a single CTA to more elements than 16 multiprocessors hold
 ON_CHIP = [
     ((1000,), PerTensor()),
     ((300_007,), PerTensor()),
@@ -57,12 +57,12 @@ ON_CHIP = [
     ((64, 128, 3, 3), PerChannel(1)),
 ]
 LARGER = [((3_000_001,), PerTensor()), ((2, 1_500_000), PerChannel(0)), ((700_003, 5), PerChannel(1))]
-WORKSPACE = 144 * 1024  # ends of ranges that thread blocks hand each other: of 64 columns, 16 times 16
+WORKSPACE = 144 * 1024  # bytes of partial ranges that CTAs exchange: of 64 columns, 16 times 16
 DTYPES = pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
 
 
 def ours(counts):
-    """Every kernel of the call is one of ours."""
+    """Asserts that the call launches kernels of qatfast only."""
     assert all("qatfast" in kernel for kernel in counts.kernels), counts.kernels
     return len(counts.kernels)
 
@@ -112,7 +112,7 @@ def test_accesses_are_16_bytes_wide_but_at_the_ends(dtype, offset):
     counts = counted.counted(lambda: fake_quantize(x))
     (launch,) = counts.launches
     others = sum(number for width, number in launch["load_widths"].items() if width != "16")
-    assert others <= 2 * 16 + 2 * launch["grid"][0] ** 2  # a head, a tail and the ends of ranges
+    assert others <= 2 * 16 + 2 * launch["grid"][0] ** 2  # a head, a tail and the partial ranges
     if offset == 0:
         others = sum(number for width, number in launch["store_widths"].items() if width != "16")
         assert others <= 2 * 16 + 2 * launch["grid"][0]
@@ -140,7 +140,7 @@ def test_fake_quantize_affine_is_one_launch_each_way(granularity, dtype):
     waits_for_nothing(backward)
     if counted.SIMULATED:
         mask = x.numel() // 8
-        # scales are read from the cache again and again: only distinct sectors come from memory
+        # Scales are read repeatedly from the cache; only distinct sectors are read from memory.
         assert forward.launches[0]["unique_read_sectors"] * 32 <= x.nbytes + 16 * grid.scale.numel() + 64
         assert forward.written == x.nbytes + mask
         assert backward.read == x.nbytes + mask
@@ -213,7 +213,10 @@ def test_a_layer_is_two_launches_beside_its_product(shape):
 
 
 def test_a_long_bias_beside_a_weight_of_small_groups():
-    """Their thread blocks have the same size: the bias gets fewer threads than it would have alone."""
+    """Weight and bias have CTAs of the same size.
+
+    The bias gets fewer threads than it would alone.
+    """
     x, weight, bias = cases.linear(((2,), 32, 5000), device="cuda")
     config = QATConfig(weight=QuantSpec(granularity=PerGroup(32)), output=None)
     y = qat_linear(torch.zeros_like(x), weight, bias, config=config)
@@ -292,7 +295,10 @@ def test_modules_move_between_devices():
 
 
 def test_twenty_steps_of_training_have_the_weights_of_the_cpu():
-    """Losses are close (products round differently); from equal weights the quantized ones are equal, bit for bit."""
+    """Losses are close (float GEMMs round differently).
+
+    Equal weights are quantized to equal bits.
+    """
 
     def network(device):
         torch.manual_seed(0)

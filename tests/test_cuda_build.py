@@ -1,4 +1,4 @@
-"""The CUDA kernels as machine code: no spills, no warnings, small."""
+"""The machine code of the CUDA kernels is small and has no spills; the compiler has no warnings."""
 
 import pytest
 
@@ -13,7 +13,8 @@ def test_no_spills_no_warnings_and_below_3_mb(tmp_path):
         pytest.skip(reason)
     cubins = ptxas.cubins(tmp_path)
     kernels = [kernel for cubin in cubins for kernel in cubin.kernels]
-    assert len(kernels) >= 4 * len(ptxas.SOURCES) - 1  # a kernel an op and dtype; the backward has one a size
+    # There is a kernel per operator and dtype; the backward has a kernel per element size.
+    assert len(kernels) >= 4 * len(ptxas.SOURCES) - 1
     assert not [kernel for kernel in kernels if kernel.spills]
     assert not [line for cubin in cubins for line in cubin.warnings]
     assert sum(cubin.size for cubin in cubins) < MOST_BYTES

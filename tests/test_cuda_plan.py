@@ -1,4 +1,4 @@
-"""How the CUDA kernels divide a tensor: host arithmetic, tested without a device and for any size."""
+"""The plans of the CUDA kernels, which are host arithmetic and are tested without a device."""
 
 import math
 
@@ -7,9 +7,10 @@ import pytest
 H100 = {"multiprocessors": 132, "shared_memory": 232448 - 2048, "cooperative": True}
 SMALL = {"multiprocessors": 2, "shared_memory": 64 * 1024, "cooperative": True}
 ALONE = {"multiprocessors": 132, "shared_memory": 232448 - 2048, "cooperative": False}
-HELD_UNITS = {2: 6, 4: 6, 8: 4}  # of 16 bytes, that a thread keeps in registers, by size of an element
+HELD_UNITS = {2: 6, 4: 6, 8: 4}  # units of 16 bytes that a thread holds in registers, by element size
 
-# (outer, blocks, inner): per tensor, rows, channels inside, channels last, one channel, huge ones
+# (outer, blocks, inner): per tensor, rows, inner channels, channels last, a single channel, huge
+# sizes
 LAYOUTS = [
     (1, 1, 1),
     (1, 1, 4097),
@@ -51,7 +52,8 @@ def test_it_fits_the_device_and_covers_the_tensor(plan, layout, item_size, quant
     assert p["tiles"] * p["tile_blocks"] >= blocks > (p["tiles"] - 1) * p["tile_blocks"]
     assert p["width"] == p["threads"] or (p["width"] <= 32 and p["width"] & (p["width"] - 1) == 0)
     if p["team"] > 1:
-        assert p["grid"] == p["tiles"] * p["team"] <= limits["multiprocessors"]  # all resident: they wait
+        # All CTAs must be resident, because they wait for each other.
+        assert p["grid"] == p["tiles"] * p["team"] <= limits["multiprocessors"]
         assert p["barrier"] == limits["cooperative"]
         assert p["partials"] == p["grid"] * p["tile_blocks"] * 2
     if p["all_held"]:
@@ -96,8 +98,8 @@ def test_small_work_takes_no_barrier(plan):
 
 
 def test_rows_share_a_thread_block_or_have_their_own(plan):
-    assert plan((1, 1000, 8))["width"] == 1  # two units of 16 bytes a thread
-    assert plan((1, 1000, 8), skipped=1)["width"] == 2  # each row touches three
+    assert plan((1, 1000, 8))["width"] == 1  # two units of 16 bytes per thread
+    assert plan((1, 1000, 8), skipped=1)["width"] == 2  # each row overlaps three units
     assert plan((1, 1000, 9))["width"] == 2
     assert plan((1, 1000, 32))["width"] == 4
     assert plan((1, 1000, 256))["width"] == 32

@@ -1,4 +1,4 @@
-"""Layers whose parameters are spread over processes."""
+"""Layers whose parameters are distributed over processes."""
 
 import copy
 import os
@@ -38,8 +38,8 @@ def _in_a_group(rank, port, work, world):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     work(init_device_mesh("cpu", (world,)), rank)
     torch.distributed.barrier()
-    time.sleep(0.5)  # until the other process is past the barrier, too
-    os._exit(0)  # destroying the group may wait for ever (see cases.end_process_group)
+    time.sleep(0.5)  # until the other process has also passed the barrier
+    os._exit(0)  # destroying the group may hang (see cases.end_process_group)
 
 
 def in_two_processes(work):
@@ -53,7 +53,7 @@ def layer_with_unequal_halves(config):
     torch.manual_seed(0)
     layer = QATLinear(16, 8, config=config)
     with torch.no_grad():
-        layer.weight[7, 15], layer.bias[7] = 3, 2  # a shard's own range would be another
+        layer.weight[7, 15], layer.bias[7] = 3, 2  # the range of a shard would be different
     return layer
 
 

@@ -1,4 +1,4 @@
-"""What is not legal: the type and the words of each error, that no argument changes, that nothing crashes."""
+"""Illegal arguments: types and messages of all errors; no argument is changed, nothing crashes."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ import cases
 from operators import IMPLEMENTATIONS, operators
 from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec, functional
 
-PYTHON = ("public", "reference")  # what no schema can express
+PYTHON = ("public", "reference")  # errors that a schema cannot express
 EVERYWHERE = ("public", "reference", "torch.ops")
 FLOAT_RULE = "to be float32, float64, float16 or bfloat16"
 
@@ -29,7 +29,7 @@ def x(*shape, dtype=torch.float32, device="cpu"):
 
 
 def good(op, **changes):
-    """Legal arguments of ``op`` but for ``changes``."""
+    """Returns legal arguments of ``op`` with ``changes``."""
     grid = {"scale": torch.tensor(0.5), "zero_point": torch.tensor(0, dtype=torch.int32)}
     arguments = {
         "fake_quantize": {"input": x(4, 6)},
@@ -175,7 +175,7 @@ def given(op):
         ):
             words = f"expected zero_point to be from {low} to {high}, got {value}"
             yield bad(op, ValueError, words, zero_point=torch.tensor(value, dtype=dtype))
-    if op != "quantize":  # integers have no gradient
+    if op != "quantize":  # integer results have no gradient
         words = (
             "expected scale not to require grad, got one that does; write fake_quantize_learned to train it"
         )
@@ -243,8 +243,8 @@ def linear():
         yield bad(op, ValueError, words, config=config)
 
 
-def integer_linear():
-    """A layer on integers says the words of any other."""
+def int8_linear():
+    """Yields the errors of a layer with int8 GEMM, whose messages are those of other layers."""
     for case in linear():
         if "config" not in case.arguments:
             yield case._replace(arguments={**case.arguments, "config": QATConfig.int8()})
@@ -284,7 +284,7 @@ TABLE = [
     *given("dequantize"),
     *others(),
     *linear(),
-    *integer_linear(),
+    *int8_linear(),
 ]
 NAMES = [
     f"{case.op}-{case.message.removeprefix(case.op + ': ').removeprefix('expected ')}"[:90] for case in TABLE
@@ -367,7 +367,7 @@ def test_specs_that_do_not_exist(kernels, code, position):
 
 
 def integers(*, rows=3, columns=6, dtype=torch.float32, **changes):
-    """The integers of a weight but for ``changes``."""
+    """Returns the tensors of an int8 weight with ``changes``."""
     kinds = {"scale": dtype, "zero_point": torch.int32, "level_sums": torch.int64}
     right = {name: x(rows, dtype=kind) for name, kind in kinds.items()}
     return list({"values": x(rows, columns, dtype=torch.int8), **right, **changes}.values())

@@ -1,4 +1,4 @@
-"""Every 16-bit float, a walk through the 32-bit ones, every integer; against numpy (the oracle's array form)."""
+"""All 16-bit floats, a sample of 32-bit floats and all integers, compared with the numpy oracle."""
 
 import math
 
@@ -10,7 +10,8 @@ import cases
 import oracle
 from qatfast import PerChannel
 
-# (scale, zero_point, quant_min, quant_max): powers of two, plain numbers, the smallest and the largest, every width.
+# (scale, zero_point, quant_min, quant_max): powers of two, other numbers, the smallest and the
+# largest scale, and every width.
 GRIDS = (
     (1.0, 0, -128, 127),
     (2.0**-7, 128, 0, 255),
@@ -59,7 +60,7 @@ def test_every_16_bit_float(ops, dtype, grid, device):
 @pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
 @pytest.mark.parametrize("num_bits", [2, 8])
 def test_every_16_bit_float_as_a_range_of_its_own(ops, dtype, symmetric, num_bits, device):
-    """Each finite x with x / 3 beside it, a block each."""
+    """Tests a block [x, x / 3] for each finite x."""
     x = every_16_bit_pattern(dtype)
     x = x[x.isfinite()]
     x = torch.stack([x, x / 3], 1)
@@ -91,7 +92,7 @@ def test_every_16_bit_float_as_a_range_of_its_own(ops, dtype, symmetric, num_bit
 @pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
 @pytest.mark.parametrize("num_bits", [2, 5, 8, 9])
 def test_every_16_bit_float_of_one_tensor(ops, dtype, symmetric, num_bits, device):
-    """All between two ends that are simple numbers, so that ties occur, or any ones."""
+    """Tests all numbers between two ends, which are simple (so that ties occur) or arbitrary."""
     every = every_16_bit_pattern(dtype)
     ends = [
         (-1, 1),
@@ -120,7 +121,7 @@ def test_every_16_bit_float_of_one_tensor(ops, dtype, symmetric, num_bits, devic
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_a_walk_through_every_32_bit_float(ops, grid, device):
-    """A prime stride: every exponent, every low bit, NaN payloads, both signs."""
+    """A prime stride reaches all exponents, low bits, NaN payloads and both signs."""
     patterns = np.arange(GRIDS.index(grid), 2**32, 3001, dtype=np.uint32)
     check(ops, torch.from_numpy(patterns.view(np.float32)), grid, device)
 
@@ -134,7 +135,7 @@ def test_random_64_bit_floats(ops, grid, device):
 
 
 def test_many_scales_next_to_ties(ops, device):
-    """Each row a scale of its own; half steps and the two numbers on either side of each."""
+    """Tests a scale per row on multiples of half an interval and on the adjacent numbers."""
     rng = np.random.default_rng(0)
     rows = 1500
     scale = (rng.uniform(1, 2, rows) * np.exp2(rng.integers(-126, 119, rows))).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What tracers are told of each operator is what the operator does: shapes, dtypes, strides, FLOPs."""
+"""Fake kernels return the shapes, dtypes and strides of the operators; FLOP formulas are right."""
 
 import itertools
 
@@ -27,7 +27,10 @@ OPS = torch.ops.qatfast
 
 
 def described(results):
-    """Strides matter where there are two elements to tell apart; of others torch's own fake tensors have other ones."""
+    """Returns shape, dtype, and the strides of dimensions with more than one element.
+
+    For other dimensions, fake tensors of torch have other strides.
+    """
     results = results if isinstance(results, (tuple, list)) else (results,)
     return [
         (tuple(x.shape), x.dtype, [x.stride(d) for d in range(x.dim()) if x.shape[d] > 1 and x.numel() > 0])
@@ -47,7 +50,7 @@ def fake(value):
 
 
 def assert_as_faked(op, *args, **kwargs):
-    """Returns the results of ``op``, which are as those of fake tensors."""
+    """Returns the results of ``op``; asserts that those of fake tensors have the same metadata."""
     results = op(*args, **kwargs)
     with FAKE:
         faked = op(*map(fake, args), **kwargs)
@@ -57,7 +60,7 @@ def assert_as_faked(op, *args, **kwargs):
 
 
 def layouts(shape, dtype, device):
-    """Tensors of this shape in many strides."""
+    """Returns tensors of this shape with many strides."""
     dims = range(len(shape))
 
     def filled(x):
@@ -172,7 +175,7 @@ def test_the_operators_of_the_integer_layer(kernels, leading, inputs, outputs, d
             assert_as_faked(OPS.qat_linear_grad_weight, dy, x_hat)
 
 
-# ---- FLOPs ----
+# FLOPs
 
 CONFIGS = pytest.mark.parametrize("config", cases.CONFIGS.values(), ids=cases.CONFIGS)
 
@@ -200,7 +203,7 @@ def test_a_layer_counts_as_nn_linear(kernels, config, leading, wanted, device):
     product = 2 * 16 * 6 * torch.Size(leading).numel()
     found = flops(layer, x)
     assert found == (product, product * sum(wanted))
-    if leading:  # torch does not count a vector's product
+    if leading:  # torch does not count the product of a vector
         assert found == flops(linear, x)
     with torch.no_grad():
         assert flops(layer, x, backward=False) == product
@@ -212,7 +215,7 @@ def test_a_layer_counts_as_nn_linear(kernels, config, leading, wanted, device):
 
 @CONFIGS
 def test_a_large_weight_and_second_derivatives_count_once(kernels, config, device):
-    """The weight's gradient in memory of its own is another operator."""
+    """A separately allocated gradient of the weight is computed by another operator."""
     layer = QATLinear(1024, 2052, config=config, device=device)
     linear = nn.Linear(1024, 2052, device=device)
     x = cases.normal((4, 1024), device=device, requires_grad=True)

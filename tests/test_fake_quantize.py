@@ -36,7 +36,10 @@ def test_every_bit_width(ops, num_bits, grid, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=cases.name)
 @pytest.mark.parametrize("size", [64, 4096, 100_000])
 def test_ends_that_both_round_outwards_are_clamped(ops, size, dtype, device):
-    """255 steps of 1 from -101.5 to 153.5: as both ends are rounded to even, 256 would be needed."""
+    """The range -101.5 to 153.5 has 255 intervals of 1.
+
+    As both ends round to even, it would need 256.
+    """
     x = torch.tensor([-101.5, 153.5], dtype=dtype).repeat(size // 2)
     y = ops.fake_quantize(x.to(device))
     cases.assert_same(y, torch.tensor([-102.0, 153.0], dtype=dtype).repeat(size // 2))

@@ -182,7 +182,7 @@ def test_qparams_that_keep_reduced_dimensions(ops, granularity, shape, keepdim, 
     q = ops.quantize(x, scale, zero_point, 0, 15, granularity=granularity)
     y = ops.fake_quantize_affine(x, scale, zero_point, 0, 15, granularity=granularity)
     (gradient,) = torch.autograd.grad(y.sum(), x)
-    for kept_scale, kept_zero_point in (  # each by itself
+    for kept_scale, kept_zero_point in (  # each of the two alone
         (scale.view(keepdim), zero_point.view(keepdim)),
         (scale, zero_point.view(keepdim)),
         (scale.view(keepdim), zero_point),
@@ -199,7 +199,7 @@ def test_a_scale_that_requires_grad(ops, device):
     x = cases.normal((4, 6), device=device)
     scale = torch.tensor(0.5, device=device, requires_grad=True)
     zero_point = torch.tensor(0, dtype=torch.int32, device=device)
-    q = ops.quantize(x, scale, zero_point, -8, 7)  # integers have no gradient
+    q = ops.quantize(x, scale, zero_point, -8, 7)  # integer results have no gradient
     for call in (
         lambda scale: ops.fake_quantize_affine(x, scale, zero_point, -8, 7),
         lambda scale: ops.dequantize(q, scale, zero_point),
@@ -270,12 +270,15 @@ def test_second_derivatives_are_those_of_the_surrogate(ops, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=cases.name)
 @pytest.mark.parametrize("quant_range", [(0, 255), (-128, 127), (0, 15), (-7, 7)], ids=str)
 def test_torch_gives_the_same_away_from_documented_differences(dtype, quant_range, device):
-    """``torch.fake_quantize_per_tensor_affine`` and ``per_channel_affine`` differ from the contract in that they
+    """``torch.fake_quantize_per_tensor_affine`` and ``per_channel_affine`` differ from the contract.
 
-    - multiply by the rounded reciprocal of the scale: next to ties the result is one step away;
-    - convert to int64 before the clamp: NaN, infinities and quotients of 2^63 and more give one end of the range;
-    - multiply in float16 and bfloat16 in other places: only the integers are compared there;
-    - take no ``quant_min`` below -2^31, and other dtypes for the zero point (here int32 for both).
+    - They multiply by the rounded reciprocal of the scale: next to ties, the result differs by one
+      level.
+    - They convert to int64 before the clamp: NaN, infinities and quotients from 2^63 on become an
+      end of the range.
+    - In float16 and bfloat16 they round at other points: only the integers are compared.
+    - They reject a ``quant_min`` below -2^31 and need other dtypes for the zero point (here int32
+      for both).
     """
     for seed in range(4):
         grid = cases.grid((), PerTensor(), dtype, quant_range, seed=seed, device=device)
@@ -305,8 +308,10 @@ def check_against_torch(x, grid, granularity, peer):
 @pytest.mark.parametrize("quant_range", [(0, 255), (-128, 127), (0, 65535), (-32768, 32767)], ids=str)
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_onnxruntime_gives_the_same_bits(quant_range, axis, device):
-    """QuantizeLinear and DequantizeLinear, ties, infinities and saturation included. The one documented difference is
-    NaN, which QuantizeLinear leaves undefined: there are none in these inputs."""
+    """Compares with QuantizeLinear and DequantizeLinear, including ties, infinities and saturation.
+
+    QuantizeLinear does not define the result for NaN, so these inputs contain no NaN.
+    """
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     shape = (40, 33)
     granularity = PerTensor() if axis is None else PerChannel(axis)

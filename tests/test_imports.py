@@ -1,4 +1,4 @@
-"""The product does not import the study or the benchmarks: both are tools that use it."""
+"""The package does not import its study or its benchmarks, except in the command line."""
 
 import ast
 from pathlib import Path
@@ -18,7 +18,7 @@ PRODUCT = sorted(
 
 
 def imported_modules(source):
-    """Names of all modules that ``source``, a file of the package's own folder, imports anywhere in it."""
+    """Returns the names of all modules that ``source``, a file of the package, imports."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -27,7 +27,7 @@ def imported_modules(source):
             yield module
             yield from (f"{module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            # A name in a string can be meant for importlib.import_module or __import__.
+            # A string may be an argument of importlib.import_module or __import__.
             yield ("qatfast" if node.value.startswith(".") else "") + node.value
 
 

@@ -1,4 +1,4 @@
-"""The compiled kernels give the bits of the reference: on every instruction set, number of threads, size, alignment."""
+"""The kernels equal the reference for all instruction sets, threads, sizes and alignments."""
 
 import json
 import os
@@ -28,7 +28,7 @@ DTYPES = pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
 
 @pytest.fixture(scope="module")
 def expected():
-    """The results of the reference, computed once a dtype."""
+    """Returns the results of the reference, computed once per dtype."""
     known = {}
 
     def results(dtype):
@@ -98,7 +98,7 @@ def test_every_instruction_set_gives_the_same_bits(kernels, expected, capability
 
 @pytest.mark.parametrize("instructions", ["SSE41", "AVX2", "AVX512_CORE"])
 def test_a_library_that_saturates_changes_no_integer_product(kernels, instructions):
-    """Without VNNI, oneDNN may add pairs of products in 16 bits."""
+    """Without VNNI, oneDNN may add pairs of products in 16 bits, which saturates."""
     code = (
         "import digests, json, qatfast, torch;"
         "results = digests.layers(qatfast.functional, torch.float32);"
@@ -145,13 +145,16 @@ print(json.dumps(wrong))
 @pytest.mark.parametrize("order", ["off on", "on off on"])
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "DEFAULT"])
 def test_integer_products_are_exact_whenever_onednn_is_switched(kernels, instructions, order):
-    """What torch's own loop gives while oneDNN is off must not pass for a proof that oneDNN is exact."""
+    """The loop of torch runs while oneDNN is off.
+
+    Its result must not prove that oneDNN is exact.
+    """
     assert json.loads(run(["-c", PRODUCTS, order], ONEDNN_MAX_CPU_ISA=instructions)) == {}
 
 
 @pytest.mark.parametrize("setting", ["autocast", "precision"])
 def test_no_setting_of_float_products_reaches_integer_products(kernels, setting):
-    """Where oneDNN is not exact, integers are multiplied as floats."""
+    """If oneDNN is not exact, the int8 GEMM is computed in floats."""
     code = """
 import contextlib, sys, torch
 from qatfast import QATConfig, functional
@@ -249,7 +252,10 @@ print(len(known))
 )
 @pytest.mark.parametrize("setting", ["upward", "downward", "towardzero", "traps", "flush_denormal"])
 def test_the_arithmetic_of_the_thread_changes_no_bit(kernels, setting):
-    """Rounding, traps and flushing as another library may leave them; given back as they were."""
+    """Another library may change rounding, traps and flushing.
+
+    The kernels ignore and restore them.
+    """
     assert int(run(["-c", ARITHMETIC, setting])) > 300
 
 
@@ -312,8 +318,10 @@ def test_the_reference_gives_the_same_bits_on_the_lowest_instruction_set(kernels
 @DTYPES
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerToken()], ids=str)
 def test_quotients_next_to_ties(kernels, dtype, granularity):
-    """Random scales of every exponent; inputs at half steps and a few numbers beside: where a division that is not
-    IEEE's rounds to the other side."""
+    """Tests inputs at and next to half intervals, for random scales of all exponents.
+
+    There, a division that is not IEEE division rounds to another level.
+    """
     rng = np.random.default_rng(1)
     rows, columns = 300, 120
     compute = cases.compute_dtype(dtype)

@@ -1,4 +1,4 @@
-"""QATLinear, which is an nn.Linear."""
+"""QATLinear and its compatibility with nn.Linear."""
 
 import copy
 import io
@@ -248,7 +248,7 @@ def test_repr_shows_sizes_and_what_is_quantized_how(layer, expected):
             lambda: QATLinear(10, 64, config=QATConfig(weight=QuantSpec(granularity=PerChannel(2)))),
             ValueError,
             "QATLinear: expected the axis of config.weight to be from -2 to 1 for its 2 dimensions, got 2; write "
-            "PerChannel(0) for one scale an output channel",
+            "PerChannel(0) for one scale per output channel",
         ),
         (
             lambda: QATLinear(10, 64, config=QATConfig(bias=QuantSpec(granularity=PerChannel(1)))),
@@ -360,10 +360,10 @@ def hooked_and_unhooked(linear):
 @pytest.mark.parametrize("same", SAME.values(), ids=SAME)
 @pytest.mark.parametrize("which", ["linear1", "linear2"])
 def test_a_transformer_layer_calls_it_in_evaluation(same, which):
-    """torch's fast path reads the weights; it is left where a layer has hooks, which ours seem to have."""
+    """The fast path of torch reads the weights; the forward pre-hook of QATLinear disables it."""
     plain = encoder_layer().eval()
     quantized = same(with_quantized_linears(plain)).eval()
-    setattr(quantized, which, copy.deepcopy(getattr(plain, which)))  # the other one is enough
+    setattr(quantized, which, copy.deepcopy(getattr(plain, which)))  # the other QATLinear is enough
     x = cases.normal((2, 5, 16))
     with torch.no_grad():
         expected = without_fast_path(quantized, x)
@@ -384,17 +384,17 @@ def test_the_float_layer_of_it_takes_the_fast_path_again():
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_transformer_encoder_on_padded_batches(nested):
-    """In evaluation it packs them into nested tensors and goes on with these."""
+    """In evaluation, nn.TransformerEncoder packs a padded batch into a nested tensor."""
     encoder = nn.TransformerEncoder(
         with_quantized_linears(encoder_layer()), 2, enable_nested_tensor=nested
     ).eval()
     x = cases.normal((3, 5, 16))
     padding = torch.arange(5) >= torch.tensor([[5], [3], [1]])
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # nested tensors are a prototype
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that nested tensors are a prototype
         y = encoder(x, src_key_padding_mask=padding)
         expected = without_fast_path(encoder, x, src_key_padding_mask=padding)
-    # attention differs in the last bits, which may move a value to the next of 4 steps
+    # attention differs in the last bits, which may change a level by one
     assert ((y - expected).abs()[~padding] < 1e-5).float().mean() > 0.95
 
 
@@ -428,7 +428,7 @@ def test_hooks_of_a_quantized_layer_run():
         handle.remove()
     layer(x)
     assert len(calls) == 3
-    layer._forward_pre_hooks.clear()  # of the mark too
+    layer._forward_pre_hooks.clear()  # removes the mark too
     layer.register_forward_pre_hook(lambda *_: calls.append("again"))
     layer(x)
     assert calls[3:] == ["again"]
@@ -458,7 +458,7 @@ def test_a_hook_runs_where_there_is_no_other(name):
 
 
 def recording_hooks(linear, calls):
-    """A hook of every kind that nn.Module has; the handle of each."""
+    """Registers a hook of every kind of nn.Module; returns their handles."""
 
     def hook(kind):
         return lambda *_, **__: calls.append(kind)
@@ -503,7 +503,7 @@ def test_hooks_of_all_kinds_carry_over(make):
     recording_hooks(linear, calls)
     layer = make(linear)
     assert layer._is_full_backward_hook is True
-    del linear  # one kind of hook is bound to its module, and fails without it
+    del linear  # one kind of hook is bound to its module and fails if that is deleted
     used(layer)
     assert sorted(calls) == ALL_HOOKS
 
@@ -677,7 +677,7 @@ def test_with_dynamic_a_row_depends_on_that_row_only(num_bits, training):
 
 
 def changed_last_token(config):
-    """The logits before the last token of a causal model, with two last tokens."""
+    """Returns the logits of a causal model before the last token, for two different last tokens."""
     torch.manual_seed(0)
     model = nn.Sequential(QATLinear(32, 64, config=config), nn.ReLU(), QATLinear(64, 32, config=config))
     x = cases.normal((2, 6, 32))
@@ -699,7 +699,7 @@ def test_a_whole_model_loads_with_weights_only(config):
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    # classes of torch.nn are the reader's to allow; ours are allowed by importing qatfast
+    # the user must allow classes of torch.nn; importing qatfast allows its own classes
     with torch.serialization.safe_globals([nn.Sequential, nn.ReLU]):
         other = torch.load(buffer, weights_only=True)
     assert other[0].config == model[0].config

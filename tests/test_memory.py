@@ -1,4 +1,4 @@
-"""What is kept for backward, and how much is allocated on the way."""
+"""Memory: bytes saved for backward, and the peak of allocations."""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ SHAPES = pytest.mark.parametrize(
 
 
 def kept(function):
-    """The storages that autograd keeps for the backward of ``function()``: {address: bytes}."""
+    """Returns the storages that autograd saves in ``function()``, as {address: bytes}."""
     storages = {}
 
     def pack(tensor):
@@ -48,7 +48,7 @@ def kept(function):
 
 
 def peak(function, before=lambda: None):
-    """The most bytes that are allocated at one time during ``function()``, beyond those that ``before()`` leaves."""
+    """Returns the peak of allocated bytes in ``function()`` minus those left by ``before()``."""
     before()
     function()
     before()
@@ -110,7 +110,7 @@ def test_qat_linear_keeps_input_weight_and_quantized_weight_at_most(kernels, sha
 
 
 def integers_of(input):
-    """One byte an element; a scale and a zero point a row."""
+    """Returns the size of int8 tensors: a byte per element, a scale and a zero point per row."""
     return input.numel() + 8 * input.shape[:-1].numel()
 
 
@@ -133,7 +133,7 @@ def test_qat_linear_keeps_only_what_the_wanted_gradients_need(kernels, config):
     "shape, share", [(((32,), 64, 64), 0.35), (((256,), 1024, 1024), 0.3)], ids=cases.name
 )
 def test_integers_are_less_than_the_input_of_nn_linear(kernels, shape, share, cached):
-    """The weight is there anyway: beside it, a layer on integers keeps a quarter and the grids."""
+    """Besides the weight, an int8 GEMM saves a quarter of the bytes of nn.Linear, and the grids."""
     leading, inputs, outputs = shape
     x = cases.normal((*leading, inputs), requires_grad=True)
     linear = nn.Linear(inputs, outputs)
@@ -213,7 +213,7 @@ def test_the_peak_of_a_step_is_that_of_nn_linear_and_the_weight(kernels, shape, 
         return peak(lambda: module(x).backward(gradient), forget_gradients)
 
     more = bytes_of(linear.weight)
-    if oracle.uses_int8_gemm(config, inputs):  # backward makes the quantized input again
+    if oracle.uses_int8_gemm(config, inputs):  # backward computes the quantized input again
         more += bytes_of(x)
     assert peak_of_a_step(layer) <= peak_of_a_step(linear) + more + 64 * 1024
 

@@ -1,4 +1,4 @@
-"""An operator is one word: in the schema, the function, the reference, the C++ files, the test and the benchmark."""
+"""An operator has the same name in schema, function, reference, C++ files, tests and benchmarks."""
 
 import inspect
 import re
@@ -13,9 +13,9 @@ from qatfast import functional, reference
 
 ROOT = Path(__file__).parent.parent
 LAUNCHERS = "csrc/{device}/{op}.*"
-# The files of an operator: its launchers once per device that it names.
+# The files of an operator, with a launcher per device.
 PLACES = ("csrc/ops/{op}.cpp", LAUNCHERS, "tests/test_{op}.py")
-# The other sources of a device.
+# Other sources of a device.
 SHARED = {"cpu": {"copy"}, "cuda": {"plan"}}
 SOURCES = {".cpp", ".cu"}
 SCHEMAS = ROOT / "csrc" / "library.cpp"
@@ -65,7 +65,7 @@ def test_the_schema_has_the_same_arguments(op):
         argument.split()[-1].split("=")[0] for argument in re.sub(r"\[[^\]]*\]", "", arguments).split(", ")
     ]
     public = list(inspect.signature(getattr(functional, op.name)).parameters)
-    if public[-1] == "config":  # the dtype is what autocast asks for
+    if public[-1] == "config":  # autocast passes the dtype
         public[-1:] = ["specs", "*", "dtype"]
     assert names == public
 
@@ -95,7 +95,7 @@ def test_no_other_file_of_a_device_is_an_operator_of_another_name(name_of_device
     assert files <= {*(op.name for op in operators(name_of_device)), *SHARED[name_of_device]}
 
 
-# ---- kernels ----
+# Kernels
 
 THROWS = re.compile(
     r"throw\b|AT_ERROR\(|C10_THROW_ERROR\(|(std::)?(abort|terminate)\(|(TORCH|C10)_\w*CHECK\w*\(\s*(false|0)\b"
@@ -114,7 +114,7 @@ def after_bracket(text, start, pair):
 
 
 def bodies_of(source, function):
-    """Returns the bodies of all functions of this name that ``source`` defines, without comments and texts."""
+    """Returns the bodies of all functions with this name, without comments and strings."""
     source = re.sub(
         r""""(\\.|[^"\\\n])*"|'(\\.|[^'\\\n])'|//[^\n]*|/\*.*?\*/|^#[^\n]*""",
         "",
@@ -131,7 +131,7 @@ def bodies_of(source, function):
 
 
 def throws_always(body):
-    """Whether a statement of the body itself, and not of a block in it, throws."""
+    """Returns whether a statement of the body, outside of nested blocks, throws."""
     while (flat := re.sub(r"\{[^{}]*\}", ";", body)) != body:
         body = flat
     return any(THROWS.match(statement.strip()) for statement in body.split(";"))
@@ -203,7 +203,10 @@ def test_the_kernel_is_registered(kernels, op, name_of_device):
 
 @ON_EACH_DEVICE
 def test_the_kernel_computes(kernels, op, name_of_device, device):
-    """Forward and backward; on another device than the CPU with ``--device``."""
+    """Compares forward and backward with the reference.
+
+    Devices other than the CPU need ``--device``.
+    """
     if name_of_device not in ("cpu", device):
         pytest.skip(f"runs with --device {name_of_device}")
     for call in op.calls(device=name_of_device):

@@ -1,4 +1,4 @@
-"""A whole model: prepare, summary, unused_layers."""
+"""prepare, summary and unused_layers."""
 
 import copy
 import gc
@@ -40,7 +40,7 @@ def mlp(*sizes):
 
 
 class Block(nn.Module):
-    """What a GPT repeats."""
+    """A block of a GPT."""
 
     def __init__(self, width):
         super().__init__()
@@ -237,7 +237,8 @@ def test_tied_weights_stay_tied():
     tokens = torch.tensor([[1, 2, 3, 4]])
     before = model(tokens)
     model(tokens).sum().backward()
-    cases.assert_same(before[:, :3], model(torch.tensor([[1, 2, 3, 9]]))[:, :3])  # nothing leaks back
+    # Later tokens do not affect earlier ones.
+    cases.assert_same(before[:, :3], model(torch.tensor([[1, 2, 3, 9]]))[:, :3])
     assert model.embed.weight.grad is model.head.weight.grad
 
 
@@ -281,7 +282,7 @@ def test_edges_leave_layers_alone_that_are_named_or_placed_by_hand():
     model[4] = hand = QATLinear(8, 8, num_bits=2)
     assert configs(prepare(model, SMALL)) == {"0": DYNAMIC, "2": SMALL, "4": QATConfig.tutorial(2)}
     assert model[4] is hand
-    # the first one that is quantized
+    # the first quantized layer
     assert configs(prepare(mlp(8, 8, 8, 8), SMALL, layers={"0": None})) == {"2": DYNAMIC, "4": DYNAMIC}
 
 
@@ -365,7 +366,7 @@ def test_layers_that_a_parent_of_torch_reads_are_never_replaced():
     model.append(nn.Linear(8, 8))
     prepare(model)
     assert list(configs(model)) == [str(len(model) - 1)]
-    model[0].out_proj = QATLinear(8, 8)  # by hand, where it is not called
+    model[0].out_proj = QATLinear(8, 8)  # set by the user; its parent does not call it
     assert reasons(model)["0.out_proj"] == "its parent reads .weight"
 
 
@@ -518,7 +519,7 @@ def test_a_model_without_a_layer_to_quantize_says_so():
         (
             (..., None, {"layers": {"blocks.0": None}}),
             ValueError,
-            "prepare: expected the patterns of layers to match layers, got 'blocks.0', which holds some; write "
+            "prepare: expected the patterns of layers to match layers, got 'blocks.0', which contains layers; write "
             "'blocks.0.*'",
         ),
         (
@@ -612,7 +613,8 @@ def test_a_summary_is_a_table():
         "0      Conv1d     float                    float                                      160  no quantized layer "
         "for Conv1d yet\n"
         "1      QATLinear  8-bit affine per tensor  8-bit symmetric per channel 0  dynamic  24,000\n"
-        "1 of 2 layers are quantized. Whether each of them runs: run the model once inside qatfast.unused_layers."
+        "1 of 2 layers are quantized. To check that each of them runs, run the model once inside "
+        "qatfast.unused_layers."
     )
     assert repr(summary(model)) == str(summary(model))
 

@@ -1,4 +1,7 @@
-"""make mutants takes half an hour; that its mistakes still have their places is quick to see."""
+"""The mutants apply to the current source.
+
+``make mutants`` itself takes half an hour.
+"""
 
 from pathlib import Path
 

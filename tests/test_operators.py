@@ -1,4 +1,4 @@
-"""The registry of operators, and what holds for every entry: an operator is tested by being in it."""
+"""The registry of operators, and tests of all its entries."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_the_differentiable_arguments_and_no_others_get_a_gradient(ops, op, devi
                 continue
             try:
                 results = results_of(changed, ops)
-            except ValueError as error:  # it refuses an argument that one could expect to be trained
+            except ValueError as error:  # the operator rejects an argument that requires grad
                 assert f"expected {name} not to require grad" in str(error)
             else:
                 assert not any(result.requires_grad for result in results), (name, call.label)

@@ -1,4 +1,4 @@
-"""The oracle itself, against numbers worked out by hand and against IEEE arithmetic."""
+"""The oracle, compared with results computed by hand and with IEEE arithmetic."""
 
 import math
 from fractions import Fraction
@@ -89,7 +89,7 @@ def test_the_integer_layer_is_that_of_fractions(dtype, granularity):
     input, weight, bias = cases.linear(((3,), 9, 4), dtype)
     input[0, 2] = math.inf
     specs = QuantSpec(8, granularity=granularity), QuantSpec(5, symmetric=True, granularity=granularity)
-    y = oracle.integer_linear(input, weight, bias, QATConfig(*specs, bias=QuantSpec(3), output=None))
+    y = oracle.int8_linear(input, weight, bias, QATConfig(*specs, bias=QuantSpec(3), output=None))
     grids = []
     for x, spec in zip((input, weight), specs, strict=True):
         ends = oracle.quant_range(spec.num_bits, spec.symmetric)
@@ -112,13 +112,13 @@ def test_the_integer_layer_is_that_of_fractions(dtype, granularity):
 
 
 def test_the_integer_layer_is_the_float_formula_of_exact_numbers():
-    """Steps of 1 and 1/4, worked out by hand: 255 * 3 / 4 - 20 / 4 - 1."""
+    """With the scales 1 and 1/4, the result is 255 * 3 / 4 - 20 / 4 - 1."""
     x, weight = torch.tensor([[255.0, -0.0, 20.0]]), torch.tensor([[0.75, -31.0, -0.25], [0.0, 31.75, 0.0]])
     config = QATConfig(QuantSpec(8), QuantSpec(8, symmetric=True), None, None)
-    y = oracle.integer_linear(x, weight, torch.tensor([-1.0, -0.0]), config)
+    y = oracle.int8_linear(x, weight, torch.tensor([-1.0, -0.0]), config)
     cases.assert_same(y, torch.tensor([[185.25, 0.0]]))
     x[0, 1], weight[1, 0] = math.nan, math.nan
-    assert oracle.integer_linear(x, weight, None, config).isnan().all()
+    assert oracle.int8_linear(x, weight, None, config).isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is built, packed and installed, and what is said when something of it is missing."""
+"""Builds, distributions and installations, and the messages if parts are missing."""
 
 import importlib.metadata
 import json
@@ -35,7 +35,7 @@ needs_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs
 
 
 def python(*arguments, cwd, **environment):
-    """Runs this Python; the switches of the build are those given here and no others."""
+    """Runs this Python with no other build variables than those passed."""
     inherited = {name: value for name, value in os.environ.items() if name not in SWITCHES}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -53,7 +53,7 @@ def succeeds(run):
 
 @pytest.fixture
 def package(tmp_path):
-    """A folder with a copy of the package as an installation without kernels would leave it, but for _build.json."""
+    """Returns a folder with the package as installed without kernels, but without _build.json."""
     ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "study")
     shutil.copytree(Path(qatfast.__file__).parent, tmp_path / "qatfast", ignore=ignored)
     return tmp_path
@@ -61,7 +61,7 @@ def package(tmp_path):
 
 @pytest.fixture
 def project(package):
-    """A copy of what setup.py needs, with no C++ sources."""
+    """Returns a folder with the files that setup.py needs, without C++ sources."""
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, package)
     (package / "csrc").mkdir()
@@ -72,7 +72,7 @@ def record_of(project):
     return json.loads((project / "qatfast" / "_build.json").read_text())
 
 
-# What is installed
+# The installation
 
 
 def test_kernels_load_where_they_were_built():
@@ -104,7 +104,7 @@ def test_import_loads_no_plotting_and_no_learning_library(tmp_path):
     assert run.stdout.strip() == "set()"
 
 
-# What is said without kernels
+# Messages without kernels
 
 USE = """
 import warnings
@@ -177,7 +177,7 @@ def test_a_damaged_record_is_a_warning_with_the_cure(package, content, said):
 
 @pytest.fixture
 def copies(tmp_path):
-    """Two folders with a copy of the installed package each."""
+    """Returns two folders, each with a copy of the installed package."""
     if kernels.reason():
         pytest.skip(f"kernels are not loaded: {kernels.reason()}")
     folders = tmp_path / "first", tmp_path / "second"
@@ -279,7 +279,7 @@ def test_python_m_qatfast_is_the_command():
     assert (run.returncode, run.stderr.partition(":")[0]) == (2, "qatfast visualize")
 
 
-# What the README says
+# The README
 
 
 @needs_source
@@ -310,7 +310,7 @@ def test_the_versions_that_are_claimed_are_those_that_ci_tests():
     assert re.findall(r"Python :: (3\.\d+)", project) == [python for _, python in pairs]
 
 
-# What setup.py does
+# setup.py
 
 
 @needs_source
@@ -429,8 +429,8 @@ def include_paths():
         ("", {"FAKE_FLAGS": ""}, "8.0+PTX", "compute capability 8.0"),
         ("9.0", {}, "9.0+PTX", ""),
         ("9.0 8.9 9.0", {}, "8.9;9.0+PTX", ""),
-        ("12.1", {}, "12.0+PTX", ""),  # newer than this torch's kernels
-        ("6.1", {}, "8.0+PTX", "no GPU was found"),  # older than this torch runs on
+        ("12.1", {}, "12.0+PTX", ""),  # newer than the kernels of this torch
+        ("6.1", {}, "8.0+PTX", "no GPU was found"),  # older than this torch supports
         ("9.0", {"TORCH_CUDA_ARCH_LIST": "8.6;9.0"}, "8.6;9.0", ""),
         ("", {"TORCH_CUDA_ARCH_LIST": "8.6"}, "8.6", ""),
         ("9.0", {"TORCH_CUDA_ARCH_LIST": "All"}, "7.5;8.0;8.6;9.0;10.0;12.0+PTX", ""),
@@ -460,7 +460,7 @@ def test_cuda_is_compiled_for_the_gpus_present_or_one_architecture(
     assert said in run.stderr if said else "qatfast:" not in run.stderr
 
 
-# What is packed
+# Distributions
 
 
 def build(kind, source, out):

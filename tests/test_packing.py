@@ -1,4 +1,4 @@
-"""Packed integers take their bits and no more, and come back as they were."""
+"""pack uses no extra bits, and unpack is its inverse."""
 
 import pytest
 import torch

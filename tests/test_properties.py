@@ -1,4 +1,4 @@
-"""What holds for every tensor, on tensors that hypothesis thinks of."""
+"""Properties that hold for all tensors, tested with hypothesis."""
 
 from typing import NamedTuple
 

@@ -42,9 +42,12 @@ def quantized(x, spec):
 
 
 def formula(input, weight, bias, config):
-    """The contract written out: on integers the oracle, else the public quantizer and torch's own product."""
+    """Returns the result that the contract defines.
+
+    It is that of the oracle for an int8 GEMM, otherwise that of the float formula.
+    """
     if oracle.uses_int8_gemm(config, weight.shape[1]):
-        return oracle.integer_linear(input, weight, bias, config)
+        return oracle.int8_linear(input, weight, bias, config)
     return float_formula(input, weight, bias, config)
 
 
@@ -53,7 +56,7 @@ def float_formula(input, weight, bias, config):
     return quantized(F.linear(*hats), config.output)
 
 
-# Of every granularity that multiplies integers, with every number of bits, some of them with bias and output.
+# Configs with int8 GEMM: all granularities and numbers of bits, some with bias and output.
 INTEGER_CONFIGS = [
     QATConfig(
         QuantSpec(2 + index % 7, symmetric=x_symmetric, granularity=x, narrow_range=index % 5 > 0),
@@ -70,7 +73,7 @@ INTEGER_CONFIGS = [
         )
     )
 ]
-# Just outside: the float formula.
+# Similar configs with the float formula.
 FLOAT_CONFIGS = [
     QATConfig(x, weight, None, None)
     for x, weight in (
@@ -89,7 +92,7 @@ FLOAT_CONFIGS = [
 
 
 def straight_through(x, spec):
-    """The quantized values of ``x``, exactly, with the derivatives of ``x``."""
+    """Returns the quantized values of ``x``, exactly, with the derivatives of ``x``."""
     return x if x is None or spec is None else quantized(x, spec).detach() + (x - x.detach())
 
 
@@ -126,7 +129,7 @@ def test_the_default_is_the_tutorial_config(ops, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=cases.name)
 @pytest.mark.parametrize("output", [None, QuantSpec(4), QuantSpec(5, symmetric=True)], ids=str)
 def test_an_exact_product_gives_the_oracles_numbers(ops, dtype, output, device):
-    """Integers that are their own grid points: no product and no sum rounds, in any order."""
+    """The inputs are integers on the grid: products and sums are exact in any order."""
     rng = np.random.default_rng(0)
     x, weight = rng.integers(-100, 100, (7, 40)), rng.integers(0, 255, (9, 40), endpoint=True) - 128
     weight[0, :2] = -128, 127
@@ -147,7 +150,7 @@ def test_an_exact_product_gives_the_oracles_numbers(ops, dtype, output, device):
 def assert_layers_are_the_oracles(ops, operands, configs, device, **options):
     for config, (input, weight, bias) in itertools.product(configs, operands):
         assert oracle.uses_int8_gemm(config, weight.shape[1])
-        expected = oracle.integer_linear(input, weight, bias, config)
+        expected = oracle.int8_linear(input, weight, bias, config)
         on_device = [None if x is None else x.to(device) for x in (input, weight, bias)]
         try:
             cases.assert_same(ops.qat_linear(*on_device, config=config), expected)
@@ -164,7 +167,7 @@ def test_integers_give_the_oracles_numbers(ops, dtype, device):
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_integers_of_special_values(ops, dtype, bias, device):
-    """NaN takes its row or its column, infinities saturate, denormals are on a grid of normal steps."""
+    """NaN spreads to its row or column, infinities saturate, denormals have a normal scale."""
     rows = [cases.mixed((size, 19), dtype, seed=size) for size in (12, 11)]
     rows[0][:3], rows[1][:3] = 0.0, torch.nan  # whole rows
     rows[0][4:7], rows[1][4:7] = cases.normal((3, 19), dtype), cases.normal((3, 19), dtype, seed=1)
@@ -175,7 +178,7 @@ def test_integers_of_special_values(ops, dtype, bias, device):
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
 def test_scales_whose_product_is_beyond_the_floats(ops, dtype, device):
-    """As IEEE has it: products that are 0.0, -0.0, infinite, and NaN where no step meets an infinite scale."""
+    """Products follow IEEE: 0.0, -0.0, infinite, and NaN if level 0 meets an infinite scale."""
     info = torch.finfo(cases.compute_dtype(dtype))
     info = info if dtype != torch.float16 else torch.finfo(dtype)
     x, weight, bias = cases.linear(((6,), 19, 5), dtype)
@@ -246,13 +249,13 @@ def test_integers_of_every_shape(ops, shape, device):
 @pytest.mark.parametrize("in_features", [33025, 33026, 100_000])
 @pytest.mark.parametrize("granularity", [PerTensor(), PerToken()], ids=str)
 def test_sums_at_and_beyond_32_bits(ops, in_features, granularity, device):
-    """Every element is at an end of its grid, so that the sums are the largest there are."""
+    """All elements are at the ends of their grids, so that the sums are as large as possible."""
     x = torch.ones(5, in_features)
     x[1], x[2, 1::2], x[3, ::3] = -1, -1, 0
     x[4, -1] = -128 / 127
     weight = torch.cat([x[:3], x[4:]])
     operands = [(x, -weight, cases.normal((4,)))]
-    # of one sign 0 is an end, and 1 is 255 steps away
+    # if all have the same sign, 0 is an end of the range, and 1 is level 255
     operands += [(x.abs() * a, weight.abs() * b, None) for a, b in ((1, 1), (1, -1), (-1, -1))]
     operands += [tuple(tensor.double() for tensor in operands[0])]
     affine, symmetric = QuantSpec(8, False, granularity), QuantSpec(8, True, granularity)
@@ -303,7 +306,7 @@ def test_just_outside_it_is_the_float_formula(ops, config, dtype, device):
 
 
 def test_the_two_formulas_differ(ops, device):
-    """Or no test would see which of them a config takes."""
+    """If they were equal, tests could not detect which formula a config uses."""
     operands = cases.linear(((5,), 16, 6), device=device)
     for config in (QATConfig.int8(), cases.CONFIGS["per_token"]):
         y, other = ops.qat_linear(*operands, config=config), float_formula(*operands, config)
@@ -395,7 +398,7 @@ def test_gradients_keep_dtype(ops, config, dtype, device):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["", "autocast"])
 @pytest.mark.parametrize("wanted", [(0, 1), (1,)], ids=["all", "weight"])
 def test_gradients_of_a_large_weight(kernels, config, autocast, wanted):
-    """8 MB, in either type: made in memory of its own."""
+    """A gradient of 8 MB, in both dtypes, is allocated separately."""
     operands = cases.linear(((3,), 1024, 4096))
     upstream = cases.normal((3, 4096), autocast or torch.float32, seed=7)
     gradients = []
@@ -493,7 +496,7 @@ def test_a_tensor_written_between_forward_and_backward_is_the_error_of_nn_linear
 
 
 def test_the_input_of_integers_may_be_written_before_backward(kernels, device):
-    """Its integers are kept, not the tensor."""
+    """An int8 GEMM saves the quantized input, not the input."""
     gradients = []
     for written in (False, True):
         operands = cases.linear(((5,), 16, 6), device=device, requires_grad=True)

@@ -1,4 +1,4 @@
-"""csrc/common/quant_math.h alone: the division that is none, on every quotient that could go wrong."""
+"""The division by multiplication in csrc/common/quant_math.h, on all critical quotients."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""NaN, infinities, zeros, denormals, the largest finite numbers, constants, nothing at all."""
+"""NaN, infinities, zeros, denormals, the largest finite numbers, constants and empty tensors."""
 
 import math
 
@@ -34,7 +34,7 @@ def check_against_the_oracle(ops, x, device, num_bits=4, symmetric=False, granul
 @SYMMETRIC
 @pytest.mark.parametrize("num_bits", [2, 8, 16])
 def test_every_pair_of_special_values(ops, dtype, symmetric, num_bits, device):
-    """Each pair is a block of its own, alone and beside a 1."""
+    """Each pair is a block, once alone and once with an additional 1."""
     special = torch.tensor(cases.special_values(dtype)).to(dtype)
     pairs = torch.cartesian_prod(special, special)
     check_against_the_oracle(ops, pairs, device, num_bits, symmetric, PerToken())
@@ -214,7 +214,7 @@ def test_flushing_denormals_is_off_while_the_tests_run():
     "lo, hi, clamped", [(-1.5, 253.5, True), (-1.5, 253.0, False), (-0.5, 254.5, False)], ids=str
 )
 def test_a_blocks_own_end_may_lie_beyond_its_grid(ops, dtype, granularity, lo, hi, clamped, device):
-    """Ties go to even steps: both ends away from each other, and 255 steps are too few for the block's own range."""
+    """Ties round to even: if both ends round outwards, 255 intervals are too few for the range."""
     x = torch.linspace(lo, hi, 40, dtype=torch.float64).to(dtype).repeat(3, 1)
     if granularity == PerChannel(1):
         x = x.T.contiguous()

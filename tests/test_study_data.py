@@ -1,4 +1,4 @@
-"""The study's data: its content, its split, and the error for each bad file."""
+"""The data of the study: content, split, and the errors for bad files."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_digits():
     assert (data.in_features, data.num_classes) == (64, 10)
     assert len(data.train_labels) == 1437 and len(data.test_labels) == 360
     assert data.train_inputs.min() == 0 and data.train_inputs.max() == 1
-    # The split is stratified: each class has its share of the test samples.
+    # The split is stratified: each class has the same share of training and test samples.
     assert torch.bincount(data.test_labels).min() >= 34 and torch.bincount(data.test_labels).max() <= 38
 
 
@@ -65,7 +65,8 @@ def test_csv_with_text_labels_and_its_own_units(tmp_path):
     data = split(samples, seed=0)
     torch.testing.assert_close(data.train_inputs.mean(0), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(data.train_inputs.std(0, correction=0), torch.ones(2), atol=1e-5, rtol=0)
-    # The test samples are scaled with mean and deviation of the training samples, not with their own.
+    # The test samples are scaled with mean and deviation of the training samples, not with their
+    # own.
     assert float(data.test_inputs.mean(0).abs().max()) > 1e-3
 
 
@@ -83,7 +84,7 @@ def test_csv_with_text_labels_and_its_own_units(tmp_path):
             "semicolons",
         ),
         ("a\tb\ty\n1\t2\tno\n3\t4\tyes\n1\t1\tno\n2\t2\tyes\n", [[1, 2], [3, 4], [1, 1], [2, 2]], "tabs"),
-        # The names hold commas, as many as there are semicolons.
+        # The names contain as many commas as semicolons.
         (
             "a, cm;b, dB;y\n1,5;2,5;no\n3,5;4,5;yes\n1,0;1,0;no\n2,0;2,0;yes\n",
             [[1.5, 2.5], [3.5, 4.5], [1, 1], [2, 2]],

@@ -1,4 +1,4 @@
-"""The sentences about made-up results: what they say, and what they must not say."""
+"""The sentences about synthetic results: what they must and must not say."""
 
 import math
 from dataclasses import replace
@@ -17,7 +17,7 @@ WOBBLE = (0.002, -0.001, 0.0, 0.001, -0.002)
 
 
 def made_up(accuracies, *, seeds=5, bits=(4,), train=1437, test=360, batches=None):
-    """Returns a study in which each (model, bits) has the given mean accuracy, with a small difference per seed."""
+    """Returns a study with these mean accuracies per (model, bits); seeds differ slightly."""
     study = Study(Settings(bits=bits, seeds=seeds), digits_samples(), train_samples=train, test_samples=test)
     for number, (key, accuracy) in enumerate(accuracies.items()):
         for index in range(seeds):

@@ -1,4 +1,4 @@
-"""Figures show what the results say, and do not change the caller's matplotlib settings."""
+"""Figures show the results and do not change the matplotlib settings of the caller."""
 
 import matplotlib
 import numpy as np
@@ -87,7 +87,8 @@ def test_weights_of_layers_with_a_config():
     for figure in visualize_weight_distributions(fp32, quantize_layers(fp32, 2, edge_bits=2), 2):
         before, after, qat = figure.axes
         assert before.get_title("left") == "FP32"
-        # With one grid per output channel there are no common levels. PTQ has the same grids as QAT.
+        # With one grid per output channel there are no common levels. PTQ has the same grids as
+        # QAT.
         assert (
             not after.lines
             and after.patches[0].get_data().values.tolist() == qat.patches[0].get_data().values.tolist()

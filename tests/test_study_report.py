@@ -1,4 +1,4 @@
-"""The results, files and page of a small study, and what an interrupted study leaves."""
+"""The results, files and page of a small study and of an interrupted study."""
 
 import json
 import re
@@ -238,7 +238,7 @@ def test_the_verdict_comes_first_and_the_details_are_folded(report):
     assert set(links) == targets and len(links) == len(targets) >= 4
     details = [attributes for tag, attributes in page.tags if tag == "details"]
     assert len(details) >= 7 and not any("open" in attributes for attributes in details)
-    # All but one figure and one table are folded.
+    # All figures and tables except one of each are folded.
     folded = text.index("<details")
     assert text[:folded].count("<img") == 1 and text[:folded].count("<table") == 1
 
@@ -356,7 +356,7 @@ def test_trainings_are_counted(tmp_path):
 
 
 def write_files(folder, *names, complete=True):
-    """Writes what a report leaves: ``names`` and results.json, which lists them."""
+    """Writes the files of a report: ``names``, and results.json, which lists them."""
     folder.mkdir(parents=True)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Model files have the size that is reported, and hold the model."""
+"""Model files have the reported size and contain the model."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Step times: the three networks compute the same, and are timed equally often."""
+"""Step times: the three networks compute the same and are timed equally often."""
 
 import itertools
 
@@ -16,7 +16,7 @@ def test_the_tutorials_network_computes_what_ours_computes():
     ours.load_state_dict(theirs.state_dict())
     inputs = torch.randn(64, 12, generator=torch.Generator().manual_seed(2))
     expected, actual = theirs(inputs), ours(inputs)
-    # They round to different levels only next to ties.
+    # The networks round to different levels only next to ties.
     difference = (actual - expected).detach().abs()
     assert float(difference.max()) < 0.05 and float(difference.mean()) < 2e-3
     for scores in (expected, actual):
@@ -35,7 +35,8 @@ def test_each_network_is_timed_against_fp32():
 
 
 def test_a_ratio_is_taken_round_by_round(monkeypatch):
-    # The machine is twice as slow in every other round, and a step of qatfast takes 1.5 times as long as FP32.
+    # The machine is twice as slow in every other round, and a step of qatfast takes 1.5 times as
+    # long as FP32.
     factors = iter([1.0, 3.0, 1.5])
 
     def turn_of(step, device):

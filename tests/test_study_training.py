@@ -1,4 +1,4 @@
-"""The study's networks and their training."""
+"""The networks of the study and their training."""
 
 import io
 import math
@@ -159,7 +159,7 @@ def flat(*losses, accuracy=0.9, test_loss=0.5):
     "history, said",
     [
         (flat(1.0, 0.5, 0.4), ""),
-        (flat(0.001, 0.002), ""),  # twice as much, but tiny
+        (flat(0.001, 0.002), ""),  # twice as large, but tiny
         (flat(0.95, 1.0, 1.06), ""),
         (flat(1.15, 0.87, 1.49), "the loss rose"),
         (flat(1.0, math.nan, 0.5), "the loss is not finite"),
@@ -173,7 +173,7 @@ def test_divergence(history, said):
 
 
 def test_the_tutorials_config_diverges_at_2_bits():
-    """With the settings of the study the loss falls and then rises."""
+    """With the settings of the study, the loss falls and then rises."""
     digits = split(load_samples("digits"), seed=42)
     with seeded(42):
         model = ThreeLayerNetQAT(64, 64, 10, num_bits=2)

@@ -1,4 +1,4 @@
-"""Twenty steps of training: a wrong gradient of any tensor leaves the trajectory."""
+"""Twenty training steps: a wrong gradient of any tensor changes the trajectory."""
 
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ STEPS = 20
 
 
 class Plain(nn.Linear):
-    """The tutorial's layer, written out: every quantizer in five lines of plain PyTorch."""
+    """The layer of tutorials in plain PyTorch, with a quantizer of five lines."""
 
     num_bits = 8
 

@@ -1,4 +1,4 @@
-"""torch.func transforms, autocast, and other contexts in which a call must mean the same."""
+"""torch.func transforms, autocast and other contexts do not change the results."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_vmap_of_a_layer_over_inputs_and_over_weights(config, device):
 def test_vmap_of_integers_gives_the_oracles_numbers(config, leading, dtype, device):
     samples = [cases.linear((leading, 16, 6), dtype, seed=seed) for seed in range(3)]
     stacked = [torch.stack(tensors).to(device) for tensors in zip(*samples, strict=True)]
-    expected = [oracle.integer_linear(*sample, config) for sample in samples]
+    expected = [oracle.int8_linear(*sample, config) for sample in samples]
     y = vmap(lambda *operands: functional.qat_linear(*operands, config=config))(*stacked)
     cases.assert_same(y, torch.stack(expected))
 
@@ -180,15 +180,17 @@ def by_spec(x, spec):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.name)
 @CONFIGS
 def test_autocast_casts_what_the_quantizers_give(ops, config, dtype, device):
-    """The quantizers see float32 tensors with their own grids; the product and the output are in the smaller type. On
-    integers only the result is."""
+    """The quantizers take float32 tensors; the product and the output have the autocast dtype.
+
+    With an int8 GEMM, only the result has the autocast dtype.
+    """
     operands = cases.linear(((5,), 16, 6), device=device, requires_grad=True)
     specs = (config.input, config.weight, config.bias)
     hats = [by_spec(operand, spec).to(dtype) for operand, spec in zip(operands, specs, strict=True)]
     expected = by_spec(F.linear(*hats), config.output)
     with torch.autocast(device, dtype):
         y = ops.qat_linear(*operands, config=config)
-    numbers = oracle.integer_linear(*operands, config, dtype) if is_integer(config) else expected
+    numbers = oracle.int8_linear(*operands, config, dtype) if is_integer(config) else expected
     cases.assert_same(y, numbers)
     upstream = cases.normal((5, 6), dtype, seed=4, device=device)
     theirs = torch.autograd.grad(expected, list(operands), upstream)
@@ -216,7 +218,7 @@ def test_autocast_takes_mixed_operands(device):
 
 
 def test_autocast_takes_mixed_operands_for_integers(ops, device):
-    """Each is quantized as it is, in float32."""
+    """Each operand is quantized in its own dtype, computed in float32."""
     input, weight, bias = cases.linear(((5,), 16, 6), device=device)
     config = QATConfig(QuantSpec(8), QuantSpec(8), QuantSpec(8), QuantSpec(6))
     for operands in (
@@ -226,7 +228,7 @@ def test_autocast_takes_mixed_operands_for_integers(ops, device):
     ):
         with torch.autocast(device, torch.bfloat16):
             y = ops.qat_linear(*operands, config=config)
-        expected = oracle.integer_linear(*operands, config, torch.bfloat16)
+        expected = oracle.int8_linear(*operands, config, torch.bfloat16)
         cases.assert_same(y, expected)
 
 

@@ -1,4 +1,4 @@
-"""cached_weights: the same results and gradients, one quantization of each weight, nothing stale."""
+"""cached_weights: equal results and gradients, a single quantization per weight, no stale entry."""
 
 import asyncio
 import contextlib
@@ -61,7 +61,7 @@ def model(config):
 
 @pytest.fixture
 def quantizations(monkeypatch):
-    """How many weights the cache has quantized."""
+    """Returns a counter of the weights that the cache quantizes."""
     calls = []
 
     def counted(weight, *args, **kwargs):
@@ -81,7 +81,7 @@ READERS = pytest.mark.parametrize(
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators of qatfast that run inside."""
+    """Records the names of the operators of qatfast that run in the mode."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ def test_the_integers_of_each_weight_are_made_once(kernels, bias):
         with torch.no_grad():
             net(x)
     assert operators.seen.count("qat_linear_int8_weight") == 2
-    assert not {"qat_linear", "fake_quantize"} & {*operators.seen}  # the bias is quantized inside
+    assert not {"qat_linear", "fake_quantize"} & {*operators.seen}  # the layer's operator quantizes the bias
     plain = copy.deepcopy(net)
     with cached_weights(net), Operators() as operators:
         for step in range(3):
@@ -231,7 +231,7 @@ def test_a_written_weight_is_quantized_again(config):
 
 
 def held(net):
-    """What the open blocks of this thread have quantized, layer by layer."""
+    """Returns the quantized weight per layer in the open blocks of this thread."""
     slots = [weight_cache.slot_of(layer) for layer in net.modules() if isinstance(layer, QATLinear)]
     return [slot and slot.entry for slot in slots]
 
@@ -279,7 +279,7 @@ def test_blocks_compile_a_layer_and_a_step_at_most_twice():
                 forward(x).sum().backward()
                 step()
                 cases.assert_same(layer(x), copy.deepcopy(layer)(x))
-                assert blocks == 0 or None not in held(layer)  # a compiled step ends, too
+                assert blocks == 0 or None not in held(layer)  # a compiled step also ends
         compiled.append(frames["total"])
     assert compiled[2:] == [compiled[2]] * 6
 
@@ -294,7 +294,7 @@ def test_only_a_module_has_weights():
 
 
 def trained(config, make_optimizer, block, step=None, steps=4):
-    """The losses of a training, the forwards after each step and the weights at the end."""
+    """Returns the losses of a training, the outputs after each step and the final weights."""
     net, x = model(config), numbers(5, 8)
     optimizer = make_optimizer(net)
     seen = []
@@ -325,7 +325,7 @@ def assert_trains_the_same(config, make_optimizer, step=None):
 
 
 class WritesData(torch.optim.Optimizer):
-    """An optimizer whose writes have no version."""
+    """An optimizer whose writes do not change the version."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {})
@@ -338,7 +338,7 @@ class WritesData(torch.optim.Optimizer):
 
 
 class Twice(WritesData):
-    """A step inside a step, then a forward, then a write."""
+    """An optimizer that runs another step, then a forward, and then writes."""
 
     def step(self, closure=None):
         loss = super().step(closure)
@@ -477,7 +477,7 @@ def test_a_block_may_open_inside_a_step(config):
 
 
 def test_a_block_may_end_while_hooks_run():
-    """Torch iterates over them: none may vanish."""
+    """torch iterates over the hooks, so none may be removed."""
     net, x = model(QATConfig.int8()), numbers(5, 8)
     net(x).sum().backward()
     ran = []
@@ -514,7 +514,7 @@ def test_a_step_that_raises_makes_nothing_stale():
                 cases.assert_same(net(x), copy.deepcopy(net)(x))
                 optimizer.step()
             cases.assert_same(net(x), copy.deepcopy(net)(x))
-    with cached_weights(net):  # and the next block caches again
+    with cached_weights(net):  # the next block caches again
         net(x)
         assert None not in held(net)
 
@@ -614,7 +614,10 @@ def test_another_parameter_of_the_same_memory_gets_its_gradient(config, reads, m
 
 
 def test_no_new_weight_lies_where_the_old_one_lay():
-    """All but the numbers could be the same then: while the block is open, the old memory is not given back."""
+    """A new weight at the old address could look unchanged.
+
+    The block keeps the old memory alive.
+    """
     layer, x = QATLinear(8, 8), numbers(5, 8)
     with torch.no_grad(), cached_weights(layer):
         layer(x)
@@ -639,7 +642,7 @@ def test_a_move_to_another_dtype_is_seen(config, dtype):
 
 @EITHER
 def test_a_new_block_starts_with_nothing(config):
-    """The cure of writes that nothing shows, while another thread has a block of its own."""
+    """A new block is the remedy for undetected writes, even if another thread has an open block."""
     net, x = model(config), numbers(5, 8)
     with ThreadPoolExecutor(1) as other, other_block(other, net):
         other.submit(net, x).result()
@@ -653,7 +656,7 @@ def test_a_new_block_starts_with_nothing(config):
 
 @contextlib.contextmanager
 def other_block(executor, net):
-    """A block of the one thread of ``executor``."""
+    """Opens a block in the only thread of ``executor``."""
     block = cached_weights(net)
     executor.submit(block.__enter__).result()
     try:
@@ -742,7 +745,7 @@ def test_tasks_have_blocks_of_their_own(quantizations):
 
 
 def in_threads(functions):
-    """Runs each in a thread of its own; the first error is raised."""
+    """Runs each function in its own thread; raises the first error."""
     with ThreadPoolExecutor(len(functions)) as executor:
         for future in [executor.submit(function) for function in functions]:
             future.result()
@@ -837,7 +840,7 @@ def test_a_forked_child_has_what_its_thread_had(threads):
     net, x = model(QATConfig.int8()), numbers(5, 8)
     with torch.no_grad(), cached_weights(net):
         expected = net(x)
-        with weight_cache._lock:  # in the child nobody would release it
+        with weight_cache._lock:  # in the child, no thread would release it
             child = os.fork()
             if child == 0:
                 signal.alarm(60)
@@ -858,7 +861,7 @@ def test_a_forked_child_has_what_its_thread_had(threads):
 
 
 def runs(config, block, order):
-    """What forwards and gradients in these modes give, one after the other."""
+    """Returns the outputs and gradients in these modes, in this order."""
     net, x = model(config), numbers(5, 8)
     found = []
     with block(net):
@@ -866,7 +869,7 @@ def runs(config, block, order):
             if kind == "grad":
                 y = net(x)
                 found += [y.detach(), *torch.autograd.grad(y.square().sum(), list(net.parameters()))]
-            elif kind == "frozen":  # an inference tensor must not be kept for backward
+            elif kind == "frozen":  # an inference tensor must not be saved for backward
                 net.requires_grad_(False)
                 leaf = x.clone().requires_grad_()
                 found += torch.autograd.grad(net(leaf).square().sum(), leaf)
@@ -999,7 +1002,7 @@ def test_checkpointing_with_reentrance_and_a_backward_inside_another_block(confi
 
 @EITHER
 def test_activations_outlive_a_step(config):
-    """A backward after a step: the gradients of what ran, or torch's error of a weight that was written."""
+    """A backward after a step returns the old gradients, or raises torch's version error."""
     net, x = model(config), numbers(5, 8)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
     with cached_weights(net):
@@ -1071,7 +1074,7 @@ def test_fake_tensors_stay_in_their_mode(config):
 
 
 class Scales(TorchDispatchMode):
-    """Multiplies what the quantizer of weights gives."""
+    """Multiplies the results of the weight quantizer."""
 
     def __init__(self, factor):
         super().__init__()
@@ -1083,7 +1086,7 @@ class Scales(TorchDispatchMode):
 
 
 class ScalesFunctions(torch.overrides.TorchFunctionMode):
-    """Multiplies what each quantizer and each layer gives."""
+    """Multiplies the results of each quantizer and each layer."""
 
     def __init__(self, factor):
         super().__init__()
@@ -1117,7 +1120,7 @@ def test_a_default_device_is_no_obstacle(quantizations):
 
 
 class Wrapped(torch.Tensor):
-    """A subclass that adds nothing."""
+    """A tensor subclass without changes."""
 
 
 @EITHER
@@ -1215,7 +1218,7 @@ def test_a_pruned_weight():
 
 @pytest.fixture
 def group(tmp_path):
-    """A process group of this process alone."""
+    """Creates a process group of this process only."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch was built without gloo")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -1224,7 +1227,7 @@ def group(tmp_path):
 
 
 class Alternating(nn.Module):
-    """Runs its layers twice."""
+    """A model that runs its layers twice."""
 
     def __init__(self, config):
         super().__init__()
@@ -1270,7 +1273,7 @@ def test_gathered_weights(config, how, inside, group):
                 losses.append(loss.detach())
                 with torch.no_grad():
                     losses.append(net(x))
-                for parameter in net.parameters():  # the shards, which no hook sees
+                for parameter in net.parameters():  # writes the shards, which triggers no hook
                     parameter.data.mul_(0.9)
                 with torch.no_grad():
                     losses.append(net(x))
@@ -1283,7 +1286,7 @@ def test_gathered_weights(config, how, inside, group):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_summoned_parameters(group):
-    """FSDP1 gives the parameters themselves other data then."""
+    """FSDP1 replaces the data of the parameters."""
     x, layer = numbers(5, 8), QATLinear(8, 8)
     net = FullyShardedDataParallel(layer, device_id=torch.device("cpu"), use_orig_params=True)
     with torch.no_grad(), cached_weights(layer):
@@ -1312,7 +1315,7 @@ def test_a_distributed_weight_is_not_cached(group):
 
 
 def test_partitioned_parameters_of_deepspeed():
-    """ZeRO-3 marks the parameters that it gathers."""
+    """ZeRO-3 marks the parameters that it gathers with ``ds_id``."""
     layer, x = QATLinear(8, 8), numbers(5, 8)
     layer.weight.ds_id = 3
     with cached_weights(layer):

@@ -1,4 +1,4 @@
-"""Small inputs with right values, each worked out by hand and by another implementation."""
+"""Small inputs with expected results, computed by hand and by another implementation."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def close(actual, expected):
 
 
 def grid_of(case, device):
-    """(scale, zero_point, quant_min, quant_max)"""
+    """Returns (scale, zero_point, quant_min, quant_max)."""
     scale = torch.tensor(case["scale"], device=device)
     zero_point = torch.tensor(case["zero_point"], dtype=torch.int32, device=device)
     return scale, zero_point, case["quant_min"], case["quant_max"]

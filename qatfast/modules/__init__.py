@@ -1,4 +1,4 @@
-"""The modules that train on the integer grid."""
+"""The modules FakeQuantize and QATLinear."""
 
 from .fake_quantize import FakeQuantize
 from .linear import QATLinear

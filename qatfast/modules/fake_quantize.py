@@ -1,4 +1,4 @@
-"""FakeQuantize: the dynamic fake_quantize as a module."""
+"""FakeQuantize, the module form of fake_quantize."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..functional import fake_quantize
 
 
 class FakeQuantize(torch.nn.Module):
-    """Fake-quantizes its input to the grid of the input's own range; see :func:`qatfast.fake_quantize`.
+    """A module that applies :func:`qatfast.fake_quantize` to its input.
 
-    It has no parameters and no buffers and does the same in training and in evaluation.
+    It has no parameters and no buffers, and its result is the same in training and in evaluation.
 
     Args:
-        num_bits: 2 to 16.
+        num_bits: number of bits, 2 to 16.
         symmetric: see :class:`qatfast.QuantSpec`.
         granularity: which elements share a scale.
         narrow_range: see :class:`qatfast.QuantSpec`.

@@ -1,4 +1,4 @@
-"""QATLinear: nn.Linear that trains on the integer grid."""
+"""QATLinear, an nn.Linear that fake-quantizes its tensors."""
 
 from __future__ import annotations
 
@@ -21,40 +21,41 @@ from .. import checks, kernels, weight_cache
 from ..config import PerChannel, PerGroup, QATConfig, QuantSpec, describe
 from ..functional import qat_linear
 
-# One set for each open `unused_layers` block: the layers that ran since it was opened.
+# One set per open `unused_layers` block: the layers that ran in the block.
 open_blocks: list[set[nn.Module]] = []
 
 _MARK = "qatfast: this layer is called, its weight is not read"
 
 
 def _mark(module: nn.Module, args: Any) -> None:
-    """A forward pre-hook of every quantized layer that does nothing.
+    """Does nothing: a forward pre-hook that disables the fast path of nn.TransformerEncoderLayer.
 
-    In evaluation nn.TransformerEncoderLayer reads the weights of its linear layers and calls none of them (its fast
-    path), unless a layer has a hook. nn.Module takes 4 to 16 % longer to call a small layer that has one:
-    `QATLinear._call_impl` goes round that where there is no other hook.
+    In evaluation, that fast path reads the weights of the linear layers without calling the layers,
+    unless one of them has a hook. nn.Module takes 4 to 16 % longer to call a small layer with a
+    hook; `QATLinear._call_impl` avoids this if there are no other hooks.
     """
 
 
 class QATLinear(nn.Linear):
-    """An ``nn.Linear`` that fake-quantizes its tensors as ``config`` says; see :func:`qatfast.qat_linear`.
+    """An ``nn.Linear`` that fake-quantizes its tensors; see :func:`qatfast.qat_linear`.
 
     Parameters, ``state_dict`` keys and initial values are those of ``nn.Linear``.
 
     Args:
         in_features: size of the last dimension of the input.
         out_features: size of the last dimension of the output.
-        bias: whether to learn a bias; a bool.
-        device: of the parameters.
-        dtype: of the parameters.
-        num_bits: short for ``config=QATConfig.tutorial(num_bits)``; None means 8. That is the recipe of tutorials, for
-            comparison with them; for fewer than 8 bits write ``config=QATConfig.dynamic(num_bits)``, which keeps far
-            more of the accuracy.
-        config: what is quantized how.
+        bias: whether to learn a bias; must be a bool.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        num_bits: short for ``config=QATConfig.tutorial(num_bits)``; None means 8. This config is
+            for comparison with tutorials. For fewer than 8 bits, write
+            ``config=QATConfig.dynamic(num_bits)``, which preserves far more of the accuracy.
+        config: the specs of input, weight, bias and output.
 
     Raises:
-        TypeError: ``bias`` is no bool; ``config`` is no QATConfig.
-        ValueError: both ``num_bits`` and ``config`` are given; ``config`` does not divide a parameter.
+        TypeError: ``bias`` is not a bool, or ``config`` is not a QATConfig.
+        ValueError: both ``num_bits`` and ``config`` are passed, or ``config`` does not divide a
+            parameter.
 
     Example:
         >>> QATLinear(10, 64)
@@ -63,7 +64,7 @@ bias=affine per tensor, output=affine per tensor)
     """
 
     config: QATConfig
-    _caches_weight: ClassVar[bool] = True  # cached_weights finds the layer by this
+    _caches_weight: ClassVar[bool] = True  # cached_weights selects layers by this attribute
 
     def __init__(
         self,
@@ -91,20 +92,23 @@ bias=affine per tensor, output=affine per tensor)
     def from_float(
         cls, linear: nn.Linear, *, num_bits: int | None = None, config: QATConfig | None = None
     ) -> QATLinear:
-        """A QATLinear on the parameters of ``linear`` themselves, with all that the layer carries.
+        """Returns a QATLinear that shares the parameters of ``linear``.
 
-        That is its training mode, hooks of all kinds (copies: a handle made before removes a hook from ``linear``
-        only), other attributes, parameters, buffers and submodules. What ``linear.compile()`` made is left behind.
+        It also takes over the training mode, all hooks, and all other attributes, parameters,
+        buffers and submodules. The hooks are copied: an existing handle removes its hook from
+        ``linear`` only. The result of ``linear.compile()`` is not taken over.
 
         Args:
-            linear: an nn.Linear, or a subclass that has the forward of nn.Linear.
+            linear: an nn.Linear, or a subclass with the forward of nn.Linear.
             num_bits: short for ``config=QATConfig.tutorial(num_bits)``.
-            config: what is quantized how; None: the config of ``linear`` if it is a QATLinear, else as the constructor.
+            config: the specs of input, weight, bias and output. If None, the config of ``linear``
+                if it is a QATLinear, otherwise that of the constructor.
 
         Raises:
-            TypeError: ``linear`` is no nn.Linear, or one whose result would be lost: it has another forward, or its
-                weight is computed from other parameters, not initialized, managed by FSDP, or no plain float matrix.
-            ValueError: as the constructor.
+            TypeError: ``linear`` is not an nn.Linear, it has another forward, or its weight is
+                computed from other parameters, not initialized, managed by FSDP, or not a plain
+                floating-point matrix.
+            ValueError: the constructor raises it.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
@@ -118,24 +122,25 @@ bias=affine per tensor, output=affine per tensor)
         out_features, in_features = linear.weight.shape
         has_bias = linear.bias is not None
         layer = cls(in_features, out_features, has_bias, device="meta", num_bits=num_bits, config=config)
-        return _carry_over(linear, layer)
+        return _take_over(linear, layer)
 
     def to_float(self) -> nn.Linear:
-        """An nn.Linear on the parameters themselves (raw, not quantized), with all that the layer carries.
+        """Returns an nn.Linear that shares the parameters, which are not quantized.
 
-        See :meth:`from_float`.
+        It takes over the same attributes as :meth:`from_float`.
 
         Raises:
-            TypeError: weight or bias is computed from other parameters, or the layer has a forward of the instance.
+            TypeError: weight or bias is computed from other parameters, or ``forward`` is set on
+                the instance.
         """
         obstacle = _computed_parameter(self) or _forward_of_instance(self)
         if obstacle:
             raise TypeError(f"QATLinear.to_float: {obstacle.message}")
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        return _carry_over(self, linear)
+        return _take_over(self, linear)
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        """That of nn.Module, which asks the same questions, and does not count `_mark` as a hook to run."""
+        """Calls the layer as nn.Module does, but skips `_mark` if it is the only hook."""
         pre_hooks = self._forward_pre_hooks
         if (
             len(pre_hooks) == 1
@@ -156,14 +161,14 @@ bias=affine per tensor, output=affine per tensor)
 
     def forward(self, input: Tensor) -> Tensor:
         if open_blocks:
-            for ran in tuple(open_blocks):
-                ran.add(self)
+            for layers in tuple(open_blocks):
+                layers.add(self)
         if getattr(input, "is_nested", False):
-            return _of_nested(self, input)
-        own: dict[str, Any] = self._parameters
-        if "weight" in own and "bias" in own:  # nn.Module's own way to them takes 0.5 us each
-            weight, bias = own["weight"], own["bias"]
-        else:  # computed from others, by a parametrization
+            return _forward_nested(self, input)
+        parameters: dict[str, Any] = self._parameters
+        if "weight" in parameters and "bias" in parameters:  # nn.Module.__getattr__ takes 0.5 us each
+            weight, bias = parameters["weight"], parameters["bias"]
+        else:  # computed from other parameters by a parametrization
             weight, bias = self.weight, self.bias
         slot = weight_cache.slot_of(self)
         if slot is not None:
@@ -174,7 +179,7 @@ bias=affine per tensor, output=affine per tensor)
         return f"{super().extra_repr()}, {describe(self.config)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without `_mark`: files hold no function of ours."""
+        """Removes `_mark`, so that pickles contain no function of this module."""
         state = dict(super().__getstate__())
         state["_forward_pre_hooks"] = OrderedDict(_hooks_of_user(self._forward_pre_hooks))
         return state
@@ -198,7 +203,7 @@ def _config(num_bits: int | None, config: QATConfig | None) -> QATConfig:
 
 
 def check_parameters(config: QATConfig, in_features: int, out_features: int, bias: bool) -> None:
-    """The granularities of ``config`` fit the layer's sizes: found out at construction, not in the first batch."""
+    """Raises ValueError unless the granularities of ``config`` divide the layer's tensors."""
     weight = (out_features, in_features)
     shapes: list[tuple[str, QuantSpec | None, tuple[int, ...]]] = [("weight", config.weight, weight)]
     shapes += [("bias", config.bias, (out_features,))] if bias else []
@@ -208,10 +213,10 @@ def check_parameters(config: QATConfig, in_features: int, out_features: int, bia
             if not -len(shape) <= axis < len(shape):
                 raise ValueError(
                     f"QATLinear: expected the axis of config.{name} to be from {-len(shape)} to {len(shape) - 1} for "
-                    f"its {len(shape)} dimensions, got {axis}; write PerChannel(0) for one scale an output channel"
+                    f"its {len(shape)} dimensions, got {axis}; write PerChannel(0) for one scale per output channel"
                 )
-    last = {"input": in_features, "weight": in_features, "bias": out_features, "output": out_features}
-    for name, size in last.items():
+    last_sizes = {"input": in_features, "weight": in_features, "bias": out_features, "output": out_features}
+    for name, size in last_sizes.items():
         spec = getattr(config, name)
         if spec is None or not isinstance(spec.granularity, PerGroup) or (name == "bias" and not bias):
             continue
@@ -225,19 +230,23 @@ def check_parameters(config: QATConfig, in_features: int, out_features: int, bia
 
 
 class Obstacle(NamedTuple):
-    """Why a layer cannot be quantized: in a few words, and as the rule, what there is and the cure."""
+    """The reason why a layer cannot be quantized.
+
+    ``reason`` is a short form for tables, ``message`` an error message.
+    """
 
     reason: str
     message: str
 
 
 def why_not_from_float(linear: nn.Linear, cls: type[QATLinear] = QATLinear) -> Obstacle | None:
-    """Why no ``cls`` can take the place of ``linear``; None if one can."""
+    """Returns why a ``cls`` cannot replace ``linear``, or None if it can."""
     kind = type(linear).__name__
     if any(is_lazy(parameter) for parameter in linear.parameters(recurse=False)):
-        cure = "run the model once first"
+        remedy = "run the model once first"
         return Obstacle(
-            f"lazy: {cure}", f"expected initialized parameters, got {kind} before its first forward; {cure}"
+            f"lazy: {remedy}",
+            f"expected initialized parameters, got {kind} before its first forward; {remedy}",
         )
     if _is_fsdp(linear):
         return Obstacle(
@@ -281,7 +290,10 @@ def why_not_from_float(linear: nn.Linear, cls: type[QATLinear] = QATLinear) -> O
 
 
 def _computed_parameter(linear: nn.Linear) -> Obstacle | None:
-    """Pruning and parametrizations make a tensor from other parameters at each call; it cannot be shared."""
+    """Returns an Obstacle if weight or bias is computed from other parameters at each call.
+
+    Pruning and parametrizations do so. Such a tensor cannot be shared.
+    """
     for name in ("weight", "bias"):
         if name not in linear._parameters:
             return Obstacle(
@@ -304,53 +316,56 @@ def _forward_of_instance(linear: nn.Linear) -> Obstacle | None:
 
 
 def _is_fsdp(module: nn.Module) -> bool:
-    """Only a process that has imported FSDP has a module of it."""
+    """Returns whether FSDP2 manages ``module``, without importing FSDP."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
-# What every nn.Module keeps in a dict or a set: parameters, buffers, submodules, hooks.
+# The attributes of an nn.Module that are dicts or sets: parameters, buffers, submodules, hooks.
 CONTAINERS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
-# What belongs to one object: its config, the compiled call of it, what `prepare` notes on it.
-_OF_ONE_OBJECT = frozenset(["config", "_compiled_call_impl", "_qatfast_note"])
+# The attributes that stay with their module: the config, the compiled call, the note of `prepare`.
+_NOT_TAKEN_OVER = frozenset(["config", "_compiled_call_impl", "_qatfast_note"])
 
 
-def _carry_over(source: nn.Linear, target: Any) -> Any:
-    """``target`` with the parameters of ``source`` themselves and all else that it carries."""
-    own = vars(target)
+def _take_over(source: nn.Linear, target: Any) -> Any:
+    """Shares the parameters and all other attributes of ``source`` with ``target``; returns it."""
+    attributes = vars(target)
     for name, value in vars(source).items():
         if name == "_forward_pre_hooks":
-            own[name].update(_hooks_of_user(value))
+            attributes[name].update(_hooks_of_user(value))
         elif name == "_load_state_dict_pre_hooks":
-            own[name].update((key, _of_module(hook, target)) for key, hook in value.items())
+            attributes[name].update((key, _rebound(hook, target)) for key, hook in value.items())
         elif name in CONTAINERS:
-            own[name].update(value)
-        elif name not in _OF_ONE_OBJECT:
-            own[name] = value
+            attributes[name].update(value)
+        elif name not in _NOT_TAKEN_OVER:
+            attributes[name] = value
     return target
 
 
 def share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """``target`` takes over the dicts that hold the hooks of ``source``, so that handles remove them from it."""
-    own = vars(target)
+    """Makes ``target`` use the hook dicts of ``source``: existing handles then remove its hooks."""
+    attributes = vars(target)
     for name in CONTAINERS:
-        kept = vars(source).get(name)
-        if kept and name.endswith(("_hooks", "_with_kwargs", "_always_called")):
-            kept.update(own[name])
-            own[name] = kept
+        hooks = vars(source).get(name)
+        if hooks and name.endswith(("_hooks", "_with_kwargs", "_always_called")):
+            hooks.update(attributes[name])
+            attributes[name] = hooks
 
 
 def _hooks_of_user(pre_hooks: dict[Any, Any]) -> dict[Any, Any]:
     return {key: hook for key, hook in pre_hooks.items() if key != _MARK}
 
 
-def _of_module(hook: Any, module: nn.Module) -> Any:
-    """The hook for another module: nn.Module binds this one kind to the module that it was registered on."""
+def _rebound(hook: Any, module: nn.Module) -> Any:
+    """Returns ``hook`` for ``module`` if it is bound to the module that it was registered on."""
     return _WrappedHook(hook.hook, module) if isinstance(hook, _WrappedHook) and hook.with_module else hook
 
 
-def _of_nested(layer: QATLinear, input: Tensor) -> Tensor:
-    """On the rows of a nested tensor, as nn.TransformerEncoder packs a padded batch in evaluation."""
+def _forward_nested(layer: QATLinear, input: Tensor) -> Tensor:
+    """Applies the layer to the rows of a nested tensor.
+
+    nn.TransformerEncoder packs a padded batch into a nested tensor in evaluation.
+    """
     if input.layout is torch.jagged:
         jagged: Any = input
         rows = layer.forward(jagged.values())

@@ -41,7 +41,7 @@ struct Int8Rows {
   }
 };
 
-// `x` is a contiguous matrix; its blocks are its rows, or all of it.
+// `x` is a contiguous matrix; its blocks are its rows, or all of it, with the ranges of their values.
 using QuantizeRowsLauncher = void(const at::Tensor& x, const QuantSpec& spec, const Int8Rows& to);
 
 // The outputs y (rows, out_features) from the products (rows, out_features) int32 of the int8 values.
@@ -81,6 +81,9 @@ namespace cpu {
 // lo, hi (of the opmath type) and has_finite (bool) of every block of `x`, in the order of layout_of(x).
 void ranges(const at::Tensor& x, Granularity granularity, const at::Tensor& lo, const at::Tensor& hi,
     const at::Tensor& has_finite);
+
+// The launcher quantize_rows for static ranges.
+void quantize_rows_static(const at::Tensor& x, const QuantSpec& spec, const QParams& qparams, const Int8Rows& to);
 
 // Scale and zero point of blocks with the ranges lo, hi of the opmath type.
 void choose_of_ranges(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,

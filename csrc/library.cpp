@@ -80,6 +80,10 @@ TORCH_LIBRARY(qatfast, m) {
       "qat_linear_int8(Tensor input, Tensor weight, Tensor? bias, Tensor[] int8_weight, int[] specs, *, "
       "ScalarType? dtype=None) -> Tensor",
       tags);
+  m.def(
+      "qat_linear_int8_static(Tensor input, Tensor weight, Tensor? bias_hat, Tensor? input_scale, "
+      "Tensor? input_zero_point, Tensor? weight_scale, Tensor? weight_zero_point, int[] specs) -> Tensor",
+      tags);
   // values, scale and zero_point: the int8 input
   m.def(
       "qat_linear_int8_forward(Tensor input, Tensor weight, Tensor? bias, Tensor[] int8_weight, "
@@ -119,6 +123,7 @@ void register_cpu_kernels(torch::Library& m) {
   m.impl("fake_quantize_learned_backward", kernel::fake_quantize_learned_backward);
   m.impl("search_qparams", kernel::search_qparams);
   m.impl("observe_range", kernel::observe_range);
+  m.impl("qat_linear_int8_static", kernel::qat_linear_int8_static);
 }
 
 void register_autocast(torch::Library& m) {
@@ -159,6 +164,7 @@ TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
   m.impl("choose_qparams", op::choose_qparams.below_autograd);
   m.impl("search_qparams", op::search_qparams.below_autograd);
   m.impl("observe_range", op::observe_range.below_autograd);
+  m.impl("qat_linear_int8_static", op::qat_linear_int8_static.below_autograd);
   m.impl("quantize", op::quantize.below_autograd);
   m.impl("qat_linear_int8_weight", op::qat_linear_int8_weight.below_autograd);
   // The operators above call these below autograd; differentiating one is an error.

@@ -113,6 +113,14 @@ QATFAST_OPERATOR(qat_linear_int8,
     Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::TensorList int8_weight,
         at::IntArrayRef specs, std::optional<at::ScalarType> dtype))
 
+// The result of the layer without its output's quantizer, with the grids of input and weight if they are given. The
+// bias is fake-quantized already.
+QATFAST_OPERATOR(qat_linear_int8_static,
+    Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias_hat,
+        const std::optional<Tensor>& input_scale, const std::optional<Tensor>& input_zero_point,
+        const std::optional<Tensor>& weight_scale, const std::optional<Tensor>& weight_zero_point,
+        at::IntArrayRef specs))
+
 // Also returns the input as int8 values with scale and zero point.
 QATFAST_OPERATOR(qat_linear_int8_forward,
     std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor& input, const Tensor& weight,

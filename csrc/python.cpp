@@ -184,6 +184,7 @@ PyMethodDef methods[] = {
     method("qat_linear", direct<op::qat_linear>),
     method("qat_linear_int8_weight", direct<op::qat_linear_int8_weight>),
     method("qat_linear_int8", direct<op::qat_linear_int8>),
+    method("qat_linear_int8_static", direct<op::qat_linear_int8_static>),
     {nullptr, nullptr, 0, nullptr},
 };
 

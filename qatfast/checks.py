@@ -209,6 +209,12 @@ def qparams(
     return scale.detach().reshape(shape), zero_point.reshape(shape).to(torch.int32)
 
 
+def filled_zero_point(op: str, scale: Tensor, value: Any) -> Tensor:
+    """Returns an int32 tensor in the shape of ``scale``."""
+    value = integer(op, "zero_point", value)
+    return torch.full_like(scale, value, dtype=torch.int32, requires_grad=False)
+
+
 def learned_qparams(
     op: str,
     input: Tensor,
@@ -226,8 +232,7 @@ def learned_qparams(
             f"{op}: expected scale to be {expected} for {dtype_name(input.dtype)} input, got {dtype_name(scale.dtype)}"
         )
     if not isinstance(zero_point, Tensor):
-        zero_point = integer(op, "zero_point", zero_point)
-        zero_point = torch.full_like(scale, zero_point, dtype=torch.int32, requires_grad=False)
+        zero_point = filled_zero_point(op, scale, zero_point)
     positive = scale.detach().abs().clamp(min=torch.finfo(scale.dtype).tiny)
     _, zero_point = qparams(op, input, positive, zero_point, quant_min, quant_max, granularity, input.dtype)
     return zero_point

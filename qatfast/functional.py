@@ -224,6 +224,13 @@ def search_qparams(
         >>> search_qparams(torch.tensor([-1.0, -0.9, 0.1, 0.9, 1.4]), num_bits=2)
         (tensor(0.8000), tensor(1, dtype=torch.int32))
     """
+    num_bits = arguments.num_bits("search_qparams", num_bits)
+    arguments.boolean("search_qparams", "symmetric", symmetric)
+    arguments.boolean("search_qparams", "narrow_range", narrow_range)
+    checked_granularity("search_qparams", granularity)
+    ops = kernels.route(input)
+    if ops is not None and input.is_cpu:
+        return ops.search_qparams(input, num_bits, symmetric, granularity.code, narrow_range)
     return reference.search_qparams(
         input, num_bits, symmetric=symmetric, granularity=granularity, narrow_range=narrow_range
     )
@@ -278,6 +285,13 @@ def fake_quantize_learned(
         >>> y.detach(), scale.grad
         (tensor([-2.0000,  0.0000,  1.5000]), tensor(-0.4667))
     """
+    quant_min, quant_max = checks.quant_range("fake_quantize_learned", quant_min, quant_max)
+    checked_granularity("fake_quantize_learned", granularity)
+    if isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
+        zero_point = checks.filled_zero_point("fake_quantize_learned", scale, zero_point)
+    ops = kernels.route(input, scale, zero_point)
+    if ops is not None and input.is_cpu:
+        return ops.fake_quantize_learned(input, scale, zero_point, quant_min, quant_max, granularity.code)
     return reference.fake_quantize_learned(
         input, scale, zero_point, quant_min, quant_max, granularity=granularity
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .config import MovingAverage, QATConfig, QuantSpec
+from . import checks, functional, kernels, reference
+from .config import Learned, MovingAverage, QATConfig, QuantSpec
 
 
 def observe_range(
@@ -13,26 +17,34 @@ def observe_range(
 ) -> tuple[Tensor, Tensor]:
     """Moves a stored range by ``input``, in place, without a host sync.
 
-    A block whose stored range is (0, 0) takes the range of ``input``. ``num_batches`` counts the tensors that have a
-    finite value; others change nothing, and a block without a finite value keeps its range.
+    A block whose stored range is (0, 0) takes the range of ``input``. ``num_batches`` counts the
+    tensors that have a finite value; others change nothing, and a block without a finite value
+    keeps its range.
 
     Args:
-        input: A floating-point tensor of any shape.
-        running_min: Float32, one element per block.
-        running_max: Likewise.
-        num_batches: Int64, shape ``()``.
-        spec: With the range MovingAverage or MinMax.
+        input: a floating-point tensor of any shape.
+        running_min: float32, one element per block.
+        running_max: likewise.
+        num_batches: int64, shape ``()``.
+        spec: with the range MovingAverage or MinMax.
 
     Returns:
-        The scale and the zero point that quantize ``input``: those of the stored range before it moves, or of the range
-        of ``input`` if there was none.
+        The scale and the zero point that quantize ``input``: those of the stored range before it
+        moves, or of the range of ``input`` if there was none.
     """
     constant = spec.range.averaging_constant if isinstance(spec.range, MovingAverage) else 0.0
-    return reference.observe_range(input, running_min, running_max, num_batches, constant, **spec.arguments)
+    state = (running_min, running_max, num_batches)
+    ops = kernels.route(input, *state)
+    if ops is not None and input.is_cpu:
+        granularity = spec.granularity.code
+        return ops.observe_range(
+            input, *state, constant, spec.num_bits, spec.symmetric, granularity, spec.narrow_range
+        )
+    return reference.observe_range(input, *state, constant, **spec.arguments)
 
 
 def qparams_of_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Returns the scale and the zero point for blocks with the range ``lo <= 0 <= hi`` (float32 or float64)."""
+    """Returns scale and zero point for blocks with the range ``lo <= 0 <= hi`` (float32 or float64)."""
     return reference.qparams_of_range(lo, hi, spec.quant_min, spec.quant_max, spec.symmetric)
 
 
@@ -49,8 +61,88 @@ def qat_linear(
         input: ``(..., in_features)``.
         weight: ``(out_features, in_features)``.
         bias: ``(out_features,)`` or None.
-        config: What is quantized how.
-        grids: Scale and zero point of each of ``input``, ``weight`` and ``output`` whose range is not Dynamic. The
-            scale of a Learned range gets a gradient.
+        config: what is quantized how.
+        grids: scale and zero point of each of ``input``, ``weight`` and ``output`` whose range is
+            not Dynamic. The scale of a Learned range gets a gradient.
     """
-    return reference.qat_linear_static(input, weight, bias, config, grids)
+    checks.linear_operands("qat_linear", input, weight, bias)
+    x_hat = _fake_quantized("input", input, config.input, grids)
+    w_hat = _fake_quantized("weight", weight, config.weight, grids)
+    b_hat = None if bias is None else _fake_quantized("bias", bias, config.bias, grids)
+    if not config.uses_int8_gemm(weight.shape[-1]):
+        y = F.linear(x_hat, w_hat, b_hat)
+        return _fake_quantized("output", y, config.output, grids)
+    value = _int8_result(input.detach(), weight.detach(), b_hat, config, grids)
+    y = _LinearGradients.apply(x_hat, w_hat, b_hat, value)
+    y = _fake_quantized("output", y, config.output, grids)
+    return y.to(_product_dtype(input))
+
+
+def _product_dtype(input: Tensor) -> torch.dtype:
+    kind = input.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:
+        return input.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def _fake_quantized(
+    name: str, tensor: Tensor, spec: QuantSpec | None, grids: reference.StaticGrids
+) -> Tensor:
+    if spec is None:
+        return tensor
+    if name not in grids:
+        return functional.fake_quantize(tensor, **spec.arguments)
+    function: Any = functional.fake_quantize_affine
+    if isinstance(spec.range, Learned):
+        function = functional.fake_quantize_learned
+    scale, zero_point = grids[name]
+    ends = (spec.quant_min, spec.quant_max)
+    return function(tensor, scale, zero_point, *ends, granularity=spec.granularity)
+
+
+@torch.no_grad()
+def _int8_result(
+    input: Tensor,
+    weight: Tensor,
+    b_hat: Tensor | None,
+    config: QATConfig,
+    grids: reference.StaticGrids,
+) -> Tensor:
+    """Returns the int8 GEMM with the bias, in the compute dtype."""
+    grid_of_input, grid_of_weight = (_grid(grids.get(name)) for name in ("input", "weight"))
+    tensors = (input, weight) if b_hat is None else (input, weight, b_hat)
+    ops = kernels.route(*tensors)
+    if ops is not None and input.is_cpu and weight.dtype == input.dtype:
+        return ops.qat_linear_int8_static(input, weight, b_hat, *grid_of_input, *grid_of_weight, config.codes)
+    return reference.int8_result(input, weight, b_hat, config, grids)
+
+
+def _grid(grid: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Returns scale and zero point as a static grid: a learned scale may be negative."""
+    if grid is None:
+        return None, None
+    scale, zero_point = grid
+    return scale.detach().abs().clamp(min=torch.finfo(scale.dtype).tiny), zero_point
+
+
+class _LinearGradients(torch.autograd.Function):
+    """A result ``value`` with the gradients of ``F.linear(x, weight, bias)``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx = dw = db = None
+        rows = dy.flatten(0, -2) if dy.dim() > 1 else dy.unsqueeze(0)
+        if ctx.needs_input_grad[0]:
+            dx = (dy.to(weight.dtype) @ weight).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (rows.to(x.dtype).t() @ x.reshape(rows.shape[0], -1)).to(weight.dtype)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
+            db = rows.sum(0).to(ctx.bias_dtype)
+        return dx, dw, db, None

@@ -245,15 +245,21 @@ def qat_linear_static(
     product = F.linear(x_hat, w_hat, b_hat)
     if product.is_meta or not config.uses_int8_gemm(weight.shape[1]):  # a meta tensor has no values
         return _by_spec(op, "output", product, config.output, grids)
-    assert config.input is not None and config.weight is not None
-    y = _int8_gemm(
-        _levels(input.detach(), config.input, grids.get("input")),
-        _levels(weight.detach(), config.weight, grids.get("weight")),
-    )
-    if b_hat is not None:
-        y = y + b_hat.detach()
+    y = int8_result(input.detach(), weight.detach(), b_hat, config, grids)
     y = _straight_through(product.to(y.dtype), y)
     return _by_spec(op, "output", y, config.output, grids).to(product.dtype)
+
+
+def int8_result(
+    input: Tensor, weight: Tensor, b_hat: Tensor | None, config: QATConfig, grids: StaticGrids
+) -> Tensor:
+    """Returns the int8 GEMM with the bias, in the compute dtype."""
+    assert config.input is not None and config.weight is not None
+    y = _int8_gemm(
+        _levels(input, config.input, grids.get("input")),
+        _levels(weight, config.weight, grids.get("weight")),
+    )
+    return y if b_hat is None else y + b_hat.detach()
 
 
 def quantized_dtype(quant_min: int, quant_max: int) -> torch.dtype:

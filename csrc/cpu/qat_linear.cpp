@@ -8,7 +8,10 @@ void qat_linear(c10::ArrayRef<FakeQuantizeTask> weight_and_bias) {
   }
 }
 
-void quantize_rows(const at::Tensor& x, const QuantSpec& spec, const Int8Rows& to) {
+namespace {
+
+// With static ranges if `qparams` is not null.
+void quantize_rows_with(const at::Tensor& x, const QuantSpec& spec, const QParams* qparams, const Int8Rows& to) {
   const auto rows = x.size(0), columns = x.size(1);
   const bool per_tensor = spec.granularity.kind == Granularity::per_tensor;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "qat_linear", [&] {
@@ -21,10 +24,18 @@ void quantize_rows(const at::Tensor& x, const QuantSpec& spec, const Int8Rows& t
     auto* level_sums = to.level_sums.mutable_data_ptr<int64_t>();
     const auto shift = static_cast<int32_t>(Int8Rows::shift(spec));
     const auto range = spec.quant_range<C>();
+    const auto* static_scale = qparams ? qparams->scale.const_data_ptr<C>() : nullptr;
+    const auto* static_zero_point = qparams ? qparams->zero_point.const_data_ptr<int32_t>() : nullptr;
     C tensor_scale = 0;
     int32_t tensor_zero_point = 0;
-    const bool tensor_unclamped =
-        per_tensor && choose_qparams_of_blocks(values, {1, 1, rows * columns}, spec, &tensor_scale, &tensor_zero_point);
+    bool tensor_unclamped = false;
+    if (qparams && per_tensor) {
+      tensor_scale = *static_scale;
+      tensor_zero_point = *static_zero_point;
+    } else if (per_tensor) {
+      tensor_unclamped =
+          choose_qparams_of_blocks(values, {1, 1, rows * columns}, spec, &tensor_scale, &tensor_zero_point);
+    }
     for_each_tile(rows, columns, [&](int64_t first, int64_t count) {
       const auto* from = values + first * columns;
       C tile_scale[tile_rows];
@@ -33,6 +44,9 @@ void quantize_rows(const at::Tensor& x, const QuantSpec& spec, const Int8Rows& t
       if (per_tensor) {
         std::fill_n(tile_scale, count, tensor_scale);
         std::fill_n(tile_zero_point, count, tensor_zero_point);
+      } else if (qparams) {
+        std::copy_n(static_scale + first, count, tile_scale);
+        std::copy_n(static_zero_point + first, count, tile_zero_point);
       } else {
         unclamped = loops.choose_qparams(from, count, columns, range, tile_scale, tile_zero_point);
       }
@@ -44,6 +58,16 @@ void quantize_rows(const at::Tensor& x, const QuantSpec& spec, const Int8Rows& t
           level_sums + first);
     });
   });
+}
+
+} // namespace
+
+void quantize_rows(const at::Tensor& x, const QuantSpec& spec, const Int8Rows& to) {
+  quantize_rows_with(x, spec, /*qparams=*/nullptr, to);
+}
+
+void quantize_rows_static(const at::Tensor& x, const QuantSpec& spec, const QParams& qparams, const Int8Rows& to) {
+  quantize_rows_with(x, spec, &qparams, to);
 }
 
 void int8_epilogue(const Int8EpilogueTask& task) {

@@ -222,9 +222,12 @@ bool uses_int8_gemm(const Tensor& weight, at::IntArrayRef specs) {
   return input_spec && weight_spec && is_int8_input(*input_spec) && is_int8_weight(*weight_spec, weight.size(1));
 }
 
-Int8Rows quantize_rows(const Tensor& matrix, const QuantSpec& spec, Allocation allocation) {
+Int8Rows quantize_rows(
+    const Tensor& matrix, const QuantSpec& spec, Allocation allocation, const std::optional<QParams>& qparams) {
   const auto result = allocation == Allocation::separate ? separate_rows(matrix) : rows_in_shared_memory(matrix);
-  if (matrix.size(0) > 0) {
+  if (matrix.size(0) > 0 && qparams) {
+    cpu::quantize_rows_static(contiguous(matrix), spec, *qparams, result);
+  } else if (matrix.size(0) > 0) {
     QATFAST_ON(matrix, quantize_rows)(contiguous(matrix), spec, result);
   }
   return result;

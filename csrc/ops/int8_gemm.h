@@ -18,8 +18,9 @@ bool uses_int8_gemm(const at::Tensor& weight, at::IntArrayRef specs);
 // memory, as separate tensors take 10 % of a small layer's time.
 enum class Allocation { separate, shared };
 
-// Quantizes a matrix whose blocks are its rows, or all of it.
-Int8Rows quantize_rows(const at::Tensor& matrix, const QuantSpec& spec, Allocation allocation);
+// Quantizes a matrix whose blocks are its rows, or all of it; on the CPU also with static ranges.
+Int8Rows quantize_rows(const at::Tensor& matrix, const QuantSpec& spec, Allocation allocation,
+    const std::optional<QParams>& qparams = std::nullopt);
 
 // Returns (rows, out_features) of `dtype`. The bias is of the opmath type, or undefined.
 at::Tensor int8_gemm(const Int8Rows& x, const Int8Rows& weight, const at::Tensor& bias, at::ScalarType dtype);

@@ -87,7 +87,37 @@ std::tuple<Tensor, Int8Rows> run(const Tensor& input, const Tensor& weight, cons
   return {y, x};
 }
 
+std::optional<QParams> static_qparams(const char* op, const Tensor& x, const QuantSpec& spec,
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point) {
+  if (!scale) {
+    return std::nullopt;
+  }
+  TORCH_CHECK_VALUE(zero_point, op, ": expected a zero point for the given scale");
+  return checked_qparams(
+      op, x, *scale, *zero_point, spec.quant_min(), spec.quant_max(), spec.granularity, x.scalar_type(), "input");
+}
+
 } // namespace
+
+Tensor qat_linear_int8_static(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias_hat,
+    const std::optional<Tensor>& input_scale, const std::optional<Tensor>& input_zero_point,
+    const std::optional<Tensor>& weight_scale, const std::optional<Tensor>& weight_zero_point, at::IntArrayRef codes) {
+  constexpr auto op = "qat_linear";
+  check_linear(op, input, weight, bias_hat, /*mixed_dtypes=*/false);
+  const auto specs = checked_specs(op, codes);
+  TORCH_CHECK_VALUE(uses_int8_gemm(weight, codes), op, ": expected specs of an int8 GEMM, got ", tuple(codes));
+  const auto rows = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
+  const auto matrix = input.reshape({rows, input.size(-1)});
+  const auto x = quantize_rows(
+      matrix, *specs.input, Allocation::shared, static_qparams(op, input, *specs.input, input_scale, input_zero_point));
+  const auto w = quantize_rows(weight, *specs.weight, Allocation::shared,
+      static_qparams(op, weight, *specs.weight, weight_scale, weight_zero_point));
+  const auto opmath_dtype = at::toOpMathType(input.scalar_type());
+  const auto b_hat = bias_hat ? as_dtype(*bias_hat, opmath_dtype).contiguous() : Tensor();
+  at::DimVector shape(input.sizes());
+  shape.back() = weight.size(0);
+  return int8_gemm(x, w, b_hat, opmath_dtype).view(shape);
+}
 
 Tensor qat_linear_int8(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
     at::TensorList int8_weight, at::IntArrayRef specs, std::optional<at::ScalarType> dtype) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _fake, arguments, checks, kernels, reference
+from . import _fake, arguments, checks, kernels, ranges, reference
 from .config import Granularity, PerTensor, QATConfig, checked_granularity
 
 _PER_TENSOR = PerTensor()
@@ -404,14 +404,14 @@ def qat_linear(
         input: ``(..., in_features)``, float32, float64, float16 or bfloat16.
         weight: ``(out_features, in_features)``, the dtype of ``input`` (any float dtype under autocast).
         bias: ``(out_features,)`` or None, the dtype of ``input`` (any float dtype under autocast).
-        config: what is quantized how.
+        config: what is quantized how; its ranges are ``Dynamic()`` or ``Fixed(lo, hi)``. QATLinear takes the others.
 
     Returns:
         ``(..., out_features)``, the dtype of the product.
 
     Raises:
         TypeError: a tensor has a wrong dtype or layout; ``config`` is no QATConfig.
-        ValueError: a shape is wrong, or ``config`` does not divide a tensor.
+        ValueError: a shape is wrong, ``config`` does not divide a tensor, or it has a range that a module keeps.
         RuntimeError: the tensors are on different devices.
 
     Source:
@@ -423,6 +423,9 @@ def qat_linear(
     """
     if not isinstance(config, QATConfig):
         raise TypeError(f"qat_linear: expected config to be a QATConfig, got {config!r}")
+    if not config.is_dynamic:
+        checks.linear_operands("qat_linear", input, weight, bias)
+        return ranges.qat_linear(input, weight, bias, config, reference.fixed_grids(input, weight, config))
     ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
     if ops is not None:
         return ops.qat_linear(input, weight, bias, config.codes)

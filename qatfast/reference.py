@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import arguments, checks
 from .config import (
+    Fixed,
     Granularity,
     Learned,
     PerChannel,
@@ -219,7 +220,7 @@ def qat_linear(
     if not isinstance(config, QATConfig):
         raise TypeError(f"{op}: expected config to be a QATConfig, got {config!r}")
     checks.linear_operands(op, input, weight, bias)
-    return qat_linear_static(input, weight, bias, config, {})
+    return qat_linear_static(input, weight, bias, config, fixed_grids(input, weight, config))
 
 
 # The scale and the zero point of each tensor of a layer whose range is not Dynamic, by the tensor's name.
@@ -249,6 +250,37 @@ def qat_linear_static(
         y = y + b_hat.detach()
     y = _straight_through(product.to(y.dtype), y)
     return _by_spec(op, "output", y, config.output, grids).to(product.dtype)
+
+
+def fixed_grids(input: Tensor, weight: Tensor, config: QATConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns the grids of a config whose ranges are all Dynamic or Fixed.
+
+    Raises:
+        ValueError: A range has a state.
+    """
+    grids = {}
+    for name, tensor in (("input", input), ("weight", weight), ("output", input)):
+        spec = getattr(config, name)
+        if spec is None or spec.is_dynamic:
+            continue
+        if spec.has_state:
+            raise ValueError(
+                f"qat_linear: expected config.{name} to have the range Dynamic() or Fixed(lo, hi), got {spec.range}, "
+                "whose state a module keeps; use QATLinear"
+            )
+        grids[name] = fixed_grid(tensor, spec)
+    return grids
+
+
+def fixed_grid(input: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Returns the scale and the zero point of a Fixed range for ``input``."""
+    assert isinstance(spec.range, Fixed)
+    shape = checks.shape_of_qparams(input.shape, spec.granularity)
+    dtype = checks.compute_dtype(input.dtype)
+    lo, hi = (
+        torch.full(shape, end, dtype=dtype, device=input.device) for end in (spec.range.lo, spec.range.hi)
+    )
+    return qparams_of_range(lo, hi, spec.quant_min, spec.quant_max, spec.symmetric)
 
 
 def quantized_dtype(quant_min: int, quant_max: int) -> torch.dtype:

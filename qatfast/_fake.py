@@ -50,6 +50,11 @@ def _register_fakes() -> None:
         same_device("fake_quantize_affine_backward", grad, mask=mask)
         return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device)
 
+    def qparams(input: Tensor, granularity: Sequence[int]) -> tuple[Tensor, Tensor]:
+        shape = checks.shape_of_qparams(input.shape, granularity_from_code(granularity))
+        dtype = checks.compute_dtype(input.dtype)
+        return input.new_empty(shape, dtype=dtype), input.new_empty(shape, dtype=torch.int32)
+
     @fake("qatfast::choose_qparams")
     def _(
         input: Tensor,
@@ -59,9 +64,41 @@ def _register_fakes() -> None:
         *_: Any,
         **__: Any,
     ) -> tuple[Tensor, Tensor]:
-        shape = checks.shape_of_qparams(input.shape, granularity_from_code(granularity))
-        dtype = checks.compute_dtype(input.dtype)
-        return input.new_empty(shape, dtype=dtype), input.new_empty(shape, dtype=torch.int32)
+        return qparams(input, granularity)
+
+    @fake("qatfast::search_qparams")
+    def _(
+        input: Tensor,
+        num_bits: int = 8,
+        symmetric: bool = False,
+        granularity: Sequence[int] = (0, 0),
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Tensor, Tensor]:
+        return qparams(input, granularity)
+
+    @fake("qatfast::observe_range")
+    def _(
+        input: Tensor,
+        running_min: Tensor,
+        running_max: Tensor,
+        num_batches: Tensor,
+        averaging_constant: float,
+        num_bits: int,
+        symmetric: bool,
+        granularity: Sequence[int],
+        narrow_range: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return qparams(input, granularity)
+
+    @fake("qatfast::fake_quantize_learned")
+    def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> Tensor:
+        same_device("fake_quantize_learned", input, scale=scale, zero_point=zero_point)
+        return torch.empty_like(input)
+
+    @fake("qatfast::fake_quantize_learned_backward")
+    def _(grad: Tensor, input: Tensor, scale: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(input), torch.empty_like(scale, memory_format=torch.contiguous_format)
 
     @fake("qatfast::quantize")
     def _(
@@ -121,6 +158,10 @@ def _register_fakes() -> None:
         return *rows_of(weight, rows), weight.new_empty((rows,), dtype=torch.int64)
 
     fake("qatfast::qat_linear_int8", layer_output)
+
+    @fake("qatfast::qat_linear_int8_static")
+    def _(input: Tensor, weight: Tensor, bias_hat: Tensor | None, *_: Any) -> Tensor:
+        return layer_output(input, weight, bias_hat, dtype=checks.compute_dtype(input.dtype))
 
     @fake("qatfast::qat_linear_int8_forward")
     def _(

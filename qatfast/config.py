@@ -289,10 +289,12 @@ class QATConfig(_Arguments):
     The default quantizes weight, bias and output to 8 bits, affine, per tensor.
 
     ``codes`` holds the specs as the operators take them: the codes of input, weight, bias and
-    output, concatenated. The code of None is (0, 0, 0, 0).
+    output, concatenated. The code of None is (0, 0, 0, 0). ``is_dynamic``
+    tells whether all ranges are ``Dynamic()``.
 
     Raises:
         TypeError: a field is neither a QuantSpec nor None.
+        ValueError: a range that is not ``Dynamic()`` for the bias, or for groups of input or output.
     """
 
     input: QuantSpec | None = None
@@ -300,6 +302,7 @@ class QATConfig(_Arguments):
     bias: QuantSpec | None = QuantSpec()
     output: QuantSpec | None = QuantSpec()
     codes: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    is_dynamic: bool = field(init=False, repr=False, compare=False)
     _int8_gemm_features: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -311,6 +314,8 @@ class QATConfig(_Arguments):
                 _check_static(name, spec)
         codes = [(0, 0, 0, 0) if spec is None else spec.code for spec in specs.values()]
         object.__setattr__(self, "codes", sum(codes, ()))
+        is_dynamic = all(spec is None or spec.is_dynamic for spec in specs.values())
+        object.__setattr__(self, "is_dynamic", is_dynamic)
         object.__setattr__(self, "_int8_gemm_features", _int8_gemm_features(self.input, self.weight))
 
     def uses_int8_gemm(self, in_features: int) -> bool:

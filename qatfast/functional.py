@@ -436,14 +436,16 @@ def qat_linear(
             floating dtype under autocast).
         bias: a tensor of shape ``(out_features,)`` with the dtype of ``input`` (any floating dtype
             under autocast), or None.
-        config: the specs of input, weight, bias and output.
+        config: the specs of input, weight, bias and output, with the ranges ``Dynamic()`` or
+            ``Fixed(lo, hi)``. QATLinear takes the others.
 
     Returns:
         A tensor of shape ``(..., out_features)`` with the dtype of the product.
 
     Raises:
         TypeError: a tensor has the wrong dtype or layout, or ``config`` is not a QATConfig.
-        ValueError: a shape is wrong, or ``config`` does not divide a tensor.
+        ValueError: a shape is wrong, ``config`` does not divide a tensor, or it has a range
+            that a module keeps.
         RuntimeError: the tensors are on different devices.
 
     Source:
@@ -455,6 +457,8 @@ def qat_linear(
     """
     if not isinstance(config, QATConfig):
         raise TypeError(f"qat_linear: expected config to be a QATConfig, got {config!r}")
+    if not config.is_dynamic:
+        return reference.qat_linear(input, weight, bias, config=config)
     ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
     if ops is not None:
         return ops.qat_linear(input, weight, bias, config.codes)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from . import arguments, checks
 from .config import (
+    Fixed,
     Granularity,
     Learned,
     PerChannel,
@@ -224,7 +225,7 @@ def qat_linear(
     if not isinstance(config, QATConfig):
         raise TypeError(f"{op}: expected config to be a QATConfig, got {config!r}")
     checks.linear_operands(op, input, weight, bias)
-    return qat_linear_static(input, weight, bias, config, {})
+    return qat_linear_static(input, weight, bias, config, fixed_grids(input, weight, config))
 
 
 # The scale and the zero point of each tensor of a layer whose range is not Dynamic, by the tensor's name.
@@ -248,6 +249,37 @@ def qat_linear_static(
     y = int8_result(input.detach(), weight.detach(), b_hat, config, grids)
     y = _straight_through(product.to(y.dtype), y)
     return _by_spec(op, "output", y, config.output, grids).to(product.dtype)
+
+
+def fixed_grids(input: Tensor, weight: Tensor, config: QATConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns the grids of a config whose ranges are all Dynamic or Fixed.
+
+    Raises:
+        ValueError: A range has a state.
+    """
+    grids = {}
+    for name, tensor in (("input", input), ("weight", weight), ("output", input)):
+        spec = getattr(config, name)
+        if spec is None or spec.is_dynamic:
+            continue
+        if spec.has_state:
+            raise ValueError(
+                f"qat_linear: expected config.{name} to have the range Dynamic() or Fixed(lo, hi), got {spec.range}, "
+                "whose state a module keeps; use QATLinear"
+            )
+        grids[name] = fixed_grid(tensor, spec)
+    return grids
+
+
+def fixed_grid(input: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Returns the scale and the zero point of a Fixed range for ``input``."""
+    assert isinstance(spec.range, Fixed)
+    shape = checks.shape_of_qparams(input.shape, spec.granularity)
+    dtype = checks.compute_dtype(input.dtype)
+    lo, hi = (
+        torch.full(shape, end, dtype=dtype, device=input.device) for end in (spec.range.lo, spec.range.hi)
+    )
+    return qparams_of_range(lo, hi, spec.quant_min, spec.quant_max, spec.symmetric)
 
 
 def int8_result(
@@ -513,9 +545,10 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         input: Tensor,
         scale: Tensor,
         zero_point: Tensor,
@@ -523,8 +556,6 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         quant_max: int,
         granularity: Granularity,
     ) -> Tensor:
-        ctx.save_for_backward(input, scale, zero_point)
-        ctx.rest = quant_min, quant_max, granularity
         shape = checks.shape_of_qparams(input.shape, granularity)
         positive = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny).reshape(shape)
         return _fake_quantize(input, positive, zero_point.reshape(shape), quant_min, quant_max, granularity)[
@@ -532,11 +563,33 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         ]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.rest = inputs[3:]
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, scale, zero_point = ctx.saved_tensors
-        dx, ds = _learned_gradients(grad, input, scale, zero_point, *ctx.rest)
+        dx, ds = _LearnedGradients.apply(grad, input, scale, zero_point, *ctx.rest)
         return dx, ds, None, None, None, None
+
+
+class _LearnedGradients(torch.autograd.Function):
+    """The gradients of input and scale, which have none themselves."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, input: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return _learned_gradients(grad, input, scale, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("fake_quantize_learned: expected one differentiation, got a second derivative")
 
 
 def _learned_gradients(

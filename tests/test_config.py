@@ -5,7 +5,19 @@ import pickle
 import numpy as np
 import pytest
 
-from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec
+from qatfast import (
+    Dynamic,
+    Fixed,
+    Learned,
+    MinMax,
+    MovingAverage,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QATConfig,
+    QuantSpec,
+)
 from qatfast.config import granularity_from_code
 
 GRANULARITIES = (PerTensor(), PerChannel(0), PerChannel(-2), PerGroup(32), PerToken())
@@ -20,7 +32,16 @@ def test_a_granularity_is_its_code(granularity):
     assert [other for other in GRANULARITIES if other.code == granularity.code] == [granularity]
 
 
-VALUES = (*GRANULARITIES, QuantSpec(4), QuantSpec(4, symmetric=True, narrow_range=False), QATConfig.int8())
+RANGES = (Dynamic(), MovingAverage(0.1), MinMax(), Learned(), Fixed(-1.0, 2.0))
+VALUES = (
+    *GRANULARITIES,
+    *RANGES,
+    QuantSpec(4),
+    QuantSpec(4, symmetric=True, narrow_range=False),
+    QuantSpec(range=MovingAverage()),
+    QATConfig.int8(),
+    QATConfig.static(4),
+)
 
 
 @pytest.mark.parametrize("value", VALUES, ids=str)
@@ -80,6 +101,28 @@ def test_the_recipes():
     )
 
 
+def test_the_recipes_with_a_static_input():
+    weight = QuantSpec(8, symmetric=True, granularity=PerChannel(0))
+    static = QATConfig(QuantSpec(8, range=MovingAverage()), weight, None, None)
+    assert QATConfig.static() == QATConfig.static(8) == static
+    assert QATConfig.static(9).input == QuantSpec(9, range=MovingAverage())
+    low = QuantSpec(4, symmetric=True, granularity=PerChannel(0), range=Learned())
+    assert QATConfig.static(4) == QATConfig(QuantSpec(4, range=Learned()), low, None, None)
+    full = QuantSpec(8, symmetric=True, range=MovingAverage(), narrow_range=False)
+    symmetric = QATConfig.static(activations="symmetric")
+    assert symmetric == QATConfig(full, weight, None, None)
+    for name in ("onnxruntime", "executorch", "litert", "openvino", "coreml"):
+        assert QATConfig.for_target(name) == static
+    assert QATConfig.for_target("tensorrt") == symmetric
+
+
+def test_which_configs_are_dynamic():
+    assert QATConfig().is_dynamic
+    assert QATConfig.weight_only().is_dynamic
+    assert not QATConfig.static().is_dynamic
+    assert not QATConfig(output=QuantSpec(range=Fixed(0, 1))).is_dynamic
+
+
 def test_the_codes_of_a_config():
     assert QATConfig.int8().codes == (8, 0, 0, 0, 8, 1, 1, 0, *[0] * 8)
     assert QATConfig.weight_only(3, 16).codes == (*[0] * 4, 3, 0, 2, 16, *[0] * 8)
@@ -124,6 +167,7 @@ def test_words():
     assert str(QuantSpec(4, symmetric=True, granularity=PerGroup(32))) == "4-bit symmetric per group of 32"
     assert str(QuantSpec(8, granularity=PerChannel(-1))) == "8-bit affine per channel -1"
     assert str(QuantSpec(granularity=PerToken())) == "8-bit affine per token"
+    assert str(QuantSpec(range=MinMax())) == "8-bit affine per tensor, MinMax()"
 
 
 @pytest.mark.parametrize(
@@ -153,6 +197,43 @@ def test_words():
         (lambda: QATConfig.dynamic(1), ValueError, "QuantSpec: expected num_bits to be from 2 to 16, got 1"),
         (lambda: QATConfig.dynamic(True), TypeError, "QuantSpec: expected num_bits to be an int, got True"),
         (lambda: QATConfig.tutorial(0), ValueError, "QuantSpec: expected num_bits to be from 2 to 16, got 0"),
+        (
+            lambda: QATConfig(bias=QuantSpec(range=MinMax())),
+            ValueError,
+            "QATConfig: expected Dynamic() for the bias, got MinMax()",
+        ),
+        (
+            lambda: QATConfig(input=QuantSpec(granularity=PerGroup(4), range=Fixed(0, 1))),
+            ValueError,
+            "QATConfig: expected Dynamic() for groups of the input, got Fixed(lo=0.0, hi=1.0)",
+        ),
+        (
+            lambda: QuantSpec(granularity=PerToken(), range=Learned()),
+            ValueError,
+            "QuantSpec: expected Dynamic() for PerToken(), got Learned()",
+        ),
+        (lambda: QuantSpec(range="dynamic"), TypeError, "QuantSpec: expected range to be Dynamic(), Moving"),
+        (
+            lambda: MovingAverage(0),
+            ValueError,
+            "MovingAverage: expected averaging_constant to be greater than 0 and at most 1, got 0.0",
+        ),
+        (lambda: MovingAverage(1.5), ValueError, "and at most 1, got 1.5"),
+        (lambda: MovingAverage(True), TypeError, "expected averaging_constant to be a number, got True"),
+        (lambda: Fixed(1, 2), ValueError, "Fixed: expected finite lo <= 0 <= hi that are not both 0, got"),
+        (lambda: Fixed(0, 0), ValueError, "Fixed: expected finite lo <= 0 <= hi that are not both 0, got"),
+        (lambda: Fixed(0, float("inf")), ValueError, "Fixed: expected finite lo <= 0 <= hi"),
+        (lambda: Fixed("0", 1), TypeError, "Fixed: expected lo to be a number, got '0'"),
+        (
+            lambda: QATConfig.static(activations="none"),
+            ValueError,
+            "QATConfig.static: expected activations to be 'affine' or 'symmetric', got 'none'",
+        ),
+        (
+            lambda: QATConfig.for_target("onnx"),
+            ValueError,
+            "QATConfig.for_target: expected one of onnxruntime, executorch, litert, openvino, coreml, tensorrt",
+        ),
         (
             lambda: QATConfig.weight_only(4, 0),
             ValueError,

@@ -16,7 +16,7 @@ LAUNCHERS = "csrc/{device}/{op}.*"
 # The files of an operator, with a launcher per device.
 PLACES = ("csrc/ops/{op}.cpp", LAUNCHERS, "tests/test_{op}.py")
 # Other sources of a device.
-SHARED = {"cpu": {"copy"}, "cuda": {"plan"}}
+SHARED = {"cpu": {"copy", "observe_range"}, "cuda": {"plan"}}
 SOURCES = {".cpp", ".cu"}
 SCHEMAS = ROOT / "csrc" / "library.cpp"
 
@@ -148,7 +148,8 @@ def test_its_file_defines_the_launcher(op, name_of_device):
     (file,) = (
         path for path in ROOT.glob(LAUNCHERS.format(op=op, device=name_of_device)) if path.suffix in SOURCES
     )
-    assert_launches(file.read_text(), op.name)
+    source = file.read_text()
+    assert_launches(source, op.name if bodies_of(source, op.name) else f"{op.name}_backward")
 
 
 GUARDED = """

@@ -1,33 +1,76 @@
-"""FakeQuantize, the module form of fake_quantize."""
+"""FakeQuantize: fake quantization of one tensor, with the range that it keeps."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from ..config import Granularity, PerTensor, QuantSpec
-from ..functional import fake_quantize
+from .. import arguments, checks, ranges, reference
+from ..config import Dynamic, Fixed, Granularity, Learned, MovingAverage, PerTensor, QuantSpec, Range
+from ..functional import fake_quantize, fake_quantize_affine, fake_quantize_learned, search_qparams
+
+# The modes of a module: as its range says; observe and return the input; return the input.
+QUANTIZE, OBSERVE, FLOAT = "quantize", "observe", "float"
 
 
-class FakeQuantize(torch.nn.Module):
-    """A module that applies :func:`qatfast.fake_quantize` to its input.
+class FakeQuantize(nn.Module):
+    """Fake-quantizes its input to the integer grid of a range; see :func:`qatfast.fake_quantize`.
 
-    It has no parameters and no buffers, and its result is the same in training and in evaluation.
+    ``range`` says where the range comes from. With ``Dynamic()`` and ``Fixed(lo, hi)`` there are no parameters and no
+    buffers, and training and evaluation are the same. The others keep, in float32 in modules of every dtype:
+
+    - ``MovingAverage()`` and ``MinMax()``: buffers ``running_min``, ``running_max``, ``num_batches``. In training each
+      input is quantized with the stored range, which then moves; the first input sets it. Evaluation uses it.
+    - ``Learned()``: the parameter ``scale``, buffers ``zero_point`` and ``num_batches``. The first input in training
+      sets them by :func:`qatfast.search_qparams`. Run it before torch.compile and DistributedDataParallel.
+
+    An input without a finite value changes nothing. A ``state_dict`` without any of these keys, as of a float model,
+    loads strictly and leaves the module as if it had observed nothing.
 
     Args:
         num_bits: number of bits, 2 to 16.
         symmetric: see :class:`qatfast.QuantSpec`.
         granularity: which elements share a scale.
+        range: where the range comes from.
         narrow_range: see :class:`qatfast.QuantSpec`.
+        shape: of the scale, where the module keeps a range per channel (``(C,)``) or per group.
+        device: of the parameter and the buffers.
+
+    Attributes:
+        frozen: if True, the range stays as it is in training too, and a learned scale gets no gradient.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: ``num_bits`` is not from 2 to 16.
+        ValueError: ``num_bits`` is not from 2 to 16; ``shape`` does not fit ``granularity``; ``PerToken()`` with a
+            range that is not ``Dynamic()``.
+        RuntimeError: in evaluation, or if ``frozen``, when nothing has been observed.
 
     Example:
         >>> FakeQuantize(num_bits=4)
         FakeQuantize(num_bits=4, symmetric=False, granularity=PerTensor())
+        >>> quantizer = FakeQuantize(range=MovingAverage())
+        >>> quantizer(torch.tensor([-1.0, 1.0])), quantizer.running_min
+        (tensor([-0.9961,  1.0039]), tensor(-1.))
     """
+
+    spec: QuantSpec
+    scale: nn.Parameter
+    zero_point: Tensor
+    running_min: Tensor
+    running_max: Tensor
+    num_batches: Tensor
+    frozen: bool = False
+    _mode: str = QUANTIZE
+    _name: str = "FakeQuantize"  # in messages
+    _is_weight: bool = False  # a weight is at hand in evaluation too
+    _is_observed: bool = False  # whether num_batches is known to be greater than 0
+    _was_observed: bool = True  # in the latest forward of a learned range
+    _latest: tuple[Tensor, Tensor] | None = None  # scale and zero point of the latest forward that observed
 
     def __init__(
         self,
@@ -35,15 +78,184 @@ class FakeQuantize(torch.nn.Module):
         *,
         symmetric: bool = False,
         granularity: Granularity = PerTensor(),
+        range: Range = Dynamic(),
         narrow_range: bool = True,
+        shape: Sequence[int] = (),
+        device: Any = None,
     ) -> None:
         super().__init__()
-        self.spec = QuantSpec(num_bits, symmetric, granularity, narrow_range=narrow_range)
+        self.spec = QuantSpec(num_bits, symmetric, granularity, range, narrow_range)
+        shape = tuple(arguments.integer("FakeQuantize", "the sizes of shape", size) for size in shape)
+        if not self.spec.has_state:
+            return
+        if isinstance(granularity, PerTensor) != (shape == ()):
+            expected = "(), that of one scale," if shape else "the shape of the scale, as (C,),"
+            raise ValueError(f"FakeQuantize: expected shape to be {expected} for {granularity}, got {shape}")
+        if isinstance(range, Learned):
+            shape = shape or (1,)  # FSDP takes no parameters of shape ()
+            self.scale = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+            self.register_buffer("zero_point", torch.empty(shape, dtype=torch.int32, device=device))
+        else:
+            for name in ("running_min", "running_max"):
+                self.register_buffer(name, torch.empty(shape, dtype=torch.float32, device=device))
+        self.register_buffer("num_batches", torch.empty((), dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forgets what was observed."""
+        for buffer in self._buffers.values():
+            assert buffer is not None
+            buffer.zero_()
+        for parameter in self._parameters.values():
+            assert parameter is not None
+            parameter.fill_(1.0)
+        self._is_observed, self._latest = False, None
 
     def forward(self, input: Tensor) -> Tensor:
-        return fake_quantize(input, **self.spec.arguments)
+        spec = self.spec
+        if self._mode == FLOAT:
+            return input
+        if spec.is_dynamic:
+            return input if self._mode == OBSERVE else fake_quantize(input, **spec.arguments)
+        scale, zero_point = self.grid(input)
+        if self._mode == OBSERVE:
+            return input
+        function = fake_quantize_learned if isinstance(spec.range, Learned) else fake_quantize_affine
+        return function(
+            input, scale, zero_point, spec.quant_min, spec.quant_max, granularity=spec.granularity
+        )
+
+    def grid(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the scale and the zero point that quantize ``input``, and observes it where forward would.
+
+        The range is not ``Dynamic()``.
+        """
+        if isinstance(self.spec.range, Fixed):
+            return reference.fixed_grid(input, self.spec)
+        return self._learned(input) if isinstance(self.spec.range, Learned) else self._stored(input)
+
+    @property
+    def observes(self) -> bool:
+        """Whether the range depends on the inputs of now."""
+        return self.spec.has_state and not self.frozen and (self.training or self._mode == OBSERVE)
+
+    def _stored(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a range that is observed."""
+        spec = self.spec
+        if self.observes:
+            if not _in_backward():
+                if self._mode == OBSERVE and isinstance(spec.range, MovingAverage):  # the mean of the batches
+                    spec = replace(spec, range=MovingAverage(1 / (int(self.num_batches) + 1)))
+                grid = ranges.observe_range(
+                    input.detach(), self.running_min, self.running_max, self.num_batches, spec
+                )
+                if not is_compiling():
+                    self._latest = grid
+                return grid
+            if self._latest is not None:
+                return self._latest
+        if not self._has_observed():
+            raise self._unobserved()
+        compute = checks.compute_dtype(input.dtype)
+        return ranges.qparams_of_range(self.running_min.to(compute), self.running_max.to(compute), spec)
+
+    def _learned(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a range that is learned."""
+        compute = checks.compute_dtype(input.dtype)
+        scale = self.scale.detach() if self.frozen else self.scale
+        if not _in_backward():
+            self._was_observed = self._has_observed()
+        if self._was_observed:  # a recomputed forward takes the way of the first
+            return scale.to(compute), self.zero_point
+        if self.frozen or not (self.observes or self._is_weight):
+            raise self._unobserved()
+        with torch.no_grad():
+            first, zero_point = search_qparams(input.detach(), **self.spec.arguments)
+            first, zero_point = first.reshape(scale.shape), zero_point.reshape(scale.shape)
+            if not _in_backward():
+                # without a branch on the device's values; a tensor of zeros has the least scale and sets nothing
+                sets = (self.num_batches == 0) & (first > torch.finfo(compute).tiny).any()
+                value = first.clamp(max=reference.FLOAT32_MAX).to(torch.float32)
+                self.scale.copy_(torch.where(sets, value, self.scale))
+                self.zero_point.copy_(torch.where(sets, zero_point, self.zero_point))
+                self.num_batches.add_(sets)
+            is_set = self.num_batches > 0
+        return torch.where(is_set, scale.to(compute), first), torch.where(is_set, self.zero_point, zero_point)
+
+    def _has_observed(self) -> bool:
+        """Reads the device only while nothing is known to be observed, and never in a graph."""
+        if not self._is_observed and not is_compiling():
+            if self.num_batches.is_meta:
+                return True
+            self._is_observed = bool(self.num_batches > 0)
+        return self._is_observed
+
+    def _unobserved(self) -> RuntimeError:
+        return RuntimeError(
+            f"{self._name}: expected a range that has been observed, got none; train the model first, or run some "
+            "batches inside qatfast.calibrate(model)"
+        )
+
+    def train(self, mode: bool = True) -> FakeQuantize:
+        super().train(mode)
+        if not mode and self.spec.has_state:
+            self._is_observed = False
+            self._has_observed()
+        return self
+
+    def to_empty(self, **kwargs: Any) -> FakeQuantize:
+        super().to_empty(**kwargs)
+        self.reset_parameters()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:
+        """Moves the state between devices. It keeps its dtypes, whatever those of the model are."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        was_meta = self.spec.has_state and self.num_batches.is_meta
+        super()._apply(moved, recurse)
+        self._latest = None
+        if was_meta and not self.num_batches.is_meta:  # by to_empty() of a parent
+            self.reset_parameters()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
+        names = [prefix + name for name in (*self._parameters, *self._buffers)]
+        is_float = not any(name in state_dict for name in names)
+        if is_float:
+            self.reset_parameters()
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+        if not is_float:
+            missing_keys += missing
+            self._is_observed, self._latest = False, None
+            self._has_observed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_latest"}
 
     def extra_repr(self) -> str:
         spec = self.spec
-        narrow_range = "" if spec.narrow_range else ", narrow_range=False"
-        return f"num_bits={spec.num_bits}, symmetric={spec.symmetric}, granularity={spec.granularity}{narrow_range}"
+        text = f"num_bits={spec.num_bits}, symmetric={spec.symmetric}, granularity={spec.granularity}"
+        if not spec.is_dynamic:
+            text += f", range={spec.range}"
+        if not spec.narrow_range:
+            text += ", narrow_range=False"
+        return text + (", frozen=True" if self.frozen else "")
+
+
+def _in_backward() -> bool:
+    """Whether a backward runs, as when activation checkpointing calls a module again."""
+    return not is_compiling() and torch._C._current_graph_task_id() != -1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     _global_backward_hooks,
@@ -17,12 +19,16 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parameter import is_lazy
 
-from .. import checks, kernels, weight_cache
+from .. import checks, kernels, ranges, weight_cache
 from ..config import PerChannel, PerGroup, QATConfig, QuantSpec, describe
 from ..functional import qat_linear
+from .fake_quantize import QUANTIZE, FakeQuantize
 
 # One set per open `unused_layers` block: the layers that ran in the block.
 open_blocks: list[set[nn.Module]] = []
+
+# The tensors of a layer that can have a range that is not Dynamic.
+QUANTIZED = ("input", "weight", "output")
 
 _MARK = "qatfast: this layer is called, its weight is not read"
 
@@ -39,7 +45,9 @@ def _mark(module: nn.Module, args: Any) -> None:
 class QATLinear(nn.Linear):
     """An ``nn.Linear`` that fake-quantizes its tensors; see :func:`qatfast.qat_linear`.
 
-    Parameters, ``state_dict`` keys and initial values are those of ``nn.Linear``.
+    Parameters and initial values are those of ``nn.Linear``, and so are the ``state_dict`` keys if all ranges are
+    ``Dynamic()``. For each other range the layer has a :class:`FakeQuantize`: ``input_quantizer``,
+    ``weight_quantizer``, ``output_quantizer``. A ``state_dict`` of an ``nn.Linear`` loads strictly in any case.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -54,8 +62,10 @@ class QATLinear(nn.Linear):
 
     Raises:
         TypeError: ``bias`` is not a bool, or ``config`` is not a QATConfig.
-        ValueError: both ``num_bits`` and ``config`` are passed, or ``config`` does not divide a
-            parameter.
+        ValueError: both ``num_bits`` and ``config`` are passed; ``config`` does not divide a
+            parameter, or has a range per channel of another axis of input or output than -1.
+        RuntimeError: the layer runs in evaluation and nothing has been observed; see
+            :class:`FakeQuantize`.
 
     Example:
         >>> QATLinear(10, 64)
@@ -65,6 +75,8 @@ bias=affine per tensor, output=affine per tensor)
 
     config: QATConfig
     _caches_weight: ClassVar[bool] = True  # cached_weights selects layers by this attribute
+    _mode: str = QUANTIZE
+    _is_dynamic: bool = True  # whether qat_linear does everything: no range is kept, the mode is QUANTIZE
 
     def __init__(
         self,
@@ -122,7 +134,11 @@ bias=affine per tensor, output=affine per tensor)
         out_features, in_features = linear.weight.shape
         has_bias = linear.bias is not None
         layer = cls(in_features, out_features, has_bias, device="meta", num_bits=num_bits, config=config)
-        return _take_over(linear, layer)
+        for name in QUANTIZED:
+            layer._modules.pop(quantizer_name(name), None)
+        _take_over(linear, layer)
+        layer._set_quantizers()  # on the device of the weight
+        return layer
 
     def to_float(self) -> nn.Linear:
         """Returns an nn.Linear that shares the parameters, which are not quantized.
@@ -137,7 +153,48 @@ bias=affine per tensor, output=affine per tensor)
         if obstacle:
             raise TypeError(f"QATLinear.to_float: {obstacle.message}")
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        return _take_over(self, linear)
+        _take_over(self, linear)
+        for name in QUANTIZED:
+            linear._modules.pop(quantizer_name(name), None)
+        return linear
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "config":
+            self._set_quantizers()
+
+    def _set_quantizers(self) -> None:
+        """One for each range that is not Dynamic; those that fit the config stay."""
+        sizes = {
+            "input": torch.Size([self.in_features]),
+            "weight": torch.Size([self.out_features, self.in_features]),
+            "output": torch.Size([self.out_features]),
+        }
+        own = self._modules
+        for name in QUANTIZED:
+            spec, key = getattr(self.config, name), quantizer_name(name)
+            if spec is None or spec.is_dynamic:
+                own.pop(key, None)
+            elif not isinstance(own.get(key), FakeQuantize) or own[key].spec != spec:  # type: ignore[union-attr]
+                shape = checks.shape_of_qparams(sizes[name], spec.granularity) if spec.has_state else ()
+                quantizer = FakeQuantize(
+                    **spec.arguments, range=spec.range, shape=shape, device=self.weight.device
+                )
+                quantizer.training = self.training
+                quantizer._name = f"{type(self).__name__}.{key}"
+                quantizer._is_weight = name == "weight"
+                own[key] = quantizer
+        self._set_mode(self._mode)
+
+    def _set_mode(self, mode: str) -> None:
+        vars(self).update(_mode=mode, _is_dynamic=mode == QUANTIZE and self.config.is_dynamic)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name in QUANTIZED:
+            quantizer = self._modules.get(quantizer_name(name))
+            if quantizer is not None:
+                quantizer.reset_parameters()  # type: ignore[operator]
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer as nn.Module does, but skips `_mark` if it is the only hook."""
@@ -170,10 +227,33 @@ bias=affine per tensor, output=affine per tensor)
             weight, bias = parameters["weight"], parameters["bias"]
         else:  # computed from other parameters by a parametrization
             weight, bias = self.weight, self.bias
+        if not self._is_dynamic:
+            return self._of_ranges(input, weight, bias)
         slot = weight_cache.slot_of(self)
         if slot is not None:
             return weight_cache.linear(slot, input, weight, bias, self.config)
         return qat_linear(input, weight, bias, config=self.config)
+
+    def _of_ranges(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with ranges that its quantizers keep, or in another mode."""
+        checks.linear_operands("qat_linear", input, weight, bias)
+        own: dict[str, Any] = self._modules
+        quantizers = {name: own[quantizer_name(name)] for name in QUANTIZED if quantizer_name(name) in own}
+        output = quantizers.pop("output", None)
+        tensors = {"input": input, "weight": weight}
+        if self._mode != QUANTIZE:
+            for name, quantizer in quantizers.items():
+                quantizer.forward(tensors[name])
+            y = F.linear(input, weight, bias)
+            return y if output is None else output.forward(y)
+        grids = {name: quantizer.grid(tensors[name]) for name, quantizer in quantizers.items()}
+        if output is None:
+            return ranges.qat_linear(input, weight, bias, self.config, grids)
+        if output.observes:  # the product comes first
+            y = ranges.qat_linear(input, weight, bias, replace(self.config, output=None), grids)
+            return output.forward(y)
+        grids["output"] = output.grid(input)  # it only asks for the dtype and the device
+        return ranges.qat_linear(input, weight, bias, self.config, grids)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {describe(self.config)}"
@@ -187,6 +267,10 @@ bias=affine per tensor, output=affine per tensor)
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forward_pre_hooks = OrderedDict({_MARK: _mark, **_hooks_of_user(self._forward_pre_hooks)})
+
+
+def quantizer_name(tensor: str) -> str:
+    return f"{tensor}_quantizer"
 
 
 def _config(num_bits: int | None, config: QATConfig | None) -> QATConfig:
@@ -215,6 +299,15 @@ def check_parameters(config: QATConfig, in_features: int, out_features: int, bia
                     f"QATLinear: expected the axis of config.{name} to be from {-len(shape)} to {len(shape) - 1} for "
                     f"its {len(shape)} dimensions, got {axis}; write PerChannel(0) for one scale per output channel"
                 )
+    for name in ("input", "output"):
+        spec = getattr(config, name)
+        if spec is None or spec.is_dynamic or not isinstance(spec.granularity, PerChannel):
+            continue
+        if spec.granularity.axis != -1:
+            raise ValueError(
+                f"QATLinear: expected the axis of config.{name} to be -1 for {spec.range}, got "
+                f"{spec.granularity.axis}; write PerChannel(-1) for one scale a feature"
+            )
     last_sizes = {"input": in_features, "weight": in_features, "bias": out_features, "output": out_features}
     for name, size in last_sizes.items():
         spec = getattr(config, name)
@@ -324,7 +417,7 @@ def _is_fsdp(module: nn.Module) -> bool:
 # The attributes of an nn.Module that are dicts or sets: parameters, buffers, submodules, hooks.
 CONTAINERS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 # The attributes that stay with their module: the config, the compiled call, the note of `prepare`.
-_NOT_TAKEN_OVER = frozenset(["config", "_compiled_call_impl", "_qatfast_note"])
+_NOT_TAKEN_OVER = frozenset(["config", "_compiled_call_impl", "_qatfast_note", "_mode", "_is_dynamic"])
 
 
 def _take_over(source: nn.Linear, target: Any) -> Any:

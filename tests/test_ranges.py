@@ -1,0 +1,851 @@
+"""Ranges that modules keep: FakeQuantize and QATLinear with observed, learned and fixed ranges."""
+
+import copy
+import io
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import cases
+from qatfast import (
+    Dynamic,
+    FakeQuantize,
+    Fixed,
+    Learned,
+    MinMax,
+    MovingAverage,
+    PerChannel,
+    PerGroup,
+    PerToken,
+    QATConfig,
+    QATLinear,
+    QuantSpec,
+    fake_quantize,
+    fake_quantize_affine,
+    fake_quantize_learned,
+    qat_linear,
+    reference,
+    search_qparams,
+)
+
+EXAMPLES = json.loads(Path(__file__).with_name("worked_examples.json").read_text())
+KEPT = {"moving_average": MovingAverage(), "min_max": MinMax(), "learned": Learned()}
+kept = pytest.mark.parametrize("range", KEPT.values(), ids=KEPT)
+observed = pytest.mark.parametrize("range", [MovingAverage(), MinMax()], ids=["moving_average", "min_max"])
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual.detach().cpu(), torch.tensor(expected), rtol=1e-6, atol=1e-6)
+
+
+def state_of(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same_state(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        cases.assert_same(actual[name].detach(), value.detach())
+
+
+def grid(quantizer, x):
+    """The values of a given range."""
+    spec = quantizer.spec
+    scale, zero_point = reference.qparams_of_range(
+        quantizer.running_min.to(torch.float64 if x.dtype == torch.float64 else torch.float32),
+        quantizer.running_max.to(torch.float64 if x.dtype == torch.float64 else torch.float32),
+        spec.quant_min,
+        spec.quant_max,
+        spec.symmetric,
+    )
+    return fake_quantize_affine(
+        x, scale, zero_point, spec.quant_min, spec.quant_max, granularity=spec.granularity
+    )
+
+
+# worked examples
+
+
+@pytest.mark.parametrize("case", [case for case in EXAMPLES["T1"]["cases"] if "lo" in case], ids=str)
+def test_fixed_ranges(case, device):
+    quantizer = FakeQuantize(case["num_bits"], range=Fixed(case["lo"], case["hi"]))
+    x = torch.tensor(case["x"], device=device, requires_grad=True)
+    y = quantizer(x)
+    close(y, case["values"])
+    y.sum().backward()
+    assert x.grad.tolist() == case["gradient"]
+    cases.assert_same(quantizer.eval()(x), y)
+    assert quantizer.state_dict() == {}
+
+
+def test_a_moving_average(device):
+    case = EXAMPLES["T2"]["cases"][0]
+    quantizer = FakeQuantize(range=MovingAverage(0.01), device=device)
+    first, second = (torch.tensor(batch, device=device) for batch in case["batches"])
+    cases.assert_same(quantizer(first), fake_quantize(first))
+    close(torch.stack([quantizer.running_min, quantizer.running_max]), case["range_after"][0])
+    close(quantizer(second), case["second_batch_is_quantized_with"]["values"])
+    close(torch.stack([quantizer.running_min, quantizer.running_max]), case["range_after"][1])
+    assert quantizer.num_batches.item() == 2
+    quantizer.eval()
+    x = torch.tensor(case["evaluation"]["x"], device=device, requires_grad=True)
+    before = state_of(quantizer)
+    y = quantizer(x)
+    close(y, case["evaluation"]["values"])
+    y.sum().backward()
+    assert x.grad.tolist() == case["evaluation"]["gradient"]
+    assert_same_state(quantizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("index, range", [(1, MovingAverage(0.5)), (2, MinMax())], ids=["average", "min_max"])
+def test_observed_ranges_per_channel(index, range, device):
+    case = EXAMPLES["T2"]["cases"][index]
+    quantizer = FakeQuantize(
+        symmetric=True, granularity=PerChannel(1), range=range, shape=(2,), device=device
+    )
+    for batch, after in zip(case["batches"], case["range_after"], strict=True):
+        quantizer(torch.tensor(batch, device=device))
+        close(torch.stack([quantizer.running_min, quantizer.running_max]), after)
+
+
+@pytest.mark.parametrize("case", EXAMPLES["T3"]["cases"], ids=lambda case: case["title"])
+def test_learned_scales(case, device):
+    shape = torch.tensor(case["scale"]).shape
+    num_bits = (case["quant_max"] - case["quant_min"]).bit_length()
+    quantizer = FakeQuantize(
+        num_bits,
+        symmetric=case["quant_min"] < 0,
+        narrow_range=False,
+        granularity=PerChannel(1) if shape else FakeQuantize().spec.granularity,
+        range=Learned(),
+        shape=shape,
+        device=device,
+    )
+    state = {
+        "scale": torch.tensor(case["scale"]).reshape(shape or 1),
+        "zero_point": torch.full(shape or (1,), case["zero_point"], dtype=torch.int32),
+        "num_batches": torch.tensor(1),
+    }
+    quantizer.load_state_dict(state)
+    x = torch.tensor(case["x"], device=device, requires_grad=True)
+    y = quantizer(x)
+    close(y, case["y"])
+    y.sum().backward()
+    assert x.grad.tolist() == case["dx"]
+    close(quantizer.scale.grad, torch.tensor(case["ds"]).reshape(shape or 1).tolist())
+
+
+def test_a_learned_scale_stays_usable(device):
+    quantizer = FakeQuantize(4, range=Learned(), device=device)
+    x = cases.normal((64,), device=device)
+    quantizer(x)
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=1.0)
+    for _ in range_of_steps(1000):
+        optimizer.zero_grad()
+        y = quantizer(x)
+        (y * y).sum().backward()
+        optimizer.step()
+    assert y.isfinite().all()
+    assert quantizer(x).isfinite().all()
+
+
+def range_of_steps(count):
+    return range(count)
+
+
+# observed ranges
+
+
+@observed
+def test_training_quantizes_with_the_range_before_it_moves(range, device):
+    quantizer = FakeQuantize(5, range=range, device=device)
+    batches = [scale * cases.normal((64,), device=device) for scale in (1, 0.5, 3)]
+    cases.assert_same(quantizer(batches[0]), fake_quantize(batches[0], 5))
+    for batch in batches[1:]:
+        expected = grid(quantizer, batch)
+        low, high = quantizer.running_min.clone(), quantizer.running_max.clone()
+        cases.assert_same(quantizer(batch), expected)
+        assert quantizer.running_min < low or batch.min() >= low
+        assert quantizer.running_max > high or batch.max() <= high
+    assert quantizer.num_batches.item() == 3
+
+
+@kept
+@pytest.mark.parametrize("values", [[], [float("nan")] * 3, [float("inf"), float("nan")]], ids=str)
+def test_a_batch_without_a_finite_value_changes_nothing(range, values, device):
+    quantizer = FakeQuantize(range=range, device=device)
+    empty = torch.tensor(values, device=device)
+    before = state_of(quantizer)
+    assert quantizer(empty).shape == empty.shape
+    assert_same_state(quantizer.state_dict(), before)
+    with pytest.raises(RuntimeError, match="expected a range that has been observed"):
+        quantizer.eval()(empty)
+    x = cases.normal((9,), device=device)
+    quantizer.train()(x)
+    assert quantizer.num_batches.item() == 1
+    before = state_of(quantizer)
+    quantizer(empty)
+    assert_same_state(quantizer.state_dict(), before)
+
+
+@observed
+def test_only_finite_values_enter_the_range(range, device):
+    quantizer = FakeQuantize(range=range, device=device)
+    y = quantizer(torch.tensor([float("inf"), 2.0, float("nan"), -1.0], device=device))
+    assert (quantizer.running_min.item(), quantizer.running_max.item()) == (-1.0, 2.0)
+    assert y.isnan().tolist() == [False, False, True, False]
+
+
+@observed
+def test_a_channel_without_a_range_takes_that_of_the_batch(range, device):
+    quantizer = FakeQuantize(granularity=PerChannel(0), range=range, shape=(2,), device=device)
+    quantizer(torch.tensor([[0.0, 0.0], [-1.0, 1.0]], device=device))
+    batch = torch.tensor([[-2.0, 6.0], [-1.0, 1.0]], device=device)
+    cases.assert_same(quantizer(batch), fake_quantize(batch, granularity=PerChannel(0)))
+    assert quantizer.running_max.tolist() == [6.0, 1.0]
+    assert quantizer.num_batches.item() == 2
+
+
+@observed
+def test_a_batch_of_zeros_counts_and_the_state_is_never_minus_zero(range, device):
+    quantizer = FakeQuantize(range=range, device=device)
+    quantizer(torch.tensor([-0.0, 0.0], device=device))
+    assert quantizer.num_batches.item() == 1
+    assert torch.stack([quantizer.running_min, quantizer.running_max]).signbit().tolist() == [False, False]
+    quantizer.eval()(torch.ones(2, device=device))
+
+
+@observed
+def test_float64_computes_in_float64_from_the_stored_numbers(range, device):
+    quantizer = FakeQuantize(12, range=range, device=device).double()
+    x = torch.tensor([-0.1, 0.7, 1e300], dtype=torch.float64, device=device)
+    quantizer(x)
+    assert quantizer.running_max.item() == torch.finfo(torch.float32).max
+    quantizer.reset_parameters()
+    quantizer(x[:2])
+    assert quantizer.running_min.item() == torch.tensor(-0.1).item()
+    cases.assert_same(quantizer.eval()(x), grid(quantizer, x))
+    assert quantizer(x).dtype == torch.float64
+
+
+def test_the_grad_mode_does_not_matter(device):
+    quantizer = FakeQuantize(range=MinMax(), device=device)
+    with torch.no_grad():
+        quantizer(torch.ones(2, device=device))
+    with torch.inference_mode():
+        quantizer(torch.full((2,), 3.0, device=device))
+    assert (quantizer.num_batches.item(), quantizer.running_max.item()) == (2, 3.0)
+
+
+@observed
+def test_the_gradient_is_that_of_a_given_range(range, device):
+    quantizer = FakeQuantize(range=range, device=device)
+    quantizer(torch.tensor([-1.0, 1.0], device=device))
+    x = torch.tensor([-9.0, 0.3, 9.0, float("nan")], device=device, requires_grad=True)
+    quantizer(x).backward(torch.full((4,), 2.0, device=device))
+    assert x.grad.tolist() == [0, 2, 0, 0]
+
+
+# learned ranges
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+def test_the_first_input_sets_a_learned_scale(dtype, device):
+    quantizer = FakeQuantize(4, range=Learned(), device=device)
+    x = cases.normal((64,), dtype, device=device)
+    y = quantizer(x)
+    scale, zero_point = search_qparams(x, 4)
+    close(quantizer.scale, [scale.float().item()])
+    assert quantizer.zero_point.tolist() == [zero_point.item()]
+    assert quantizer.num_batches.item() == 1
+    cases.assert_same(
+        y,
+        fake_quantize_learned(x, quantizer.scale.to(scale.dtype), quantizer.zero_point, 0, 15),
+    )
+    before = state_of(quantizer)
+    quantizer(3 * x)
+    assert_same_state(quantizer.state_dict(), before)
+
+
+def test_a_first_batch_of_zeros_sets_no_scale(device):
+    quantizer = FakeQuantize(4, range=Learned(), device=device)
+    x = torch.zeros(5, device=device, requires_grad=True)
+    y = quantizer(x)
+    y.sum().backward()
+    assert y.tolist() == [0] * 5
+    assert x.grad.tolist() == [1] * 5
+    assert quantizer.scale.grad.tolist() == [0]  # DistributedDataParallel waits for it
+    assert quantizer.num_batches.item() == 0
+    quantizer(torch.ones(5, device=device))
+    assert quantizer.num_batches.item() == 1
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_is_an_error(scale):
+    quantizer = FakeQuantize(4, range=Learned())
+    quantizer(torch.ones(3))
+    nn.init.constant_(quantizer.scale, scale)
+    with pytest.raises(ValueError, match="expected scale to be positive and finite"):
+        quantizer(torch.ones(3))
+
+
+# frozen, evaluation
+
+
+@kept
+def test_a_frozen_range_stays(range, device):
+    quantizer = FakeQuantize(range=range, device=device)
+    x = cases.normal((9,), device=device, requires_grad=True)
+    quantizer(x)
+    before = state_of(quantizer)
+    quantizer.frozen = True
+    y = quantizer(3 * x)
+    assert_same_state(quantizer.state_dict(), before)
+    cases.assert_same(y, quantizer.eval()(3 * x))
+    y.sum().backward()
+    assert all(parameter.grad is None for parameter in quantizer.parameters())
+    assert copy.deepcopy(quantizer).frozen
+    assert pickle.loads(pickle.dumps(quantizer)).frozen
+    assert "frozen" not in quantizer.state_dict()
+    assert repr(quantizer).endswith(f"range={range}, frozen=True)")
+
+
+@kept
+def test_evaluation_of_nothing_observed_is_an_error(range):
+    quantizer = FakeQuantize(range=range)
+    message = "^FakeQuantize: expected a range that has been observed, got none; train .* qatfast.calibrate"
+    with pytest.raises(RuntimeError, match=message):
+        quantizer.eval()(torch.ones(3))
+    quantizer.train().frozen = True
+    with pytest.raises(RuntimeError, match=message):
+        quantizer(torch.ones(3))
+
+
+@kept
+def test_whether_something_was_observed_is_read_rarely(range, monkeypatch):
+    quantizer = FakeQuantize(range=range)
+    x, reads = torch.ones(3), []
+    to_bool = torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda value: reads.append(value.numel()) or to_bool(value))
+    quantizer.spec  # noqa: B018
+    quantizer(x)
+    quantizer.train(False)
+    state = quantizer.num_batches
+    reads.clear()
+    for _ in (1, 2, 3):
+        quantizer._has_observed()
+    assert reads == []
+    quantizer.train(False)
+    assert len(reads) == 1
+    quantizer.load_state_dict(quantizer.state_dict())
+    assert len(reads) == 2
+    assert state is quantizer.num_batches
+
+
+# state
+
+
+@pytest.mark.parametrize("move", ["half", "bfloat16", "double"])
+@kept
+def test_the_state_stays_in_float32(range, move, device):
+    quantizer = FakeQuantize(4, range=range, device=device)
+    quantizer(torch.tensor([-0.1, 0.7], device=device))
+    before = state_of(quantizer)
+    dtypes = {name: value.dtype for name, value in before.items()}
+    assert set(dtypes.values()) <= {torch.float32, torch.int64, torch.int32}
+    parameters = list(quantizer.parameters())
+    layer = getattr(nn.Sequential(quantizer), move)()
+    assert_same_state(quantizer.state_dict(), before)
+    layer.to(torch.float16)
+    layer.type(torch.float64)
+    assert_same_state(quantizer.state_dict(), before)
+    assert all(a is b for a, b in zip(parameters, quantizer.parameters(), strict=True))
+
+
+@kept
+def test_the_state_moves_between_devices(range):
+    quantizer = FakeQuantize(4, range=range)
+    quantizer.to("meta")
+    assert {value.device.type for value in quantizer.state_dict().values()} == {"meta"}
+    assert quantizer.eval()(torch.empty(3, device="meta")).shape == (3,)
+
+
+def duplicate_by_file(module):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@kept
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), duplicate_by_file],
+    ids=["deepcopy", "pickle", "weights_only"],
+)
+def test_copies_and_files(range, duplicate, device):
+    quantizer = FakeQuantize(4, range=range, device=device)
+    x = cases.normal((9,), device=device)
+    quantizer(x)
+    other = duplicate(quantizer)
+    assert_same_state(other.state_dict(), state_of(quantizer))
+    cases.assert_same(other.eval()(x), quantizer.eval()(x))
+    other.train()(100 * x)
+    assert other.num_batches is not quantizer.num_batches
+
+
+@kept
+def test_a_float_checkpoint_leaves_it_unobserved(range):
+    model = nn.Sequential(nn.Linear(3, 3), FakeQuantize(range=range))
+    model(cases.normal((9, 3)))
+    result = model.load_state_dict(nn.Sequential(nn.Linear(3, 3)).state_dict(), strict=True)
+    assert result.missing_keys == []
+    assert model[1].num_batches.item() == 0
+    with pytest.raises(RuntimeError, match="expected a range that has been observed"):
+        model.eval()(cases.normal((9, 3)))
+
+
+@kept
+def test_part_of_the_keys_and_other_shapes_are_the_usual_errors(range):
+    quantizer = FakeQuantize(range=range)
+    state = state_of(quantizer)
+    for name in state:
+        part = {key: value for key, value in state.items() if key != name}
+        with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+            quantizer.load_state_dict(part)
+    wide = FakeQuantize(range=range, granularity=PerChannel(0), shape=(3,)).state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        quantizer.load_state_dict(wide)
+
+
+def test_another_kind_of_range_is_the_usual_error():
+    learned, average = FakeQuantize(range=Learned()), FakeQuantize(range=MovingAverage())
+    for target, source in ((learned, average), (average, learned), (FakeQuantize(), average)):
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            target.load_state_dict(source.state_dict())
+
+
+def test_moving_average_and_min_max_load_each_other():
+    average, widest = FakeQuantize(range=MovingAverage()), FakeQuantize(range=MinMax())
+    x = cases.normal((9,))
+    average(x)
+    widest.load_state_dict(average.state_dict())
+    cases.assert_same(widest.eval()(x), average.eval()(x))
+
+
+@kept
+def test_what_makes_it_unobserved(range):
+    def unobserved(quantizer):
+        return quantizer.num_batches.item() == 0 and not quantizer._has_observed()
+
+    quantizer = FakeQuantize(range=range)
+    fresh = state_of(quantizer)
+    for forget in (quantizer.reset_parameters, lambda: quantizer.to_empty(device="cpu")):
+        quantizer(torch.ones(3))
+        quantizer.eval()(torch.ones(3))
+        quantizer.train()
+        assert not unobserved(quantizer)
+        forget()
+        assert unobserved(quantizer)
+        assert_same_state(quantizer.state_dict(), fresh)
+    model = nn.Sequential(FakeQuantize(range=range, device="meta")).to_empty(device="cpu")
+    assert unobserved(model[0])
+    assert_same_state(model[0].state_dict(), fresh)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"granularity": PerChannel(0), "range": MinMax()}, "expected shape to be the shape of the scale"),
+        ({"granularity": PerGroup(4), "range": Learned()}, "expected shape to be the shape of the scale"),
+        ({"range": MinMax(), "shape": (3,)}, "expected shape to be (), that of one scale, for PerTensor()"),
+        ({"granularity": PerToken(), "range": MinMax()}, "expected Dynamic() for PerToken()"),
+    ],
+)
+def test_errors_come_at_construction(arguments, message):
+    with pytest.raises(ValueError) as caught:
+        FakeQuantize(**arguments)
+    assert message in str(caught.value)
+
+
+# training
+
+
+class Twice(nn.Module):
+    def __init__(self, range):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.quantizer = nn.Linear(6, 6), FakeQuantize(4, range=range)
+
+    def forward(self, x):
+        return self.quantizer(self.linear(self.quantizer(x)))
+
+
+@kept
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved_tensors", "reentrant"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_activation_checkpointing_changes_nothing(range, use_reentrant, steps):
+    results = []
+    for function in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=use_reentrant)):
+        model = nn.Sequential(nn.Linear(6, 6), FakeQuantize(4, range=range), nn.ReLU())
+        torch.manual_seed(0)
+        nn.init.normal_(model[0].weight)
+        nn.init.zeros_(model[0].bias)
+        for step in torch.arange(steps):
+            x = (cases.normal((5, 6)) * (step + 1)).requires_grad_()
+            function(model, x).sum().backward()
+        results.append((state_of(model), x.grad, model[0].weight.grad))
+    assert_same_state(results[1][0], results[0][0])
+    cases.assert_same(results[1][1], results[0][1])
+    cases.assert_same(results[1][2], results[0][2])
+    assert results[0][0]["1.num_batches"].item() == (1 if range == Learned() else steps)
+
+
+@observed
+def test_one_quantizer_that_serves_two_calls_moves_at_each(range):
+    model = Twice(range)
+    model(cases.normal((5, 6)))
+    assert model.quantizer.num_batches.item() == 2
+
+
+@kept
+def test_gradients_accumulate(range):
+    quantizer = FakeQuantize(4, range=range)
+    quantizer(cases.normal((9,)))
+    quantizer.frozen = range != Learned()
+    x = cases.normal((9,), requires_grad=True)
+    quantizer(x).sum().backward()
+    once = [tensor.grad.clone() for tensor in (x, *quantizer.parameters())]
+    quantizer(x).sum().backward()
+    for tensor, grad in zip((x, *quantizer.parameters()), once, strict=True):
+        cases.assert_same(tensor.grad, 2 * grad)
+
+
+@kept
+def test_compiled_training_moves_the_state(range, fresh_compiler):
+    eager = FakeQuantize(4, range=range)
+    batches = [scale * cases.normal((33,)) for scale in (1.0, 2.0, 0.5)]
+    if range == Learned():
+        eager(batches[0])  # before torch.compile, as its documentation says
+    other = copy.deepcopy(eager)
+    compiled = torch.compile(other, fullgraph=True)
+    for batch in batches:
+        x, y = batch.clone().requires_grad_(), batch.clone().requires_grad_()
+        expected, actual = eager(x), compiled(y)
+        cases.assert_same(actual, expected)
+        expected.sum().backward()
+        actual.sum().backward()
+        cases.assert_same(y.grad, x.grad)
+        assert_same_state(other.state_dict(), state_of(eager))
+    eager.eval(), other.eval()
+    cases.assert_same(compiled(batches[1]), eager(batches[1]))
+
+
+@kept
+def test_a_compiled_evaluation_of_nothing_observed_is_an_error(range, fresh_compiler):
+    compiled = torch.compile(FakeQuantize(range=range).eval())
+    with pytest.raises(RuntimeError, match="expected a range that has been observed"):
+        compiled(torch.ones(3))
+
+
+@kept
+def test_export(range):
+    quantizer, x = FakeQuantize(4, range=range), cases.normal((9,))
+    quantizer(x)
+    program = torch.export.export(quantizer.eval(), (x,))
+    assert set(program.state_dict) == set(quantizer.state_dict())
+    cases.assert_same(program.module()(3 * x), quantizer(3 * x))
+
+
+# layers
+
+
+def layer_with(**ranges):
+    torch.manual_seed(0)
+    specs = {"input": None, "weight": None, "bias": None, "output": None}
+    for name, range in ranges.items():
+        granularity = PerChannel(0) if name == "weight" else QuantSpec().granularity
+        specs[name] = QuantSpec(8, name == "weight", granularity, range)
+    return QATLinear(16, 6, config=QATConfig(**specs))
+
+
+STATIC = {
+    "static": QATConfig.static(),
+    "static_4": QATConfig.static(4),
+    "symmetric": QATConfig.static(activations="symmetric"),
+    "fixed": QATConfig(QuantSpec(range=Fixed(-3, 3)), QuantSpec(4, range=Fixed(-1, 1)), None, None),
+    "output": QATConfig(None, QuantSpec(), None, QuantSpec(range=MinMax())),
+    "learned_output": QATConfig(None, QuantSpec(), QuantSpec(), QuantSpec(range=Learned())),
+    "all_observed": QATConfig(*(QuantSpec(range=MinMax()),) * 2, None, QuantSpec(range=MovingAverage())),
+    "per_channel": QATConfig(
+        QuantSpec(granularity=PerChannel(-1), range=MovingAverage()),
+        QuantSpec(4, granularity=PerChannel(1), range=Learned()),
+        None,
+        QuantSpec(granularity=PerChannel(-1), range=MinMax()),
+    ),
+    "groups": QATConfig(
+        weight=QuantSpec(4, granularity=PerGroup(4), range=Learned()), bias=None, output=None
+    ),
+}
+configs = pytest.mark.parametrize("config", STATIC.values(), ids=STATIC)
+
+
+def formula(layer, x):
+    """The layer by its quantizers one after the other."""
+    own = dict(layer.named_children())
+    config = layer.config
+
+    def apply(name, tensor):
+        spec = getattr(config, name)
+        if spec is None:
+            return tensor
+        if f"{name}_quantizer" in own:
+            return own[f"{name}_quantizer"](tensor)
+        return fake_quantize(tensor, **spec.arguments)
+
+    y = F.linear(apply("input", x), apply("weight", layer.weight), apply("bias", layer.bias))
+    return apply("output", y)
+
+
+@configs
+def test_a_layer_is_its_quantizers_around_the_product(config, device):
+    torch.manual_seed(0)
+    layer = QATLinear(16, 6, config=config, device=device)
+    other = copy.deepcopy(layer)
+    for scale in (1, 2):
+        x, z = (scale * cases.normal((5, 16), device=device)).requires_grad_(), None
+        z = x.detach().clone().requires_grad_()
+        y, expected = layer(x), formula(other, z)
+        tolerance = (
+            1e-5 if config.output is None else 0.1
+        )  # one step, where the integer product rounds elsewhere
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=tolerance)
+        dy = cases.normal((5, 6), device=device)
+        y.backward(dy)
+        expected.backward(dy)
+        if config.output is None:
+            torch.testing.assert_close(x.grad, z.grad)
+            for (name, parameter), reference_ in zip(
+                layer.named_parameters(), other.parameters(), strict=True
+            ):
+                torch.testing.assert_close(parameter.grad, reference_.grad, msg=name)
+    if config.output is None:
+        assert_same_state(layer.state_dict(), state_of(other))
+    layer.eval()
+    before = state_of(layer)
+    torch.testing.assert_close(layer(x), formula(other.eval(), x), rtol=1e-5, atol=0.1)
+    assert_same_state(layer.state_dict(), before)
+
+
+def test_a_layer_with_a_static_input_multiplies_integers(device):
+    layer = QATLinear(16, 6, bias=False, config=QATConfig.static(), device=device)
+    x = cases.normal((5, 16), device=device)
+    y = layer(x)  # the first batch is quantized with its own range
+    cases.assert_same(y, qat_linear(x, layer.weight, config=QATConfig.int8()))
+    cases.assert_same(layer.eval()(x), y)
+
+
+def test_which_quantizers_a_layer_has():
+    layer = layer_with(input=MovingAverage(), weight=Dynamic(), bias=Dynamic(), output=Fixed(-1, 1))
+    assert [name for name, _ in layer.named_children()] == ["input_quantizer", "output_quantizer"]
+    assert list(layer.state_dict()) == [
+        "weight",
+        "bias",
+        "input_quantizer.running_min",
+        "input_quantizer.running_max",
+        "input_quantizer.num_batches",
+    ]
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in QATLinear(16, 6, config=STATIC["per_channel"]).state_dict().items()
+    }
+    assert shapes["input_quantizer.running_min"] == (16,)
+    assert shapes["weight_quantizer.scale"] == (16,)
+    assert shapes["output_quantizer.running_max"] == (6,)
+    assert QATLinear(16, 6, config=STATIC["groups"]).weight_quantizer.scale.shape == (6, 4)
+    assert QATLinear(16, 6, config=STATIC["static_4"]).input_quantizer.scale.shape == (1,)
+    assert list(QATLinear(16, 6).children()) == []
+
+
+def test_setting_the_config_changes_what_does_not_fit():
+    layer = QATLinear(16, 6, config=QATConfig.static(4))
+    layer(cases.normal((5, 16)))
+    kept, weight = layer.input_quantizer, layer.weight_quantizer
+    layer.config = QATConfig(layer.config.input, QuantSpec(4, True, PerChannel(0)), None, None)
+    assert layer.input_quantizer is kept
+    assert not hasattr(layer, "weight_quantizer")
+    layer.config = QATConfig.static(4)
+    assert layer.weight_quantizer is not weight
+    layer.config = QATConfig.dynamic()
+    assert list(layer.children()) == []
+    x = cases.normal((5, 16))
+    cases.assert_same(layer(x), qat_linear(x, layer.weight, layer.bias, config=QATConfig.dynamic()))
+
+
+@configs
+def test_checkpoints_of_nn_linear_load(config):
+    layer, linear = QATLinear(16, 6, config=config), nn.Linear(16, 6)
+    layer(cases.normal((5, 16)))
+    layer.load_state_dict(linear.state_dict(), strict=True)
+    cases.assert_same(layer.weight, linear.weight)
+    assert all(quantizer.num_batches.item() == 0 for quantizer in layer.children() if quantizer.state_dict())
+
+
+@configs
+def test_copies_and_files_of_layers(config):
+    layer = QATLinear(16, 6, config=config)
+    x = cases.normal((5, 16))
+    layer(x)
+    layer.eval()
+    for duplicate in (copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))):
+        cases.assert_same(duplicate(layer)(x), layer(x))
+    other = QATLinear(16, 6, config=config)
+    other.load_state_dict(layer.state_dict())
+    cases.assert_same(other.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "meta"])
+def test_from_float_and_to_float(device_type):
+    linear = nn.Linear(16, 6, device=device_type).eval()
+    layer = QATLinear.from_float(linear, config=QATConfig.static(4))
+    assert layer.weight is linear.weight
+    assert not layer.input_quantizer.training
+    assert {value.device.type for value in layer.state_dict().values()} == {device_type}
+    again = QATLinear.from_float(layer)
+    assert again.input_quantizer is layer.input_quantizer
+    assert QATLinear.from_float(layer, config=QATConfig.dynamic()).state_dict().keys() == {"weight", "bias"}
+    back = again.to_float()
+    assert type(back) is nn.Linear
+    assert list(back.children()) == []
+    assert list(again.children()) != []
+    assert back.state_dict().keys() == {"weight", "bias"}
+
+
+def test_a_learned_weight_is_set_in_evaluation_too(device):
+    layer = layer_with(weight=Learned()).to(device).eval()
+    x = cases.normal((5, 16), device=device)
+    y = layer(x)
+    assert layer.weight_quantizer.num_batches.item() == 1
+    scale, zero_point = search_qparams(layer.weight, symmetric=True, granularity=PerChannel(0))
+    cases.assert_same(layer.weight_quantizer.scale.detach(), scale)
+    w = fake_quantize_affine(layer.weight, scale, zero_point, -127, 127, granularity=PerChannel(0))
+    cases.assert_same(y.detach(), F.linear(x, w, layer.bias).detach())
+
+
+@pytest.mark.parametrize("name", ["input", "weight", "output"])
+def test_the_error_names_the_class_and_the_role(name):
+    layer = layer_with(**{name: MinMax()}).eval()
+    with pytest.raises(RuntimeError, match=f"^QATLinear.{name}_quantizer: expected a range that has been"):
+        layer(cases.normal((5, 16)))
+
+
+@pytest.mark.parametrize("name", ["input", "output"])
+def test_channels_of_input_and_output_are_the_last_axis(name):
+    spec = QuantSpec(granularity=PerChannel(1), range=MinMax())
+    with pytest.raises(
+        ValueError, match=rf"expected the axis of config.{name} to be -1 for MinMax\(\), got 1"
+    ):
+        QATLinear(16, 6, config=QATConfig(**{name: spec}))
+    QATLinear(16, 6, config=QATConfig(**{name: QuantSpec(granularity=PerChannel(1))}))
+
+
+def test_a_wrong_input_is_not_observed():
+    layer = QATLinear(16, 6, config=QATConfig.static())
+    with pytest.raises(ValueError, match="expected input to have shape"):
+        layer(cases.normal((5, 15)))
+    assert layer.input_quantizer.num_batches.item() == 0
+
+
+@kept
+def test_the_function_takes_no_range_that_a_module_keeps(range, ops):
+    config = QATConfig(QuantSpec(range=range))
+    with pytest.raises(ValueError, match="whose state a module keeps; use QATLinear") as caught:
+        qat_linear(torch.ones(2, 3), torch.ones(4, 3), config=config)
+    with pytest.raises(ValueError) as other:
+        reference.qat_linear(torch.ones(2, 3), torch.ones(4, 3), config=config)
+    assert str(other.value) == str(caught.value)
+
+
+def test_the_function_takes_fixed_ranges(device):
+    config = QATConfig(
+        QuantSpec(range=Fixed(-1, 1)), QuantSpec(range=Fixed(-0.5, 0.5)), None, QuantSpec(range=Fixed(-2, 2))
+    )
+    layer = QATLinear(16, 6, config=config, device=device)
+    x = cases.normal((5, 16), device=device)
+    expected = layer(x)
+    assert expected.detach().abs().max() < 2.01
+    for function in (qat_linear, reference.qat_linear):
+        cases.assert_same(function(x, layer.weight, layer.bias, config=config), expected)
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+@configs
+def test_dtypes_of_layers(config, dtype, device):
+    layer = QATLinear(16, 6, config=config, device=device).to(dtype)
+    x = cases.normal((5, 16), dtype, device=device)
+    y = layer(x)
+    assert y.dtype == dtype
+    y.sum().backward()
+    assert layer.eval()(x).dtype == dtype
+    floats = {
+        name: value.dtype
+        for name, value in layer.state_dict().items()
+        if "quantizer" in name and value.is_floating_point()
+    }
+    assert set(floats.values()) <= {torch.float32}
+
+
+@configs
+def test_layers_under_checkpointing(config):
+    torch.manual_seed(0)
+    layer = QATLinear(16, 6, config=config)
+    other, x = copy.deepcopy(layer), cases.normal((5, 16), requires_grad=True)
+    for _ in (1, 2):
+        layer(x).sum().backward()
+    expected, x.grad = x.grad, None
+    for _ in (1, 2):
+        checkpoint(other, x, use_reentrant=False).sum().backward()
+    cases.assert_same(x.grad, expected)
+    assert_same_state(other.state_dict(), state_of(layer))
+
+
+def test_a_compiled_layer(fresh_compiler):
+    torch.manual_seed(0)
+    layer = QATLinear(16, 6, config=QATConfig.static())
+    other = copy.deepcopy(layer)
+    compiled = torch.compile(other, fullgraph=True)
+    for scale in (1, 2):
+        x = scale * cases.normal((5, 16))
+        a, b = layer(x), compiled(x)
+        torch.testing.assert_close(b, a)
+        a.sum().backward()
+        b.sum().backward()
+        assert_same_state(other.state_dict(), state_of(layer))
+    torch.testing.assert_close(other.weight.grad, layer.weight.grad)
+
+
+def test_cached_weights_are_never_stale():
+    import qatfast
+
+    layer, x = QATLinear(16, 6, config=QATConfig.static(4)), cases.normal((5, 16))
+    layer(x)
+    layer.eval()
+    with torch.no_grad(), qatfast.cached_weights(layer):
+        layer(x)
+        layer.weight.data.mul_(0.5)
+        layer.weight_quantizer.scale.mul_(2)
+        y = layer(x)
+    with torch.no_grad():
+        cases.assert_same(y, layer(x))
+
+
+def test_the_fast_path_of_dynamic_layers_stays(monkeypatch):
+    layer = QATLinear(16, 6, config=QATConfig.int8())
+    monkeypatch.setattr(QATLinear, "_of_ranges", None)
+    layer(cases.normal((5, 16)))

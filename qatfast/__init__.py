@@ -3,6 +3,7 @@
 import torch
 
 from . import functional, reference
+from .calibration import calibrate, freeze, quantization_disabled, sync_ranges, unfreeze
 from .config import (
     Dynamic,
     Fixed,
@@ -67,17 +68,22 @@ __all__ = [
     "QuantSpec",
     "Summary",
     "cached_weights",
+    "calibrate",
     "choose_qparams",
     "dequantize",
     "fake_quantize",
     "fake_quantize_affine",
     "fake_quantize_learned",
+    "freeze",
     "functional",
     "prepare",
     "qat_linear",
+    "quantization_disabled",
     "quantize",
     "reference",
     "search_qparams",
     "summary",
+    "sync_ranges",
+    "unfreeze",
     "unused_layers",
 ]

@@ -22,14 +22,17 @@ from qatfast import (
     MovingAverage,
     PerChannel,
     PerGroup,
+    PerTensor,
     PerToken,
     QATConfig,
     QATLinear,
     QuantSpec,
+    checks,
     fake_quantize,
     fake_quantize_affine,
     fake_quantize_learned,
     qat_linear,
+    ranges,
     reference,
     search_qparams,
 )
@@ -849,3 +852,32 @@ def test_the_fast_path_of_dynamic_layers_stays(monkeypatch):
     layer = QATLinear(16, 6, config=QATConfig.int8())
     monkeypatch.setattr(QATLinear, "_of_ranges", None)
     layer(cases.normal((5, 16)))
+
+
+OBSERVED_BLOCKS = (
+    ((600, 700), PerTensor()),
+    ((40, 300), PerChannel(0)),
+    ((40, 30), PerChannel(1)),
+    ((3, 4, 5, 6), PerChannel(-3)),
+    ((6, 64), PerGroup(16)),
+    ((0, 4), PerTensor()),
+    ((), PerTensor()),
+)
+
+
+@pytest.mark.parametrize("case", OBSERVED_BLOCKS, ids=cases.name)
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+@pytest.mark.parametrize("range", (MovingAverage(0.1), MinMax()), ids=str)
+def test_the_kernel_that_observes_gives_the_bits_of_the_reference(kernels, case, dtype, range):
+    shape, granularity = case
+    spec = QuantSpec(4, granularity=granularity, range=range)
+    size = checks.shape_of_qparams(torch.Size(shape), granularity)
+    states = [[torch.zeros(size), torch.zeros(size), torch.zeros((), dtype=torch.int64)] for _ in "ab"]
+    constant = getattr(range, "averaging_constant", 0.0)
+    for seed, factor in ((0, 1.0), (1, 0.5), (2, 2.0)):
+        x = cases.normal(shape, dtype, seed=seed) * factor
+        if x.numel() > 8 and seed:
+            x.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        ours = (*ranges.observe_range(x, *states[0], spec), *states[0])
+        expected = (*reference.observe_range(x, *states[1], constant, **spec.arguments), *states[1])
+        cases.assert_all_same(ours, expected)

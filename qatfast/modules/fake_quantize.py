@@ -101,6 +101,9 @@ class FakeQuantize(nn.Module):
         self.register_buffer("num_batches", torch.empty((), dtype=torch.int64, device=device))
         self.reset_parameters()
 
+    def _set_mode(self, mode: str) -> None:
+        self._mode = mode
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Forgets what was observed."""

@@ -1,0 +1,78 @@
+"""search_qparams: the least squared error among the shrunk ranges, to the bit."""
+
+import pytest
+import torch
+
+import cases
+from operators import IMPLEMENTATIONS
+from qatfast import (
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    choose_qparams,
+    fake_quantize_affine,
+    search_qparams,
+)
+
+BLOCKS = (
+    ((7,), PerTensor()),
+    ((1025,), PerTensor()),
+    ((530, 1000), PerTensor()),
+    ((40, 300), PerChannel(0)),
+    ((40, 30), PerChannel(1)),
+    ((6, 64), PerGroup(16)),
+    ((5, 33), PerToken()),
+    ((0, 4), PerTensor()),
+    ((), PerTensor()),
+)
+
+
+def error(x, scale, zero_point, ends):
+    y = fake_quantize_affine(x, scale, zero_point, *ends)
+    return (y.double() - x.double()).square().sum()
+
+
+@pytest.mark.parametrize("symmetric", (False, True))
+@pytest.mark.parametrize("case", BLOCKS, ids=cases.name)
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+def test_kernels_give_the_bits_of_the_reference(kernels, case, dtype, symmetric):
+    shape, granularity = case
+    x = cases.normal(shape, dtype)
+    if x.numel() > 8:
+        x.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    for bits in (2, 4, 8):
+        ours, expected = (
+            IMPLEMENTATIONS[name].search_qparams(x, bits, symmetric=symmetric, granularity=granularity)
+            for name in ("public", "reference")
+        )
+        for result, value in zip(ours, expected, strict=True):
+            cases.assert_same(result, value)
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_no_shrunk_range_has_a_smaller_error(bits):
+    x = cases.normal((2000,))
+    ends = (0, 2**bits - 1)
+    least = error(x, *search_qparams(x, bits), ends)
+    assert least <= error(x, *choose_qparams(x, bits), ends)
+    for i in range(1, 81):
+        shrunk = torch.stack([x.min(), x.max()]) * (torch.tensor(i) / 80)
+        assert least <= error(x, *choose_qparams(shrunk, bits), ends)
+
+
+def test_few_bits_clip_what_is_far_out():
+    x = torch.cat([cases.normal((2000,)), torch.tensor([20.0])])
+    assert search_qparams(x, 3)[0] < choose_qparams(x, 3)[0] / 2
+
+
+def test_equal_errors_take_the_largest_range():
+    scale, zero_point = search_qparams(torch.zeros(5))
+    assert (scale, zero_point) == choose_qparams(torch.zeros(5))
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_the_strides_do_not_matter(layout):
+    change, shape = cases.LAYOUTS[layout]
+    x = cases.normal(shape)
+    assert torch.equal(torch.stack(search_qparams(change(x), 3)), torch.stack(search_qparams(x, 3)))

@@ -3,6 +3,7 @@
 #include "launchers.h"
 #include "ops/autograd.h"
 #include "ops/blocks.h"
+#include "ops/mask.h"
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
@@ -10,8 +11,6 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sparse_coo_tensor.h>
 #include <ATen/ops/where.h>
-
-#include <vector>
 
 namespace qatfast {
 namespace kernel {
@@ -24,10 +23,6 @@ Tensor run(const Tensor& input, const StaticRange& range, const Tensor& mask) {
   QATFAST_ON(input, fake_quantize_affine)(
       from, to, mask, in_memory_order(qparams, from, granularity), layout_of(from, granularity));
   return laid_out_like(input, to, granularity);
-}
-
-int64_t mask_bytes(const Tensor& input) {
-  return (input.numel() + 7) / 8;
 }
 
 } // namespace
@@ -43,7 +38,7 @@ std::tuple<Tensor, Tensor> fake_quantize_affine_forward(const Tensor& input, con
     const Tensor& zero_point, int64_t quant_min, int64_t quant_max, at::IntArrayRef granularity) {
   const auto range =
       checked_static_range("fake_quantize_affine", input, scale, zero_point, quant_min, quant_max, granularity);
-  const auto mask = at::empty({mask_bytes(input)}, input.options().dtype(at::kByte));
+  const auto mask = fresh_mask(input);
   return {run(input, range, mask), mask};
 }
 
@@ -70,35 +65,6 @@ Tensor fake_quantize_affine_backward(const Tensor& grad, const Tensor& mask, c10
 
 namespace autograd {
 namespace {
-
-std::vector<c10::SymInt> contiguous_strides(c10::SymIntArrayRef sizes) {
-  std::vector<c10::SymInt> strides(sizes.size(), 1);
-  for (auto d = static_cast<int64_t>(sizes.size()) - 2; d >= 0; --d) {
-    strides[d] = strides[d + 1] * sizes[d + 1].max(1);
-  }
-  return strides;
-}
-
-// The strides of a tensor whose memory has the order of the mask's bits.
-std::vector<c10::SymInt> strides_of_mask(const Tensor& output, at::IntArrayRef granularity) {
-  const bool contiguous = takes_contiguous(output, {static_cast<Granularity::Kind>(granularity[0])});
-  return contiguous ? contiguous_strides(output.sym_sizes()) : output.sym_strides().vec();
-}
-
-// What a backward needs to apply the mask.
-void save_mask(AutogradContext* ctx, const Tensor& mask, c10::SymIntArrayRef stride) {
-  ctx->set_materialize_grads(false);
-  ctx->save_for_backward({mask});
-  ctx->saved_data["stride"] = stride;
-}
-
-Variable masked(AutogradContext* ctx, const Variable& grad) {
-  if (!grad.defined()) {
-    return {};
-  }
-  const auto stride = ctx->saved_data["stride"].toSymIntVector();
-  return op::fake_quantize_affine_backward(grad, ctx->get_saved_variables()[0], stride);
-}
 
 struct FakeQuantizeAffineNode : Function<FakeQuantizeAffineNode> {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& scale,

@@ -36,7 +36,15 @@ EXACT = (OURS, CACHED)
 BOUNDS = (TRIAD, INTEGER_PRODUCT)
 """Providers that do only the part of the work that bounds its time. Their results are not compared."""
 
-ELEMENTWISE_OPS = ("fake_quantize", "fake_quantize_affine", "choose_qparams", "quantize", "dequantize")
+ELEMENTWISE_OPS = (
+    "fake_quantize",
+    "fake_quantize_affine",
+    "fake_quantize_learned",
+    "choose_qparams",
+    "search_qparams",
+    "quantize",
+    "dequantize",
+)
 OPS = (*ELEMENTWISE_OPS, "qat_linear")
 SUBJECTS = (*OPS, "network", "import")
 # Subjects that are measured without --op and --full.
@@ -185,7 +193,7 @@ class Inputs:
     @property
     def moved(self) -> int:
         """Minimum number of bytes to move: the input is read once and the result is written once."""
-        written = {"choose_qparams": 0, "quantize": self.x.numel()}
+        written = {"choose_qparams": 0, "search_qparams": 0, "quantize": self.x.numel()}
         return self.x.nbytes + written.get(self.workload.op, self.real.nbytes)
 
 
@@ -205,8 +213,10 @@ def inputs(workload: Workload) -> Inputs:
     x = real
     scale, zero_point = reference.choose_qparams(real * 0.75, **granularity)
     arguments: dict[str, Any] = {}
-    if workload.op in ("fake_quantize_affine", "quantize", "dequantize"):
+    if workload.op in ("fake_quantize_affine", "fake_quantize_learned", "quantize", "dequantize"):
         arguments.update(scale=scale, zero_point=zero_point)
+    if workload.op == "fake_quantize_learned" and workload.backward:
+        arguments.update(scale=scale.requires_grad_())  # its backward computes both gradients
     if workload.op == "dequantize":
         x = reference.quantize(real, scale, zero_point, QUANT_MIN, QUANT_MAX, **granularity)
         if workload.dtype != torch.float32:
@@ -288,6 +298,19 @@ def _fake_quantize_affine() -> Iterator[Workload]:
     yield from _granularities(op, MATRICES[-1], limit)
 
 
+def _fake_quantize_learned() -> Iterator[Workload]:
+    op = "fake_quantize_learned"
+    yield from _sizes(op, "per tensor", (256 * KI, MI, 4 * MI))
+    yield from _sizes(op, "per tensor", (MI,), Target(3.5), backward=True)
+    yield from _granularities(op, MATRICES[-1])
+
+
+def _search_qparams() -> Iterator[Workload]:
+    op, limit = "search_qparams", Target(25)
+    yield from _sizes(op, "per tensor", (256 * KI, MI), limit)
+    yield from _granularities(op, (KI, KI), limit)
+
+
 def _one_pass(op: str, limit: float) -> Iterator[Workload]:
     yield from _sizes(op, "per tensor", (256 * KI, 4 * MI), Target(limit))
     yield from _granularities(op, MATRICES[-1], Target(limit))
@@ -302,10 +325,10 @@ def _sizes(
         yield replace(workload, table=f"{_passes(workload)}, {table}", one_thread=one_thread)
 
 
-def _granularities(op: str, shape: tuple[int, ...], limit: Target) -> Iterator[Workload]:
+def _granularities(op: str, shape: tuple[int, ...], *targets: Target) -> Iterator[Workload]:
     table = f"{FORWARD}, {elements(shape)} elements"
     for name, granularity in GRANULARITIES.items():
-        yield Workload(op, table, name, shape, granularity=granularity, targets=(limit,))
+        yield Workload(op, table, name, shape, granularity=granularity, targets=targets)
 
 
 def _passes(workload: Workload) -> str:
@@ -366,6 +389,8 @@ def _import() -> Iterator[Workload]:
 _ALL: dict[str, Callable[[], Iterator[Workload]]] = {
     "fake_quantize": _fake_quantize,
     "fake_quantize_affine": _fake_quantize_affine,
+    "fake_quantize_learned": _fake_quantize_learned,
+    "search_qparams": _search_qparams,
     "choose_qparams": partial(_one_pass, "choose_qparams", 0.6),
     "quantize": partial(_one_pass, "quantize", 0.9),
     "dequantize": partial(_one_pass, "dequantize", 0.9),

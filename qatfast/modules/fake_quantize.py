@@ -55,7 +55,7 @@ class FakeQuantize(nn.Module):
         FakeQuantize(num_bits=4, symmetric=False, granularity=PerTensor())
         >>> quantizer = FakeQuantize(range=MovingAverage())
         >>> quantizer(torch.tensor([-1.0, 1.0])), quantizer.running_min
-        (tensor([-0.9961,  1.0039]), tensor(-1.))
+        (tensor([-0.9961,  0.9961]), tensor(-1.))
     """
 
     spec: QuantSpec

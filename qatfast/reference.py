@@ -570,7 +570,9 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, scale, zero_point = ctx.saved_tensors
-        dx, ds = _LearnedGradients.apply(grad, input, scale, zero_point, *ctx.rest)
+        compiling = torch.compiler.is_dynamo_compiling()
+        gradients = _learned_gradients if compiling else _LearnedGradients.apply
+        dx, ds = gradients(grad, input, scale, zero_point, *ctx.rest)
         return dx, ds, None, None, None, None
 
 
@@ -580,8 +582,16 @@ class _LearnedGradients(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad: Tensor, input: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        return _learned_gradients(grad, input, scale, *rest)
+    def forward(
+        grad: Tensor,
+        input: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        quant_min: int,
+        quant_max: int,
+        granularity: Granularity,
+    ) -> tuple[Tensor, Tensor]:
+        return _learned_gradients(grad, input, scale, zero_point, quant_min, quant_max, granularity)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

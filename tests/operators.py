@@ -73,8 +73,15 @@ class Operator:
     # Its internal operators, which have no public function.
     internal: tuple[str, ...] = ()
 
+    # Further such operators, which have kernels for the CPU only.
+    internal_on_cpu: tuple[str, ...] = ()
+
     def __str__(self) -> str:
         return self.name
+
+    def schemas(self, device: str = "cpu") -> tuple[str, ...]:
+        """Returns the names of all its operators that have kernels for ``device``."""
+        return (self.name, *self.internal, *(self.internal_on_cpu if device == "cpu" else ()))
 
     @property
     def takes_granularity(self) -> bool:
@@ -141,7 +148,7 @@ OPERATORS = {
             elementwise=True,
             internal=("fake_quantize_affine_forward", "fake_quantize_affine_backward"),
         ),
-        Operator("choose_qparams", _dynamic_range, internal=("observe_range",)),
+        Operator("choose_qparams", _dynamic_range, internal_on_cpu=("observe_range",)),
         Operator("search_qparams", _dynamic_range, devices=("cpu",)),
         Operator(
             "fake_quantize_learned",
@@ -164,9 +171,9 @@ OPERATORS = {
                 "qat_linear_int8_forward",
                 "qat_linear_int8_input",
                 "qat_linear_int8_backward",
-                "qat_linear_int8_static",
                 "qat_linear_grad_weight",
             ),
+            internal_on_cpu=("qat_linear_int8_static",),
         ),
     )
 }

@@ -89,7 +89,7 @@ def test_a_scale_that_is_not_finite_is_an_error(implementation, value):
 
 def test_a_second_derivative_is_an_error():
     x, scale = cases.normal((5,)).requires_grad_(), torch.tensor(0.3, requires_grad=True)
-    for implementation in IMPLEMENTATIONS.values():
+    for implementation in (qatfast, reference):
         y = implementation.fake_quantize_learned(x, scale, torch.tensor(0, dtype=torch.int32), -8, 7)
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError):

@@ -39,9 +39,9 @@ def test_there_are_no_others():
         if inspect.isfunction(value) and name[0] != "_" and value.__module__ == functional.__name__
     }
     assert public == {*OPERATORS}
-    internal = [name for op in operators() for name in op.internal]
-    assert len(internal) == len({*internal})
-    assert {*schemas()} == {*OPERATORS, *internal}
+    names = [name for op in operators() for name in op.schemas()]
+    assert len(names) == len({*names})
+    assert {*schemas()} == {*names}
 
 
 @OPS
@@ -72,7 +72,7 @@ def test_the_schema_has_the_same_arguments(op):
 
 @OPS
 def test_torch_ops_has_it(kernels, op):
-    for name in (op.name, *op.internal):
+    for name in op.schemas():
         assert str(getattr(torch.ops.qatfast, name).default._schema).startswith(f"qatfast::{name}(")
 
 
@@ -197,7 +197,7 @@ def test_what_is_no_launcher_is_found(source):
 def test_the_kernel_is_registered(kernels, op, name_of_device):
     if name_of_device == "cuda" and not kernels.has_cuda:
         pytest.skip("the extension is built without CUDA")
-    for name in (op.name, *op.internal):
+    for name in op.schemas(name_of_device):
         key = name_of_device.upper()
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qatfast::{name}", key), name
 

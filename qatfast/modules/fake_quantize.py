@@ -183,6 +183,7 @@ class FakeQuantize(nn.Module):
                 self.scale.copy_(torch.where(sets, value, self.scale))
                 self.zero_point.copy_(torch.where(sets, zero_point, self.zero_point))
                 self.num_batches.add_(sets)
+                self._has_observed()  # so that a graph compiled from now on has no search
             is_set = self.num_batches > 0
         return torch.where(is_set, scale.to(compute), first), torch.where(is_set, self.zero_point, zero_point)
 

@@ -38,7 +38,8 @@ void ranges(const at::Tensor& x, Granularity granularity, const at::Tensor& lo, 
           std::copy_n(from_hi, blocks, high + first);
         });
     for (int64_t block = 0; block < lo.numel(); ++block) {
-      finite[block] = (all_finite && layout.numel() > 0) || low[block] != high[block] || has_finite_value(values, layout, block);
+      finite[block] =
+          (all_finite && layout.numel() > 0) || low[block] != high[block] || has_finite_value(values, layout, block);
     }
   });
 }

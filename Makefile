@@ -13,7 +13,7 @@ BENCH_ARGS ?= -rs --benchmark-columns=median,iqr,rounds
 # The tests of each operator (a file in csrc/cpu/), and the tests of all operators.
 SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)) \
                     tests/test_operators.py tests/test_errors.py)
-SANITIZE_ARGS ?= -n 2 -k "not compile"
+SANITIZE_ARGS ?= -n 2 -k "not compile and not [reference and not -reference"
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check

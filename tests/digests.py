@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import cases
-from operators import IMPLEMENTATIONS
+from operators import IMPLEMENTATIONS, OPERATORS
 from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec
 
 SIZES = (
@@ -154,8 +154,28 @@ def results(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str,
         (gradient,) = torch.autograd.grad(y, leaf, x.flatten().flip(0).view(x.shape))
         yield f"fake_quantize_affine gradient {label}", gradient
     yield from layers(ops, dtype, least)
+    yield from registered(ops, dtype, least)
     if dtype in (torch.float16, torch.bfloat16):
         yield from cast_weights(ops, dtype, least)
+
+
+def registered(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Yields (label, result or gradient) for the calls of every operator in the registry."""
+    for operator in OPERATORS.values():
+        differentiable = bool(operator.differentiable)
+        for call in operator.calls(
+            dtype, blocks=(*cases.FEW_BLOCKS, *BLOCKS[::4]), requires_grad=differentiable
+        ):
+            if call.arguments["input"].numel() < least:
+                continue
+            found = call.through(ops)
+            found = list(found) if isinstance(found, tuple) else [found]
+            if differentiable and found[0].requires_grad:
+                leaves = [leaf for leaf in call.tensors.values() if leaf.requires_grad]
+                dy = found[0].detach().flatten().flip(0).view(found[0].shape)
+                found += torch.autograd.grad(found[0], leaves, dy)
+            for index, value in enumerate(found):
+                yield f"{call} {cases.name(dtype)} {index}", value.detach()
 
 
 def cast_weights(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:

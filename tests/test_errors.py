@@ -402,7 +402,7 @@ def test_integers_of_another_weight_crash_nothing(kernels, given, message):
 @pytest.mark.parametrize(
     "code", [(0, 0, 0, 0), (9, 0, 0, 0), (8, 0, 1, 1), (8, 0, 1, -1), (8, 0, 2, 3), (8, 0, 2, 12)], ids=str
 )
-def test_the_integer_product_takes_no_other_specs(kernels, code):
+def test_the_int8_gemm_takes_no_other_specs(kernels, code):
     operators, specs = torch.ops.qatfast, QATConfig.int8().codes
     words = "qat_linear: expected a weight spec of at most 8 bits per tensor or per row, got "
     for shape in ((3, 6), (6,)):
@@ -415,7 +415,7 @@ def test_the_integer_product_takes_no_other_specs(kernels, code):
         operators.qat_linear_int8(x(4, 6), x(3, 6), None, [], code + specs[4:])
 
 
-def test_the_weight_of_the_integer_product_is_a_float_matrix(kernels):
+def test_the_weight_of_the_int8_gemm_is_a_float_matrix(kernels):
     code = QATConfig.int8().weight.code
     with pytest.raises(TypeError, match=f"qat_linear: expected weight {FLOAT_RULE}, got int8"):
         torch.ops.qatfast.qat_linear_int8_weight(x(3, 6, dtype=torch.int8), code)
@@ -459,7 +459,7 @@ ROWS_SPEC = (8, True, 3, 0)
         (x(3, 4), x(4, 6), (), r"expected a spec \(num_bits, grid, kind, argument\)"),
     ],
 )
-def test_a_backward_of_the_integer_product_says_what_does_not_fit(kernels, grad, weight, spec, words):
+def test_a_backward_of_the_int8_gemm_says_what_does_not_fit(kernels, grad, weight, spec, words):
     values, scale, zero_point, _ = integers()
     with pytest.raises(ValueError, match=f"qat_linear_int8_backward: {words}"):
         torch.ops.qatfast.qat_linear_int8_backward(grad, values, scale, zero_point, weight, spec)

@@ -157,7 +157,7 @@ def test_the_layer(kernels, leading, inputs, outputs, dtype, product, device):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name)
-def test_the_operators_of_the_integer_layer(kernels, leading, inputs, outputs, dtype, device):
+def test_the_operators_of_the_int8_layer(kernels, leading, inputs, outputs, dtype, device):
     x, weight, bias = cases.linear((leading, inputs, outputs), dtype, device=device)
     pairs = [(x, one) for one in layouts(weight.shape, dtype, device)]
     pairs += [(one, weight) for one in layouts(x.shape, dtype, device)]

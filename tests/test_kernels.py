@@ -97,7 +97,7 @@ def test_every_instruction_set_gives_the_same_bits(kernels, expected, capability
 
 
 @pytest.mark.parametrize("instructions", ["SSE41", "AVX2", "AVX512_CORE"])
-def test_a_library_that_saturates_changes_no_integer_product(kernels, instructions):
+def test_a_library_that_saturates_changes_no_int8_gemm(kernels, instructions):
     """Without VNNI, oneDNN may add pairs of products in 16 bits, which saturates."""
     code = (
         "import digests, json, qatfast, torch;"
@@ -144,7 +144,7 @@ print(json.dumps(wrong))
 
 @pytest.mark.parametrize("order", ["off on", "on off on"])
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "DEFAULT"])
-def test_integer_products_are_exact_whenever_onednn_is_switched(kernels, instructions, order):
+def test_int8_gemms_are_exact_whenever_onednn_is_switched(kernels, instructions, order):
     """The loop of torch runs while oneDNN is off.
 
     Its result must not prove that oneDNN is exact.
@@ -153,7 +153,7 @@ def test_integer_products_are_exact_whenever_onednn_is_switched(kernels, instruc
 
 
 @pytest.mark.parametrize("setting", ["autocast", "precision"])
-def test_no_setting_of_float_products_reaches_integer_products(kernels, setting):
+def test_no_setting_of_float_products_reaches_int8_gemms(kernels, setting):
     """If oneDNN is not exact, the int8 GEMM is computed in floats."""
     code = """
 import contextlib, sys, torch

@@ -565,7 +565,7 @@ def test_opcheck_of_dtypes_and_shapes(kernels, config, dtype, shape):
 @pytest.mark.parametrize(
     "shape", [((5,), 16, 6), ((), 16, 6), ((2, 3), 16, 6), ((0,), 16, 6)], ids=cases.name
 )
-def test_opcheck_of_the_operators_of_the_integer_product(kernels, dtype, shape):
+def test_opcheck_of_the_operators_of_the_int8_gemm(kernels, dtype, shape):
     config = cases.CONFIGS["per_token"]
     operators = torch.ops.qatfast
     operands = cases.linear(shape, dtype, bias=shape != ((2, 3), 16, 6))

@@ -625,9 +625,7 @@ def test_a_layer_is_its_quantizers_around_the_product(config, device):
         x, z = (scale * cases.normal((5, 16), device=device)).requires_grad_(), None
         z = x.detach().clone().requires_grad_()
         y, expected = layer(x), formula(other, z)
-        tolerance = (
-            1e-5 if config.output is None else 0.1
-        )  # one step, where the integer product rounds elsewhere
+        tolerance = 1e-5 if config.output is None else 0.1  # one step, where the int8 GEMM rounds elsewhere
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=tolerance)
         dy = cases.normal((5, 6), device=device)
         y.backward(dy)

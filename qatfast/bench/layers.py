@@ -29,7 +29,7 @@ from .workloads import (
     CACHED,
     COMPILED,
     CONFIGS,
-    INTEGER_PRODUCT,
+    INT8_GEMM,
     OURS,
     REFERENCE,
     TUTORIAL,
@@ -72,7 +72,7 @@ def names(workload: Workload) -> list[str]:
     if not workload.backward:
         found[CACHED] = None
         if workload.config == "int8 config":
-            found[INTEGER_PRODUCT] = None
+            found[INT8_GEMM] = None
     return list(found)
 
 
@@ -227,7 +227,7 @@ def _modelopt(inputs: LayerInputs) -> Function:
         return mtq.quantize(model, mtq.INT8_DEFAULT_CFG, lambda model: model(inputs.x.detach()))
 
 
-def _integer_product(inputs: LayerInputs) -> Function:
+def _int8_gemm(inputs: LayerInputs) -> Function:
     """Product of 8-bit integers in torch, which is the least that the layer has to compute."""
     batch, in_features, out_features = inputs.workload.shape
     ones = partial(torch.ones, dtype=torch.int8, device=inputs.workload.device)
@@ -256,7 +256,7 @@ OF_CONFIG: dict[str, dict[str, Provider]] = {
         "ModelOpt": _modelopt,
     },
 }
-INFERENCE: dict[str, Provider] = {CACHED: _qatfast, INTEGER_PRODUCT: _integer_product}
+INFERENCE: dict[str, Provider] = {CACHED: _qatfast, INT8_GEMM: _int8_gemm}
 
 
 @contextmanager

@@ -25,7 +25,7 @@ COMPILED = "reference, compiled"
 TUTORIAL = "tutorial formula"
 TUTORIAL_LAYER = "tutorial layer"
 TRIAD = "triad"
-INTEGER_PRODUCT = "integer product alone"
+INT8_GEMM = "int8 GEMM alone"
 
 ONE_THREAD = ", 1 thread"
 """Suffix of a provider's name: the same provider while torch has one thread."""
@@ -33,7 +33,7 @@ ONE_THREAD = ", 1 thread"
 EXACT = (OURS, CACHED)
 """Providers that have to give the reference's bits."""
 
-BOUNDS = (TRIAD, INTEGER_PRODUCT)
+BOUNDS = (TRIAD, INT8_GEMM)
 """Providers that do only the part of the work that bounds its time. Their results are not compared."""
 
 ELEMENTWISE_OPS = (

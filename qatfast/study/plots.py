@@ -18,12 +18,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor, nn
 
-from qatfast import PerTensor, QATLinear, QuantSpec, choose_qparams, fake_quantize
+from qatfast import PerTensor, QATLinear, QuantSpec, choose_qparams, fake_quantize_affine, search_qparams
 
 from .data import plural
 from .insights import Spread
-from .networks import TITLES
-from .ptq import LayerError
+from .networks import COMPARED, TITLES
+from .ptq import LayerError, weight_qparams
 from .training import History
 
 # Each colour of a light page and its replacement on a dark page. Colour-blind readers can tell the hues apart.
@@ -43,11 +43,11 @@ INK, MUTED, LINES, PAPER, PTQ, PTQ_LIGHT, QAT, QAT_LIGHT, QAT_THIRD = DARK
 COLORS = {
     "fp32": MUTED,
     "fp32_longer": MUTED,
-    "ptq": PTQ,
-    "qat_finetuned": QAT,
-    "ptq_every_layer": PTQ_LIGHT,
-    "ptq_tutorial": PTQ_LIGHT,
+    "ptq_minmax": PTQ_LIGHT,
+    "ptq_mse": PTQ,
     "qat_tutorial": QAT_THIRD,
+    "qat_moving_average": QAT_LIGHT,
+    "qat_learned": QAT,
 }
 
 STYLE: Any = {
@@ -174,7 +174,8 @@ def visualize_weight_distributions(model: nn.Module, qat_model: nn.Module, num_b
     Args:
         model: A model trained in FP32.
         qat_model: The same layers after QAT, with raw weights. The config of a QATLinear describes the grids of its
-            layer, also for PTQ. All other layers have one grid of ``num_bits`` bits.
+            layer, also for PTQ, which searches the scales that QAT learns. All other layers have one grid of
+            ``num_bits`` bits.
         num_bits: Bits of the grid, 2 to 16. If a layer has one grid of at most 16 levels, these are drawn as lines.
 
     Returns:
@@ -183,12 +184,17 @@ def visualize_weight_distributions(model: nn.Module, qat_model: nn.Module, num_b
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     figures = []
     for layer in layers:
-        spec = _weight_spec(qat_model.get_submodule(layer), num_bits)
+        qat_layer = qat_model.get_submodule(layer)
+        spec = _weight_spec(qat_layer, num_bits)
         float_weight, qat_weight = _weight(model, layer), _weight(qat_model, layer)
+        searched = _ptq_qparams(float_weight, spec)
+        of_qat_weight = _ptq_qparams(qat_weight, spec)
+        if isinstance(qat_layer, QATLinear) and qat_layer.config.weight is not None:
+            of_qat_weight = weight_qparams(qat_layer)
         panels = {
             "fp32_longer": (float_weight.flatten(), None),
-            "ptq": _on_grid(float_weight, spec),
-            "qat_finetuned": _on_grid(qat_weight, spec),
+            "ptq_mse": _on_grid(float_weight, spec, searched),
+            "qat_learned": _on_grid(qat_weight, spec, of_qat_weight),
         }
         figures.append(_plot_weights(layer, spec.num_bits, panels))
     return figures
@@ -229,7 +235,7 @@ def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: S
                 color=COLORS[name],
                 marker="osD^vP"[number % 6],
                 markersize=4.5,
-                linestyle="--" if "tutorial" in name else "-",
+                linestyle="-" if name in COMPARED else "--",
                 linewidth=1.3,
                 capsize=2.5,
                 label=TITLES.get(name, name),
@@ -244,7 +250,7 @@ def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: S
         repeated = any(spread.std is not None for by_bits in figures.values() for spread in by_bits.values())
         spread = "mean ± standard deviation" if repeated else "one seed"
         axes.set(xlabel="bits", title=f"Test accuracy, {spread}; axis from {PERCENT(bottom, 0)}")
-        figure.legend(loc="outside lower center", ncols=4)
+        figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -359,13 +365,20 @@ def _weight_spec(layer: nn.Module, num_bits: int) -> QuantSpec:
     return QuantSpec(num_bits) if spec is None else spec
 
 
-def _on_grid(weights: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+def _ptq_qparams(weights: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero point of weights that are not trained further."""
+    return (choose_qparams if spec.is_dynamic else search_qparams)(weights, **spec.arguments)
+
+
+def _on_grid(
+    weights: Tensor, spec: QuantSpec, qparams: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor | None]:
     """Returns the flattened weights on their grid, and the levels of the grid if there is only one grid."""
-    options: dict[str, Any] = {"symmetric": spec.symmetric, "granularity": spec.granularity}
-    rounded = fake_quantize(weights, spec.num_bits, **options).flatten()
+    scale, zero_point = (tensor.cpu() for tensor in qparams)
+    ends = spec.quant_min, spec.quant_max
+    rounded = fake_quantize_affine(weights, scale, zero_point, *ends, granularity=spec.granularity).flatten()
     if not isinstance(spec.granularity, PerTensor):
         return rounded, None
-    scale, zero_point = choose_qparams(weights, spec.num_bits, **options)
     return rounded, (torch.arange(spec.quant_min, spec.quant_max + 1) - zero_point) * scale
 
 

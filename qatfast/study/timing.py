@@ -49,7 +49,7 @@ def time_training_steps(
     repetitions: int = REPETITIONS,
     device: str | torch.device = "cpu",
 ) -> list[StepTime]:
-    """Times a training step in float, as tutorials write it at 8 bits, and with the recommended config at 8 bits.
+    """Times a training step in float, as tutorials write it at 8 bits, and as QAT learned at 8 bits.
 
     The networks take turns, so that a busy moment of the machine hits all of them.
 

@@ -27,7 +27,6 @@ from .training import (
     train_model,
 )
 
-
 CALIBRATION_SAMPLES = 1024
 """Ranges are observed on at most this many training samples."""
 

@@ -379,7 +379,7 @@ def _diverged(study: Study) -> list[Insight]:
 
 
 def _batch(study: Study) -> list[Insight]:
-    """Returns the largest clear difference between batch sizes, as the tutorials' ranges come from the batch."""
+    """Returns the largest clear difference between batch sizes, because tutorials take ranges from the batch."""
     found = {}
     for bits in study.settings.bits:
         difference = compare(
@@ -394,8 +394,8 @@ def _batch(study: Study) -> list[Insight]:
         return []
     bits, difference = max(found.items(), key=lambda item: abs(item[1].mean))
     text = (
-        f"{TITLES['qat_tutorial']} takes its ranges from the batch: at {bits} bits one sample at a time is {difference.size} "
-        f"points {'better' if difference.mean > 0 else 'worse'} than 256 at a time."
+        f"{TITLES['qat_tutorial']} takes its ranges from the batch: at {bits} bits one sample at a time is "
+        f"{difference.size} points {'better' if difference.mean > 0 else 'worse'} than 256 at a time."
     )
     return [Insight("batch", bits, difference.mean, difference.margin, True, text)]
 

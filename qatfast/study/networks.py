@@ -41,12 +41,12 @@ TITLES = {
 EXPLANATIONS = {
     "fp32": "FP32 after the first half of the training: where QAT starts.",
     "fp32_longer": "The network in 32-bit floats, trained as long as QAT. All others are compared with it.",
-    "ptq_minmax": "Post-training quantization of FP32: inputs per tensor in the range of training samples, weights per "
-    "output channel in their own range; biases and outputs stay float.",
-    "ptq_mse": "Post-training quantization of FP32: inputs per tensor and weights per output channel, each in the range "
-    "with the least squared error (search_qparams); biases and outputs stay float.",
-    "qat_tutorial": "Quantization-aware training with the formula of tutorials (QATConfig.tutorial): weights, biases and "
-    "outputs per tensor, each in the range of the tensor at hand.",
+    "ptq_minmax": "Post-training quantization of FP32: inputs per tensor in the range of training samples, weights "
+    "per output channel in their own range; biases and outputs stay float.",
+    "ptq_mse": "Post-training quantization of FP32: inputs per tensor and weights per output channel, each in the "
+    "range with the least squared error (search_qparams); biases and outputs stay float.",
+    "qat_tutorial": "Quantization-aware training with the formula of tutorials (QATConfig.tutorial): weights, biases "
+    "and outputs per tensor, each in the range of the tensor at hand.",
     "qat_moving_average": "Quantization-aware training on the grids of PTQ min-max. The range of an input is a moving "
     "average over the batches.",
     "qat_learned": "Quantization-aware training that starts from the ranges of PTQ MSE. The scales of inputs and "

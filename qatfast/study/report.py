@@ -230,7 +230,8 @@ def _facts(study: Study, results: dict[str, Any]) -> dict[str, str]:
     return {
         "Network": f"three linear layers with ReLU between them, {layers}, {study.parameters:,} parameters.",
         "Training": f"{epochs} of FP32, then {epochs} of FP32 or QAT; Adam, learning rate from "
-        f"{settings.learning_rate:g} to 0 along half a cosine in each half; batch {settings.batch_size}, cross entropy.",
+        f"{settings.learning_rate:g} to 0 along half a cosine in each half; batch {settings.batch_size}, cross "
+        "entropy.",
         "Ranges": f"observed on {min(study.train_samples, CALIBRATION_SAMPLES):,} training samples before QAT, and for "
         "PTQ.",
         "Seeds": f"{settings.seed} to {settings.seed + settings.seeds - 1}: each one another split, other first "

@@ -157,7 +157,9 @@ def differences(study: Study) -> dict[tuple[str, str], dict[int, Difference]]:
     These are each quantized model minus FP32, and the pairs of RIVALS. A mean over diverged trainings is left out.
     """
     models, bits = study.settings.quantized_models, study.settings.bits
-    found = {(model, "fp32_longer"): {b: difference_to_fp32(study, model, b) for b in bits} for model in models}
+    found = {
+        (model, "fp32_longer"): {b: difference_to_fp32(study, model, b) for b in bits} for model in models
+    }
     for first, second in RIVALS:
         if first in models and second in models:
             found[first, second] = {b: difference_of(study, first, second, b) for b in bits}
@@ -287,8 +289,8 @@ def time_table(study: Study) -> Table:
     """Returns the times of a training step."""
     explanation = (
         "Median time of a training step (forward, backward, Adam), the networks taking turns in one run. Times FP32: "
-        "the median of the ratios turn by turn, and their middle half. QAT learned has 8 bits, and tutorial code is plain "
-        "PyTorch with 8 bits."
+        "the median of the ratios turn by turn, and their middle half. QAT learned has 8 bits, and tutorial code is "
+        "plain PyTorch with 8 bits."
     )
     titles = {"fp32": "FP32", "tutorial": "Tutorial code", "qatfast": TITLES["qat_learned"]}
     rows = [
@@ -307,9 +309,9 @@ def time_table(study: Study) -> Table:
 def layer_table(study: Study) -> Table:
     """Returns the relative quantization error of each layer."""
     explanation = (
-        "How far PTQ MSE moves each layer, in percent of the float values' length (first seed): the weights alone / the "
-        "output for the test samples, with the errors of the layers before it. A layer that stands out is one to give "
-        "more bits."
+        "How far PTQ MSE moves each layer, in percent of the float values' length (first seed): the weights alone / "
+        "the output for the test samples, with the errors of the layers before it. A layer that stands out is one to "
+        "give more bits."
     )
     bits = study.settings.bits
     found = {(e.layer, e.bits): e for e in study.layer_errors}

@@ -46,7 +46,7 @@ def compared(fp32, ptq, qat, **options):
             0.95,
             0.95,
             "Lowest bits without a loss: 4. PTQ is enough there.",
-            "4 bits: PTQ is enough. PTQ MSE has no loss",
+            "4 bits: PTQ is enough. PTQ has no loss",
         ),
         (
             0.75,
@@ -86,7 +86,7 @@ def test_all_are_compared_with_fp32_trained_as_long():
         ("qat_learned", 4): 0.90,
     }
     (verdict,) = texts(made_up(accuracies), "verdict")
-    assert "PTQ MSE loses 10.0" in verdict and "QAT learned loses 5.0" in verdict
+    assert "PTQ loses 10.0" in verdict and "QAT loses 5.0" in verdict
     del accuracies["fp32_longer", 32]
     assert find_insights(made_up(accuracies)) == []
 
@@ -103,8 +103,9 @@ def test_seeds_that_scatter_more_than_they_differ_cannot_tell():
         headline.text == "5 seeds cannot tell which numbers of bits are without a loss."
         and not headline.clear
     )
-    assert "5 seeds cannot tell. PTQ MSE is unclear (" in verdict.text and not verdict.clear
+    assert "5 seeds cannot tell. PTQ is unclear (" in verdict.text and not verdict.clear
     assert findings == [] and best(study) is None
+    assert "; QAT minus PTQ is " in verdict.text and verdict.text.count("\u00a0±") == 3
     assert "no loss" not in verdict.text and "loses" not in verdict.text
 
 
@@ -113,9 +114,7 @@ def test_one_seed_never_tells():
         study = compared(0.95, 0.94, qat, seeds=1)
         headline, verdict, *findings = find_insights(study)
         assert headline.text.startswith("One seed cannot tell") and findings == []
-        assert (
-            verdict.text.startswith("4 bits: one seed cannot tell. PTQ MSE is at -1.") and not verdict.clear
-        )
+        assert verdict.text.startswith("4 bits: one seed cannot tell. PTQ is at -1.") and not verdict.clear
         assert "±" not in verdict.text and "loss" not in verdict.text and best(study) is None
         assert "One seed has no spread" in definition(study)
 
@@ -135,10 +134,7 @@ def test_a_diverged_training_is_said_and_not_averaged():
     study = failing(compared(0.95, 0.75, 0.95), "qat_learned", 4, (42, 44))
     headline, verdict = (texts(study, kind)[0] for kind in ("headline", "verdict"))
     assert headline == "No number of bits tried is without a loss."
-    assert (
-        "QAT does not work here. PTQ MSE loses 20.0" in verdict
-        and "QAT learned diverged in 2 of 5 seeds" in verdict
-    )
+    assert "QAT does not work here. PTQ loses 20.0" in verdict and "QAT diverged in 2 of 5 seeds" in verdict
     assert texts(study, "diverged") == ["QAT learned diverged at 4 bits in 2 of 5 seeds: the loss rose."]
     assert "better" not in verdict
     rows = {row[0]: row[1:] for row in accuracy_table(study).rows}
@@ -197,7 +193,7 @@ def test_worse_is_called_worse():
 def test_a_difference_of_nothing_has_no_minus():
     study = compared(0.95, 0.95, 0.95)
     study.runs[:] = [replace(run, accuracy=0.95) for run in study.runs]
-    assert "PTQ MSE has no loss (+0.0\u00a0±" in texts(study, "verdict")[0]
+    assert "PTQ has no loss (+0.0\u00a0±" in texts(study, "verdict")[0]
 
 
 def test_the_size_is_that_of_the_lowest_bits_without_a_loss():

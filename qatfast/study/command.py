@@ -102,7 +102,8 @@ def _results(study: Study, signals: list[SignalError], verbose: bool) -> Iterato
         yield f"{definition(study)} Below {EDGE_BITS} bits the first and the last layer keep {EDGE_BITS}."
     if study.runs:
         yield from _lines(accuracy_table(study, deviations=verbose, start=verbose))
-        yield from _lines(difference_table(study))
+        if verbose or study.settings.every_model:  # the verdicts have the differences of the default models
+            yield from _lines(difference_table(study))
     if verbose:
         others = (batch_table, layer_table, size_table, time_table)
         for table in (*(make(study) for make in others), signal_table(signals)):

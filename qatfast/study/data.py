@@ -146,7 +146,8 @@ def mnist1d_samples(num_samples: int = 4000) -> Samples:
     try:
         from mnist1d.data import get_dataset_args, make_dataset
     except ImportError as error:
-        raise DataError(f"--data mnist1d needs the package {error.name}: pip install mnist1d") from error
+        package = (error.name or "mnist1d").partition(".")[0]
+        raise DataError(f"--data mnist1d needs the package {package}: pip install mnist1d") from error
     arguments = get_dataset_args()
     arguments.num_samples, arguments.seed = num_samples, 42
     with _global_random_state():

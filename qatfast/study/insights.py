@@ -204,12 +204,13 @@ def best(study: Study) -> tuple[int, str] | None:
 
 def definition(study: Study) -> str:
     """Returns the definition of "no loss", for small print."""
+    ptq, qat = (TITLES[model] for model in COMPARED)
+    epochs = plural(2 * study.settings.epochs, "epoch")
+    start = f"PTQ is {ptq}, QAT is {qat}. Figures: points against FP32 at equal training ({epochs})"
     if seeds(study) < 2:
-        epochs = plural(2 * study.settings.epochs, "epoch")
-        return f"Figures: points against FP32 at equal training ({epochs}). One seed has no spread."
+        return f"{start}. One seed has no spread."
     return (
-        f"Figures: points against FP32 at equal training ({plural(2 * study.settings.epochs, 'epoch')}), paired over "
-        f"{seeds(study)} seeds, ± half the 95 % interval. No loss: the interval ends less than "
+        f"{start}, paired over {seeds(study)} seeds, ± half the 95 % interval. No loss: the interval ends less than "
         f"{100 * TOLERANCE:g} point below FP32."
     )
 
@@ -305,11 +306,13 @@ def _verdict(
     gain = difference_of(study, qat.model, ptq.model, bits)
     assert gain is not None
     advice = _advice(ptq.state, qat.state, gain)
-    text = f"{bits} bits: {advice}. {TITLES[ptq.model]} {ptq.words}, {TITLES[qat.model]} {qat.words}."
+    text = f"{bits} bits: {advice}. PTQ {ptq.words}, QAT {qat.words}"
     if gain.clear and "diverged" not in (ptq.state, qat.state):
-        text = f"{text[:-1]}; QAT is {gain.size} {'better' if gain.mean > 0 else 'worse'} than PTQ."
+        text += f"; QAT is {gain.size} {'better' if gain.mean > 0 else 'worse'} than PTQ"
+    elif gain.margin is not None and "diverged" not in (ptq.state, qat.state):
+        text += f"; QAT minus PTQ is {gain.points}"
     clear = "unclear" not in (ptq.state, qat.state)
-    return Insight("verdict", bits, qat.difference.mean, qat.difference.margin, clear, text)
+    return Insight("verdict", bits, qat.difference.mean, qat.difference.margin, clear, f"{text}.")
 
 
 def _advice(ptq: str, qat: str, gain: Difference) -> str:

@@ -58,7 +58,7 @@ class Settings:
     seed: int = 42
     device: str = "cpu"
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     hidden_features: int = 128
     timing_repetitions: int = 30
     every_model: bool = False

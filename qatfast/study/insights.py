@@ -203,15 +203,17 @@ def best(study: Study) -> tuple[int, str] | None:
 
 
 def definition(study: Study) -> str:
-    """Returns the definition of "no loss", for small print."""
+    """Returns what the figures of a verdict mean."""
     ptq, qat = (TITLES[model] for model in COMPARED)
     epochs = plural(2 * study.settings.epochs, "epoch")
     start = f"PTQ is {ptq}, QAT is {qat}. Figures: points against FP32 at equal training ({epochs})"
     if seeds(study) < 2:
         return f"{start}. One seed has no spread."
+    outcomes = [outcome for bits in study.settings.bits for outcome in _outcomes(study, bits)]
+    more = " More seeds narrow the intervals." if any(each.state == "unclear" for each in outcomes) else ""
     return (
-        f"{start}, paired over {seeds(study)} seeds, ± half the 95 % interval. No loss: the interval ends less than "
-        f"{100 * TOLERANCE:g} point below FP32."
+        f"{start}, paired over {seeds(study)} seeds, ± half the 95 % interval.{more} No loss: the interval ends less "
+        f"than {100 * TOLERANCE:g} point below FP32."
     )
 
 

@@ -223,6 +223,7 @@ def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: S
             deviation = fp32.std or 0.0
             axes.axhspan(fp32.mean - deviation, fp32.mean + deviation, color=MUTED, alpha=0.2, linewidth=0)
             axes.axhline(fp32.mean, color=MUTED, linewidth=1.2, label=TITLES["fp32_longer"])
+        below: dict[int, list[tuple[float, str]]] = {}
         for number, (name, by_bits) in enumerate(figures.items()):
             bits = sorted(by_bits, reverse=True)
             # shifted a little, because the error bars would hide one another
@@ -242,9 +243,12 @@ def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: S
             )
             for position, width in zip(positions, bits, strict=True):
                 if by_bits[width].mean < bottom:
-                    _mark_below(axes, position, bottom, by_bits[width].mean, COLORS[name])
+                    _mark_below(axes, position, bottom, COLORS[name])
+                    below.setdefault(width, []).append((by_bits[width].mean, COLORS[name]))
+        for width, values in below.items():
+            _list_below(axes, widths.index(width) + 0.04 * (len(figures) + 1), bottom, values)
         axes.set_xticks(range(len(widths)), [str(width) for width in widths])
-        axes.set_xlim(-0.4, len(widths) - 0.6)
+        axes.set_xlim(-0.4, len(widths) - 0.5)
         axes.set_ylim(bottom, top)
         _show_percent(axes)
         repeated = any(spread.std is not None for by_bits in figures.values() for spread in by_bits.values())
@@ -263,17 +267,18 @@ def _axis_ends(spreads: Sequence[Spread], fp32: Spread | None) -> tuple[float, f
     return max(0.0, min(math.floor(100 * max(low, top - AXIS_SPAN) - 0.5) / 100, top - 0.02)), top
 
 
-def _mark_below(axes: Axes, position: float, bottom: float, mean: float, color: str) -> None:
-    """Marks an accuracy below the axis by an arrow at its lower end, with the value."""
+def _mark_below(axes: Axes, position: float, bottom: float, color: str) -> None:
+    """Marks an accuracy below the axis by an arrow at its lower end."""
     axes.plot(position, bottom, marker="v", markersize=7, color=color, clip_on=False, zorder=5)
-    axes.annotate(
-        f"{mean:.0%}",
-        (position, bottom),
-        xytext=(6, 5),
-        textcoords="offset points",
-        color=color,
-        fontsize=8,
-    )
+
+
+def _list_below(axes: Axes, position: float, bottom: float, values: Sequence[tuple[float, str]]) -> None:
+    """Writes accuracies below the axis in their colours, the largest at the top, beside the arrows."""
+    for line, (mean, color) in enumerate(sorted(values)):
+        offset = (2, 3 + 9 * line)
+        axes.annotate(
+            f"{mean:.0%}", (position, bottom), offset, textcoords="offset points", color=color, fontsize=8
+        )
 
 
 def plot_layer_errors(errors: Sequence[LayerError], figure_name: str, title: str) -> Figure:
@@ -288,7 +293,7 @@ def plot_layer_errors(errors: Sequence[LayerError], figure_name: str, title: str
         A figure of one panel with a colour per model, and a marker and a line style per layer.
     """
     with styled():
-        figure, (axes,) = new_figure(height=3.3)
+        figure, (axes,) = new_figure(height=3.3, width=4.6)
         widths = sorted({error.bits for error in errors}, reverse=True)
         models, layers = (
             list(dict.fromkeys(getattr(error, key) for error in errors)) for key in ("model", "layer")

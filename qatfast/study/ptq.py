@@ -20,7 +20,7 @@ class FixedFakeQuantize(nn.Module):
     """Fake-quantizes its input to a fixed affine grid, as a device does whose ranges were chosen beforehand.
 
     Args:
-        scale: Distance of two neighbouring levels, float32, shape ``()``.
+        scale: Interval between adjacent levels, float32, shape ``()``.
         zero_point: Integer that stands for 0.0, int32, shape ``()``, from 0 to ``2^num_bits - 1``.
         num_bits: Bits of the grid, 2 to 16.
     """

@@ -106,9 +106,7 @@ def _body(
     sections = {
         "accuracy": _accuracy(study, plots["accuracy"]) if study.runs else "",
         "code": _code(study) if study.runs else "",
-        "findings": page.section("findings", "What else stands out", page.bullets(findings))
-        if findings
-        else "",
+        "findings": page.section("findings", "Other findings", page.bullets(findings)) if findings else "",
         "limits": page.section("limits", "What these numbers do not say", page.bullets(LIMITS)),
         "details": page.section("details", "Details", *_details(study, results, plots, signals)),
     }
@@ -132,7 +130,7 @@ def _header(study: Study, results: dict[str, Any], contents: str) -> str:
         parts.append(
             page.paragraph(
                 f"Partial report: the study was interrupted. It reached {done} of "
-                f"{plural(study.settings.seeds, 'seed')}, the last of them perhaps not whole; what is missing below "
+                f"{plural(study.settings.seeds, 'seed')}, the last of them perhaps incomplete; what is missing below "
                 "was not measured.",
                 "warning",
             )
@@ -164,7 +162,8 @@ def _accuracy(study: Study, plots: list[Plot]) -> str:
     return page.section(
         "accuracy",
         "Accuracy",
-        page.beside(*(plot.html() for plot in plots), table + words),
+        page.beside(*(plot.html() for plot in plots), table),
+        words,
         page.table(difference_table(study)),
     )
 

@@ -236,9 +236,9 @@ def accuracy_table(study: Study, *, deviations: bool = False, start: bool = Fals
 def difference_table(study: Study) -> Table:
     """Returns the differences between models at each bit width, with their 95 % intervals."""
     explanation = (
-        "Points of test accuracy, paired by seed, ± half the 95 % interval"
+        "Points of test accuracy between two models: mean over paired seeds ± half the 95 % interval"
         if study.settings.seeds > 1
-        else "Points of test accuracy; one seed has no interval"
+        else "Points of test accuracy between two models; one seed has no interval"
     )
     rows = []
     for (model, against), by_bits in differences(study).items():
@@ -288,7 +288,7 @@ def size_table(study: Study) -> Table:
 def time_table(study: Study) -> Table:
     """Returns the times of a training step."""
     explanation = (
-        "Median time of a training step (forward, backward, Adam), the networks taking turns in one run. Times FP32: "
+        "Median time of a training step (forward, backward, Adam), in turns with the other networks. Times FP32: "
         "the median of the ratios turn by turn, and their middle half. QAT learned has 8 bits, and tutorial code is "
         "plain PyTorch with 8 bits."
     )
@@ -309,9 +309,9 @@ def time_table(study: Study) -> Table:
 def layer_table(study: Study) -> Table:
     """Returns the relative quantization error of each layer."""
     explanation = (
-        "How far PTQ MSE moves each layer, in percent of the float values' length (first seed): the weights alone / "
-        "the output for the test samples, with the errors of the layers before it. A layer that stands out is one to "
-        "give more bits."
+        "Norm of the error of PTQ MSE in percent of the norm of the float values (first seed): the weights alone / the "
+        "output for the test samples, with the errors of the layers before it. Give more bits to a layer with a much "
+        "larger error than the others."
     )
     bits = study.settings.bits
     found = {(e.layer, e.bits): e for e in study.layer_errors}
@@ -329,7 +329,7 @@ def layer_table(study: Study) -> Table:
 def signal_table(signals: list[SignalError]) -> Table:
     """Returns the figures of the quantized signal at several bit widths."""
     explanation = (
-        "The scale is the distance of two neighbouring levels; no value inside the range is moved by more than half of "
+        "The scale is the interval between adjacent levels. Rounding changes a value in the range by at most half of "
         "it. The zero point is the integer that stands for 0.0."
     )
     columns = [describe(signal) for signal in signals]

@@ -70,7 +70,7 @@ class Evaluation:
 
 
 def divergence(history: History, chance: float, test_samples: int) -> str:
-    """Returns how a training failed, in words, or an empty string if it did not fail.
+    """Returns a text that says how a training failed, or an empty string if it did not fail.
 
     Args:
         history: Loss and accuracy of the training.

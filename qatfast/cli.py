@@ -17,6 +17,10 @@ BAD_DATA = 1
 """The data or a file cannot be used, or a package is not installed."""
 BAD_ARGUMENT = 2
 
+BUILT_IN = ("synthetic", "digits", "mnist1d")
+"""Data that ``compare`` has without a file."""
+_DATA = f"{', '.join(BUILT_IN)}, or a .csv or .npz file"
+
 DESCRIPTION = (
     "Fake quantization for PyTorch: information about the installation, examples, comparisons and benchmarks."
 )
@@ -37,7 +41,8 @@ exit codes: 0 done, 1 a picture cannot be written or a package is missing (pip i
 COMPARE_EXAMPLES = """examples:
   qatfast compare                                       handwritten digits, 8 4 3 2 bits, 7 seeds
   qatfast compare --bits 4 --epochs 2 --seeds 1         a short run
-  qatfast compare --data synthetic --out report-synthetic
+  qatfast compare --data mnist1d --seeds 5              signals that are hard to classify (pip install mnist1d)
+  qatfast compare --all                                 also PTQ min-max, QAT as in tutorials, QAT moving average
   qatfast compare --data iris.csv --target species      your table: a header row, numbers, one label column;
                                                         commas, semicolons or tabs between the cells
   qatfast compare --data arrays.npz --target labels     your arrays: all arrays but the labels are features
@@ -145,7 +150,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         default="digits",
         metavar="DATA",
-        help="synthetic, digits, or a .csv or .npz file (default: digits)",
+        help=f"{_DATA} (default: digits)",
     )
     parser.add_argument(
         "--target", metavar="COLUMN", help="the file's column (.csv) or array (.npz) with the labels"
@@ -174,6 +179,11 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
     parser.add_argument(
         "--out", type=Path, default=Path("report"), help="folder of the report (default: report)"
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="train all models: also PTQ min-max, QAT as in tutorials and QAT with a moving average",
     )
     parser.add_argument("--verbose", action="store_true", help="print every table and the code too")
 
@@ -225,6 +235,7 @@ def _compare(options: argparse.Namespace) -> int:
             seeds=options.seeds,
             seed=options.seed,
             device=options.device,
+            every_model=options.all,
         )
         return run_compare(settings, options.out, verbose=options.verbose)
 
@@ -266,23 +277,23 @@ def _say(command: str, message: str, code: int) -> int:
 
 def _wrong_data_arguments(options: argparse.Namespace) -> str:
     """Returns an error message about --data and --target, or an empty string."""
-    if options.data in ("synthetic", "digits"):
+    if options.data in BUILT_IN:
         if options.target is not None:
             return f"--target: only for a file; --data {options.data} contains its labels"
         return ""
     path = Path(options.data)
     if path.is_dir():
-        return f"--data: '{options.data}' is a folder; expected synthetic, digits, or a .csv or .npz file"
+        return f"--data: '{options.data}' is a folder; expected {_DATA}"
     if path.suffix.lower() not in (".csv", ".npz"):
-        return f"--data: expected synthetic, digits, or a .csv or .npz file, got '{options.data}'"
+        return f"--data: expected {_DATA}, got '{options.data}'"
     if not path.is_file():
-        return f"--data: no file '{options.data}'; allowed are synthetic, digits, or a .csv or .npz file"
+        return f"--data: no file '{options.data}'; allowed are {_DATA}"
     return ""
 
 
 def _missing_target(options: argparse.Namespace) -> str:
     """Returns an error message with the possible values if --target is missing, or an empty string."""
-    if options.target is not None or options.data in ("synthetic", "digits"):
+    if options.target is not None or options.data in BUILT_IN:
         return ""
     from qatfast.study.data import label_columns, listing
 

@@ -1,9 +1,14 @@
 """The data of the study: content, split, and the errors for bad files."""
 
+import random
+import sys
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
 
+from qatfast import cli
 from qatfast.study import DataError, generate_dataset, load_samples, split
 from qatfast.study.data import Samples, label_columns
 
@@ -45,6 +50,41 @@ def test_digits():
     assert data.train_inputs.min() == 0 and data.train_inputs.max() == 1
     # The split is stratified: each class has the same share of training and test samples.
     assert torch.bincount(data.test_labels).min() >= 34 and torch.bincount(data.test_labels).max() <= 38
+
+
+def test_mnist1d_is_the_same_every_time_and_leaves_the_random_numbers_alone(tmp_path, monkeypatch):
+    data = pytest.importorskip("mnist1d.data")
+    monkeypatch.chdir(tmp_path)
+    random.seed(1)
+    np.random.seed(1)
+    expected = random.random(), np.random.random()
+    random.seed(1)
+    np.random.seed(1)
+    samples = load_samples("mnist1d", seed=7)
+    assert (random.random(), np.random.random()) == expected
+    assert list(tmp_path.iterdir()) == []
+    assert samples.inputs.shape == (4000, 40) and samples.class_names == tuple("0123456789")
+    assert np.bincount(samples.labels).tolist() == [400] * 10
+    again = load_samples("mnist1d", seed=8)
+    assert np.array_equal(samples.inputs, again.inputs) and np.array_equal(samples.labels, again.labels)
+    arguments = data.get_dataset_args()
+    arguments.num_samples = 4000
+    made = data.make_dataset(arguments)
+    assert np.array_equal(samples.inputs[:3200], made["x"]) and np.array_equal(
+        samples.labels[3200:], made["y_test"]
+    )
+
+
+@pytest.mark.parametrize("missing", ["mnist1d", "requests"])
+def test_mnist1d_without_its_package_is_one_clear_error(monkeypatch, capsys, missing):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mnist1d"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    if missing != "mnist1d" and find_spec("mnist1d") is None:
+        pytest.skip("mnist1d is not installed")
+    assert cli.main(["compare", "--data", "mnist1d"]) == 1
+    said = f"qatfast compare: --data mnist1d needs the package {missing}: pip install mnist1d\n"
+    assert capsys.readouterr() == ("", said)
 
 
 def test_training_and_test_samples_do_not_overlap():

@@ -9,21 +9,25 @@ from qatfast.study import Settings, Study, find_insights
 from qatfast.study.data import digits_samples
 from qatfast.study.experiments import ModelFile, Run
 from qatfast.study.insights import Spread, best, compare, definition, time_insights
-from qatfast.study.results import accuracy_table
+from qatfast.study.results import accuracy_table, difference_table
 from qatfast.study.timing import StepTime
 
 SEEDS = range(42, 47)
 WOBBLE = (0.002, -0.001, 0.0, 0.001, -0.002)
 
 
-def made_up(accuracies, *, seeds=5, bits=(4,), train=1437, test=360, batches=None):
+def made_up(accuracies, *, seeds=5, bits=(4,), train=1437, test=360, batch_1=None):
     """Returns a study with these mean accuracies per (model, bits); seeds differ slightly."""
-    study = Study(Settings(bits=bits, seeds=seeds), digits_samples(), train_samples=train, test_samples=test)
+    study = Study(
+        Settings(bits=bits, seeds=seeds, every_model=True),
+        digits_samples(),
+        train_samples=train,
+        test_samples=test,
+    )
     for number, (key, accuracy) in enumerate(accuracies.items()):
         for index in range(seeds):
             value = accuracy + WOBBLE[(index + number) % 5]
-            batch_1, batch_256 = (batches or {}).get(key, (value, value))
-            study.runs.append(Run(42 + index, *key, 0.1, value, batch_1, batch_256))
+            study.runs.append(Run(42 + index, *key, 0.1, value, (batch_1 or {}).get(key)))
     return study
 
 
@@ -32,7 +36,7 @@ def texts(study, kind):
 
 
 def compared(fp32, ptq, qat, **options):
-    return made_up({("fp32_longer", 32): fp32, ("ptq", 4): ptq, ("qat_finetuned", 4): qat}, **options)
+    return made_up({("fp32_longer", 32): fp32, ("ptq_mse", 4): ptq, ("qat_learned", 4): qat}, **options)
 
 
 @pytest.mark.parametrize(
@@ -66,16 +70,21 @@ def test_headline_and_verdict(ptq, qat, headline, verdict):
 def test_the_lowest_bits_without_a_loss_come_first():
     accuracies = {("fp32_longer", 32): 0.95}
     for bits, ptq, qat in ((8, 0.95, 0.95), (4, 0.949, 0.95), (3, 0.90, 0.95), (2, 0.5, 0.8)):
-        accuracies |= {("ptq", bits): ptq, ("qat_finetuned", bits): qat}
+        accuracies |= {("ptq_mse", bits): ptq, ("qat_learned", bits): qat}
     study = made_up(accuracies, bits=(8, 4, 3, 2))
     insights = find_insights(study)
     assert insights[0].text == "Lowest bits without a loss: 3, with QAT. PTQ needs 4."
     assert [insight.bits for insight in insights[1:5]] == [8, 4, 3, 2]
-    assert best(study) == (3, "qat_finetuned")
+    assert best(study) == (3, "qat_learned")
 
 
 def test_all_are_compared_with_fp32_trained_as_long():
-    accuracies = {("fp32", 32): 0.80, ("fp32_longer", 32): 0.95, ("ptq", 4): 0.85, ("qat_finetuned", 4): 0.90}
+    accuracies = {
+        ("fp32", 32): 0.80,
+        ("fp32_longer", 32): 0.95,
+        ("ptq_mse", 4): 0.85,
+        ("qat_learned", 4): 0.90,
+    }
     (verdict,) = texts(made_up(accuracies), "verdict")
     assert "PTQ loses 10.0" in verdict and "QAT loses 5.0" in verdict
     del accuracies["fp32_longer", 32]
@@ -96,6 +105,7 @@ def test_seeds_that_scatter_more_than_they_differ_cannot_tell():
     )
     assert "5 seeds cannot tell. PTQ is unclear (" in verdict.text and not verdict.clear
     assert findings == [] and best(study) is None
+    assert "; QAT minus PTQ is " in verdict.text and verdict.text.count("\u00a0±") == 3
     assert "no loss" not in verdict.text and "loses" not in verdict.text
 
 
@@ -121,14 +131,14 @@ def failing(study, model, bits, seeds, reason="the loss rose"):
 
 
 def test_a_diverged_training_is_said_and_not_averaged():
-    study = failing(compared(0.95, 0.75, 0.95), "qat_finetuned", 4, (42, 44))
+    study = failing(compared(0.95, 0.75, 0.95), "qat_learned", 4, (42, 44))
     headline, verdict = (texts(study, kind)[0] for kind in ("headline", "verdict"))
     assert headline == "No number of bits tried is without a loss."
     assert "QAT does not work here. PTQ loses 20.0" in verdict and "QAT diverged in 2 of 5 seeds" in verdict
-    assert texts(study, "diverged") == ["QAT diverged at 4 bits in 2 of 5 seeds: the loss rose."]
+    assert texts(study, "diverged") == ["QAT learned diverged at 4 bits in 2 of 5 seeds: the loss rose."]
     assert "better" not in verdict
     rows = {row[0]: row[1:] for row in accuracy_table(study).rows}
-    assert rows["QAT"] == ("", "2 of 5 diverged") and rows["PTQ"] == ("", "75.0")
+    assert rows["QAT learned"] == ("", "2 of 5 diverged") and rows["PTQ MSE"] == ("", "75.0")
 
 
 def test_nothing_is_compared_with_an_fp32_that_did_not_learn():
@@ -141,25 +151,43 @@ def test_nothing_is_compared_with_an_fp32_that_did_not_learn():
 
 def test_a_finding_is_more_than_chance():
     accuracies = {("fp32_longer", 32): 0.95}
-    for bits, ptq, tutorial, every in ((8, 0.95, 0.95, 0.95), (4, 0.90, 0.90, 0.70)):
-        accuracies |= {("ptq", bits): ptq, ("qat_finetuned", bits): 0.95, ("qat_tutorial", bits): tutorial}
-        accuracies |= {("ptq_every_layer", bits): every}
-    study = made_up(accuracies, bits=(8, 4), batches={("qat_tutorial", 4): (0.8, 0.4)})
-    (tutorial,), (edges,) = (texts(study, kind) for kind in ("tutorial", "edges"))
-    assert tutorial.startswith("QAT is better than Tutorial QAT by 5.0\u00a0±")
-    assert tutorial.endswith(" points at 4 bits.") and "8 bits" not in tutorial
-    assert edges.startswith("8 bits for the first and the last layer improve PTQ by 20.0")
+    for bits, minmax, ptq, average, tutorial in ((8, 0.95, 0.95, 0.95, 0.95), (4, 0.7, 0.9, 0.97, 0.9)):
+        accuracies |= {("ptq_minmax", bits): minmax, ("ptq_mse", bits): ptq, ("qat_learned", bits): 0.95}
+        accuracies |= {("qat_moving_average", bits): average, ("qat_tutorial", bits): tutorial}
+    study = made_up(accuracies, bits=(8, 4), batch_1={("qat_tutorial", 4): 0.5})
+    average, tutorial, minmax = texts(study, "gain")
+    assert average.startswith("QAT learned is worse than QAT moving average by 2.0\u00a0±")
+    assert tutorial.startswith("QAT learned is better than QAT tutorial by 5.0\u00a0±")
+    assert minmax.startswith("PTQ MSE is better than PTQ min-max by 20.0\u00a0±")
+    assert all(text.endswith(" points at 4 bits.") and "8 bits" not in text for text in texts(study, "gain"))
     (batch,) = texts(study, "batch")
-    assert "at 4 bits one sample at a time is 40.0" in batch and "better than 256 at a time" in batch
-    same = made_up(
-        {**accuracies, ("ptq", 4): 0.95, ("ptq_every_layer", 4): 0.95, ("qat_tutorial", 4): 0.95}, bits=(8, 4)
+    assert "at 4 bits one sample at a time is 40.0" in batch and "worse than 256 at a time" in batch
+    same = {(model, bits): 0.95 for model, bits in accuracies}
+    assert {insight.kind for insight in find_insights(made_up(same, bits=(8, 4)))} == {"headline", "verdict"}
+
+
+def test_differences_are_paired_and_listed_with_their_intervals():
+    study = made_up(
+        {("fp32_longer", 32): 0.95, ("ptq_mse", 4): 0.9, ("qat_learned", 4): 0.94, ("qat_tutorial", 4): 0.8}
     )
-    assert {insight.kind for insight in find_insights(same)} == {"headline", "verdict"}
+    rows = dict(difference_table(study).rows)
+    assert list(rows) == [
+        "PTQ MSE − FP32",
+        "QAT tutorial − FP32",
+        "QAT learned − FP32",
+        "QAT learned − PTQ MSE",
+        "QAT learned − QAT tutorial",
+    ]
+    accuracies = study.accuracies("qat_learned", 4), study.accuracies("ptq_mse", 4)
+    expected = compare(*accuracies, train=1437, test=360)
+    assert rows["QAT learned − PTQ MSE"] == expected.points and expected.points.startswith("+4.0\u00a0±")
+    failing(study, "qat_tutorial", 4, (43,))
+    assert [row for row, _ in difference_table(study).rows if "tutorial" in row] == []
 
 
 def test_worse_is_called_worse():
     (text,) = texts(compared(0.95, 0.85, 0.45), "verdict")
-    assert "; QAT is 40.0" in text and text.endswith(" worse.")
+    assert "; QAT is 40.0" in text and text.endswith(" worse than PTQ.")
 
 
 def test_a_difference_of_nothing_has_no_minus():
@@ -170,9 +198,9 @@ def test_a_difference_of_nothing_has_no_minus():
 
 def test_the_size_is_that_of_the_lowest_bits_without_a_loss():
     study = compared(0.95, 0.75, 0.95)
-    study.sizes = [ModelFile("fp32_longer", 32, 4000, "a"), ModelFile("qat_finetuned", 4, 1000, "b")]
+    study.sizes = [ModelFile("fp32_longer", 32, 4000, "a"), ModelFile("qat_learned", 4, 1000, "b")]
     assert texts(study, "size") == [
-        "The QAT file at 4 bits has 1,000 bytes, 4.0 times smaller than FP32 (4,000)."
+        "The QAT learned file at 4 bits has 1,000 bytes, 4.0 times smaller than FP32 (4,000)."
     ]
     study.sizes[1] = replace(study.sizes[1], bytes=6000)
     assert "1.5 times as large as FP32" in texts(study, "size")[0]
@@ -180,7 +208,7 @@ def test_the_size_is_that_of_the_lowest_bits_without_a_loss():
 
 def test_nothing_measured_says_nothing():
     assert find_insights(Study(Settings(), digits_samples())) == []
-    assert find_insights(made_up({("fp32_longer", 32): 0.95, ("ptq", 4): 0.95})) == []
+    assert find_insights(made_up({("fp32_longer", 32): 0.95, ("ptq_mse", 4): 0.95})) == []
 
 
 def by_seed(*values):

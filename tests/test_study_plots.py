@@ -20,6 +20,7 @@ from qatfast.study import (
 )
 from qatfast.study.insights import Spread
 from qatfast.study.plots import DARK, darkened, svg
+from qatfast.study.ptq import quantized_weight
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -54,13 +55,13 @@ def history(length):
 
 
 def test_training_curves():
-    figure = plot_training_history({"fp32_longer": history(5), "qat_finetuned": history(3)})
+    figure = plot_training_history({"fp32_longer": history(5), "qat_learned": history(3)})
     above, below = figure.axes
     assert [len(line.get_xdata()) for line in above.lines] == [5, 5, 3, 3]
     assert [len(line.get_xdata()) for line in below.lines] == [5, 5, 3, 3]
     assert list(above.lines[1].get_ydata()) == history(5).test_loss
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["FP32", "QAT", "on training samples"]
+    assert names == ["FP32", "QAT learned", "on training samples"]
     assert len(plot_training_history(history(1)).axes[0].lines) == 2
 
 
@@ -84,20 +85,33 @@ def test_weights_with_their_grid_at_few_bits(bits, levels):
 
 def test_weights_of_layers_with_a_config():
     fp32 = ThreeLayerNet()
-    for figure in visualize_weight_distributions(fp32, quantize_layers(fp32, 2, edge_bits=2), 2):
-        before, after, qat = figure.axes
-        assert before.get_title("left") == "FP32"
-        # With one grid per output channel there are no common levels. PTQ has the same grids as
-        # QAT.
-        assert (
-            not after.lines
-            and after.patches[0].get_data().values.tolist() == qat.patches[0].get_data().values.tolist()
-        )
+    qat = quantize_layers(fp32, 2, torch.randn(50, 10), edge_bits=2)
+    drawn = panels(fp32, qat)
+    # PTQ has the scales with which QAT starts. Each output channel has a grid of its own, so there are no levels.
+    for before, after, trained in drawn:
+        assert before.get_title("left") == "FP32" and not after.lines
+        assert counts(after) == counts(trained)
+    for name in ("fc1", "fc2", "fc3"):
+        qat.get_submodule(name).weight_quantizer.scale.data.mul_(
+            -2
+        )  # only the size of a learned scale counts
+    for name, (_, after, trained) in zip(("fc1", "fc2", "fc3"), panels(fp32, qat), strict=True):
+        weight = quantized_weight(qat.get_submodule(name))
+        assert counts(trained) != counts(after) and sum(counts(trained)) == weight.numel()
+        assert trained.get_title("left") == f"QAT learned: {weight.unique().numel()} values used"
+
+
+def panels(fp32, qat):
+    return [figure.axes for figure in visualize_weight_distributions(fp32, qat, 2)]
+
+
+def counts(axes):
+    return axes.patches[0].get_data().values.tolist()
 
 
 def test_accuracy_over_bits():
     spread = {8: Spread.of([0.9, 0.92]), 2: Spread.of([0.5, 0.6])}
-    (axes,) = plot_accuracy_over_bits({"ptq": spread, "qat_finetuned": spread}, Spread.of([0.95])).axes
+    (axes,) = plot_accuracy_over_bits({"ptq_mse": spread, "qat_learned": spread}, Spread.of([0.95])).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "2"]
     assert "mean ± standard deviation" in axes.get_title("left")
     middle, _, (bars,) = axes.containers[0]
@@ -108,11 +122,11 @@ def test_accuracy_over_bits():
 
 def test_the_accuracy_axis_shows_single_points_and_says_what_is_below_it():
     good, bad = {8: Spread.of([0.968]), 4: Spread.of([0.960])}, {8: Spread.of([0.966]), 4: Spread.of([0.41])}
-    (axes,) = plot_accuracy_over_bits({"ptq": good, "qat_finetuned": good}, Spread.of([0.97])).axes
+    (axes,) = plot_accuracy_over_bits({"ptq_mse": good, "qat_learned": good}, Spread.of([0.97])).axes
     low, high = axes.get_ylim()
     assert 0.94 <= low < 0.96 and 0.97 < high <= 0.99
     assert axes.get_title("left").endswith(f"axis from {100 * low:.0f}%") and not axes.texts
-    (axes,) = plot_accuracy_over_bits({"ptq": good, "qat_tutorial": bad}, Spread.of([0.97])).axes
+    (axes,) = plot_accuracy_over_bits({"ptq_mse": good, "qat_tutorial": bad}, Spread.of([0.97])).axes
     low, high = axes.get_ylim()
     assert high - low <= 0.111
     assert [text.get_text() for text in axes.texts] == ["41%"]
@@ -120,7 +134,7 @@ def test_the_accuracy_axis_shows_single_points_and_says_what_is_below_it():
 
 def test_percentages_beside_the_axis_are_the_positions_of_its_ticks():
     for low, high in ((0.7, 0.895), (0.94, 0.96), (0.1, 0.98)):
-        figures = {"ptq": {2: Spread.of([low]), 8: Spread.of([high])}}
+        figures = {"ptq_mse": {2: Spread.of([low]), 8: Spread.of([high])}}
         (axes,) = plot_accuracy_over_bits(figures, None).axes
         assert axes.get_title("left").startswith("Test accuracy, one seed; axis from ")
         for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True):
@@ -130,7 +144,7 @@ def test_percentages_beside_the_axis_are_the_positions_of_its_ticks():
 def test_layer_errors():
     errors = [
         LayerError(model, bits, layer, 1 / bits, 2 / bits)
-        for model in ("ptq", "qat_finetuned")
+        for model in ("ptq_mse", "qat_learned")
         for layer in ("a", "b")
         for bits in (8, 2)
     ]

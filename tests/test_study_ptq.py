@@ -16,6 +16,7 @@ from qatfast.study import (
     quantize_model,
     quantize_model_weights,
 )
+from qatfast.study.networks import model_config
 from qatfast.study.ptq import linear_outputs, relative_error
 from qatfast.study.training import seeded
 
@@ -113,7 +114,7 @@ def test_the_float_model_keeps_its_parameters_hooks_and_gradients():
 def test_layer_errors_fall_with_the_bits():
     model = network()
     coarse, fine = (
-        layer_errors("ptq", bits, model, quantize_layers(model, bits, edge_bits=2), inputs())
+        layer_errors("ptq_mse", bits, model, quantize_layers(model, bits, inputs(), edge_bits=2), inputs())
         for bits in (2, 8)
     )
     assert [error.layer for error in fine] == ["fc1", "fc2", "fc3"]
@@ -121,24 +122,65 @@ def test_layer_errors_fall_with_the_bits():
         assert at_2_bits.weight_error > 10 * at_8_bits.weight_error > 0
         assert at_2_bits.output_error > 10 * at_8_bits.output_error > 0
     weight = model.fc2.weight
-    on_grid = qatfast.fake_quantize(weight, 2, symmetric=True, granularity=qatfast.PerChannel(0))
+    grid = {"symmetric": True, "granularity": qatfast.PerChannel(0)}
+    scale, zero_point = qatfast.search_qparams(weight, 2, **grid)
+    on_grid = qatfast.fake_quantize_affine(
+        weight, scale, zero_point, -1, 1, granularity=qatfast.PerChannel(0)
+    )
     assert coarse[1].weight_error == relative_error(on_grid, weight)
 
 
-def test_recommended_layers():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), nn.Linear(4, 2))
+RANGES = {
+    "ptq_minmax": (qatfast.MinMax(), qatfast.Dynamic()),
+    "ptq_mse": (qatfast.Learned(), qatfast.Learned()),
+    "qat_moving_average": (qatfast.MovingAverage(), qatfast.Dynamic()),
+    "qat_learned": (qatfast.Learned(), qatfast.Learned()),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_each_model_has_its_ranges_and_8_bits_at_its_edges(name):
+    model = nn.Sequential(nn.Linear(10, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), nn.Linear(4, 2))
     before = copy.deepcopy(model.state_dict())
-    quantized = quantize_layers(model, 3)
+    quantized = quantize_layers(model, 3, inputs(), name=name)
     layers = [module for module in quantized.modules() if isinstance(module, qatfast.QATLinear)]
     assert [layer.config.weight.num_bits for layer in layers] == [8, 3, 8]
     assert [layer.config.input.num_bits for layer in layers] == [8, 3, 8]
-    assert all(layer.config.bias is None and layer.config.output is None for layer in layers)
-    every = quantize_layers(model, 3, edge_bits=3)[0]
-    assert every.config.weight.num_bits == 3 and quantize_layers(model, 12)[0].config.weight.num_bits == 12
+    for config in (layer.config for layer in layers):
+        assert (config.input.range, config.weight.range) == RANGES[name]
+        assert config.input.granularity == qatfast.PerTensor() and not config.input.symmetric
+        assert config.weight.granularity == qatfast.PerChannel(0) and config.weight.symmetric
+        assert config.bias is None and config.output is None
+    every = quantize_layers(model, 3, name=name, edge_bits=3)[0]
+    assert every.config.weight.num_bits == 3
+    assert quantize_layers(model, 12, name=name)[0].config.weight.num_bits == 12
     quantized[0].weight.data.zero_()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    rows = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+
+
+def test_below_8_bits_the_learned_model_is_the_static_config():
+    for bits in (2, 4, 7):
+        assert model_config("qat_learned", bits) == qatfast.QATConfig.static(bits)
+
+
+def test_ranges_are_those_of_the_inputs():
+    model, values = network(), inputs()
+    spec = {"num_bits": 8, "symmetric": False}
+    minmax = quantize_layers(model, 4, values, name="ptq_minmax").fc1.input_quantizer
+    assert (minmax.running_min, minmax.running_max) == (values.min(), values.max())
+    mse = quantize_layers(model, 4, values, name="ptq_mse").fc1.input_quantizer
+    scale, zero_point = qatfast.search_qparams(values, **spec)
+    assert mse.scale == scale and mse.zero_point == zero_point
+    quantized = quantize_layers(model, 3, values).eval()
+    rows = inputs(16)
     assert torch.equal(torch.cat([quantized(row) for row in rows.split(1)]), quantized(rows))
+
+
+def test_the_tutorials_model_takes_its_ranges_from_the_batch():
+    quantized, values = quantize_layers(network(), 3, inputs(), name="qat_tutorial").eval(), inputs(16)
+    assert quantized.fc2.config == qatfast.QATConfig.tutorial(3)
+    assert quantized.fc1.config == quantized.fc3.config == qatfast.QATConfig.tutorial(8)
+    assert not torch.equal(torch.cat([quantized(row) for row in values.split(1)]), quantized(values))
 
 
 def test_relative_error():

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from qatfast.study import (
     Settings,
     Study,
     ThreeLayerNet,
+    evaluate_model,
     experiments,
     quantize_layers,
     quantize_signal,
     run_study,
+    split,
     write_report,
 )
 from qatfast.study.data import digits_samples, synthetic_samples
@@ -26,7 +29,7 @@ from qatfast.study.report import FolderError, ReportFolder
 from qatfast.study.results import as_json
 from qatfast.study.size import load_quantized
 
-SETTINGS = Settings(bits=(4, 2), epochs=1, seeds=2, timing_repetitions=3)
+SETTINGS = Settings(bits=(4, 2), epochs=1, seeds=2, timing_repetitions=3, every_model=True)
 NOT_REPRODUCED = ("timing", "machine", "versions", "date")
 FIGURES = 1 + 2 + 1 + 3 + 2
 """Number of figures: accuracy, training at 4 and 2 bits, errors, weights of 3 layers, 2 signals."""
@@ -78,7 +81,7 @@ def test_results_have_the_documented_shape(report):
     assert set(documented) == set(results)
     assert results["complete"] is True
     assert results["settings"]["bits"] == [4, 2]
-    assert results["network"] == {"layers": [64, 64, 64, 10], "parameters": 8970}
+    assert results["network"] == {"layers": [64, 128, 128, 10], "parameters": 26_122}
     assert results["data"]["train_samples"] == 1437 and results["data"]["test_samples"] == 360
     assert len(results["versions"]) == 4
 
@@ -103,17 +106,30 @@ def test_every_model_is_measured_for_every_seed(report):
         assert entry["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
     assert {(entry["model"], entry["bits"]) for entry in results["histories"]} == {
         (model, bits)
-        for model in ("fp32", "fp32_longer", "qat_finetuned", "qat_tutorial")
+        for model in ("fp32", "fp32_longer", "qat_tutorial", "qat_moving_average", "qat_learned")
         for bits in ((32,) if model.startswith("fp32") else (4, 2))
     }
 
 
+def test_only_the_models_of_a_verdict_are_trained_by_default(tmp_path):
+    settings = replace(SETTINGS, epochs=3, seeds=1, timing_repetitions=0, every_model=False)
+    _, results = run(tmp_path / "report", settings, synthetic_samples(400))
+    assert [entry["model"] for entry in results["accuracy"]] == [
+        *("fp32", "fp32_longer"),
+        *("ptq_mse",) * 2,
+        *("qat_learned",) * 2,
+    ]
+    pairs = {(entry["model"], entry["against"]) for entry in results["differences"]}
+    models = ("ptq_mse", "qat_learned")
+    assert pairs == {*((model, "fp32_longer") for model in models), ("qat_learned", "ptq_mse")}
+    assert all(len(entry["accuracy"]["values"]) == 1 for entry in results["accuracy"])
+
+
 def test_all_models_that_are_compared_are_trained_as_long(tmp_path, monkeypatch):
     """Counts the epochs behind each model that is measured."""
-    epochs, measured = {}, {}
+    epochs, measured, kept = {}, {}, []
     train_model, quantize_layers = experiments.train_model, experiments.quantize_layers
-    record, tutorial = experiments._SeedStudy._record, experiments._SeedStudy.tutorial_network
-    deepcopy = experiments.copy.deepcopy
+    measure, deepcopy = experiments._SeedStudy.measure, experiments.copy.deepcopy
 
     def inherit(new, old):
         epochs[id(new)] = epochs.get(id(old), 0)
@@ -125,26 +141,17 @@ def test_all_models_that_are_compared_are_trained_as_long(tmp_path, monkeypatch)
         kept.append(model)
         return train_model(model, *arguments, **options)
 
-    def count(bench, name, bits, result, by_batch):
-        measured[name, bits] = epochs[id(by_batch)]
-        return record(bench, name, bits, result, by_batch)
+    def count(bench, name, bits, network):
+        measured[name, bits] = epochs[id(network)]
+        return measure(bench, name, bits, network)
 
-    kept = []
     monkeypatch.setattr(experiments, "train_model", train)
     monkeypatch.setattr(
         experiments, "quantize_layers", lambda model, *a, **k: inherit(quantize_layers(model, *a, **k), model)
     )
-    monkeypatch.setattr(experiments.copy, "deepcopy", lambda model: inherit(deepcopy(model), model))
-    monkeypatch.setattr(experiments._SeedStudy, "_record", count)
-    as_float = experiments._SeedStudy.as_float
-    monkeypatch.setattr(
-        experiments._SeedStudy,
-        "tutorial_network",
-        lambda bench, bits, start: inherit(tutorial(bench, bits, start), start),
-    )
-    monkeypatch.setattr(
-        experiments._SeedStudy, "as_float", lambda bench, network: inherit(as_float(bench, network), network)
-    )
+    fake_copy = SimpleNamespace(deepcopy=lambda model: inherit(deepcopy(model), model))
+    monkeypatch.setattr(experiments, "copy", fake_copy)
+    monkeypatch.setattr(experiments._SeedStudy, "measure", count)
     settings = replace(SETTINGS, epochs=3, seeds=1, timing_repetitions=0)
     run_study(Study(settings, synthetic_samples(60)), tmp_path)
     assert measured.pop(("fp32", 32)) == 3
@@ -152,11 +159,17 @@ def test_all_models_that_are_compared_are_trained_as_long(tmp_path, monkeypatch)
 
 
 def test_only_the_tutorials_models_depend_on_the_batch(report):
-    _, results, _ = report
-    differing = {
-        run["model"] for run in results["runs"] if run["accuracy_batch_1"] != run["accuracy_batch_256"]
-    }
-    assert differing and differing <= {"ptq_tutorial", "qat_tutorial"}
+    study, results, _ = report
+    for run in results["runs"]:
+        assert (run["accuracy_batch_1"] is not None) == (run["model"] == "qat_tutorial")
+    data = split(digits_samples(), seed=42)
+    for (name, _), network in study.weights.items():
+        losses = {
+            evaluate_model(network, data.test_inputs, data.test_labels, batch_size=size).loss
+            for size in (1, 360)
+        }
+        difference = max(losses) - min(losses)
+        assert difference > 1e-5 if name == "qat_tutorial" else difference < 1e-6
 
 
 def test_sizes_are_those_of_files_that_are_there(report):
@@ -166,14 +179,14 @@ def test_sizes_are_those_of_files_that_are_there(report):
         assert set(entry) == {"model", "bits", "bytes", "file"}
         assert (folder / entry["file"]).stat().st_size == entry["bytes"]
     sizes = {(entry["model"], entry["bits"]): entry["bytes"] for entry in results["sizes"]}
-    assert sizes["fp32_longer", 32] > sizes["ptq", 4] > sizes["ptq", 2] > sizes["ptq_every_layer", 2]
-    stored = load_quantized(folder / "models/qat_finetuned_4bit.pt")
-    network = study.weights["qat_finetuned", 4]
-    for name, bits in (("fc1", 8), ("fc2", 4), ("fc3", 8)):
-        weight = network.get_parameter(f"{name}.weight")
-        on_grid = qatfast.fake_quantize(weight, bits, symmetric=True, granularity=qatfast.PerChannel(0))
-        assert torch.equal(stored[f"{name}.weight"], on_grid)
-        assert torch.equal(stored[f"{name}.bias"], network.get_parameter(f"{name}.bias"))
+    assert sizes["fp32_longer", 32] > sizes["ptq_mse", 4] > sizes["ptq_mse", 2] > 1000
+    assert sizes["qat_learned", 2] == sizes["ptq_mse", 2]
+    stored = load_quantized(folder / "models/qat_learned_4bit.pt")
+    network = study.weights["qat_learned", 4]
+    for name in ("fc1", "fc2", "fc3"):
+        layer = network.get_submodule(name)
+        assert torch.equal(stored[f"{name}.weight"], layer.weight_quantizer(layer.weight))
+        assert torch.equal(stored[f"{name}.bias"], layer.bias)
 
 
 def test_the_list_of_files_is_right(report):
@@ -238,14 +251,14 @@ def test_the_verdict_comes_first_and_the_details_are_folded(report):
     assert set(links) == targets and len(links) == len(targets) >= 4
     details = [attributes for tag, attributes in page.tags if tag == "details"]
     assert len(details) >= 7 and not any("open" in attributes for attributes in details)
-    # All figures and tables except one of each are folded.
+    # Only the accuracies and their differences are not folded.
     folded = text.index("<details")
-    assert text[:folded].count("<img") == 1 and text[:folded].count("<table") == 1
+    assert text[:folded].count("<img") == 1 and text[:folded].count("<table") == 2
 
 
 def test_labels_are_short_and_bits_have_one_order(report):
     _, _, folder = report
-    assert all(len(title) <= 15 and "," not in title for title in TITLES.values())
+    assert all(len(title) <= 18 and "," not in title for title in TITLES.values())
     text = (folder / "index.html").read_text()
     for head in re.findall(r"<thead>(.*?)</thead>", text):
         found = [int(bits) for bits in re.findall(r">(\d+) bits<", head)]
@@ -254,19 +267,21 @@ def test_labels_are_short_and_bits_have_one_order(report):
     assert captions == ["4", "2"] * 2
 
 
-@pytest.mark.parametrize("bits", [8, 3])
-@pytest.mark.parametrize("train", [True, False])
-def test_the_code_to_paste_makes_the_measured_network(bits, train):
-    network = ThreeLayerNet()
-    expected = quantize_layers(network, bits)
-    names = {"model": network}
-    exec(config_code(bits, train=train), names)
+@pytest.mark.parametrize("bits", [9, 8, 3])
+@pytest.mark.parametrize("name", ["ptq_mse", "qat_learned"])
+def test_the_code_to_paste_makes_the_measured_network(bits, name):
+    network, inputs = ThreeLayerNet(), torch.randn(50, 10)
+    expected = quantize_layers(network, bits, inputs, name=name)
+    names = {"model": network, "inputs": inputs}
+    exec(config_code(bits, name), names)
     for layer in ("fc1", "fc2", "fc3"):
         pasted, measured = names["model"].get_submodule(layer), expected.get_submodule(layer)
         assert isinstance(pasted, qatfast.QATLinear) and pasted.config == measured.config
-        assert torch.equal(pasted.weight, measured.weight)
+    expected_state = expected.state_dict()
+    assert all(torch.equal(value, expected_state[key]) for key, value in names["model"].state_dict().items())
     x = torch.randn(5, 10)
-    assert torch.equal(names["model"](x), expected(x))
+    assert torch.equal(names["model"].eval()(x), expected.eval()(x))
+    assert ("train the model on" in config_code(bits, name)) == (name == "qat_learned")
 
 
 def test_the_code_in_the_page_is_that_of_the_verdict(tmp_path):
@@ -274,16 +289,16 @@ def test_the_code_in_the_page_is_that_of_the_verdict(tmp_path):
     for seed in range(42, 49):
         for model, bits, accuracy in (
             ("fp32_longer", 32, 0.95),
-            ("ptq", 4, 0.9),
-            ("qat_finetuned", 4, 0.95),
-            ("ptq", 2, 0.5),
-            ("qat_finetuned", 2, 0.7),
+            ("ptq_mse", 4, 0.9),
+            ("qat_learned", 4, 0.95),
+            ("ptq_mse", 2, 0.5),
+            ("qat_learned", 2, 0.7),
         ):
-            study.runs.append(Run(seed, model, bits, 0.1, accuracy, accuracy, accuracy))
+            study.runs.append(Run(seed, model, bits, 0.1, accuracy))
     write_report(study, [quantize_signal(4)], tmp_path, seconds=1.0)
     results = json.loads((tmp_path / "results.json").read_text())
-    code = config_code(4, train=True)
-    assert results["verdict"] == {"bits": 4, "model": "qat_finetuned", "code": code}
+    code = config_code(4, "qat_learned")
+    assert results["verdict"] == {"bits": 4, "model": "qat_learned", "code": code}
     words = " ".join(Page((tmp_path / "index.html").read_text()).text)
     assert code in words and "The config at 4 bits, the lowest without a loss" in words
 
@@ -351,8 +366,8 @@ def test_trainings_are_counted(tmp_path):
 
     settings = replace(SETTINGS, seeds=1, timing_repetitions=0)
     run_study(Study(settings, synthetic_samples(60)), tmp_path, on_training)
-    assert len(names) == count_trainings(settings) == 6
-    assert names[:3] == ["FP32 start, seed 42", "FP32, seed 42", "QAT, 4 bits, seed 42"]
+    assert len(names) == count_trainings(settings) == 8
+    assert names[:3] == ["FP32 start, seed 42", "FP32, seed 42", "QAT tutorial, 4 bits, seed 42"]
 
 
 def write_files(folder, *names, complete=True):

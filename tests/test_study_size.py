@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from qatfast import PerChannel, QATConfig, QATLinear, QuantSpec, fake_quantize
+from qatfast import PerChannel, QATConfig, QATLinear, QuantSpec, fake_quantize, fake_quantize_affine
 from qatfast.study import (
     ThreeLayerNet,
     calculate_model_size,
     load_quantized,
+    quantize_layers,
     quantize_model,
     quantize_model_weights,
     save_quantized,
@@ -69,6 +70,25 @@ def test_a_layer_is_stored_as_its_config_says(tmp_path):
     grouped = torch.nn.Sequential(QATLinear(64, 4, config=QATConfig.weight_only()))
     with pytest.raises(ValueError, match="save_quantized: expected weights per tensor or per channel"):
         save_quantized(grouped, 3, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("name", ["ptq_minmax", "ptq_mse", "qat_moving_average", "qat_learned"])
+def test_a_file_holds_the_weights_and_the_ranges_that_a_layer_uses(tmp_path, name):
+    inputs = torch.randn(20, 10)
+    model = quantize_layers(ThreeLayerNet(), 3, inputs, name=name)
+    for quantizer in (module for module in model.modules() if hasattr(module, "scale")):
+        quantizer.scale.data.mul_(-0.5)  # as training could change it; only its size counts
+    save_quantized(model, 3, tmp_path / "model.pt")
+    stored = torch.load(tmp_path / "model.pt", weights_only=True)
+    loaded = load_quantized(tmp_path / "model.pt")
+    assert loaded.keys() == ThreeLayerNet().state_dict().keys()
+    x = inputs
+    for number, layer in (("fc1", model.fc1), ("fc2", model.fc2), ("fc3", model.fc3)):
+        scale, zero_point = stored["activations"][f"{number}.input_quantizer"]
+        on_grid = fake_quantize_affine(x, torch.tensor(scale), zero_point, 0, layer.config.input.quant_max)
+        expected = torch.nn.functional.linear(on_grid, loaded[f"{number}.weight"], loaded[f"{number}.bias"])
+        torch.testing.assert_close(layer.eval()(x), expected, atol=1e-5, rtol=1e-5)
+        x = torch.relu(expected)
 
 
 def test_calibrated_ranges_are_stored(tmp_path):

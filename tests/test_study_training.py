@@ -172,13 +172,29 @@ def test_divergence(history, said):
     assert divergence(history, 0.1, 100 * 2) == said
 
 
-def test_the_tutorials_config_diverges_at_2_bits():
-    """With the settings of the study, the loss falls and then rises."""
+def test_a_learning_rate_that_is_too_large_diverges():
     digits = split(load_samples("digits"), seed=42)
     with seeded(42):
-        model = ThreeLayerNetQAT(64, 64, 10, num_bits=2)
-    history = train_model(model, digits, epochs=20, seed=42, on_epoch=silent)
-    assert divergence(history, 0.1, len(digits.test_labels)) == "the loss rose"
+        model = ThreeLayerNet(64, 64, 10)
+    history = train_model(model, digits, epochs=2, learning_rate=1.0, seed=42, on_epoch=silent)
+    assert divergence(history, 0.1, len(digits.test_labels)) == "the accuracy is that of guessing"
+
+
+def test_the_learning_rate_falls_to_zero(monkeypatch):
+    rates = []
+
+    class Watched(torch.optim.SGD):
+        def __init__(self, parameters, lr, fused):
+            super().__init__(parameters, lr=lr)
+
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    train_model(ThreeLayerNet(), DATA, epochs=2, learning_rate=0.1, batch_size=100, on_epoch=silent)
+    expected = [0.05 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert rates == pytest.approx(expected)
 
 
 def test_lines_of_progress(capsys, monkeypatch):

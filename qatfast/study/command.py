@@ -15,12 +15,13 @@ from qatfast import kernels
 from .data import load_samples, plural
 from .experiments import Settings, Study, count_trainings, run_study
 from .insights import best, definition, find_insights, time_insights
-from .networks import EDGE_BITS, TITLES, config_code
+from .networks import EDGE_BITS, config_code
 from .report import ReportFolder, write_report
 from .results import (
     Table,
     accuracy_table,
     batch_table,
+    difference_table,
     layer_table,
     signal_table,
     size_table,
@@ -68,7 +69,7 @@ def run_compare(settings: Settings, out: str | Path, *, verbose: bool = False) -
     winner = best(study)
     if verbose and winner:
         bits, model = winner
-        print(config_code(bits, train=model == "qat_finetuned"))
+        print(config_code(bits, model))
     elif not verbose:
         print("The report has the config as code to paste. Every table: --verbose.")
     print(f"{'Report' if study.complete else 'Partial report'}: {place / 'index.html'}")
@@ -100,14 +101,14 @@ def _results(study: Study, signals: list[SignalError], verbose: bool) -> Iterato
     if verdicts:
         yield f"{definition(study)} Below {EDGE_BITS} bits the first and the last layer keep {EDGE_BITS}."
     if study.runs:
-        yield from _lines(
-            accuracy_table(study, list(TITLES), deviations=True) if verbose else accuracy_table(study),
-            verbose,
-        )
+        yield from _lines(accuracy_table(study, deviations=verbose, start=verbose))
+        if verbose or study.settings.every_model:  # the verdicts have the differences of the default models
+            yield from _lines(difference_table(study))
     if verbose:
         others = (batch_table, layer_table, size_table, time_table)
         for table in (*(make(study) for make in others), signal_table(signals)):
-            yield from _lines(table, verbose)
+            if table.rows:
+                yield from _lines(table)
     findings = [insight.text for insight in insights if insight.kind not in ("headline", "verdict")]
     findings += time_insights(study.step_times)
     if findings:
@@ -116,7 +117,7 @@ def _results(study: Study, signals: list[SignalError], verbose: bool) -> Iterato
     yield ""
 
 
-def _lines(table: Table, verbose: bool) -> Iterator[str]:
+def _lines(table: Table) -> Iterator[str]:
     """Returns the table in columns, with words aligned to the left and numbers to the right."""
     rows = [table.header, *table.rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]

@@ -13,15 +13,8 @@ from torch import nn
 from qatfast.bench.timer import one_thread
 
 from .data import Dataset, Samples, split
-from .networks import (
-    FLOAT_BITS,
-    TITLES,
-    ThreeLayerNet,
-    ThreeLayerNetQAT,
-    count_parameters,
-    quantize_layers,
-)
-from .ptq import LayerError, layer_errors, quantize_model
+from .networks import COMPARED, FLOAT_BITS, TITLES, ThreeLayerNet, count_parameters, quantize_layers
+from .ptq import LayerError, layer_errors
 from .size import save_float, save_quantized
 from .timing import StepTime, time_training_steps
 from .training import (
@@ -34,13 +27,16 @@ from .training import (
     train_model,
 )
 
+CALIBRATION_SAMPLES = 1024
+"""Ranges are observed on at most this many training samples."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """What a study does.
 
     Args:
-        data: ``synthetic``, ``digits``, or the path of a .csv or .npz file.
+        data: ``synthetic``, ``digits``, ``mnist1d``, or the path of a .csv or .npz file.
         target: Label column or array of a file.
         bits: Bit widths, each 2 to 16.
         epochs: Epochs of each training. Models are compared after two trainings: FP32, then FP32 or QAT.
@@ -48,10 +44,10 @@ class Settings:
         seed: The first seed.
         device: Device of the networks.
         batch_size: Samples per training step.
-        learning_rate: Learning rate of Adam for first weights.
-        finetune_learning_rate: Learning rate of Adam for trained weights.
+        learning_rate: Learning rate of Adam at the start of each training. It falls to 0 along half a cosine.
         hidden_features: Outputs of the first and the second layer of the networks.
         timing_repetitions: Number of timings of a training step. 0 means that no times are taken.
+        every_model: Whether to train all models, or those that a verdict compares only.
     """
 
     data: str = "digits"
@@ -62,10 +58,16 @@ class Settings:
     seed: int = 42
     device: str = "cpu"
     batch_size: int = 32
-    learning_rate: float = 1e-3
-    finetune_learning_rate: float = 1e-4
-    hidden_features: int = 64
+    learning_rate: float = 2e-3
+    hidden_features: int = 128
     timing_repetitions: int = 30
+    every_model: bool = False
+
+    @property
+    def quantized_models(self) -> tuple[str, ...]:
+        """Keys of the quantized models that the study measures, in the order of TITLES."""
+        quantized = (name for name in TITLES if not name.startswith("fp32"))
+        return tuple(name for name in quantized if self.every_model or name in COMPARED)
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,9 @@ class Run:
         model: A key of TITLES.
         bits: Bits of the model, 32 for float.
         loss: Mean cross entropy (nats).
-        accuracy: Share classified correctly. The tutorials' models have ranges fixed on training samples, all others
-            take the range of each sample from that sample.
-        accuracy_batch_1: Accuracy for one sample at a time. The tutorials' models take their ranges from the batch.
-        accuracy_batch_256: Accuracy for 256 samples at a time, with ranges as for one sample.
+        accuracy: Share classified correctly, for 256 samples at a time.
+        accuracy_batch_1: Share classified correctly for one sample at a time, if the model takes its ranges from the
+            batch. None for the other models, which give the same result for any batch.
         diverged: How the training failed, see :func:`divergence`. Empty if it did not fail.
     """
 
@@ -89,8 +90,7 @@ class Run:
     bits: int
     loss: float
     accuracy: float
-    accuracy_batch_1: float
-    accuracy_batch_256: float
+    accuracy_batch_1: float | None = None
     diverged: str = ""
 
 
@@ -144,8 +144,9 @@ class Study:
     complete: bool = False
 
     def accuracies(self, model: str, bits: int, figure: str = "accuracy") -> dict[int, float]:
-        """Returns one figure of a model by seed."""
-        return {run.seed: getattr(run, figure) for run in self.runs if (run.model, run.bits) == (model, bits)}
+        """Returns one figure of a model by seed, without the seeds that do not have it."""
+        runs = (run for run in self.runs if (run.model, run.bits) == (model, bits))
+        return {run.seed: value for run in runs if (value := getattr(run, figure)) is not None}
 
     def divergences(self, model: str, bits: int) -> dict[int, str]:
         """Returns how trainings of a model failed, by seed. Seeds whose training did not fail are not in it."""
@@ -168,7 +169,8 @@ def _silent(_name: str) -> Callable[[Epoch], None]:
 
 def count_trainings(settings: Settings) -> int:
     """Returns how many times the study trains a network for ``settings.epochs`` epochs."""
-    return settings.seeds * (2 + 2 * len(settings.bits))
+    trained = sum(name.startswith("qat") for name in settings.quantized_models)
+    return settings.seeds * (2 + trained * len(settings.bits))
 
 
 def run_study(study: Study, folder: Path, on_training: OnTraining = _silent) -> None:
@@ -204,21 +206,19 @@ def _run_seed(study: Study, seed: int, folder: Path, on_training: OnTraining) ->
     experiment.train("fp32", FLOAT_BITS, fp32)
     experiment.measure("fp32", FLOAT_BITS, fp32)
     longer = copy.deepcopy(fp32)
-    experiment.train("fp32_longer", FLOAT_BITS, longer, finetune=True)
+    experiment.train("fp32_longer", FLOAT_BITS, longer)
     experiment.measure("fp32_longer", FLOAT_BITS, longer)
 
+    calibration_inputs = data.train_inputs[:CALIBRATION_SAMPLES]
     for bits in settings.bits:
-        ptq, qat = quantize_layers(longer, bits), quantize_layers(fp32, bits)
-        experiment.measure("ptq", bits, ptq)
-        experiment.measure_layers("ptq", bits, longer, ptq)
-        experiment.measure("ptq_every_layer", bits, quantize_layers(longer, bits, edge_bits=bits))
-        experiment.train("qat_finetuned", bits, qat, finetune=True)
-        experiment.measure("qat_finetuned", bits, qat)
-
-        experiment.measure_tutorial("ptq_tutorial", bits, longer)
-        tutorial = experiment.tutorial_network(bits, fp32)
-        experiment.train("qat_tutorial", bits, tutorial, finetune=True)
-        experiment.measure_tutorial("qat_tutorial", bits, experiment.as_float(tutorial))
+        for name in settings.quantized_models:
+            trains = name.startswith("qat")
+            network = quantize_layers(fp32 if trains else longer, bits, calibration_inputs, name=name)
+            if trains:
+                experiment.train(name, bits, network)
+            experiment.measure(name, bits, network)
+            if name == "ptq_mse":
+                experiment.measure_layers(name, bits, longer, network)
 
 
 class _SeedStudy:
@@ -237,27 +237,14 @@ class _SeedStudy:
         with seeded(self.seed):
             return ThreeLayerNet(*self.sizes).to(self.settings.device)
 
-    def tutorial_network(self, bits: int, start: nn.Module) -> ThreeLayerNetQAT:
-        """Returns a network on the tutorials' grids with the weights of ``start``."""
-        with seeded(self.seed):
-            network = ThreeLayerNetQAT(*self.sizes, num_bits=bits)
-        network.load_state_dict(start.state_dict())
-        return network.to(self.settings.device)
-
-    def as_float(self, network: ThreeLayerNetQAT) -> ThreeLayerNet:
-        """Returns a float network with the raw weights of ``network``."""
-        plain = self.network()
-        plain.load_state_dict(network.state_dict())
-        return plain
-
-    def train(self, name: str, bits: int, network: nn.Module, *, finetune: bool = False) -> None:
+    def train(self, name: str, bits: int, network: nn.Module) -> None:
         settings = self.settings
         width = "" if bits == FLOAT_BITS else f", {bits} bits"
         history = train_model(
             network,
             self.data,
             epochs=settings.epochs,
-            learning_rate=settings.finetune_learning_rate if finetune else settings.learning_rate,
+            learning_rate=settings.learning_rate,
             batch_size=settings.batch_size,
             seed=self.seed,
             on_epoch=self.on_training(f"{TITLES[name]}{width}, seed {self.seed}"),
@@ -269,18 +256,13 @@ class _SeedStudy:
             self.study.histories[name, bits] = history
 
     def measure(self, name: str, bits: int, network: nn.Module) -> None:
-        """Records a model that takes no range from the batch."""
-        self._record(name, bits, self._evaluate(network), network)
-        if bits == FLOAT_BITS:
-            self._keep(name, bits, network, lambda path: save_float(network, path))
-        else:
-            self._keep(name, bits, network, lambda path: save_quantized(network, bits, path))
-
-    def measure_tutorial(self, name: str, bits: int, network: ThreeLayerNet) -> None:
-        """Records a model on the tutorials' grids, with fixed ranges and with ranges taken from the batch."""
-        fixed = quantize_model(network, bits, self.data.train_inputs)
-        self._record(name, bits, self._evaluate(fixed), self.tutorial_network(bits, network))
-        self._keep(name, bits, network, lambda path: save_quantized(network, bits, path, calibrated=fixed))
+        """Records loss and accuracy of a model, and writes the model file of the first seed."""
+        result = self._evaluate(network)
+        batch_1 = self._evaluate(network, 1).accuracy if name == "qat_tutorial" else None
+        diverged = self.diverged.get((name, bits), "")
+        self.study.runs.append(Run(self.seed, name, bits, result.loss, result.accuracy, batch_1, diverged))
+        if self.first:
+            self._keep(name, bits, network)
 
     def measure_layers(self, name: str, bits: int, network: nn.Module, quantized: nn.Module) -> None:
         """Records the error of each layer of a quantized model of the first seed."""
@@ -290,20 +272,14 @@ class _SeedStudy:
     def _evaluate(self, model: nn.Module, batch_size: int = 256) -> Evaluation:
         return evaluate_model(model, self.data.test_inputs, self.data.test_labels, batch_size=batch_size)
 
-    def _record(self, name: str, bits: int, result: Evaluation, by_batch: nn.Module) -> None:
-        batch_1, batch_256 = (self._evaluate(by_batch, size).accuracy for size in (1, 256))
-        diverged = self.diverged.get((name, bits), "")
-        self.study.runs.append(
-            Run(self.seed, name, bits, result.loss, result.accuracy, batch_1, batch_256, diverged)
-        )
-
-    def _keep(self, name: str, bits: int, network: nn.Module, save: Callable[[Path], None]) -> None:
-        if not self.first:
-            return
+    def _keep(self, name: str, bits: int, network: nn.Module) -> None:
         self.study.weights[name, bits] = network
         self.models.mkdir(exist_ok=True)
         path = self.models / (f"{name}.pt" if bits == FLOAT_BITS else f"{name}_{bits}bit.pt")
-        save(path)
+        if bits == FLOAT_BITS:
+            save_float(network, path)
+        else:
+            save_quantized(network, bits, path)
         self.study.sizes.append(ModelFile(name, bits, path.stat().st_size, f"models/{path.name}"))
 
 

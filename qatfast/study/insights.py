@@ -15,7 +15,7 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from .data import plural
 from .experiments import Study
-from .networks import EDGE_BITS, FLOAT_BITS, TITLES
+from .networks import COMPARED, FLOAT_BITS, TITLES
 from .timing import StepTime
 
 TOLERANCE = 0.01
@@ -24,6 +24,14 @@ MAX_SCATTER = 1.5
 """Times are not reported if their third quartile exceeds the first by more than this factor."""
 
 CONFIDENCE = 0.95
+
+RIVALS = (
+    ("qat_learned", "ptq_mse"),
+    ("qat_learned", "qat_moving_average"),
+    ("qat_learned", "qat_tutorial"),
+    ("ptq_mse", "ptq_minmax"),
+)
+"""Pairs of models whose difference is reported, besides that of each model and FP32."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,7 @@ class Insight:
 
     Args:
         kind: ``headline`` or ``verdict`` (one per bit width), which every report has, or a kind of finding, which a
-            report has only if it is more than chance: ``tutorial``, ``diverged``, ``edges``, ``batch``, ``size``.
+            report has only if it is more than chance: ``gain``, ``diverged``, ``batch``, ``size``.
         bits: The bit width of the sentence, or 32 for all bit widths.
         value: The figure behind the sentence: a difference of accuracies as a share, or a ratio. None without figure.
         margin: Half the width of the figure's 95 % interval. None if it has no interval.
@@ -177,9 +185,8 @@ def find_insights(study: Study) -> list[Insight]:
     if failed:
         return [_fp32_failed(study, failed)]
     findings = [
-        *_tutorial(study),
+        *_gains(study),
         *_diverged(study),
-        *_edges(study),
         *_batch(study),
         *_size(study),
     ]
@@ -187,7 +194,7 @@ def find_insights(study: Study) -> list[Insight]:
 
 
 def best(study: Study) -> tuple[int, str] | None:
-    """Returns the lowest bits without a loss and the model, ``ptq`` if QAT has none either. None without such bits."""
+    """Returns the lowest bits without a loss, and PTQ if it has none there, or else QAT. None without such bits."""
     for bits in sorted(study.settings.bits):
         for outcome in _outcomes(study, bits):
             if outcome.state == "lossless":
@@ -196,24 +203,30 @@ def best(study: Study) -> tuple[int, str] | None:
 
 
 def definition(study: Study) -> str:
-    """Returns the definition of "no loss", for small print."""
+    """Returns what the figures of a verdict mean."""
+    ptq, qat = (TITLES[model] for model in COMPARED)
+    epochs = plural(2 * study.settings.epochs, "epoch")
+    start = f"PTQ is {ptq}, QAT is {qat}. Figures: points against FP32 at equal training ({epochs})"
     if seeds(study) < 2:
-        epochs = plural(2 * study.settings.epochs, "epoch")
-        return f"Figures: points against FP32 at equal training ({epochs}). One seed has no spread."
+        return f"{start}. One seed has no spread."
+    outcomes = [outcome for bits in study.settings.bits for outcome in _outcomes(study, bits)]
+    more = " More seeds narrow the intervals." if any(each.state == "unclear" for each in outcomes) else ""
     return (
-        f"Figures: points against FP32 at equal training ({plural(2 * study.settings.epochs, 'epoch')}), paired over "
-        f"{seeds(study)} seeds, ± half the 95 % interval. No loss: the interval ends less than "
-        f"{100 * TOLERANCE:g} point below FP32."
+        f"{start}, paired over {seeds(study)} seeds, ± half the 95 % interval.{more} No loss: the interval ends less "
+        f"than {100 * TOLERANCE:g} point below FP32."
     )
 
 
 def seeds(study: Study) -> int:
     """Returns how many seeds have all models that a verdict compares."""
-    counts = [
-        min(len(study.accuracies("fp32_longer", FLOAT_BITS)), len(study.accuracies("qat_finetuned", bits)))
-        for bits in study.settings.bits
-    ]
-    return max(counts, default=0)
+    fp32 = len(study.accuracies("fp32_longer", FLOAT_BITS))
+    return max(
+        (
+            min(fp32, *(len(study.accuracies(model, bits)) for model in COMPARED))
+            for bits in study.settings.bits
+        ),
+        default=0,
+    )
 
 
 def time_insights(times: list[StepTime]) -> list[str]:
@@ -225,7 +238,8 @@ def time_insights(times: list[StepTime]) -> list[str]:
     for entry in times:
         by_network.setdefault(entry.network, {})[entry.model] = entry
     return [
-        f"A QAT step takes {_times(models['qatfast'])} an FP32 step, the tutorials' code {_times(models['tutorial'])}; "
+        f"A step of QAT learned takes {_times(models['qatfast'])} an FP32 step, tutorial code "
+        f"{_times(models['tutorial'])}; "
         f"{network}."
         for network, models in by_network.items()
         if all(entry.quartiles[1] <= MAX_SCATTER * entry.quartiles[0] for entry in models.values())
@@ -239,12 +253,12 @@ def _times(entry: StepTime) -> str:
 
 def _outcomes(study: Study, bits: int) -> list[Outcome]:
     """Returns the outcomes of PTQ and QAT, without those that are not measured yet."""
-    found = (_outcome(study, model, bits) for model in ("ptq", "qat_finetuned"))
+    found = (_outcome(study, model, bits) for model in COMPARED)
     return [outcome for outcome in found if outcome is not None]
 
 
 def _outcome(study: Study, model: str, bits: int) -> Outcome | None:
-    difference = _compare(study, (model, bits), ("fp32_longer", FLOAT_BITS))
+    difference = difference_to_fp32(study, model, bits)
     if difference is None:
         return None
     failed = study.divergences(model, bits)
@@ -271,7 +285,7 @@ def _headline(study: Study) -> Insight:
             states.append(outcome.state)
             if outcome.state == "lossless":
                 lowest[outcome.model] = min(bits, lowest.get(outcome.model, bits))
-    ptq, qat = lowest.get("ptq"), lowest.get("qat_finetuned")
+    ptq, qat = (lowest.get(model) for model in COMPARED)
     if ptq is None and qat is None:
         text = "No number of bits tried is without a loss."
         if "unclear" in states:
@@ -291,14 +305,16 @@ def _verdict(
     """Returns the verdict at a bit width, or None if PTQ or QAT is not measured."""
     if ptq is None or qat is None:
         return None
-    gain = _compare(study, ("qat_finetuned", bits), ("ptq", bits))
+    gain = difference_of(study, qat.model, ptq.model, bits)
     assert gain is not None
     advice = _advice(ptq.state, qat.state, gain)
-    text = f"{bits} bits: {advice}. PTQ {ptq.words}, QAT {qat.words}."
+    text = f"{bits} bits: {advice}. PTQ {ptq.words}, QAT {qat.words}"
     if gain.clear and "diverged" not in (ptq.state, qat.state):
-        text = f"{text[:-1]}; QAT is {gain.size} {'better' if gain.mean > 0 else 'worse'}."
+        text += f"; QAT is {gain.size} {'better' if gain.mean > 0 else 'worse'} than PTQ"
+    elif gain.margin is not None and "diverged" not in (ptq.state, qat.state):
+        text += f"; QAT minus PTQ is {gain.points}"
     clear = "unclear" not in (ptq.state, qat.state)
-    return Insight("verdict", bits, qat.difference.mean, qat.difference.margin, clear, text)
+    return Insight("verdict", bits, qat.difference.mean, qat.difference.margin, clear, f"{text}.")
 
 
 def _advice(ptq: str, qat: str, gain: Difference) -> str:
@@ -330,42 +346,34 @@ def _fp32_failed(study: Study, failed: Mapping[int, str]) -> Insight:
     return Insight("headline", FLOAT_BITS, None, None, False, text)
 
 
-def _tutorial(study: Study) -> list[Insight]:
-    gains = {
-        bits: _compare(study, ("qat_finetuned", bits), ("qat_tutorial", bits))
-        for bits in _sound(study, "qat_finetuned", "qat_tutorial")
-    }
-    return _listed("tutorial", "QAT is better than Tutorial QAT", "QAT is worse than Tutorial QAT", gains)
+def _gains(study: Study) -> list[Insight]:
+    """Returns what the rivals of PTQ and QAT lose, at the bits at which the difference is clear."""
+    insights = []
+    for first, second in RIVALS:
+        if (second, first) != COMPARED:  # their difference is part of a verdict
+            sound = _sound(study, first, second)
+            gains = {bits: difference_of(study, first, second, bits) for bits in sound}
+            insights += _listed(f"{TITLES[first]} is", f"than {TITLES[second]}", gains)
+    return insights
 
 
-def _edges(study: Study) -> list[Insight]:
-    gains = {
-        bits: _compare(study, ("ptq", bits), ("ptq_every_layer", bits))
-        for bits in study.settings.bits
-        if bits < EDGE_BITS
-    }
-    better, worse = (
-        f"{EDGE_BITS} bits for the first and the last layer {verb} PTQ" for verb in ("improve", "worsen")
-    )
-    return _listed("edges", better, worse, gains)
-
-
-def _listed(kind: str, better: str, worse: str, found: Mapping[int, Difference | None]) -> list[Insight]:
+def _listed(subject: str, rival: str, found: Mapping[int, Difference | None]) -> list[Insight]:
     """Returns one sentence about all clear gains and one about all clear losses, with the bits of each."""
     insights = []
-    for words, sign in ((better, 1), (worse, -1)):
+    for word, sign in (("better", 1), ("worse", -1)):
         clear = {bits: gain for bits, gain in found.items() if gain and gain.clear and sign * gain.mean > 0}
         if clear:
             listing = ", ".join(f"{gain.size} at {bits} bits" for bits, gain in clear.items())
             listing = listing.replace(" at ", " points at ", 1)
             bits, largest = max(clear.items(), key=lambda item: abs(item[1].mean))
-            insights.append(Insight(kind, bits, largest.mean, largest.margin, True, f"{words} by {listing}."))
+            text = f"{subject} {word} {rival} by {listing}."
+            insights.append(Insight("gain", bits, largest.mean, largest.margin, True, text))
     return insights
 
 
 def _diverged(study: Study) -> list[Insight]:
     insights = []
-    for model in ("qat_finetuned", "qat_tutorial"):
+    for model in study.settings.quantized_models:
         for bits in study.settings.bits:
             failed = study.divergences(model, bits)
             if failed:
@@ -376,21 +384,23 @@ def _diverged(study: Study) -> list[Insight]:
 
 
 def _batch(study: Study) -> list[Insight]:
-    """Returns the largest clear difference between batch sizes, as the tutorials' ranges come from the batch."""
+    """Returns the largest clear difference between batch sizes, because tutorials take ranges from the batch."""
     found = {}
     for bits in study.settings.bits:
-        batch_1, batch_256 = (
-            study.accuracies("qat_tutorial", bits, f"accuracy_batch_{size}") for size in (1, 256)
+        difference = compare(
+            study.accuracies("qat_tutorial", bits, "accuracy_batch_1"),
+            study.accuracies("qat_tutorial", bits),
+            train=study.train_samples,
+            test=study.test_samples,
         )
-        difference = compare(batch_1, batch_256, train=study.train_samples, test=study.test_samples)
         if difference is not None and difference.clear:
             found[bits] = difference
     if not found:
         return []
     bits, difference = max(found.items(), key=lambda item: abs(item[1].mean))
     text = (
-        f"Tutorial QAT takes its ranges from the batch: at {bits} bits one sample at a time is {difference.size} "
-        f"points {'better' if difference.mean > 0 else 'worse'} than 256 at a time."
+        f"{TITLES['qat_tutorial']} takes its ranges from the batch: at {bits} bits one sample at a time is "
+        f"{difference.size} points {'better' if difference.mean > 0 else 'worse'} than 256 at a time."
     )
     return [Insight("batch", bits, difference.mean, difference.margin, True, text)]
 
@@ -426,6 +436,16 @@ def _seeds(study: Study, model: str, bits: int, failed: Mapping[int, str]) -> st
     """Returns a text such as ``2 of 7 seeds``."""
     count = len(study.accuracies(model, bits))
     return f"{len(failed)} of {plural(count, 'seed')}"
+
+
+def difference_to_fp32(study: Study, model: str, bits: int) -> Difference | None:
+    """Returns the accuracy of a model minus that of FP32, or None if one of them is not measured."""
+    return _compare(study, (model, bits), ("fp32_longer", FLOAT_BITS))
+
+
+def difference_of(study: Study, first: str, second: str, bits: int) -> Difference | None:
+    """Returns the difference of two quantized models' accuracies, or None if one of them is not measured."""
+    return _compare(study, (first, bits), (second, bits))
 
 
 def _compare(study: Study, first: tuple[str, int], second: tuple[str, int]) -> Difference | None:

@@ -9,7 +9,20 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from qatfast import FakeQuantize, QATConfig, QATLinear, QuantSpec, prepare
+from qatfast import (
+    Dynamic,
+    FakeQuantize,
+    Learned,
+    MinMax,
+    MovingAverage,
+    PerChannel,
+    QATConfig,
+    QATLinear,
+    QuantSpec,
+    calibrate,
+    prepare,
+)
+from qatfast.config import Range
 
 FLOAT_BITS = 32
 """Bits of a model without quantization."""
@@ -17,26 +30,32 @@ FLOAT_BITS = 32
 TITLES = {
     "fp32": "FP32 start",
     "fp32_longer": "FP32",
-    "ptq": "PTQ",
-    "qat_finetuned": "QAT",
-    "ptq_every_layer": "PTQ every layer",
-    "ptq_tutorial": "Tutorial PTQ",
-    "qat_tutorial": "Tutorial QAT",
+    "ptq_minmax": "PTQ min-max",
+    "ptq_mse": "PTQ MSE",
+    "qat_tutorial": "QAT tutorial",
+    "qat_moving_average": "QAT moving average",
+    "qat_learned": "QAT learned",
 }
 """Title of each model by its key in results.json, in the order of all tables."""
 
 EXPLANATIONS = {
     "fp32": "FP32 after the first half of the training: where QAT starts.",
-    "fp32_longer": "The network in 32-bit floats; all others are compared with it.",
-    "ptq": "Post-training quantization: FP32 with each layer's weights (per output channel) and inputs (per sample) "
-    "rounded; biases and outputs stay float.",
-    "qat_finetuned": "Quantization-aware training: the second half of the training has the rounding of PTQ.",
-    "ptq_every_layer": "As PTQ, but the first and the last layer have the few bits too.",
-    "ptq_tutorial": "FP32 on the grids of Tutorial QAT, and no further training.",
-    "qat_tutorial": "As QAT, but as tutorials teach it (QATConfig.tutorial): one grid per tensor for weights, "
-    "biases, the input and each layer's output, the class scores too.",
+    "fp32_longer": "The network in 32-bit floats, trained as long as QAT. All others are compared with it.",
+    "ptq_minmax": "Post-training quantization of FP32: inputs per tensor in the range of training samples, weights "
+    "per output channel in their own range; biases and outputs stay float.",
+    "ptq_mse": "Post-training quantization of FP32: inputs per tensor and weights per output channel, each in the "
+    "range with the least squared error (search_qparams); biases and outputs stay float.",
+    "qat_tutorial": "Quantization-aware training with the formula of tutorials (QATConfig.tutorial): weights, biases "
+    "and outputs per tensor, each in the range of the tensor at hand.",
+    "qat_moving_average": "Quantization-aware training on the grids of PTQ min-max. The range of an input is a moving "
+    "average over the batches.",
+    "qat_learned": "Quantization-aware training that starts from the ranges of PTQ MSE. The scales of inputs and "
+    "weights are trained with the network (LSQ).",
 }
 """Explanation of each model."""
+
+COMPARED = ("ptq_mse", "qat_learned")
+"""The PTQ and the QAT that a verdict compares with FP32."""
 
 EDGE_BITS = 8
 """Bits of the first and the last layer if the others have less: they have few weights, and the most sensitive."""
@@ -148,14 +167,51 @@ class FunctionalQATNet(ThreeLayerNet):
         return self.fake_quantize(nn.functional.linear(input, weight, bias))
 
 
-def quantize_layers(model: Model, num_bits: int, *, edge_bits: int = EDGE_BITS) -> Model:
-    """Copies a float model and quantizes the linear layers of the copy by ``QATConfig.dynamic(num_bits)``.
+def model_config(name: str, num_bits: int) -> QATConfig:
+    """Returns the config of the hidden layers of a quantized model.
 
-    Without further training the copy is the model after PTQ. With further training it is the model after QAT.
+    Args:
+        name: A key of TITLES other than those of FP32.
+        num_bits: Bits of all that is quantized, 2 to 16.
+
+    Raises:
+        ValueError: ``num_bits`` is not from 2 to 16.
+    """
+    if name == "qat_tutorial":
+        return QATConfig.tutorial(num_bits)
+    ranges: dict[str, tuple[Range, Range]] = {
+        "ptq_minmax": (MinMax(), Dynamic()),
+        "ptq_mse": (Learned(), Learned()),
+        "qat_moving_average": (MovingAverage(), Dynamic()),
+        "qat_learned": (Learned(), Learned()),
+    }
+    input_range, weight_range = ranges[name]
+    return QATConfig(
+        input=QuantSpec(num_bits, range=input_range),
+        weight=QuantSpec(num_bits, symmetric=True, granularity=PerChannel(0), range=weight_range),
+        bias=None,
+        output=None,
+    )
+
+
+@torch.no_grad()
+def quantize_layers(
+    model: Model,
+    num_bits: int,
+    inputs: Tensor | None = None,
+    *,
+    name: str = "qat_learned",
+    edge_bits: int = EDGE_BITS,
+) -> Model:
+    """Copies a float model, quantizes the linear layers of the copy, and observes their ranges on ``inputs``.
+
+    Without further training the copy is a model after PTQ. With further training it is a model after QAT.
 
     Args:
         model: A float model, which does not change. Its linear layers may be in submodules.
-        num_bits: Bits of the weight and the input of each layer, 2 to 16.
+        num_bits: Bits of the layers, 2 to 16.
+        inputs: (samples, features), training samples that set the ranges. If None, the first batch in training does.
+        name: Key of the quantized model, which decides the config: see :func:`model_config`.
         edge_bits: Minimum number of bits of the first and the last layer.
 
     Returns:
@@ -165,30 +221,48 @@ def quantize_layers(model: Model, num_bits: int, *, edge_bits: int = EDGE_BITS) 
         ValueError: ``num_bits`` is not from 2 to 16.
 
     Source:
-        Jacob et al. 2018 (arXiv 1712.05877), section 3; STE: Bengio et al. 2013 (arXiv 1308.3432).
+        Esser et al. 2020 (arXiv 1902.08153); Jacob et al. 2018 (arXiv 1712.05877), section 3.
 
     Example:
-        >>> quantize_layers(ThreeLayerNet(), 4).fc2
-        QATLinear(in_features=64, out_features=64, bias=True, num_bits=4, input=affine per token, \
-weight=symmetric per channel 0, bias=float, output=float)
+        >>> quantize_layers(ThreeLayerNet(), 4, name="qat_moving_average").fc2.config.input
+        QuantSpec(num_bits=4, symmetric=False, granularity=PerTensor(), \
+range=MovingAverage(averaging_constant=0.01), narrow_range=True)
     """
-    return cast(Model, prepare(copy.deepcopy(model), QATConfig.dynamic(num_bits), edges=edge_bits))
+    quantized = prepare(copy.deepcopy(model), model_config(name, num_bits), edges=edge_bits)
+    if inputs is not None:
+        with calibrate(quantized):
+            quantized(inputs)
+    return cast(Model, quantized)
 
 
-def config_code(num_bits: int, *, train: bool) -> str:
-    """Returns Python code that quantizes any model named ``model`` as :func:`quantize_layers` does.
+def config_code(num_bits: int, name: str) -> str:
+    """Returns Python code that makes a PTQ MSE or QAT learned model of any ``model`` and some training ``inputs``.
+
+    The code does what :func:`quantize_layers` does.
 
     Args:
-        num_bits: Bits of the weight and the input of each layer, 2 to 16.
-        train: Whether the quantized model is trained further (QAT) or used as it is (PTQ).
+        num_bits: Bits of the layers, 2 to 16.
+        name: ``ptq_mse`` or ``qat_learned``.
     """
-    then = "# QAT: train it on, as before" if train else "# PTQ: use it as it is"
-    edges = "" if num_bits >= EDGE_BITS else f"  # the first and the last layer keep {EDGE_BITS} bits"
-    return f"""import qatfast
+    config = f"config = qatfast.QATConfig.static({num_bits})  # learned scales, below 8 bits"
+    if num_bits >= EDGE_BITS:  # static() has a moving average there
+        config = f"""learned = qatfast.Learned()
+config = qatfast.QATConfig(
+    input=qatfast.QuantSpec({num_bits}, range=learned),
+    weight=qatfast.QuantSpec({num_bits}, symmetric=True, granularity=qatfast.PerChannel(0), range=learned),
+    bias=None,
+    output=None,
+)"""
+    edges = "" if num_bits >= EDGE_BITS else f", edges={EDGE_BITS}"
+    then = "train the model on, as before; then " if name == "qat_learned" else ""
+    return f"""import torch
+import qatfast
 
-config = qatfast.QATConfig.dynamic({num_bits})
-model = qatfast.prepare(model, config){edges}
-{then}
+{config}
+model = qatfast.prepare(model, config{edges})
+with torch.no_grad(), qatfast.calibrate(model):
+    model(inputs)  # one batch of about a thousand training samples sets the ranges
+# {then}model.eval() for predictions
 """
 
 

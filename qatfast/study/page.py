@@ -32,6 +32,7 @@ dl.verdict { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 
 .verdict .best { color: var(--accent); font-weight: 600; }
 .facts dt { font-weight: 600; float: left; clear: left; margin-right: .5rem; }
 dd { margin: 0; }
+.facts dd { margin-bottom: .25rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; list-style: none; padding: 0; margin: .4rem 0 0; }
 a, summary { color: var(--accent); }
 .note, figcaption, footer { color: var(--muted); font-size: .9rem; }
@@ -60,9 +61,9 @@ summary { cursor: pointer; font-weight: 600; padding: .25rem 0; }
   dl.verdict { grid-template-columns: 1fr; gap: 0; }
   .verdict dd { margin-bottom: .5rem; }
   table, tbody, thead { display: block; }
-  tr { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); column-gap: .3rem;
+  tr { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); column-gap: .2rem;
     border-bottom: 1px solid var(--lines); padding: .3rem 0; }
-  th, td { border: 0; padding: 0; font-size: .8rem; }
+  th, td { border: 0; padding: 0; font-size: .75rem; }
   th[scope=row] { grid-column: 1 / -1; font-size: .9rem; }
   thead th:first-child { display: none; }
 }

@@ -18,12 +18,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor, nn
 
-from qatfast import PerTensor, QATLinear, QuantSpec, choose_qparams, fake_quantize
+from qatfast import PerTensor, QATLinear, QuantSpec, choose_qparams, fake_quantize_affine, search_qparams
 
 from .data import plural
 from .insights import Spread
-from .networks import TITLES
-from .ptq import LayerError
+from .networks import COMPARED, TITLES
+from .ptq import LayerError, weight_qparams
 from .training import History
 
 # Each colour of a light page and its replacement on a dark page. Colour-blind readers can tell the hues apart.
@@ -43,11 +43,11 @@ INK, MUTED, LINES, PAPER, PTQ, PTQ_LIGHT, QAT, QAT_LIGHT, QAT_THIRD = DARK
 COLORS = {
     "fp32": MUTED,
     "fp32_longer": MUTED,
-    "ptq": PTQ,
-    "qat_finetuned": QAT,
-    "ptq_every_layer": PTQ_LIGHT,
-    "ptq_tutorial": PTQ_LIGHT,
+    "ptq_minmax": PTQ_LIGHT,
+    "ptq_mse": PTQ,
     "qat_tutorial": QAT_THIRD,
+    "qat_moving_average": QAT_LIGHT,
+    "qat_learned": QAT,
 }
 
 STYLE: Any = {
@@ -174,7 +174,8 @@ def visualize_weight_distributions(model: nn.Module, qat_model: nn.Module, num_b
     Args:
         model: A model trained in FP32.
         qat_model: The same layers after QAT, with raw weights. The config of a QATLinear describes the grids of its
-            layer, also for PTQ. All other layers have one grid of ``num_bits`` bits.
+            layer, also for PTQ, which searches the scales that QAT learns. All other layers have one grid of
+            ``num_bits`` bits.
         num_bits: Bits of the grid, 2 to 16. If a layer has one grid of at most 16 levels, these are drawn as lines.
 
     Returns:
@@ -183,12 +184,17 @@ def visualize_weight_distributions(model: nn.Module, qat_model: nn.Module, num_b
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     figures = []
     for layer in layers:
-        spec = _weight_spec(qat_model.get_submodule(layer), num_bits)
+        qat_layer = qat_model.get_submodule(layer)
+        spec = _weight_spec(qat_layer, num_bits)
         float_weight, qat_weight = _weight(model, layer), _weight(qat_model, layer)
+        searched = _ptq_qparams(float_weight, spec)
+        of_qat_weight = _ptq_qparams(qat_weight, spec)
+        if isinstance(qat_layer, QATLinear) and qat_layer.config.weight is not None:
+            of_qat_weight = weight_qparams(qat_layer)
         panels = {
             "fp32_longer": (float_weight.flatten(), None),
-            "ptq": _on_grid(float_weight, spec),
-            "qat_finetuned": _on_grid(qat_weight, spec),
+            "ptq_mse": _on_grid(float_weight, spec, searched),
+            "qat_learned": _on_grid(qat_weight, spec, of_qat_weight),
         }
         figures.append(_plot_weights(layer, spec.num_bits, panels))
     return figures
@@ -217,6 +223,7 @@ def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: S
             deviation = fp32.std or 0.0
             axes.axhspan(fp32.mean - deviation, fp32.mean + deviation, color=MUTED, alpha=0.2, linewidth=0)
             axes.axhline(fp32.mean, color=MUTED, linewidth=1.2, label=TITLES["fp32_longer"])
+        below: dict[int, list[tuple[float, str]]] = {}
         for number, (name, by_bits) in enumerate(figures.items()):
             bits = sorted(by_bits, reverse=True)
             # shifted a little, because the error bars would hide one another
@@ -229,22 +236,25 @@ def plot_accuracy_over_bits(figures: Mapping[str, Mapping[int, Spread]], fp32: S
                 color=COLORS[name],
                 marker="osD^vP"[number % 6],
                 markersize=4.5,
-                linestyle="--" if "tutorial" in name else "-",
+                linestyle="-" if name in COMPARED else "--",
                 linewidth=1.3,
                 capsize=2.5,
                 label=TITLES.get(name, name),
             )
             for position, width in zip(positions, bits, strict=True):
                 if by_bits[width].mean < bottom:
-                    _mark_below(axes, position, bottom, by_bits[width].mean, COLORS[name])
+                    _mark_below(axes, position, bottom, COLORS[name])
+                    below.setdefault(width, []).append((by_bits[width].mean, COLORS[name]))
+        for width, values in below.items():
+            _list_below(axes, widths.index(width) + 0.04 * (len(figures) + 1), bottom, values)
         axes.set_xticks(range(len(widths)), [str(width) for width in widths])
-        axes.set_xlim(-0.4, len(widths) - 0.6)
+        axes.set_xlim(-0.4, len(widths) - 0.5)
         axes.set_ylim(bottom, top)
         _show_percent(axes)
         repeated = any(spread.std is not None for by_bits in figures.values() for spread in by_bits.values())
         spread = "mean ± standard deviation" if repeated else "one seed"
         axes.set(xlabel="bits", title=f"Test accuracy, {spread}; axis from {PERCENT(bottom, 0)}")
-        figure.legend(loc="outside lower center", ncols=4)
+        figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -257,17 +267,18 @@ def _axis_ends(spreads: Sequence[Spread], fp32: Spread | None) -> tuple[float, f
     return max(0.0, min(math.floor(100 * max(low, top - AXIS_SPAN) - 0.5) / 100, top - 0.02)), top
 
 
-def _mark_below(axes: Axes, position: float, bottom: float, mean: float, color: str) -> None:
-    """Marks an accuracy below the axis by an arrow at its lower end, with the value."""
+def _mark_below(axes: Axes, position: float, bottom: float, color: str) -> None:
+    """Marks an accuracy below the axis by an arrow at its lower end."""
     axes.plot(position, bottom, marker="v", markersize=7, color=color, clip_on=False, zorder=5)
-    axes.annotate(
-        f"{mean:.0%}",
-        (position, bottom),
-        xytext=(6, 5),
-        textcoords="offset points",
-        color=color,
-        fontsize=8,
-    )
+
+
+def _list_below(axes: Axes, position: float, bottom: float, values: Sequence[tuple[float, str]]) -> None:
+    """Writes accuracies below the axis in their colours, the largest at the top, beside the arrows."""
+    for line, (mean, color) in enumerate(sorted(values)):
+        offset = (2, 3 + 9 * line)
+        axes.annotate(
+            f"{mean:.0%}", (position, bottom), offset, textcoords="offset points", color=color, fontsize=8
+        )
 
 
 def plot_layer_errors(errors: Sequence[LayerError], figure_name: str, title: str) -> Figure:
@@ -282,7 +293,7 @@ def plot_layer_errors(errors: Sequence[LayerError], figure_name: str, title: str
         A figure of one panel with a colour per model, and a marker and a line style per layer.
     """
     with styled():
-        figure, (axes,) = new_figure(height=3.3)
+        figure, (axes,) = new_figure(height=3.3, width=4.6)
         widths = sorted({error.bits for error in errors}, reverse=True)
         models, layers = (
             list(dict.fromkeys(getattr(error, key) for error in errors)) for key in ("model", "layer")
@@ -359,13 +370,20 @@ def _weight_spec(layer: nn.Module, num_bits: int) -> QuantSpec:
     return QuantSpec(num_bits) if spec is None else spec
 
 
-def _on_grid(weights: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+def _ptq_qparams(weights: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero point of weights that are not trained further."""
+    return (choose_qparams if spec.is_dynamic else search_qparams)(weights, **spec.arguments)
+
+
+def _on_grid(
+    weights: Tensor, spec: QuantSpec, qparams: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor | None]:
     """Returns the flattened weights on their grid, and the levels of the grid if there is only one grid."""
-    options: dict[str, Any] = {"symmetric": spec.symmetric, "granularity": spec.granularity}
-    rounded = fake_quantize(weights, spec.num_bits, **options).flatten()
+    scale, zero_point = (tensor.cpu() for tensor in qparams)
+    ends = spec.quant_min, spec.quant_max
+    rounded = fake_quantize_affine(weights, scale, zero_point, *ends, granularity=spec.granularity).flatten()
     if not isinstance(spec.granularity, PerTensor):
         return rounded, None
-    scale, zero_point = choose_qparams(weights, spec.num_bits, **options)
     return rounded, (torch.arange(spec.quant_min, spec.quant_max + 1) - zero_point) * scale
 
 

@@ -20,7 +20,7 @@ class FixedFakeQuantize(nn.Module):
     """Fake-quantizes its input to a fixed affine grid, as a device does whose ranges were chosen beforehand.
 
     Args:
-        scale: Distance of two neighbouring levels, float32, shape ``()``.
+        scale: Interval between adjacent levels, float32, shape ``()``.
         zero_point: Integer that stands for 0.0, int32, shape ``()``, from 0 to ``2^num_bits - 1``.
         num_bits: Bits of the grid, 2 to 16.
     """
@@ -168,13 +168,28 @@ def layer_errors(
 
 
 @torch.no_grad()
+def weight_qparams(layer: QATLinear) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero point of the weight of a layer, whose config quantizes the weight."""
+    spec: QuantSpec | None = layer.config.weight
+    assert spec is not None
+    if spec.is_dynamic:
+        return choose_qparams(layer.weight, **spec.arguments)
+    scale, zero_point = layer.get_submodule("weight_quantizer").grid(layer.weight)  # type: ignore[operator]
+    # A learned scale may be negative or 0.
+    return scale.abs().clamp(min=torch.finfo(scale.dtype).tiny), zero_point
+
+
+@torch.no_grad()
 def quantized_weight(layer: nn.Module) -> Tensor:
     """Returns the weight that a layer multiplies with, which is on the grid of its config if it has one."""
     assert isinstance(layer, nn.Linear)
     spec: QuantSpec | None = layer.config.weight if isinstance(layer, QATLinear) else None
     if spec is None:
         return layer.weight.detach()
-    return fake_quantize(layer.weight, spec.num_bits, symmetric=spec.symmetric, granularity=spec.granularity)
+    assert isinstance(layer, QATLinear)
+    return fake_quantize_affine(
+        layer.weight, *weight_qparams(layer), spec.quant_min, spec.quant_max, granularity=spec.granularity
+    )
 
 
 def relative_error(approximate: Tensor, exact: Tensor) -> float:

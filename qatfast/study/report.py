@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from . import page
 from .data import plural
-from .experiments import Study
+from .experiments import CALIBRATION_SAMPLES, Study
 from .insights import Spread, best, definition
 from .networks import EDGE_BITS, EXPLANATIONS, FLOAT_BITS, TITLES, config_code
 from .plots import (
@@ -27,11 +27,11 @@ from .plots import (
     visualize_weight_distributions,
 )
 from .results import (
-    MAIN_MODELS,
     PROGRAM,
     accuracy_table,
     as_json,
     batch_table,
+    difference_table,
     layer_table,
     signal_table,
     size_table,
@@ -39,14 +39,13 @@ from .results import (
 )
 from .signals import SignalError, plot_signal
 
-PLOTTED = ("ptq", "qat_finetuned", "qat_tutorial")
-FINDINGS = ("tutorial", "edges", "diverged", "batch", "size")
+FINDINGS = ("gain", "diverged", "batch", "size")
 LIMITS = (
     "One small network on one data set: in another one the order may differ, and the first and the last layer, which "
     "keep 8 bits, may hold a smaller share of the weights.",
-    "Nothing was tuned for any model: learning rates, epochs and ranges are the same for all bit widths.",
+    "Nothing was tuned for one model or bit width: the learning rate and the epochs are the same for all.",
     "The integers are computed on this machine; no other device ran them.",
-    "Of twenty differences that are only chance about one lies outside its 95 % interval.",
+    "If two models are equally good, about one interval in twenty still does not contain 0.",
 )
 
 
@@ -107,9 +106,7 @@ def _body(
     sections = {
         "accuracy": _accuracy(study, plots["accuracy"]) if study.runs else "",
         "code": _code(study) if study.runs else "",
-        "findings": page.section("findings", "What else stands out", page.bullets(findings))
-        if findings
-        else "",
+        "findings": page.section("findings", "Other findings", page.bullets(findings)) if findings else "",
         "limits": page.section("limits", "What these numbers do not say", page.bullets(LIMITS)),
         "details": page.section("details", "Details", *_details(study, results, plots, signals)),
     }
@@ -133,7 +130,7 @@ def _header(study: Study, results: dict[str, Any], contents: str) -> str:
         parts.append(
             page.paragraph(
                 f"Partial report: the study was interrupted. It reached {done} of "
-                f"{plural(study.settings.seeds, 'seed')}, the last of them perhaps not whole; what is missing below "
+                f"{plural(study.settings.seeds, 'seed')}, the last of them perhaps incomplete; what is missing below "
                 "was not measured.",
                 "warning",
             )
@@ -159,20 +156,26 @@ def _edges() -> str:
 
 
 def _accuracy(study: Study, plots: list[Plot]) -> str:
-    labels = ("fp32_longer", "ptq", "qat_finetuned", "qat_tutorial")
-    words = page.definitions({TITLES[name]: EXPLANATIONS[name] for name in labels if _has(study, name)})
+    labels = [name for name in TITLES if name != "fp32" and _has(study, name)]
+    words = page.definitions({TITLES[name]: EXPLANATIONS[name] for name in labels})
     table = page.table(accuracy_table(study))
-    return page.section("accuracy", "Accuracy", page.beside(*(plot.html() for plot in plots), table + words))
+    return page.section(
+        "accuracy",
+        "Accuracy",
+        page.beside(*(plot.html() for plot in plots), table),
+        words,
+        page.table(difference_table(study)),
+    )
 
 
 def _code(study: Study) -> str:
     winner = best(study)
-    bits, model = winner or (max(study.settings.bits), "qat_finetuned")
+    bits, model = winner or (max(study.settings.bits), "qat_learned")
     which = (
         f"The config at {bits} bits, the lowest without a loss" if winner else f"The config at {bits} bits"
     )
-    text = f"{which}, for any model with nn.Linear layers ({'QAT' if model == 'qat_finetuned' else 'PTQ'})."
-    code = page.code(config_code(bits, train=model == "qat_finetuned"))
+    text = f"{which}, for any model with nn.Linear layers ({TITLES[model]})."
+    code = page.code(config_code(bits, model))
     return page.section("code", "Code to paste", page.paragraph(text), code)
 
 
@@ -184,13 +187,13 @@ def _details(
 
     if study.runs:
         batch = batch_table(study)
-        others = [name for name in TITLES if name not in MAIN_MODELS and _has(study, name)]
         yield page.details(
-            "All models, and what the batch does",
-            page.table(accuracy_table(study, list(TITLES), deviations=True)),
-            page.definitions({TITLES[name]: EXPLANATIONS[name] for name in others}),
-            page.table(batch) if batch.rows else "",
+            "Spread over the seeds",
+            page.table(accuracy_table(study, deviations=True, start=True)),
+            page.definitions({TITLES["fp32"]: EXPLANATIONS["fp32"]}),
         )
+        if batch.rows:
+            yield page.details("Ranges from the batch", page.table(batch))
     if plots["training"]:
         note = (
             "The second half of the training, first seed: solid on test samples, dotted on training samples."
@@ -225,8 +228,11 @@ def _facts(study: Study, results: dict[str, Any]) -> dict[str, str]:
     note = f" ({study.samples.note})" if study.samples.note else ""
     return {
         "Network": f"three linear layers with ReLU between them, {layers}, {study.parameters:,} parameters.",
-        "Training": f"{epochs} of FP32, then {epochs} of FP32 or QAT; Adam, learning rate {settings.learning_rate:g}, "
-        f"then {settings.finetune_learning_rate:g}; batch {settings.batch_size}, cross entropy.",
+        "Training": f"{epochs} of FP32, then {epochs} of FP32 or QAT; Adam, learning rate from "
+        f"{settings.learning_rate:g} to 0 along half a cosine in each half; batch {settings.batch_size}, cross "
+        "entropy.",
+        "Ranges": f"observed on {min(study.train_samples, CALIBRATION_SAMPLES):,} training samples before QAT, and for "
+        "PTQ.",
         "Seeds": f"{settings.seed} to {settings.seed + settings.seeds - 1}: each one another split, other first "
         "weights and another order. The same seeds on the same machine give the same results.json, apart from its "
         "keys timing, machine, versions and date.",
@@ -259,7 +265,7 @@ def _plots(study: Study, signals: list[SignalError]) -> dict[str, Iterator[Plot]
 def _accuracy_plots(study: Study) -> Iterator[Plot]:
     found: dict[str, dict[int, Spread]] = {}
     left_out = []
-    for model in PLOTTED:
+    for model in study.settings.quantized_models:
         for bits in study.settings.bits:
             values = study.accuracies(model, bits)
             if study.divergences(model, bits):
@@ -297,13 +303,14 @@ def _error_plots(study: Study) -> Iterator[Plot]:
         "quantization_output_error",
         plot_layer_errors(study.layer_errors, "output_error", "Error of the outputs, relative"),
         f"Error of each layer's outputs over bits, from {min(values):.2%} to {max(values):.2%}; the table has all.",
-        "PTQ. Logarithmic axis.",
+        "PTQ MSE. Logarithmic axis.",
     )
 
 
 def _training_plots(study: Study) -> Iterator[Plot]:
     for bits in study.settings.bits:
-        keys = (("fp32_longer", FLOAT_BITS), ("qat_finetuned", bits), ("qat_tutorial", bits))
+        trained = [name for name in study.settings.quantized_models if name.startswith("qat")]
+        keys = [("fp32_longer", FLOAT_BITS), *((name, bits) for name in trained)]
         histories = {key[0]: study.histories[key] for key in keys if key in study.histories}
         if len(histories) < 2:
             continue
@@ -320,7 +327,7 @@ def _weight_plots(study: Study) -> Iterator[Plot]:
     """Draws the weights at the lowest bits without a loss, or at the lowest bits if all have a loss."""
     winner = best(study)
     bits = winner[0] if winner else min(study.settings.bits)
-    fp32, qat = study.weights.get(("fp32_longer", FLOAT_BITS)), study.weights.get(("qat_finetuned", bits))
+    fp32, qat = study.weights.get(("fp32_longer", FLOAT_BITS)), study.weights.get(("qat_learned", bits))
     if fp32 is None or qat is None:
         return
     layers = [name for name, _ in fp32.named_children()]

@@ -10,13 +10,15 @@ not finite is null. The same settings on the same machine give the same file, ap
     data              {name, features, classes, train_samples, test_samples}
     network           {layers: [in, hidden, hidden, out], parameters}
     models            {model: {title, explanation}}
-    verdict           {bits, model, code}: the lowest bits without a loss, ptq or qat_finetuned, and code to paste; all
-                      null if no bits are known to be without a loss
-    accuracy          [{model, bits, diverged, accuracy, accuracy_batch_1, accuracy_batch_256, loss}]: diverged is the
-                      number of trainings that diverged, each figure is {mean, std, values} with one value per seed and
-                      std null for one seed
-    runs              [{seed, model, bits, loss, accuracy, accuracy_batch_1, accuracy_batch_256, diverged}]: diverged
-                      says how the training failed, and is empty if it did not fail
+    verdict           {bits, model, code}: the lowest bits without a loss, ptq_mse or qat_learned, and code to paste;
+                      all null if no bits are known to be without a loss
+    accuracy          [{model, bits, diverged, accuracy, accuracy_batch_1, loss}]: diverged is the number of trainings
+                      that diverged, each figure is {mean, std, values} with one value per seed and std null for one
+                      seed; accuracy_batch_1 is null for models that do not depend on the batch
+    differences       [{model, against, bits, mean, margin, clear}]: accuracy of model minus that of against, paired by
+                      seed, a share; margin is half the 95 % interval, null for one seed
+    runs              [{seed, model, bits, loss, accuracy, accuracy_batch_1, diverged}]: diverged says how the training
+                      failed, and is empty if it did not fail
     insights          [{kind, bits, value, margin, clear, text}], the headline first, then a verdict per bit width
     histories         [{model, bits, train_loss, train_accuracy, test_loss, test_accuracy}] of the first seed: lists
                       with one figure per epoch
@@ -44,12 +46,21 @@ from qatfast.bench.machine import machine, versions
 
 from .data import plural
 from .experiments import Study
-from .insights import Spread, best, find_insights, time_insights
+from .insights import (
+    RIVALS,
+    Difference,
+    Spread,
+    best,
+    difference_of,
+    difference_to_fp32,
+    find_insights,
+    time_insights,
+)
 from .networks import EXPLANATIONS, FLOAT_BITS, TITLES, config_code
 from .signals import SignalError, describe
 
 PROGRAM = "qatfast compare"
-FIGURES = ("accuracy", "accuracy_batch_1", "accuracy_batch_256", "loss")
+FIGURES = ("accuracy", "accuracy_batch_1", "loss")
 
 
 def as_json(study: Study, signals: list[SignalError], *, seconds: float) -> dict[str, Any]:
@@ -81,6 +92,18 @@ def as_json(study: Study, signals: list[SignalError], *, seconds: float) -> dict
         "models": {model: {"title": TITLES[model], "explanation": EXPLANATIONS[model]} for model in TITLES},
         "verdict": _verdict(study),
         "accuracy": _accuracy(study),
+        "differences": [
+            {
+                "model": model,
+                "against": against,
+                "bits": bits,
+                "mean": found.mean,
+                "margin": found.margin,
+                "clear": found.clear,
+            }
+            for (model, against), by_bits in differences(study).items()
+            for bits, found in by_bits.items()
+        ],
         "runs": [asdict(run) for run in study.runs],
         "insights": [asdict(insight) for insight in find_insights(study)],
         "histories": [
@@ -104,7 +127,7 @@ def as_json(study: Study, signals: list[SignalError], *, seconds: float) -> dict
 
 def _verdict(study: Study) -> dict[str, Any]:
     bits, model = best(study) or (None, None)
-    code = None if bits is None else config_code(bits, train=model == "qat_finetuned")
+    code = None if bits is None or model is None else config_code(bits, model)
     return {"bits": bits, "model": model, "code": code}
 
 
@@ -117,13 +140,38 @@ def _accuracy(study: Study) -> list[dict[str, Any]]:
             "model": model,
             "bits": bits,
             "diverged": len(study.divergences(model, bits)),
-            **{
-                name: asdict(Spread.of(list(study.accuracies(model, bits, name).values())))
-                for name in FIGURES
-            },
+            **{name: _figure(study, model, bits, name) for name in FIGURES},
         }
         for model, bits in keys
     ]
+
+
+def _figure(study: Study, model: str, bits: int, name: str) -> dict[str, Any] | None:
+    values = list(study.accuracies(model, bits, name).values())
+    return asdict(Spread.of(values)) if values else None
+
+
+def differences(study: Study) -> dict[tuple[str, str], dict[int, Difference]]:
+    """Returns the differences that a report lists, by the two models and the bits.
+
+    These are each quantized model minus FP32, and the pairs of RIVALS. A mean over diverged trainings is left out.
+    """
+    models, bits = study.settings.quantized_models, study.settings.bits
+    found = {
+        (model, "fp32_longer"): {b: difference_to_fp32(study, model, b) for b in bits} for model in models
+    }
+    for first, second in RIVALS:
+        if first in models and second in models:
+            found[first, second] = {b: difference_of(study, first, second, b) for b in bits}
+    failed = {(model, b) for model in models for b in bits if study.divergences(model, b)}
+    return {
+        pair: {
+            b: difference
+            for b, difference in by_bits.items()
+            if difference is not None and not {(model, b) for model in pair} & failed
+        }
+        for pair, by_bits in found.items()
+    }
 
 
 def _signal(signal: SignalError) -> dict[str, Any]:
@@ -161,17 +209,13 @@ class Table:
     text_columns: int = 1
 
 
-MAIN_MODELS = ("fp32_longer", "ptq", "qat_finetuned", "qat_tutorial")
-"""Models of the first table. The other models are details."""
-
-
-def accuracy_table(study: Study, models: Sequence[str] = MAIN_MODELS, *, deviations: bool = False) -> Table:
+def accuracy_table(study: Study, *, deviations: bool = False, start: bool = False) -> Table:
     """Returns the test accuracy of each model at each bit width.
 
     Args:
         study: A complete or interrupted study.
-        models: Keys of the models, each of which is a row.
         deviations: Whether to add the standard deviation over the seeds.
+        start: Whether to add FP32 after the first half of the training.
     """
     spread = "one seed"
     if study.settings.seeds > 1:
@@ -182,18 +226,33 @@ def accuracy_table(study: Study, models: Sequence[str] = MAIN_MODELS, *, deviati
         f"{100 / max(1, study.test_samples):.2f}."
     )
     rows = []
-    for model in models:
+    for model in (name for name in TITLES if start or name != "fp32"):
         cells = [_accuracy_cell(study, model, width, deviations) for width in widths(study)]
         if any(cells):
             rows.append((TITLES[model], *cells))
     return Table("Test accuracy", explanation, _header(study), rows)
 
 
-def batch_table(study: Study) -> Table:
-    """Returns the accuracies with batch 1 and batch 256 of the models for which they differ."""
+def difference_table(study: Study) -> Table:
+    """Returns the differences between models at each bit width, with their 95 % intervals."""
     explanation = (
-        "The tutorials' models with each range taken from the batch itself, as in training: one test sample at a time "
-        "/ 256 at a time. The ranges depend on the other samples of the batch, so the same sample may be classified "
+        "Points of test accuracy between two models: mean over paired seeds ± half the 95 % interval"
+        if study.settings.seeds > 1
+        else "Points of test accuracy between two models; one seed has no interval"
+    )
+    rows = []
+    for (model, against), by_bits in differences(study).items():
+        cells = [found.points if (found := by_bits.get(width)) else "" for width in study.settings.bits]
+        if any(cells):
+            rows.append((f"{TITLES[model]} − {TITLES[against]}", *cells))
+    return Table("Differences", f"{explanation}.", _header(study)[:1] + _header(study)[2:], rows)
+
+
+def batch_table(study: Study) -> Table:
+    """Returns the accuracies with batch 1 and batch 256 of the models that take their ranges from the batch."""
+    explanation = (
+        "A model that takes each range from the batch itself, as in training: one test sample at a time / 256 at a "
+        "time. The ranges depend on the other samples of the batch, so the same sample may be classified "
         "differently. In percent, mean over the seeds. All other models give the same result for any batch."
     )
     bits = study.settings.bits
@@ -209,7 +268,7 @@ def size_table(study: Study) -> Table:
     """Returns the sizes of the model files."""
     explanation = (
         "Bytes of the files in models/, and how many times smaller than FP32: float weights as torch.save writes them; "
-        "else packed integers with their scales. Below 8 bits the first and the last layer of PTQ and QAT keep 8 bits. "
+        "else packed integers with their scales. Below 8 bits the first and the last layer keep 8 bits. "
         "The names and shapes in each file weigh more the smaller the network is."
     )
     bits = study.settings.bits
@@ -217,9 +276,8 @@ def size_table(study: Study) -> Table:
     fp32 = found.get(("fp32_longer", FLOAT_BITS))
     rows = [] if fp32 is None else [("FP32", f"{fp32:,}", *[""] * len(bits))]
     for model, title in (
-        ("ptq", "PTQ and QAT"),
-        ("ptq_every_layer", "Every layer"),
-        ("ptq_tutorial", "Tutorial"),
+        ("ptq_mse", "PTQ and QAT"),
+        ("qat_tutorial", TITLES["qat_tutorial"]),
     ):
         cells = [_bytes(found.get((model, width)), fp32) for width in bits]
         if any(cells):
@@ -230,11 +288,11 @@ def size_table(study: Study) -> Table:
 def time_table(study: Study) -> Table:
     """Returns the times of a training step."""
     explanation = (
-        "Median time of a training step (forward, backward, Adam), the networks taking turns in one run. Times FP32: "
-        "the median of the ratios turn by turn, and their middle half. QAT is the recommended config at 8 bits, the "
-        "tutorials' code is plain PyTorch."
+        "Median time of a training step (forward, backward, Adam), in turns with the other networks. Times FP32: "
+        "the median of the ratios turn by turn, and their middle half. QAT learned has 8 bits, and tutorial code is "
+        "plain PyTorch with 8 bits."
     )
-    titles = {"fp32": "FP32", "tutorial": "Tutorial code", "qatfast": "QAT"}
+    titles = {"fp32": "FP32", "tutorial": "Tutorial code", "qatfast": TITLES["qat_learned"]}
     rows = [
         (
             entry.network,
@@ -251,9 +309,9 @@ def time_table(study: Study) -> Table:
 def layer_table(study: Study) -> Table:
     """Returns the relative quantization error of each layer."""
     explanation = (
-        "How far PTQ moves each layer, in percent of the float values' length (first seed): the weights alone / the "
-        "output for the test samples, with the errors of the layers before it. A layer that stands out is one to give "
-        "more bits."
+        "Norm of the error of PTQ MSE in percent of the norm of the float values (first seed): the weights alone / the "
+        "output for the test samples, with the errors of the layers before it. Give more bits to a layer with a much "
+        "larger error than the others."
     )
     bits = study.settings.bits
     found = {(e.layer, e.bits): e for e in study.layer_errors}
@@ -271,7 +329,7 @@ def layer_table(study: Study) -> Table:
 def signal_table(signals: list[SignalError]) -> Table:
     """Returns the figures of the quantized signal at several bit widths."""
     explanation = (
-        "The scale is the distance of two neighbouring levels; no value inside the range is moved by more than half of "
+        "The scale is the interval between adjacent levels. Rounding changes a value in the range by at most half of "
         "it. The zero point is the integer that stands for 0.0."
     )
     columns = [describe(signal) for signal in signals]
@@ -289,11 +347,9 @@ def _header(study: Study) -> tuple[str, ...]:
 
 
 def _both_batches(study: Study, model: str, bits: int) -> str:
-    batch_1, batch_256 = (study.accuracies(model, bits, f"accuracy_batch_{size}") for size in (1, 256))
+    batch_1, batch_256 = study.accuracies(model, bits, "accuracy_batch_1"), study.accuracies(model, bits)
     means = (
-        f"{100 * Spread.of(list(values.values())).mean:.1f}"
-        for values in (batch_1, batch_256)
-        if batch_1 != batch_256
+        f"{100 * Spread.of(list(values.values())).mean:.1f}" for values in (batch_1, batch_256) if batch_1
     )
     return " / ".join(means)
 

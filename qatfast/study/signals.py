@@ -25,7 +25,7 @@ class SignalError:
         x: (1000,), float32, points of the signal.
         original: (1000,), float32.
         quantized: (1000,), float32, values on the grid.
-        scale: Distance of two neighbouring levels, in units of the signal.
+        scale: Interval between adjacent levels, in units of the signal.
         zero_point: Integer that stands for 0.0.
         levels: Number of levels of the grid.
         mean_error: Mean of ``|quantized - original|``, in units of the signal.
@@ -97,7 +97,7 @@ def plot_signal(signal: SignalError) -> Figure:
         for half in (-signal.scale / 2, signal.scale / 2):
             below.axvline(half, color=PTQ, linestyle="--", linewidth=1)
         below.set(
-            title="Error; dashed: half a step",
+            title="Error; dashed: half an interval",
             xlabel="quantized − original",
             ylabel="points",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import tempfile
 from collections.abc import Mapping
@@ -11,10 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qatfast import PerChannel, PerTensor, QATLinear, QuantSpec, choose_qparams, dequantize, quantize
+from qatfast import (
+    FakeQuantize,
+    PerChannel,
+    PerTensor,
+    QATLinear,
+    QuantSpec,
+    choose_qparams,
+    dequantize,
+    quantize,
+)
 from qatfast.packing import pack, unpack
 
-from .ptq import FixedFakeQuantize
+from .ptq import FixedFakeQuantize, weight_qparams
 
 
 def calculate_model_size(
@@ -60,11 +70,12 @@ def save_quantized(
 ) -> None:
     """Writes each parameter as packed integers with its scales and zero points.
 
-    The weight and the bias of a QATLinear are stored as its config says, and as float32 if that says float. All other
-    parameters have ``num_bits`` bits per tensor, as in :func:`quantize_model_weights`.
+    The weight and the bias of a QATLinear are stored as its config says, and as float32 if that says float. A learned
+    scale is stored as the scale of its tensor, and so is the range of an input. All other parameters have ``num_bits``
+    bits per tensor, as in :func:`quantize_model_weights`.
 
     Args:
-        model: A model with float parameters.
+        model: A model with float parameters, whose ranges are observed.
         num_bits: Bits of the parameters that no config describes, 2 to 16.
         path: Path of the file.
         calibrated: The result of :func:`quantize_model` for the model, whose activation ranges are stored too.
@@ -72,22 +83,39 @@ def save_quantized(
     Raises:
         ValueError: ``num_bits`` is not from 2 to 16.
     """
-    specs = {
-        f"{name}.{kind}" if name else kind: getattr(module.config, kind)
-        for name, module in model.named_modules()
-        if isinstance(module, QATLinear)
-        for kind in ("weight", "bias")
-    }
-    parameters = {
-        name: _stored(parameter.detach().cpu(), specs.get(name, QuantSpec(num_bits)))
-        for name, parameter in model.named_parameters()
-    }
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QATLinear)}
+    parameters: dict[str, Tensor | dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        layer, values = layers.get(owner), parameter.detach()
+        if owner.endswith("_quantizer"):
+            continue  # a learned scale: it is stored with its tensor
+        if layer is None:
+            parameters[name] = _stored(values, QuantSpec(num_bits))
+        elif kind == "weight" and layer.config.weight is not None:
+            parameters[name] = _stored(values, layer.config.weight, weight_qparams(layer))
+        else:
+            parameters[name] = _stored(values, getattr(layer.config, kind))
     activations = {
-        name: (float(module.scale), int(module.zero_point))
-        for name, module in (calibrated.named_modules() if calibrated is not None else ())
-        if isinstance(module, FixedFakeQuantize)
+        name: (float(scale), int(zero_point))
+        for module in (model, calibrated)
+        if module is not None
+        for name, (scale, zero_point) in _activation_qparams(module).items()
     }
     _write({"num_bits": num_bits, "parameters": parameters, "activations": activations}, path)
+
+
+@torch.no_grad()
+def _activation_qparams(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns scale and zero point of the activations with a stored range."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FixedFakeQuantize):
+            found[name] = module.scale, module.zero_point
+        elif isinstance(module, FakeQuantize) and name.endswith(("input_quantizer", "output_quantizer")):
+            scale, zero_point = copy.deepcopy(module).eval().grid(torch.zeros(1))
+            found[name] = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny), zero_point
+    return found
 
 
 def load_quantized(path: str | Path) -> dict[str, Tensor]:
@@ -103,21 +131,28 @@ def load_quantized(path: str | Path) -> dict[str, Tensor]:
     return {name: _restored(entry) for name, entry in stored["parameters"].items()}
 
 
-def _stored(values: Tensor, spec: QuantSpec | None) -> Tensor | dict[str, Any]:
+def _stored(
+    values: Tensor, spec: QuantSpec | None, qparams: tuple[Tensor, Tensor] | None = None
+) -> Tensor | dict[str, Any]:
     """Returns packed integers and the figures that turn them back into values, or a copy of ``values`` without a spec.
+
+    Args:
+        values: The parameter.
+        spec: How it is quantized.
+        qparams: Scale and zero point. None means those of the range of ``values``.
 
     Raises:
         ValueError: The granularity is neither per tensor nor per channel.
     """
     if spec is None:
-        return values.clone()
+        return values.cpu().clone()
     if not isinstance(spec.granularity, PerTensor | PerChannel):
         raise ValueError(f"save_quantized: expected weights per tensor or per channel, got {spec}")
-    options: dict[str, Any] = {"symmetric": spec.symmetric, "granularity": spec.granularity}
-    scale, zero_point = choose_qparams(values, spec.num_bits, **options)
+    scale, zero_point = choose_qparams(values, **spec.arguments) if qparams is None else qparams
     integers = quantize(
         values, scale, zero_point, spec.quant_min, spec.quant_max, granularity=spec.granularity
     )
+    integers, scale, zero_point = integers.cpu(), scale.detach().cpu(), zero_point.cpu()
     return {
         "packed": pack(integers.int() - spec.quant_min, spec.num_bits),
         "num_bits": spec.num_bits,

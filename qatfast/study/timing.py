@@ -26,7 +26,7 @@ class StepTime:
     """The time of one training step (forward, backward, Adam) of a network.
 
     Args:
-        network: Sizes of the layers, the batch and the number of threads, in words.
+        network: Sizes of the layers, the batch and the number of threads, as a text.
         model: ``fp32``, ``tutorial`` or ``qatfast``.
         seconds: Median of the repetitions.
         ratio: Median of the ratios to ``fp32``, each of two times of the same round.
@@ -49,9 +49,9 @@ def time_training_steps(
     repetitions: int = REPETITIONS,
     device: str | torch.device = "cpu",
 ) -> list[StepTime]:
-    """Times a training step in float, as tutorials write it at 8 bits, and with the recommended config at 8 bits.
+    """Times a training step in float, as tutorials write it at 8 bits, and as QAT learned at 8 bits.
 
-    The networks take turns, so that a busy moment of the machine hits all of them.
+    The networks are timed in turns, so that other programs slow down all of them alike.
 
     Args:
         in_features: Features of one sample.

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from .data import Dataset
 
@@ -69,7 +70,7 @@ class Evaluation:
 
 
 def divergence(history: History, chance: float, test_samples: int) -> str:
-    """Returns how a training failed, in words, or an empty string if it did not fail.
+    """Returns a text that says how a training failed, or an empty string if it did not fail.
 
     Args:
         history: Loss and accuracy of the training.
@@ -109,11 +110,13 @@ def train_model(
 ) -> History:
     """Trains ``model`` in place with Adam and cross entropy on shuffled batches.
 
+    The learning rate falls along half a cosine, to 0 after the last step.
+
     Args:
         model: Maps (batch, features) to (batch, classes). It is on the device of ``data``.
         data: Training and test samples. The test samples are only measured, never learned from.
         epochs: Passes over the training samples.
-        learning_rate: Learning rate of Adam.
+        learning_rate: Learning rate of Adam in the first step.
         batch_size: Samples per step. The last batch of an epoch may be smaller.
         seed: Seed of the order of the samples. The same seed and model give the same weights on the same machine.
         on_epoch: Called after each epoch. If None, a terminal shows a progress bar.
@@ -136,6 +139,7 @@ def train_model(
     order = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
     count = len(data.train_labels)
+    falling = CosineAnnealingLR(optimizer, epochs * math.ceil(count / batch_size))
     for number in range(1, epochs + 1):
         model.train()
         loss_sum, correct = torch.zeros(2, device=data.train_inputs.device)
@@ -146,6 +150,7 @@ def train_model(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            falling.step()
             loss_sum += loss.detach() * len(batch)
             correct += (scores.detach().argmax(1) == labels).sum()
         test = evaluate_model(model, data.test_inputs, data.test_labels)

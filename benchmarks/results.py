@@ -45,7 +45,7 @@ has been filled with other data, and a turn is the median of its calls.
   its time over that of qatfast. Near 100 % the operator is bound by memory, which no other code could change. Far
   below, it is bound by arithmetic or by the cost of a call, or, if the result is larger than what the allocator keeps,
   by the system, which maps fresh memory page by page, for the clone too. The large layers are bound by their product:
-  **integer product alone** is `torch._int_mm`.
+  **int8 GEMM alone** is `torch._int_mm`.
 - **forward**, **inference** run without a graph, as in evaluation. **forward + backward**, **training step** add the
   gradients: of the input (`torch.autograd.grad`), or for the layer of input, weight and bias (`backward()` with fresh
   `.grad`). **backward** is that part alone, including autograd's own time of about 15 µs, which the tutorial formula

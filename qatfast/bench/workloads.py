@@ -25,7 +25,7 @@ COMPILED = "reference, compiled"
 TUTORIAL = "tutorial formula"
 TUTORIAL_LAYER = "tutorial layer"
 TRIAD = "triad"
-INTEGER_PRODUCT = "integer product alone"
+INTEGER_PRODUCT = "int8 GEMM alone"
 
 ONE_THREAD = ", 1 thread"
 """Suffix of a provider's name: the same provider while torch has one thread."""

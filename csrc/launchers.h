@@ -23,6 +23,14 @@ using FakeQuantizeAffineLauncher = void(
 // `to` is `grad` if the element's bit is set, else zero; both have the memory order of the mask.
 using FakeQuantizeAffineBackwardLauncher = void(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& to);
 
+// The range that a module keeps. Blocks are in the order of memory.
+struct ObservedRange {
+  at::Tensor running_min; // float32, one element per block, as running_max
+  at::Tensor running_max;
+  at::Tensor num_batches;   // int64, one element
+  float averaging_constant; // 0 for a range that only widens
+};
+
 using ChooseQParamsLauncher = void(
     const at::Tensor& x, const QuantSpec& spec, const at::Tensor& scale, const at::Tensor& zero_point);
 
@@ -78,15 +86,16 @@ QATFAST_LAUNCHERS(cuda)
 // Operators that only the CPU has; on other devices the reference serves.
 namespace cpu {
 
-// lo, hi (of the opmath type) and has_finite (bool) of every block of `x`, in the order of layout_of(x).
-void ranges(const at::Tensor& x, Granularity granularity, const at::Tensor& lo, const at::Tensor& hi,
-    const at::Tensor& has_finite);
+// Moves the stored range by `x`; scale and zero_point receive what quantizes `x`, and `to` the result, unless it is
+// undefined. `to` is not `x`; `mask` is as in FakeQuantizeAffineLauncher.
+void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at::Tensor& mask, const QuantSpec& spec,
+    const ObservedRange& range, const at::Tensor& scale, const at::Tensor& zero_point);
 
 // The launcher quantize_rows for static ranges.
 void quantize_rows_static(const at::Tensor& x, const QuantSpec& spec, const QParams& qparams, const Int8Rows& to);
 
 // Scale and zero point of blocks with the ranges lo, hi of the opmath type.
-void choose_of_ranges(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,
+void qparams_of_range(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,
     const at::Tensor& zero_point);
 
 // Blocks are the rows of the contiguous matrices x, grad and grad_x. `sums` (rows,) of double receives the sum of each

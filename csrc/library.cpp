@@ -52,12 +52,28 @@ TORCH_LIBRARY(qatfast, m) {
       "float averaging_constant, int num_bits, bool symmetric, int[2] granularity, bool narrow_range) "
       "-> (Tensor scale, Tensor zero_point)",
       tags);
+  // observe_range and fake_quantize_affine in one pass; scale and zero_point are those that quantize the input
+  m.def(
+      "fake_quantize_observed(Tensor input, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) num_batches, "
+      "float averaging_constant, int num_bits, bool symmetric, int[2] granularity, bool narrow_range) "
+      "-> (Tensor output, Tensor scale, Tensor zero_point)",
+      tags);
+  // lo, hi: float32 or float64; dtype: that of the scale, to which they are converted first
+  m.def(
+      "qparams_of_range(Tensor lo, Tensor hi, int num_bits, bool symmetric, bool narrow_range, ScalarType dtype) "
+      "-> (Tensor scale, Tensor zero_point)",
+      tags);
 
   // What autograd calls: forwards that also return what their backward needs.
   // mask: one bit per element in the memory order of the output (on a GPU of a contiguous one if blocks are rows).
   m.def(
       "fake_quantize_affine_forward(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, "
       "int[2] granularity=[0, 0]) -> (Tensor output, Tensor mask)",
+      tags);
+  m.def(
+      "fake_quantize_observed_forward(Tensor input, Tensor(a!) running_min, Tensor(b!) running_max, "
+      "Tensor(c!) num_batches, float averaging_constant, int num_bits, bool symmetric, int[2] granularity, "
+      "bool narrow_range) -> (Tensor output, Tensor mask, Tensor scale, Tensor zero_point)",
       tags);
   m.def("fake_quantize_affine_backward(Tensor grad, Tensor mask, SymInt[] stride) -> Tensor", tags);
   m.def(
@@ -123,6 +139,9 @@ void register_cpu_kernels(torch::Library& m) {
   m.impl("fake_quantize_learned_backward", kernel::fake_quantize_learned_backward);
   m.impl("search_qparams", kernel::search_qparams);
   m.impl("observe_range", kernel::observe_range);
+  m.impl("fake_quantize_observed", kernel::fake_quantize_observed);
+  m.impl("fake_quantize_observed_forward", kernel::fake_quantize_observed_forward);
+  m.impl("qparams_of_range", kernel::qparams_of_range);
   m.impl("qat_linear_int8_static", kernel::qat_linear_int8_static);
 }
 
@@ -158,18 +177,21 @@ TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
   m.impl("fake_quantize_affine_backward", autograd::fake_quantize_affine_backward);
   m.impl("dequantize", autograd::dequantize);
   m.impl("fake_quantize_learned", autograd::fake_quantize_learned);
+  m.impl("fake_quantize_observed", autograd::fake_quantize_observed);
   m.impl("qat_linear", autograd::qat_linear);
   m.impl("qat_linear_int8", autograd::qat_linear_int8);
   // Their results never require grad.
   m.impl("choose_qparams", op::choose_qparams.below_autograd);
   m.impl("search_qparams", op::search_qparams.below_autograd);
   m.impl("observe_range", op::observe_range.below_autograd);
+  m.impl("qparams_of_range", op::qparams_of_range.below_autograd);
   m.impl("qat_linear_int8_static", op::qat_linear_int8_static.below_autograd);
   m.impl("quantize", op::quantize.below_autograd);
   m.impl("qat_linear_int8_weight", op::qat_linear_int8_weight.below_autograd);
   // The operators above call these below autograd; differentiating one is an error.
-  for (const char* name : {"fake_quantize_affine_forward", "fake_quantize_learned_backward", "qat_linear_forward",
-           "qat_linear_grad_weight", "qat_linear_int8_forward", "qat_linear_int8_input", "qat_linear_int8_backward"}) {
+  for (const char* name : {"fake_quantize_affine_forward", "fake_quantize_observed_forward",
+           "fake_quantize_learned_backward", "qat_linear_forward", "qat_linear_grad_weight", "qat_linear_int8_forward",
+           "qat_linear_int8_input", "qat_linear_int8_backward"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

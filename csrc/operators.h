@@ -85,6 +85,22 @@ QATFAST_OPERATOR(observe_range,
         const Tensor& num_batches, double averaging_constant, int64_t num_bits, bool symmetric,
         at::IntArrayRef granularity, bool narrow_range))
 
+// The input quantized with that range, before it moves.
+QATFAST_OPERATOR(fake_quantize_observed,
+    std::tuple<Tensor, Tensor, Tensor>(const Tensor& input, const Tensor& running_min, const Tensor& running_max,
+        const Tensor& num_batches, double averaging_constant, int64_t num_bits, bool symmetric,
+        at::IntArrayRef granularity, bool narrow_range))
+
+// Also returns the mask of the gradient, after the output.
+QATFAST_OPERATOR(fake_quantize_observed_forward,
+    std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor& input, const Tensor& running_min,
+        const Tensor& running_max, const Tensor& num_batches, double averaging_constant, int64_t num_bits,
+        bool symmetric, at::IntArrayRef granularity, bool narrow_range))
+
+QATFAST_OPERATOR(qparams_of_range,
+    std::tuple<Tensor, Tensor>(
+        const Tensor& lo, const Tensor& hi, int64_t num_bits, bool symmetric, bool narrow_range, at::ScalarType dtype))
+
 QATFAST_OPERATOR(quantize,
     Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
         at::IntArrayRef granularity))

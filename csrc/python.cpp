@@ -179,6 +179,8 @@ PyMethodDef methods[] = {
     method("fake_quantize_learned", direct<op::fake_quantize_learned>),
     method("search_qparams", direct<op::search_qparams>),
     method("observe_range", direct<op::observe_range>),
+    method("fake_quantize_observed", direct<op::fake_quantize_observed>),
+    method("qparams_of_range", direct<op::qparams_of_range>),
     method("quantize", direct<op::quantize>),
     method("dequantize", direct<op::dequantize>),
     method("qat_linear", direct<op::qat_linear>),

@@ -31,6 +31,9 @@ def _register_fakes() -> None:
             if other is not None:
                 checks.same_device(op, name, other, input)
 
+    def mask_of(input: Tensor) -> Tensor:
+        return input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
+
     @fake("qatfast::fake_quantize")
     def _(input: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.empty_like(input)
@@ -43,7 +46,7 @@ def _register_fakes() -> None:
     @fake("qatfast::fake_quantize_affine_forward")
     def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         same_device("fake_quantize_affine", input, scale=scale, zero_point=zero_point)
-        return torch.empty_like(input), input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
+        return torch.empty_like(input), mask_of(input)
 
     @fake("qatfast::fake_quantize_affine_backward")
     def _(grad: Tensor, mask: Tensor, stride: Sequence[int]) -> Tensor:
@@ -90,6 +93,23 @@ def _register_fakes() -> None:
         narrow_range: bool,
     ) -> tuple[Tensor, Tensor]:
         return qparams(input, granularity)
+
+    @fake("qatfast::fake_quantize_observed")
+    def _(
+        input: Tensor, running_min: Tensor, running_max: Tensor, num_batches: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(input), *qparams(input, rest[3])
+
+    @fake("qatfast::fake_quantize_observed_forward")
+    def _(
+        input: Tensor, running_min: Tensor, running_max: Tensor, num_batches: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.empty_like(input), mask_of(input), *qparams(input, rest[3])
+
+    @fake("qatfast::qparams_of_range")
+    def _(lo: Tensor, hi: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        same_device("qparams_of_range", lo, hi=hi)
+        return lo.new_empty(lo.shape, dtype=rest[3]), lo.new_empty(lo.shape, dtype=torch.int32)
 
     @fake("qatfast::fake_quantize_learned")
     def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> Tensor:

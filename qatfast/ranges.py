@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, functional, kernels, reference
-from .config import Learned, MovingAverage, QATConfig, QuantSpec
+from .config import Fixed, Learned, MovingAverage, QATConfig, QuantSpec
 
 
 def observe_range(
@@ -43,9 +43,60 @@ def observe_range(
     return reference.observe_range(input, *state, constant, **spec.arguments)
 
 
-def qparams_of_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Returns scale and zero point for blocks with the range ``lo <= 0 <= hi`` (float32 or float64)."""
-    return reference.qparams_of_range(lo, hi, spec.quant_min, spec.quant_max, spec.symmetric)
+def fake_quantize_observed(
+    input: Tensor, running_min: Tensor, running_max: Tensor, num_batches: Tensor, spec: QuantSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake-quantizes ``input`` and moves the stored range, in one pass over memory.
+
+    Args:
+        input: likewise for :func:`observe_range`, as are the others.
+        running_min: float32, one element per block.
+        running_max: likewise.
+        num_batches: int64, shape ``()``.
+        spec: with the range MovingAverage or MinMax.
+
+    Returns:
+        The result of :func:`qatfast.fake_quantize_affine`, and the scale and the zero point of :func:`observe_range`.
+    """
+    state = (running_min, running_max, num_batches)
+    ops = kernels.route(input, *state)
+    if ops is not None and input.is_cpu:
+        constant = spec.range.averaging_constant if isinstance(spec.range, MovingAverage) else 0.0
+        granularity = spec.granularity.code
+        return ops.fake_quantize_observed(
+            input, *state, constant, spec.num_bits, spec.symmetric, granularity, spec.narrow_range
+        )
+    scale, zero_point = observe_range(input.detach(), *state, spec)
+    ends = (spec.quant_min, spec.quant_max)
+    y = functional.fake_quantize_affine(input, scale, zero_point, *ends, granularity=spec.granularity)
+    return y, scale, zero_point
+
+
+def qparams_of_range(lo: Tensor, hi: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero point for blocks with the range ``lo <= 0 <= hi``.
+
+    Args:
+        lo: float32 or float64, one element per block.
+        hi: likewise.
+        spec: the bits and the symmetry.
+        dtype: float32 or float64: that of the scale, to which ``lo`` and ``hi`` are converted first.
+    """
+    ops = kernels.route(lo, hi)
+    if ops is not None and lo.is_cpu:
+        return ops.qparams_of_range(lo, hi, spec.num_bits, spec.symmetric, spec.narrow_range, dtype)
+    ends = (spec.quant_min, spec.quant_max)
+    return reference.qparams_of_range(lo.to(dtype), hi.to(dtype), *ends, spec.symmetric)
+
+
+def fixed_grid(input: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Returns the scale and the zero point of a Fixed range for ``input``."""
+    assert isinstance(spec.range, Fixed)
+    shape = checks.shape_of_qparams(input.shape, spec.granularity)
+    dtype = checks.compute_dtype(input.dtype)
+    lo, hi = (
+        torch.full(shape, end, dtype=dtype, device=input.device) for end in (spec.range.lo, spec.range.hi)
+    )
+    return qparams_of_range(lo, hi, spec, dtype)
 
 
 def qat_linear(

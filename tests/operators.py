@@ -147,8 +147,9 @@ OPERATORS = {
             differentiable=("input",),
             elementwise=True,
             internal=("fake_quantize_affine_forward", "fake_quantize_affine_backward"),
+            internal_on_cpu=("fake_quantize_observed", "fake_quantize_observed_forward"),
         ),
-        Operator("choose_qparams", _dynamic_range, internal_on_cpu=("observe_range",)),
+        Operator("choose_qparams", _dynamic_range, internal_on_cpu=("observe_range", "qparams_of_range")),
         Operator("search_qparams", _dynamic_range, devices=("cpu",)),
         Operator(
             "fake_quantize_learned",

@@ -863,19 +863,118 @@ OBSERVED_BLOCKS = (
 )
 
 
-@pytest.mark.parametrize("case", OBSERVED_BLOCKS, ids=cases.name)
-@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-@pytest.mark.parametrize("range", (MovingAverage(0.1), MinMax()), ids=str)
-def test_the_kernel_that_observes_gives_the_bits_of_the_reference(kernels, case, dtype, range):
-    shape, granularity = case
-    spec = QuantSpec(4, granularity=granularity, range=range)
-    size = checks.shape_of_qparams(torch.Size(shape), granularity)
-    states = [[torch.zeros(size), torch.zeros(size), torch.zeros((), dtype=torch.int64)] for _ in "ab"]
-    constant = getattr(range, "averaging_constant", 0.0)
+def batches_of(shape, dtype):
     for seed, factor in ((0, 1.0), (1, 0.5), (2, 2.0)):
         x = cases.normal(shape, dtype, seed=seed) * factor
         if x.numel() > 8 and seed:
             x.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-        ours = (*ranges.observe_range(x, *states[0], spec), *states[0])
-        expected = (*reference.observe_range(x, *states[1], constant, **spec.arguments), *states[1])
-        cases.assert_all_same(ours, expected)
+        yield x
+
+
+def fresh_state(shape, granularity):
+    size = checks.shape_of_qparams(torch.Size(shape), granularity)
+    return [torch.zeros(size), torch.zeros(size), torch.zeros((), dtype=torch.int64)]
+
+
+@pytest.mark.parametrize("case", OBSERVED_BLOCKS, ids=cases.name)
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+@pytest.mark.parametrize("range", (MovingAverage(0.1), MinMax()), ids=str)
+def test_the_kernels_that_observe_give_the_bits_of_the_reference(kernels, case, dtype, range):
+    shape, granularity = case
+    spec = QuantSpec(4, granularity=granularity, range=range)
+    alone, fused, forward, expected = (fresh_state(shape, granularity) for _ in "abcd")
+    constant = getattr(range, "averaging_constant", 0.0)
+    for x in batches_of(shape, dtype):
+        grid = reference.observe_range(x, *expected, constant, **spec.arguments)
+        ends = (spec.quant_min, spec.quant_max)
+        y = fake_quantize_affine(x, *grid, *ends, granularity=granularity)
+        cases.assert_all_same((*ranges.observe_range(x, *alone, spec), *alone), (*grid, *expected))
+        cases.assert_all_same(
+            (*ranges.fake_quantize_observed(x, *fused, spec), *fused), (y, *grid, *expected)
+        )
+        leaf, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        observed = ranges.fake_quantize_observed(leaf, *forward, spec)
+        cases.assert_all_same((*(value.detach() for value in observed), *forward), (y, *grid, *expected))
+        assert [value.requires_grad for value in observed] == [True, False, False]
+        dy = cases.normal(shape, dtype, seed=5)
+        observed[0].backward(dy)
+        fake_quantize_affine(other, *grid, *ends, granularity=granularity).backward(dy)
+        cases.assert_same(leaf.grad, other.grad)
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("granularity", (PerTensor(), PerChannel(1), PerGroup(1)), ids=str)
+def test_the_strides_of_what_is_observed(kernels, layout, granularity):
+    change, shape = cases.LAYOUTS[layout]
+    if len(shape) < 2 and granularity != PerTensor():
+        pytest.skip("the tensor has no such axis")
+    spec = QuantSpec(4, granularity=granularity, range=MinMax())
+    states = [fresh_state(shape, granularity) for _ in "ab"]
+    for factor in (1, 2):
+        x = change(factor * cases.normal(shape)).requires_grad_()
+        y, scale, zero_point = ranges.fake_quantize_observed(x, *states[0], spec)
+        grid = reference.observe_range(x, *states[1], 0.0, **spec.arguments)
+        expected = fake_quantize_affine(x, *grid, 0, 15, granularity=granularity)
+        cases.assert_all_same((y.detach(), scale, zero_point), (expected.detach(), *grid))
+        assert y.stride() == torch.empty_like(x).stride()
+        dy = cases.normal(shape, seed=1)
+        gradients = (torch.autograd.grad(value, x, dy)[0] for value in (y, expected))
+        cases.assert_same(*gradients)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
+@pytest.mark.parametrize("op", ["observe_range", "fake_quantize_observed"])
+def test_opcheck_of_what_observes(kernels, op, requires_grad):
+    for shape, granularity in OBSERVED_BLOCKS[2:5]:
+        x = cases.normal(shape, requires_grad=requires_grad)
+        state = fresh_state(shape, granularity)
+        arguments = (x, *state, 0.1, 4, False, granularity.code, True)
+        torch.library.opcheck(getattr(torch.ops.qatfast, op).default, arguments)
+
+
+def test_forward_mode_of_what_is_observed(kernels):
+    spec, state = QuantSpec(4, range=MinMax()), [torch.tensor(-1.0), torch.tensor(1.0), torch.tensor(1)]
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.tensor([-9.0, 0.3, 9.0]), torch.full((3,), 2.0))
+        y, _, _ = ranges.fake_quantize_observed(x, *state, spec)
+        assert torch.autograd.forward_ad.unpack_dual(y).tangent.tolist() == [0, 2, 0]
+    assert state[2].item() == 2
+
+
+def test_autograd_sees_that_the_state_moves(kernels):
+    spec, state = QuantSpec(4, range=MinMax()), [torch.tensor(-1.0), torch.tensor(1.0), torch.tensor(1)]
+    weight = torch.ones((), requires_grad=True)
+    loss = weight * state[1]
+    ranges.fake_quantize_observed(torch.tensor([3.0]), *state, spec)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("symmetric, narrow_range", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_qparams_of_range(kernels, dtype, symmetric, narrow_range):
+    spec = QuantSpec(4, symmetric, narrow_range=narrow_range)
+    most = torch.finfo(torch.float32).max
+    lo = torch.tensor([[0.0, -1.0, -0.3, -most], [0.0, 0.0, -1e-45, -0.1]])
+    hi = torch.tensor([[0.0, 2.0, 0.7, most], [5.0, 1e-45, 0.0, 0.7]])
+    ends = (spec.quant_min, spec.quant_max, symmetric)
+    for x, y in ((lo, hi), (lo.t(), hi.t()), (lo[0, 1], hi[0, 1])):
+        expected = reference.qparams_of_range(x.to(dtype), y.to(dtype), *ends)
+        cases.assert_all_same(ranges.qparams_of_range(x, y, spec, dtype), expected)
+    arguments = (lo, hi, 4, symmetric, narrow_range, dtype)
+    torch.library.opcheck(torch.ops.qatfast.qparams_of_range.default, arguments)
+    op = torch.ops.qatfast.qparams_of_range
+    with pytest.raises(ValueError, match="qparams_of_range: expected lo and hi to have one shape, got"):
+        op(lo, hi[0], 4, symmetric, narrow_range, dtype)
+    with pytest.raises(TypeError, match="qparams_of_range: expected dtype to be float32 or float64, got"):
+        op(lo, hi, 4, symmetric, narrow_range, torch.float16)
+
+
+def test_evaluation_is_two_operators(kernels):
+    quantizer, x = FakeQuantize(range=MinMax()), torch.ones(5)
+    quantizer(x)
+    quantizer.eval()
+    with torch.profiler.profile() as profile:
+        quantizer(x)
+    names = {event.key for event in profile.key_averages() if event.key.startswith("qatfast::")}
+    assert names == {"qatfast::qparams_of_range", "qatfast::fake_quantize_affine"}

@@ -1,6 +1,11 @@
 #include "cpu/launch.h"
 
+#include <c10/util/SmallVector.h>
+
+#include <atomic>
 #include <cmath>
+#include <limits>
+#include <mutex>
 
 namespace qatfast::cpu {
 namespace {
@@ -20,33 +25,209 @@ bool has_finite_value(const T* x, const Layout& layout, int64_t block) {
   return false;
 }
 
-} // namespace
+// The nearest float32, the largest finite one beyond; never -0.0.
+float stored(double end) {
+  constexpr double most = std::numeric_limits<float>::max();
+  return static_cast<float>(std::clamp(end, -most, most)) + 0.0F;
+}
 
-void ranges(const at::Tensor& x, Granularity granularity, const at::Tensor& lo, const at::Tensor& hi,
-    const at::Tensor& has_finite) {
-  const auto layout = layout_of(x, granularity);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "observe_range", [&] {
-    using C = opmath_type<scalar_t>;
-    const StandardArithmetic arithmetic;
-    const auto* values = x.const_data_ptr<scalar_t>();
-    auto* low = lo.mutable_data_ptr<C>();
-    auto* high = hi.mutable_data_ptr<C>();
-    auto* finite = has_finite.mutable_data_ptr<bool>();
-    const bool all_finite =
-        for_each_range(values, layout, [&](int64_t first, int64_t blocks, const C* from_lo, const C* from_hi) {
-          std::copy_n(from_lo, blocks, low + first);
-          std::copy_n(from_hi, blocks, high + first);
-        });
-    for (int64_t block = 0; block < lo.numel(); ++block) {
-      finite[block] =
-          (all_finite && layout.numel() > 0) || low[block] != high[block] || has_finite_value(values, layout, block);
+// The stored range of a module and the range of the batch at hand.
+template <class T>
+class Observation {
+ public:
+  using C = opmath_type<T>;
+
+  Observation(const T* x, const Layout& layout, const ObservedRange& range)
+      : x_(x),
+        layout_(layout),
+        blocks_(layout.parts * layout.blocks),
+        constant_(range.averaging_constant),
+        running_min_(range.running_min.mutable_data_ptr<float>()),
+        running_max_(range.running_max.mutable_data_ptr<float>()),
+        num_batches_(range.num_batches.mutable_data_ptr<int64_t>()),
+        lo_(blocks_, C(0)),
+        hi_(blocks_, C(0)) {}
+
+  // Whether every block has a stored range, so that the grid does not depend on the batch.
+  bool is_stored() const {
+    bool is_stored = true;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      is_stored &= !is_new(block);
+    }
+    return is_stored;
+  }
+
+  // Finds the range of the batch.
+  void find() {
+    const bool are_finite = for_each_range(x_, layout_, [&](int64_t first, int64_t blocks, const C* lo, const C* hi) {
+      std::copy_n(lo, blocks, lo_.data() + first);
+      std::copy_n(hi, blocks, hi_.data() + first);
+    });
+    note(are_finite);
+  }
+
+  // Where a loop that finds the range itself stores it, from zeros on; it notes whether all values are finite.
+  C* lo() {
+    return lo_.data();
+  }
+  C* hi() {
+    return hi_.data();
+  }
+  void note(bool are_finite) {
+    if (!are_finite) {
+      all_finite_ = false;
+    }
+  }
+
+  // What quantizes the batch: the stored range, or that of the batch for a block without one.
+  void choose(const QuantSpec& spec, C* scale, int32_t* zero_point) const {
+    c10::SmallVector<C, 8> low(blocks_), high(blocks_);
+    for (int64_t block = 0; block < blocks_; ++block) {
+      low[block] = is_new(block) ? stored(lo_[block]) : running_min_[block];
+      high[block] = is_new(block) ? stored(hi_[block]) : running_max_[block];
+    }
+    chosen().loops<C>().choose(low.data(), high.data(), blocks_, spec.quant_range<C>(), scale, zero_point);
+  }
+
+  // Moves the stored range by that of the batch.
+  void move() const {
+    bool any_finite = false;
+    for (int64_t block = 0; block < blocks_; ++block) {
+      if (!has_finite(block)) {
+        continue;
+      }
+      const auto low = stored(lo_[block]), high = stored(hi_[block]);
+      const bool takes_batch = is_new(block);
+      running_min_[block] = takes_batch ? low : moved(running_min_[block], low, std::min(running_min_[block], low));
+      running_max_[block] = takes_batch ? high : moved(running_max_[block], high, std::max(running_max_[block], high));
+      any_finite = true;
+    }
+    *num_batches_ += any_finite;
+  }
+
+ private:
+  bool is_new(int64_t block) const {
+    return running_min_[block] == 0 && running_max_[block] == 0;
+  }
+
+  bool has_finite(int64_t block) const {
+    return (all_finite_ && layout_.numel() > 0) || lo_[block] != hi_[block] || has_finite_value(x_, layout_, block);
+  }
+
+  float moved(float running, float end, float wider) const {
+    return (constant_ == 0 ? wider : running + constant_ * (end - running)) + 0.0F;
+  }
+
+  const T* x_;
+  const Layout layout_;
+  const int64_t blocks_;
+  const float constant_;
+  float* running_min_;
+  float* running_max_;
+  int64_t* num_batches_;
+  c10::SmallVector<C, 8> lo_, hi_; // of the batch
+  std::atomic<bool> all_finite_{true};
+};
+
+// Quantizes runs of one grid each and finds their ranges while they are in L1.
+template <class T>
+class QuantizeAndFind {
+ public:
+  using C = opmath_type<T>;
+
+  QuantizeAndFind(const T* x, T* y, uint8_t* mask) : x_(x), y_(y), mask_(mask) {}
+
+  bool operator()(int64_t begin, int64_t n, const Grids<C>& grids, C* lo, C* hi) const {
+    constexpr int64_t piece = 4096;
+    bool is_finite = true;
+    for (const auto end = begin + n; begin < end; begin += piece) {
+      const auto count = std::min(piece, end - begin);
+      is_finite &= loops_.range(x_ + begin, count, lo, hi);
+      if (mask_) {
+        loops_.fake_quantize_mask(x_ + begin, y_ + begin, mask_, begin, 1, count, grids);
+      } else {
+        loops_.fake_quantize(x_ + begin, y_ + begin, 1, count, grids);
+      }
+    }
+    return is_finite;
+  }
+
+  // Before the first run of a stretch that no other thread writes.
+  void clear_mask(int64_t begin, int64_t end) const {
+    if (mask_) {
+      std::fill(mask_ + begin / 8, mask_ + (end + 7) / 8, uint8_t{0});
+    }
+  }
+
+ private:
+  const Loops<T>& loops_ = chosen().loops<T>();
+  const T* x_;
+  T* y_;
+  uint8_t* mask_;
+};
+
+// One block: every task finds the range of its stretch.
+template <class T>
+void quantize_tensor(
+    const QuantizeAndFind<T>& run, int64_t n, const Grids<opmath_type<T>>& grid, Observation<T>& seen) {
+  using C = opmath_type<T>;
+  std::mutex mutex;
+  parallel_over_memory(n, [&](int64_t begin, int64_t end) {
+    C lo = 0, hi = 0;
+    run.clear_mask(begin, end);
+    const bool is_finite = run(begin, end - begin, grid, &lo, &hi);
+    const std::lock_guard lock(mutex);
+    seen.note(is_finite);
+    *seen.lo() = widen_lo(*seen.lo(), lo);
+    *seen.hi() = widen_hi(*seen.hi(), hi);
+  });
+}
+
+// Blocks that are runs of memory. With a mask, a run is a whole number of its bytes.
+template <class T>
+void quantize_rows(
+    const QuantizeAndFind<T>& run, const Layout& layout, const Grids<opmath_type<T>>& grids, Observation<T>& seen) {
+  for_each_tile(layout.blocks, layout.inner, [&](int64_t first, int64_t rows) {
+    run.clear_mask(first * layout.inner, (first + rows) * layout.inner);
+    for (int64_t row = first; row < first + rows; ++row) {
+      seen.note(run(row * layout.inner, layout.inner, grids.from(row), seen.lo() + row, seen.hi() + row));
     }
   });
 }
 
-void choose_of_ranges(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,
+} // namespace
+
+void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at::Tensor& mask, const QuantSpec& spec,
+    const ObservedRange& range, const at::Tensor& scale, const at::Tensor& zero_point) {
+  const auto layout = layout_of(x, spec.granularity);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fake_quantize_observed", [&] {
+    using C = opmath_type<scalar_t>;
+    const StandardArithmetic arithmetic;
+    Observation<scalar_t> seen(x.const_data_ptr<scalar_t>(), layout, range);
+    auto* scales = scale.mutable_data_ptr<C>();
+    auto* zero_points = zero_point.mutable_data_ptr<int32_t>();
+    const bool is_tensor = layout.numel() > 0 && layout.blocks * layout.parts == 1;
+    const bool is_rows = are_whole_rows(layout) && (!mask.defined() || layout.inner % 8 == 0);
+    if (to.defined() && (is_tensor || is_rows) && seen.is_stored()) {
+      seen.choose(spec, scales, zero_points);
+      const auto grids = grids_of<C>({scale, zero_point, spec.quant_min(), spec.quant_max()});
+      const QuantizeAndFind<scalar_t> run(x.const_data_ptr<scalar_t>(), to.mutable_data_ptr<scalar_t>(),
+          mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr);
+      is_tensor ? quantize_tensor(run, layout.numel(), grids, seen) : quantize_rows(run, layout, grids, seen);
+    } else {
+      seen.find();
+      seen.choose(spec, scales, zero_points);
+      if (to.defined()) {
+        fake_quantize_affine(x, to, mask, {scale, zero_point, spec.quant_min(), spec.quant_max()}, layout);
+      }
+    }
+    seen.move();
+  });
+}
+
+void qparams_of_range(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,
     const at::Tensor& zero_point) {
-  AT_DISPATCH_FLOATING_TYPES(lo.scalar_type(), "observe_range", [&] {
+  AT_DISPATCH_FLOATING_TYPES(lo.scalar_type(), "qparams_of_range", [&] {
     const StandardArithmetic arithmetic;
     chosen().loops<scalar_t>().choose(lo.const_data_ptr<scalar_t>(), hi.const_data_ptr<scalar_t>(), lo.numel(),
         spec.quant_range<scalar_t>(), scale.mutable_data_ptr<scalar_t>(), zero_point.mutable_data_ptr<int32_t>());

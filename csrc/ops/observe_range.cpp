@@ -1,18 +1,18 @@
+// Ranges that modules keep: observe_range, and fake_quantize_observed, which quantizes in the same pass.
 #include "checks.h"
 #include "common/copy.h"
-#include "cpu/arithmetic.h"
 #include "launchers.h"
-#include "operators.h"
 #include "ops/blocks.h"
+#include "ops/mask.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/ops/empty.h>
 
-#include <algorithm>
-#include <limits>
+#include <array>
+#include <tuple>
+#include <utility>
 
 namespace qatfast {
+namespace kernel {
 namespace {
 
 void check_state(const char* op, const char* name, const Tensor& state, at::ScalarType dtype, at::IntArrayRef shape) {
@@ -21,18 +21,25 @@ void check_state(const char* op, const char* name, const Tensor& state, at::Scal
       " on the CPU, got ", name_of(state.scalar_type()), " of shape ", tuple(state.sizes()), " on ", state.device());
 }
 
-// The nearest float32, the largest finite one beyond; never -0.0.
-float stored(double end) {
-  constexpr double most = std::numeric_limits<float>::max();
-  return static_cast<float>(std::clamp(end, -most, most)) + 0.0F;
+// A write that autograd would not see makes a gradient from the old values silently wrong.
+void bump_version(const Tensor& state) {
+  if (!state.is_inference()) {
+    state.unsafeGetTensorImpl()->bump_version();
+  }
 }
 
-} // namespace
+struct Observed {
+  Tensor output; // undefined if it is not wanted, like the mask
+  Tensor mask;
+  Tensor scale;
+  Tensor zero_point;
+};
 
-std::tuple<Tensor, Tensor> kernel::observe_range(const Tensor& input, const Tensor& running_min,
+enum class Wanted { grid, output, output_and_mask };
+
+Observed observe(const char* op, Wanted wanted, const Tensor& input, const Tensor& running_min,
     const Tensor& running_max, const Tensor& num_batches, double averaging_constant, int64_t num_bits, bool symmetric,
     at::IntArrayRef granularity, bool narrow_range) {
-  constexpr auto op = "observe_range";
   const auto spec = checked_spec(op, num_bits, symmetric, granularity, narrow_range);
   check_float(op, "input", input.scalar_type());
   check_blocks(op, input, spec.granularity);
@@ -40,44 +47,120 @@ std::tuple<Tensor, Tensor> kernel::observe_range(const Tensor& input, const Tens
   check_state(op, "running_min", running_min, at::kFloat, shape);
   check_state(op, "running_max", running_max, at::kFloat, shape);
   check_state(op, "num_batches", num_batches, at::kLong, {});
-  const auto x = spec.granularity.by_rows() ? contiguous(input) : as_blocks(input, spec.granularity);
-  const auto options = input.options().dtype(at::toOpMathType(input.scalar_type()));
-  const auto lo = at::empty(shape, options), hi = at::empty(shape, options), scale = at::empty(shape, options);
-  const auto has_finite = at::empty(shape, options.dtype(at::kBool));
-  const auto zero_point = at::empty(shape, options.dtype(at::kInt));
-  cpu::ranges(x, spec.granularity, lo, hi, has_finite);
+  // Blocks of rows lie in the order of the state only in a contiguous tensor.
+  const bool is_reordered = spec.granularity.by_rows() && !input.is_contiguous();
+  const auto x = is_reordered ? contiguous(input) : as_blocks(input, spec.granularity);
+  const bool in_one_pass = !is_reordered && wanted != Wanted::grid;
+  Observed result = {in_one_pass ? fresh_like(x, x.scalar_type()) : Tensor(),
+      in_one_pass && wanted == Wanted::output_and_mask ? fresh_mask(x) : Tensor(),
+      fresh(shape, at::toOpMathType(input.scalar_type()), x), fresh(shape, at::kInt, x)};
+  const ObservedRange range = {running_min, running_max, num_batches, static_cast<float>(averaging_constant)};
+  cpu::fake_quantize_observed(x, result.output, result.mask, spec, range, result.scale, result.zero_point);
+  for (const auto& state : {running_min, running_max, num_batches}) {
+    bump_version(state);
+  }
+  if (is_reordered && wanted != Wanted::grid) {
+    std::tie(result.output, result.mask) = fake_quantize_affine_forward(
+        input, result.scale, result.zero_point, spec.quant_min(), spec.quant_max(), granularity);
+  }
+  return result;
+}
 
-  AT_DISPATCH_FLOATING_TYPES(lo.scalar_type(), op, [&] {
-    const cpu::StandardArithmetic arithmetic;
-    auto* low = lo.mutable_data_ptr<scalar_t>();
-    auto* high = hi.mutable_data_ptr<scalar_t>();
-    const auto* finite = has_finite.const_data_ptr<bool>();
-    auto* running_low = running_min.mutable_data_ptr<float>();
-    auto* running_high = running_max.mutable_data_ptr<float>();
-    const auto constant = static_cast<float>(averaging_constant);
-    const auto moved = [&](float running, float end, bool is_lower) {
-      if (constant == 0) {
-        return (is_lower ? std::min(running, end) : std::max(running, end)) + 0.0F;
-      }
-      return running + constant * (end - running) + 0.0F;
-    };
-    bool any_finite = false;
-    for (int64_t block = 0; block < lo.numel(); ++block) {
-      const auto batch_low = stored(low[block]), batch_high = stored(high[block]);
-      auto &range_low = running_low[block], &range_high = running_high[block];
-      const bool is_new = range_low == 0 && range_high == 0;
-      low[block] = is_new ? batch_low : range_low; // what quantizes this batch
-      high[block] = is_new ? batch_high : range_high;
-      if (finite[block]) {
-        any_finite = true;
-        range_low = is_new ? batch_low : moved(range_low, batch_low, true);
-        range_high = is_new ? batch_high : moved(range_high, batch_high, false);
-      }
-    }
-    *num_batches.mutable_data_ptr<int64_t>() += any_finite;
-  });
-  cpu::choose_of_ranges(lo, hi, spec, scale, zero_point);
+} // namespace
+
+std::tuple<Tensor, Tensor> observe_range(const Tensor& input, const Tensor& running_min, const Tensor& running_max,
+    const Tensor& num_batches, double averaging_constant, int64_t num_bits, bool symmetric, at::IntArrayRef granularity,
+    bool narrow_range) {
+  const auto found = observe("observe_range", Wanted::grid, input, running_min, running_max, num_batches,
+      averaging_constant, num_bits, symmetric, granularity, narrow_range);
+  return {found.scale, found.zero_point};
+}
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_observed(const Tensor& input, const Tensor& running_min,
+    const Tensor& running_max, const Tensor& num_batches, double averaging_constant, int64_t num_bits, bool symmetric,
+    at::IntArrayRef granularity, bool narrow_range) {
+  const auto found = observe("fake_quantize_observed", Wanted::output, input, running_min, running_max, num_batches,
+      averaging_constant, num_bits, symmetric, granularity, narrow_range);
+  return {found.output, found.scale, found.zero_point};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_observed_forward(const Tensor& input,
+    const Tensor& running_min, const Tensor& running_max, const Tensor& num_batches, double averaging_constant,
+    int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range) {
+  const auto found = observe("fake_quantize_observed", Wanted::output_and_mask, input, running_min, running_max,
+      num_batches, averaging_constant, num_bits, symmetric, granularity, narrow_range);
+  return {found.output, found.mask, found.scale, found.zero_point};
+}
+
+std::tuple<Tensor, Tensor> qparams_of_range(
+    const Tensor& lo, const Tensor& hi, int64_t num_bits, bool symmetric, bool narrow_range, at::ScalarType dtype) {
+  constexpr auto op = "qparams_of_range";
+  constexpr std::array<int64_t, 2> per_tensor = {Granularity::per_tensor, 0};
+  const auto spec = checked_spec(op, num_bits, symmetric, per_tensor, narrow_range);
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, op, ": expected dtype to be float32 or float64, got ",
+      name_of(dtype));
+  for (const auto& [name, end] : {std::pair("lo", lo), std::pair("hi", hi)}) {
+    TORCH_CHECK_TYPE(end.scalar_type() == at::kFloat || end.scalar_type() == at::kDouble, op, ": expected ", name,
+        " to be float32 or float64, got ", name_of(end.scalar_type()));
+  }
+  check_device(op, "hi", hi, lo);
+  TORCH_CHECK_VALUE(lo.sizes() == hi.sizes(), op, ": expected lo and hi to have one shape, got ", tuple(lo.sizes()),
+      " and ", tuple(hi.sizes()));
+  const auto scale = fresh(lo.sizes(), dtype, lo), zero_point = fresh(lo.sizes(), at::kInt, lo);
+  cpu::qparams_of_range(contiguous(as_dtype(lo, dtype)), contiguous(as_dtype(hi, dtype)), spec, scale, zero_point);
   return {scale, zero_point};
 }
 
+} // namespace kernel
+
+namespace autograd {
+namespace {
+
+struct FakeQuantizeObservedNode : Function<FakeQuantizeObservedNode> {
+  static variable_list forward(AutogradContext* ctx, const Variable& input, const Variable& running_min,
+      const Variable& running_max, const Variable& num_batches, double averaging_constant, int64_t num_bits,
+      bool symmetric, at::IntArrayRef granularity, bool narrow_range) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto [output, mask, scale, zero_point] = op::fake_quantize_observed_forward(input, running_min, running_max,
+        num_batches, averaging_constant, num_bits, symmetric, granularity, narrow_range);
+    save_mask(ctx, mask, strides_of_mask(output, granularity));
+    ctx->mark_non_differentiable({scale, zero_point});
+    return {output, scale, zero_point};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(9);
+    result[0] = masked(ctx, grads[0]);
+    return result;
+  }
+};
+
+} // namespace
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_observed(const Tensor& input, const Tensor& running_min,
+    const Tensor& running_max, const Tensor& num_batches, double averaging_constant, int64_t num_bits, bool symmetric,
+    at::IntArrayRef granularity, bool narrow_range) {
+  if (is_dual(input)) {
+    const auto primal = primal_of(input);
+    const auto found = fake_quantize_observed(primal, running_min, running_max, num_batches, averaging_constant,
+        num_bits, symmetric, granularity, narrow_range);
+    const auto& [output, scale, zero_point] = found;
+    const auto quant_min = quant_min_of(num_bits, symmetric, narrow_range),
+               quant_max = quant_max_of(num_bits, symmetric);
+    const auto mask = std::get<1>(
+        op::fake_quantize_affine_forward(primal.detach(), scale, zero_point, quant_min, quant_max, granularity));
+    const auto tangent =
+        op::fake_quantize_affine_backward(input._fw_grad(/*level=*/0), mask, strides_of_mask(output, granularity));
+    return {with_tangent(output, tangent), scale, zero_point};
+  }
+  if (compute_requires_grad(input)) {
+    const auto found = FakeQuantizeObservedNode::apply(input, running_min, running_max, num_batches, averaging_constant,
+        num_bits, symmetric, granularity, narrow_range);
+    return {found[0], found[1], found[2]};
+  }
+  return op::fake_quantize_observed.below_autograd(
+      input, running_min, running_max, num_batches, averaging_constant, num_bits, symmetric, granularity, narrow_range);
+}
+
+} // namespace autograd
 } // namespace qatfast

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import arguments, checks, ranges, reference
-from ..config import Dynamic, Fixed, Granularity, Learned, MovingAverage, PerTensor, QuantSpec, Range
+from ..config import (
+    OBSERVED,
+    Dynamic,
+    Fixed,
+    Granularity,
+    Learned,
+    MovingAverage,
+    PerTensor,
+    QuantSpec,
+    Range,
+)
 from ..functional import fake_quantize, fake_quantize_affine, fake_quantize_learned, search_qparams
 
 # The modes of a module: as its range says; observe and return the input; return the input.
@@ -121,6 +131,18 @@ class FakeQuantize(nn.Module):
             return input
         if spec.is_dynamic:
             return input if self._mode == OBSERVE else fake_quantize(input, **spec.arguments)
+        if (
+            self._mode == QUANTIZE
+            and isinstance(spec.range, OBSERVED)
+            and self.observes
+            and not _in_backward()
+        ):
+            own: dict[str, Any] = self._buffers  # nn.Module.__getattr__ takes 0.5 us each
+            y, *grid = ranges.fake_quantize_observed(
+                input, own["running_min"], own["running_max"], own["num_batches"], spec
+            )
+            self._remember(*grid)
+            return y
         scale, zero_point = self.grid(input)
         if self._mode == OBSERVE:
             return input
@@ -135,13 +157,18 @@ class FakeQuantize(nn.Module):
         The range is not ``Dynamic()``.
         """
         if isinstance(self.spec.range, Fixed):
-            return reference.fixed_grid(input, self.spec)
+            return ranges.fixed_grid(input, self.spec)
         return self._learned(input) if isinstance(self.spec.range, Learned) else self._stored(input)
 
     @property
     def observes(self) -> bool:
         """Whether the range depends on the inputs of now."""
         return self.spec.has_state and not self.frozen and (self.training or self._mode == OBSERVE)
+
+    def _remember(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Keeps the grid for a recomputed forward, as of activation checkpointing."""
+        if not is_compiling():
+            vars(self)["_latest"] = (scale, zero_point)  # nn.Module.__setattr__ takes 1 us
 
     def _stored(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Of a range that is observed."""
@@ -153,15 +180,14 @@ class FakeQuantize(nn.Module):
                 grid = ranges.observe_range(
                     input.detach(), self.running_min, self.running_max, self.num_batches, spec
                 )
-                if not is_compiling():
-                    self._latest = grid
+                self._remember(*grid)
                 return grid
             if self._latest is not None:
                 return self._latest
         if not self._has_observed():
             raise self._unobserved()
-        compute = checks.compute_dtype(input.dtype)
-        return ranges.qparams_of_range(self.running_min.to(compute), self.running_max.to(compute), spec)
+        own, compute = self._buffers, checks.compute_dtype(input.dtype)
+        return ranges.qparams_of_range(own["running_min"], own["running_max"], spec, compute)  # type: ignore[arg-type]
 
     def _learned(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Of a range that is learned."""

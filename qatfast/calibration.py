@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import Learned
-from .modules.fake_quantize import FLOAT, OBSERVE, FakeQuantize
 from .modules.base import QuantizedLayer
+from .modules.fake_quantize import FLOAT, OBSERVE, FakeQuantize
 
 Model = TypeVar("Model", bound=nn.Module)
 

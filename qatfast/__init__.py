@@ -28,7 +28,16 @@ from .functional import (
     search_qparams,
 )
 from .model import Summary, prepare, summary, unused_layers
-from .modules import FakeQuantize, QATLinear
+from .modules import (
+    FakeQuantize,
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATConvTranspose1d,
+    QATConvTranspose2d,
+    QATConvTranspose3d,
+    QATLinear,
+)
 from .weight_cache import cached_weights
 
 __version__ = "0.1.0"
@@ -47,6 +56,12 @@ torch.serialization.add_safe_globals(
         PerTensor,
         PerToken,
         QATConfig,
+        QATConv1d,
+        QATConv2d,
+        QATConv3d,
+        QATConvTranspose1d,
+        QATConvTranspose2d,
+        QATConvTranspose3d,
         QATLinear,
         QuantSpec,
     ]
@@ -64,6 +79,12 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "QATConfig",
+    "QATConv1d",
+    "QATConv2d",
+    "QATConv3d",
+    "QATConvTranspose1d",
+    "QATConvTranspose2d",
+    "QATConvTranspose3d",
     "QATLinear",
     "QuantSpec",
     "Summary",

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import Learned
+from .modules.base import QuantizedLayer
 from .modules.fake_quantize import FLOAT, OBSERVE, FakeQuantize
-from .modules.linear import QATLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -72,6 +72,7 @@ def quantization_disabled(model: Model) -> Iterator[Model]:
         TypeError: ``model`` is not an nn.Module.
 
     Example:
+        >>> from qatfast import QATLinear
         >>> layer = QATLinear(8, 4)
         >>> x = torch.randn(16, 8)
         >>> with quantization_disabled(layer):
@@ -98,6 +99,7 @@ def freeze(model: Model, *, batch_norm: bool = False) -> Model:
         TypeError: ``model`` is not an nn.Module.
 
     Example:
+        >>> from qatfast import QATLinear
         >>> model = freeze(nn.Sequential(QATLinear(8, 4), nn.BatchNorm1d(4)), batch_norm=True)
     """
     _check_module("freeze", model)
@@ -123,6 +125,7 @@ def unfreeze(model: Model) -> Model:
         TypeError: ``model`` is not an nn.Module.
 
     Example:
+        >>> from qatfast import QATLinear
         >>> model = unfreeze(freeze(QATLinear(8, 4)))
     """
     _check_module("unfreeze", model)
@@ -206,7 +209,9 @@ def _evaluate(module: nn.Module, args: Any) -> None:
 @contextmanager
 def _mode(model: nn.Module, mode: str) -> Iterator[None]:
     before: dict[Any, str] = {
-        module: module._mode for module in model.modules() if isinstance(module, (FakeQuantize, QATLinear))
+        module: module._mode
+        for module in model.modules()
+        if isinstance(module, (FakeQuantize, QuantizedLayer))
     }
     try:
         for module in before:

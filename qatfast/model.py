@@ -21,14 +21,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from . import checks
 from .arguments import integer
 from .config import QATConfig, QuantSpec
-from .modules.linear import (
-    CONTAINERS,
-    QATLinear,
-    check_parameters,
-    open_blocks,
-    share_hooks,
-    why_not_from_float,
-)
+from .modules.base import CONTAINERS, QuantizedLayer, open_blocks, share_hooks, why_not_from_float
+from .modules.linear import QATLinear, check_parameters
 
 # Modules of PyTorch that read the weight of a child nn.Linear and do not call it.
 _READERS: tuple[type[nn.Module], ...] = tuple(
@@ -226,7 +220,7 @@ def unused_layers(model: nn.Module) -> Iterator[list[str]]:
         ['1']
     """
     _check_module("unused_layers", model)
-    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, QATLinear)}
+    names = {layer: name for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
     ran: set[nn.Module] = set()
     unused: list[str] = []
     with _lock:
@@ -309,7 +303,7 @@ def _why_float(module: nn.Module, is_read: bool) -> str | None:
     if isinstance(module, QATLinear):
         return None
     if isinstance(module, nn.Linear):
-        obstacle = why_not_from_float(module)
+        obstacle = why_not_from_float(module, QATLinear)
         if obstacle:
             return obstacle.reason
         return None if kind is nn.Linear else f"{kind.__name__} is a subclass of nn.Linear"

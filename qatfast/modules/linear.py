@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from collections import OrderedDict
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-    _WrappedHook,
-)
-from torch.nn.parameter import is_lazy
 
-from .. import checks, kernels, ranges, weight_cache
-from ..config import PerChannel, PerGroup, QATConfig, QuantSpec, describe
+from .. import checks, ranges, weight_cache
+from ..config import PerChannel, PerGroup, QATConfig, QuantSpec
 from ..functional import qat_linear
-from .fake_quantize import QUANTIZE, FakeQuantize
-
-# One set per open `unused_layers` block: the layers that ran in the block.
-open_blocks: list[set[nn.Module]] = []
+from .base import Obstacle, QuantizedLayer, TensorSpec, open_blocks, wrong_dimensions
+from .fake_quantize import QUANTIZE
 
 # The tensors of a layer that can have a range that is not Dynamic.
 QUANTIZED = ("input", "weight", "output")
 
-_MARK = "qatfast: this layer is called, its weight is not read"
 
-
-def _mark(module: nn.Module, args: Any) -> None:
-    """Does nothing: a forward pre-hook that disables the fast path of nn.TransformerEncoderLayer.
-
-    In evaluation, that fast path reads the weights of the linear layers without calling the layers,
-    unless one of them has a hook. nn.Module takes 4 to 16 % longer to call a small layer with a
-    hook; `QATLinear._call_impl` avoids this if there are no other hooks.
-    """
-
-
-class QATLinear(nn.Linear):
+class QATLinear(QuantizedLayer, nn.Linear):
     """An ``nn.Linear`` that fake-quantizes its tensors; see :func:`qatfast.qat_linear`.
 
     Parameters and initial values are those of ``nn.Linear``, and so are the ``state_dict`` keys if all ranges are
@@ -73,10 +50,9 @@ class QATLinear(nn.Linear):
 bias=affine per tensor, output=affine per tensor)
     """
 
-    config: QATConfig
+    _float_class = nn.Linear
+    _argument = "linear"
     _caches_weight: ClassVar[bool] = True  # cached_weights selects layers by this attribute
-    _mode: str = QUANTIZE
-    _is_dynamic: bool = True  # whether qat_linear does everything: no range is kept, the mode is QUANTIZE
 
     def __init__(
         self,
@@ -95,10 +71,8 @@ bias=affine per tensor, output=affine per tensor)
                 f"QATLinear({in_features}, {out_features}, num_bits={bias!r})"
             )
         config = _config(num_bits, config)
-        check_parameters(config, in_features, out_features, bias)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._forward_pre_hooks = OrderedDict({_MARK: _mark})
-        self.config = config
+        self._set_up(config)
 
     @classmethod
     def from_float(
@@ -122,104 +96,33 @@ bias=affine per tensor, output=affine per tensor)
                 floating-point matrix.
             ValueError: the constructor raises it.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(
-                f"QATLinear.from_float: expected linear to be an nn.Linear, got {type(linear).__name__}"
-            )
-        obstacle = why_not_from_float(linear, cls)
-        if obstacle:
-            raise TypeError(f"QATLinear.from_float: {obstacle.message}")
-        if isinstance(linear, QATLinear) and num_bits is None and config is None:
-            config = linear.config
-        out_features, in_features = linear.weight.shape
-        has_bias = linear.bias is not None
-        layer = cls(in_features, out_features, has_bias, device="meta", num_bits=num_bits, config=config)
-        for name in QUANTIZED:
-            layer._modules.pop(quantizer_name(name), None)
-        _take_over(linear, layer)
-        layer._set_quantizers()  # on the device of the weight
-        return layer
+        return cls._from_float(linear, num_bits=num_bits, config=config)
 
-    def to_float(self) -> nn.Linear:
-        """Returns an nn.Linear that shares the parameters, which are not quantized.
+    @classmethod
+    def _arguments(cls, module: Any) -> dict[str, Any]:
+        out_features, in_features = module.weight.shape
+        return {"in_features": in_features, "out_features": out_features, "bias": module.bias is not None}
 
-        It takes over the same attributes as :meth:`from_float`.
+    @classmethod
+    def check_config(cls, config: QATConfig, module: Any) -> None:
+        out_features, in_features = module.weight.shape
+        check_parameters(config, in_features, out_features, module.bias is not None)
 
-        Raises:
-            TypeError: weight or bias is computed from other parameters, or ``forward`` is set on
-                the instance.
-        """
-        obstacle = _computed_parameter(self) or _forward_of_instance(self)
-        if obstacle:
-            raise TypeError(f"QATLinear.to_float: {obstacle.message}")
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        _take_over(self, linear)
-        for name in QUANTIZED:
-            linear._modules.pop(quantizer_name(name), None)
-        return linear
+    @classmethod
+    def _own_obstacle(cls, module: Any) -> Obstacle | None:
+        return wrong_dimensions(module.weight, 2)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "config":
-            self._set_quantizers()
-
-    def _set_quantizers(self) -> None:
-        """One for each range that is not Dynamic; those that fit the config stay."""
-        sizes = {
-            "input": torch.Size([self.in_features]),
-            "weight": torch.Size([self.out_features, self.in_features]),
-            "output": torch.Size([self.out_features]),
+    def _tensors(self) -> dict[str, TensorSpec]:
+        config = self.config
+        return {
+            "input_quantizer": TensorSpec(config.input, (self.in_features,)),
+            "weight_quantizer": TensorSpec(config.weight, (self.out_features, self.in_features)),
+            "output_quantizer": TensorSpec(config.output, (self.out_features,)),
         }
-        own = self._modules
-        for name in QUANTIZED:
-            spec, key = getattr(self.config, name), quantizer_name(name)
-            if spec is None or spec.is_dynamic:
-                own.pop(key, None)
-            elif not isinstance(own.get(key), FakeQuantize) or own[key].spec != spec:  # type: ignore[union-attr]
-                shape = checks.shape_of_qparams(sizes[name], spec.granularity) if spec.has_state else ()
-                quantizer = FakeQuantize(
-                    **spec.arguments, range=spec.range, shape=shape, device=self.weight.device
-                )
-                quantizer.training = self.training
-                quantizer._name = f"{type(self).__name__}.{key}"
-                quantizer._is_weight = name == "weight"
-                own[key] = quantizer
-        self._set_mode(self._mode)
-
-    def _set_mode(self, mode: str) -> None:
-        vars(self).update(_mode=mode, _is_dynamic=mode == QUANTIZE and self.config.is_dynamic)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        for name in QUANTIZED:
-            quantizer = self._modules.get(quantizer_name(name))
-            if quantizer is not None:
-                quantizer.reset_parameters()  # type: ignore[operator]
-
-    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the layer as nn.Module does, but skips `_mark` if it is the only hook."""
-        pre_hooks = self._forward_pre_hooks
-        if (
-            len(pre_hooks) == 1
-            and _MARK in pre_hooks
-            and not (
-                self._forward_hooks
-                or self._backward_hooks
-                or self._backward_pre_hooks
-                or _global_forward_pre_hooks
-                or _global_forward_hooks
-                or _global_backward_pre_hooks
-                or _global_backward_hooks
-                or torch._C._get_tracing_state()
-            )
-        ):
-            return self.forward(*args, **kwargs)
-        return super()._call_impl(*args, **kwargs)
 
     def forward(self, input: Tensor) -> Tensor:
         if open_blocks:
-            for layers in tuple(open_blocks):
-                layers.add(self)
+            self._record_call()
         if getattr(input, "is_nested", False):
             return _forward_nested(self, input)
         parameters: dict[str, Any] = self._parameters
@@ -254,19 +157,6 @@ bias=affine per tensor, output=affine per tensor)
             return output.forward(y)
         grids["output"] = output.grid(input)  # it only asks for the dtype and the device
         return ranges.qat_linear(input, weight, bias, self.config, grids)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {describe(self.config)}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Removes `_mark`, so that pickles contain no function of this module."""
-        state = dict(super().__getstate__())
-        state["_forward_pre_hooks"] = OrderedDict(_hooks_of_user(self._forward_pre_hooks))
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forward_pre_hooks = OrderedDict({_MARK: _mark, **_hooks_of_user(self._forward_pre_hooks)})
 
 
 def quantizer_name(tensor: str) -> str:
@@ -320,138 +210,6 @@ def check_parameters(config: QATConfig, in_features: int, out_features: int, bia
                 f"QATLinear: expected {features} to be divisible by group_size={group_size} of config.{name}, got "
                 f"{size}; write a group_size that divides {size}"
             )
-
-
-class Obstacle(NamedTuple):
-    """The reason why a layer cannot be quantized.
-
-    ``reason`` is a short form for tables, ``message`` an error message.
-    """
-
-    reason: str
-    message: str
-
-
-def why_not_from_float(linear: nn.Linear, cls: type[QATLinear] = QATLinear) -> Obstacle | None:
-    """Returns why a ``cls`` cannot replace ``linear``, or None if it can."""
-    kind = type(linear).__name__
-    if any(is_lazy(parameter) for parameter in linear.parameters(recurse=False)):
-        remedy = "run the model once first"
-        return Obstacle(
-            f"lazy: {remedy}",
-            f"expected initialized parameters, got {kind} before its first forward; {remedy}",
-        )
-    if _is_fsdp(linear):
-        return Obstacle(
-            "managed by FSDP",
-            "expected a layer outside of FSDP, got one that FSDP manages; quantize the model before fully_shard",
-        )
-    obstacle = _computed_parameter(linear) or _forward_of_instance(linear)
-    if obstacle:
-        return obstacle
-    if type(linear).forward not in (nn.Linear.forward, QATLinear.forward, cls.forward):
-        return Obstacle(
-            f"{kind} has a forward of its own",
-            f"expected the forward of nn.Linear, got {kind}, which has a forward of its own; write a subclass of "
-            "QATLinear that does the same",
-        )
-    for name, parameter in linear._parameters.items():
-        if name not in ("weight", "bias") or parameter is None:
-            continue
-        if type(parameter) is not nn.Parameter and not kernels.is_dtensor(parameter):
-            actual = type(parameter).__name__
-            return Obstacle(
-                f"{name} is of type {actual}",
-                f"expected {name} to be an nn.Parameter, got {actual}; convert it to a plain one first",
-            )
-        if parameter.dtype not in checks.FLOAT_DTYPES:
-            return Obstacle(
-                f"{name} is {checks.dtype_name(parameter.dtype)}",
-                f"expected {name} to be float32, float64, float16 or bfloat16, got {parameter.dtype}",
-            )
-    if linear.weight.dim() != 2:
-        shape = tuple(linear.weight.shape)
-        return Obstacle(
-            f"weight has the shape {shape}", f"expected weight to have 2 dimensions, got the shape {shape}"
-        )
-    if not isinstance(linear, QATLinear) and "config" in vars(linear):
-        return Obstacle(
-            "has an attribute config",
-            "expected no attribute config, which a QATLinear has of its own; rename that of the layer",
-        )
-    return None
-
-
-def _computed_parameter(linear: nn.Linear) -> Obstacle | None:
-    """Returns an Obstacle if weight or bias is computed from other parameters at each call.
-
-    Pruning and parametrizations do so. Such a tensor cannot be shared.
-    """
-    for name in ("weight", "bias"):
-        if name not in linear._parameters:
-            return Obstacle(
-                f"{name} is computed from other parameters",
-                f"expected {name} to be an nn.Parameter, got a tensor computed from other parameters; call "
-                "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove first, or apply "
-                "these to the new layer",
-            )
-    return None
-
-
-def _forward_of_instance(linear: nn.Linear) -> Obstacle | None:
-    if "forward" in vars(linear):
-        return Obstacle(
-            "forward is set on the instance",
-            "expected the forward of the class, got one that is set on the instance; remove it first (accelerate: "
-            "remove_hook_from_module) and set it again on the new layer",
-        )
-    return None
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    """Returns whether FSDP2 manages ``module``, without importing FSDP."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
-
-
-# The attributes of an nn.Module that are dicts or sets: parameters, buffers, submodules, hooks.
-CONTAINERS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
-# The attributes that stay with their module: the config, the compiled call, the note of `prepare`.
-_NOT_TAKEN_OVER = frozenset(["config", "_compiled_call_impl", "_qatfast_note", "_mode", "_is_dynamic"])
-
-
-def _take_over(source: nn.Linear, target: Any) -> Any:
-    """Shares the parameters and all other attributes of ``source`` with ``target``; returns it."""
-    attributes = vars(target)
-    for name, value in vars(source).items():
-        if name == "_forward_pre_hooks":
-            attributes[name].update(_hooks_of_user(value))
-        elif name == "_load_state_dict_pre_hooks":
-            attributes[name].update((key, _rebound(hook, target)) for key, hook in value.items())
-        elif name in CONTAINERS:
-            attributes[name].update(value)
-        elif name not in _NOT_TAKEN_OVER:
-            attributes[name] = value
-    return target
-
-
-def share_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Makes ``target`` use the hook dicts of ``source``: existing handles then remove its hooks."""
-    attributes = vars(target)
-    for name in CONTAINERS:
-        hooks = vars(source).get(name)
-        if hooks and name.endswith(("_hooks", "_with_kwargs", "_always_called")):
-            hooks.update(attributes[name])
-            attributes[name] = hooks
-
-
-def _hooks_of_user(pre_hooks: dict[Any, Any]) -> dict[Any, Any]:
-    return {key: hook for key, hook in pre_hooks.items() if key != _MARK}
-
-
-def _rebound(hook: Any, module: nn.Module) -> Any:
-    """Returns ``hook`` for ``module`` if it is bound to the module that it was registered on."""
-    return _WrappedHook(hook.hook, module) if isinstance(hook, _WrappedHook) and hook.with_module else hook
 
 
 def _forward_nested(layer: QATLinear, input: Tensor) -> Tensor:

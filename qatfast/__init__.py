@@ -36,6 +36,7 @@ from .modules import (
     QATConvTranspose1d,
     QATConvTranspose2d,
     QATConvTranspose3d,
+    QATEmbedding,
     QATLinear,
 )
 from .weight_cache import cached_weights
@@ -62,6 +63,7 @@ torch.serialization.add_safe_globals(
         QATConvTranspose1d,
         QATConvTranspose2d,
         QATConvTranspose3d,
+        QATEmbedding,
         QATLinear,
         QuantSpec,
     ]
@@ -85,6 +87,7 @@ __all__ = [
     "QATConvTranspose1d",
     "QATConvTranspose2d",
     "QATConvTranspose3d",
+    "QATEmbedding",
     "QATLinear",
     "QuantSpec",
     "Summary",

@@ -11,6 +11,7 @@ from .conv import (
     QATConvTranspose2d,
     QATConvTranspose3d,
 )
+from .embedding import QATEmbedding
 from .fake_quantize import FakeQuantize
 from .linear import QATLinear
 
@@ -25,6 +26,7 @@ QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
         QATConvTranspose1d,
         QATConvTranspose2d,
         QATConvTranspose3d,
+        QATEmbedding,
     )
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "QATConvTranspose1d",
     "QATConvTranspose2d",
     "QATConvTranspose3d",
+    "QATEmbedding",
     "QATLinear",
     "QuantizedLayer",
 ]

@@ -38,6 +38,7 @@ from .modules import (
     QATConvTranspose3d,
     QATEmbedding,
     QATLinear,
+    QATMultiheadAttention,
 )
 from .weight_cache import cached_weights
 
@@ -65,6 +66,7 @@ torch.serialization.add_safe_globals(
         QATConvTranspose3d,
         QATEmbedding,
         QATLinear,
+        QATMultiheadAttention,
         QuantSpec,
     ]
 )
@@ -89,6 +91,7 @@ __all__ = [
     "QATConvTranspose3d",
     "QATEmbedding",
     "QATLinear",
+    "QATMultiheadAttention",
     "QuantSpec",
     "Summary",
     "cached_weights",

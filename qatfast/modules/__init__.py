@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .attention import QATMultiheadAttention
 from .base import QuantizedLayer
 from .conv import (
     QATConv1d,
@@ -27,6 +28,7 @@ QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
         QATConvTranspose2d,
         QATConvTranspose3d,
         QATEmbedding,
+        QATMultiheadAttention,
     )
 }
 
@@ -41,5 +43,6 @@ __all__ = [
     "QATConvTranspose3d",
     "QATEmbedding",
     "QATLinear",
+    "QATMultiheadAttention",
     "QuantizedLayer",
 ]

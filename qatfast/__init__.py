@@ -36,7 +36,9 @@ from .modules import (
     QATConvTranspose1d,
     QATConvTranspose2d,
     QATConvTranspose3d,
+    QATEmbedding,
     QATLinear,
+    QATMultiheadAttention,
 )
 from .weight_cache import cached_weights
 
@@ -62,7 +64,9 @@ torch.serialization.add_safe_globals(
         QATConvTranspose1d,
         QATConvTranspose2d,
         QATConvTranspose3d,
+        QATEmbedding,
         QATLinear,
+        QATMultiheadAttention,
         QuantSpec,
     ]
 )
@@ -85,7 +89,9 @@ __all__ = [
     "QATConvTranspose1d",
     "QATConvTranspose2d",
     "QATConvTranspose3d",
+    "QATEmbedding",
     "QATLinear",
+    "QATMultiheadAttention",
     "QuantSpec",
     "Summary",
     "cached_weights",

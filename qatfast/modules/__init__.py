@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from .attention import QATMultiheadAttention
 from .base import QuantizedLayer
 from .conv import (
     QATConv1d,
@@ -11,6 +12,7 @@ from .conv import (
     QATConvTranspose2d,
     QATConvTranspose3d,
 )
+from .embedding import QATEmbedding
 from .fake_quantize import FakeQuantize
 from .linear import QATLinear
 
@@ -25,6 +27,8 @@ QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
         QATConvTranspose1d,
         QATConvTranspose2d,
         QATConvTranspose3d,
+        QATEmbedding,
+        QATMultiheadAttention,
     )
 }
 
@@ -37,6 +41,8 @@ __all__ = [
     "QATConvTranspose1d",
     "QATConvTranspose2d",
     "QATConvTranspose3d",
+    "QATEmbedding",
     "QATLinear",
+    "QATMultiheadAttention",
     "QuantizedLayer",
 ]

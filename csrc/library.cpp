@@ -115,10 +115,6 @@ void register_kernels(torch::Library& m) {
   m.impl("qat_linear_int8_forward", kernel::qat_linear_int8_forward);
   m.impl("qat_linear_int8_input", kernel::qat_linear_int8_input);
   m.impl("qat_linear_int8_backward", kernel::qat_linear_int8_backward);
-}
-
-// On other devices the reference serves.
-void register_cpu_kernels(torch::Library& m) {
   m.impl("fake_quantize_learned", kernel::fake_quantize_learned);
   m.impl("fake_quantize_learned_backward", kernel::fake_quantize_learned_backward);
   m.impl("search_qparams", kernel::search_qparams);
@@ -135,7 +131,6 @@ void register_autocast(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(qatfast, CPU, m) {
   register_kernels(m);
-  register_cpu_kernels(m);
 }
 
 TORCH_LIBRARY_IMPL(qatfast, AutocastCPU, m) {

@@ -15,10 +15,12 @@
 namespace qatfast {
 namespace {
 
-void check_state(const char* op, const char* name, const Tensor& state, at::ScalarType dtype, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(state.is_cpu() && state.scalar_type() == dtype && state.sizes() == shape && state.is_contiguous(),
-      op, ": expected ", name, " to be a contiguous ", name_of(dtype), " tensor of shape ", tuple(shape),
-      " on the CPU, got ", name_of(state.scalar_type()), " of shape ", tuple(state.sizes()), " on ", state.device());
+void check_state(const char* op, const char* name, const Tensor& state, at::ScalarType dtype, at::IntArrayRef shape,
+    at::Device device) {
+  TORCH_CHECK_VALUE(
+      state.device() == device && state.scalar_type() == dtype && state.sizes() == shape && state.is_contiguous(), op,
+      ": expected ", name, " to be a contiguous ", name_of(dtype), " tensor of shape ", tuple(shape), " on ", device,
+      ", got ", name_of(state.scalar_type()), " of shape ", tuple(state.sizes()), " on ", state.device());
 }
 
 // The nearest float32, the largest finite one beyond; never -0.0.
@@ -37,14 +39,21 @@ std::tuple<Tensor, Tensor> kernel::observe_range(const Tensor& input, const Tens
   check_float(op, "input", input.scalar_type());
   check_blocks(op, input, spec.granularity);
   const auto shape = qparams_shape(input, spec.granularity);
-  check_state(op, "running_min", running_min, at::kFloat, shape);
-  check_state(op, "running_max", running_max, at::kFloat, shape);
-  check_state(op, "num_batches", num_batches, at::kLong, {});
+  check_state(op, "running_min", running_min, at::kFloat, shape, input.device());
+  check_state(op, "running_max", running_max, at::kFloat, shape, input.device());
+  check_state(op, "num_batches", num_batches, at::kLong, {}, input.device());
   const auto x = spec.granularity.by_rows() ? contiguous(input) : as_blocks(input, spec.granularity);
   const auto options = input.options().dtype(at::toOpMathType(input.scalar_type()));
-  const auto lo = at::empty(shape, options), hi = at::empty(shape, options), scale = at::empty(shape, options);
+  const auto scale = at::empty(shape, options), zero_point = at::empty(shape, options.dtype(at::kInt));
+#ifdef QATFAST_CUDA
+  if (x.is_cuda()) {
+    const auto constant = static_cast<float>(averaging_constant);
+    cuda::observe_range(x, spec, {running_min, running_max, num_batches, constant}, scale, zero_point);
+    return {scale, zero_point};
+  }
+#endif
+  const auto lo = at::empty(shape, options), hi = at::empty(shape, options);
   const auto has_finite = at::empty(shape, options.dtype(at::kBool));
-  const auto zero_point = at::empty(shape, options.dtype(at::kInt));
   cpu::ranges(x, spec.granularity, lo, hi, has_finite);
 
   AT_DISPATCH_FLOATING_TYPES(lo.scalar_type(), op, [&] {

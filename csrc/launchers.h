@@ -34,8 +34,18 @@ struct ObservedRange {
 using ChooseQParamsLauncher = void(
     const at::Tensor& x, const QuantSpec& spec, const at::Tensor& scale, const at::Tensor& zero_point);
 
-// quantize and dequantize
+// quantize, dequantize, and fake_quantize_learned, whose scale is a magnitude on the CPU and as the caller gave it on a
+// GPU, which launches no kernel for the magnitude.
 using ConvertLauncher = void(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout);
+
+// `x`, `grad` and `grad_x` lie in memory as `layout` says (on the CPU blocks are rows); qparams.scale is that of the
+// launcher fake_quantize_learned. `grad_scale` and `scale`, whose sign it takes, have one element per block.
+using FakeQuantizeLearnedBackwardLauncher = void(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& scale,
+    const QParams& qparams, Layout layout, const at::Tensor& grad_x, const at::Tensor& grad_scale);
+
+// Blocks are the rows of the contiguous matrix x.
+using SearchQParamsLauncher = void(
+    const at::Tensor& x, const QuantSpec& spec, const at::Tensor& scale, const at::Tensor& zero_point);
 
 // A quantized matrix as the int8 GEMM takes it. Integers of a grid above 127 are stored less `shift`.
 struct Int8Rows {
@@ -52,6 +62,10 @@ struct Int8Rows {
 // `x` is a contiguous matrix; its blocks are its rows, or all of it, with the ranges of their values.
 using QuantizeRowsLauncher = void(const at::Tensor& x, const QuantSpec& spec, const Int8Rows& to);
 
+// The same for static ranges.
+using QuantizeRowsStaticLauncher = void(
+    const at::Tensor& x, const QuantSpec& spec, const QParams& qparams, const Int8Rows& to);
+
 // The outputs y (rows, out_features) from the products (rows, out_features) int32 of the int8 values.
 struct Int8EpilogueTask {
   at::Tensor products;
@@ -65,17 +79,21 @@ using Int8EpilogueLauncher = void(const Int8EpilogueTask& task);
 // The weight and the bias of one layer before its product, together, so that a device can share one launch.
 using QATLinearLauncher = void(c10::ArrayRef<FakeQuantizeTask> weight_and_bias);
 
-#define QATFAST_LAUNCHERS(device)                                   \
-  namespace device {                                                \
-  FakeQuantizeLauncher fake_quantize;                               \
-  FakeQuantizeAffineLauncher fake_quantize_affine;                  \
-  FakeQuantizeAffineBackwardLauncher fake_quantize_affine_backward; \
-  ChooseQParamsLauncher choose_qparams;                             \
-  ConvertLauncher quantize;                                         \
-  ConvertLauncher dequantize;                                       \
-  QATLinearLauncher qat_linear;                                     \
-  QuantizeRowsLauncher quantize_rows;                               \
-  Int8EpilogueLauncher int8_epilogue;                               \
+#define QATFAST_LAUNCHERS(device)                                     \
+  namespace device {                                                  \
+  FakeQuantizeLauncher fake_quantize;                                 \
+  FakeQuantizeAffineLauncher fake_quantize_affine;                    \
+  FakeQuantizeAffineBackwardLauncher fake_quantize_affine_backward;   \
+  ChooseQParamsLauncher choose_qparams;                               \
+  ConvertLauncher quantize;                                           \
+  ConvertLauncher dequantize;                                         \
+  ConvertLauncher fake_quantize_learned;                              \
+  FakeQuantizeLearnedBackwardLauncher fake_quantize_learned_backward; \
+  SearchQParamsLauncher search_qparams;                               \
+  QuantizeRowsStaticLauncher quantize_rows_static;                    \
+  QATLinearLauncher qat_linear;                                       \
+  QuantizeRowsLauncher quantize_rows;                                 \
+  Int8EpilogueLauncher int8_epilogue;                                 \
   }
 
 QATFAST_LAUNCHERS(cpu)
@@ -83,7 +101,7 @@ QATFAST_LAUNCHERS(cuda)
 
 #undef QATFAST_LAUNCHERS
 
-// Operators that only the CPU has; on other devices the reference serves.
+// What observes a range, which each device divides in its own way.
 namespace cpu {
 
 // Moves the stored range by `x`; scale and zero_point receive what quantizes `x`, and `to` the result, unless it is
@@ -91,22 +109,19 @@ namespace cpu {
 void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at::Tensor& mask, const QuantSpec& spec,
     const ObservedRange& range, const at::Tensor& scale, const at::Tensor& zero_point);
 
-// The launcher quantize_rows for static ranges.
-void quantize_rows_static(const at::Tensor& x, const QuantSpec& spec, const QParams& qparams, const Int8Rows& to);
-
 // Scale and zero point of blocks with the ranges lo, hi of the opmath type.
 void qparams_of_range(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,
     const at::Tensor& zero_point);
 
-// Blocks are the rows of the contiguous matrices x, grad and grad_x. `sums` (rows,) of double receives the sum of each
-// row of grad * t (see fake_quantize_learned).
-void fake_quantize_learned_backward(const at::Tensor& x, const at::Tensor& grad, const at::Tensor& grad_x,
-    const at::Tensor& sums, const QParams& qparams);
-
-// Blocks are the rows of the contiguous matrix x.
-void search_qparams(const at::Tensor& x, const QuantSpec& spec, const at::Tensor& scale, const at::Tensor& zero_point);
-
 } // namespace cpu
+
+namespace cuda {
+
+// Moves the stored range by `x`; scale and zero_point receive what quantizes `x`.
+void observe_range(const at::Tensor& x, const QuantSpec& spec, const ObservedRange& range, const at::Tensor& scale,
+    const at::Tensor& zero_point);
+
+} // namespace cuda
 
 // The launcher for the device of `x`. `cuda` is defined only in a build with CUDA.
 #ifdef QATFAST_CUDA

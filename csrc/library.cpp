@@ -131,17 +131,12 @@ void register_kernels(torch::Library& m) {
   m.impl("qat_linear_int8_forward", kernel::qat_linear_int8_forward);
   m.impl("qat_linear_int8_input", kernel::qat_linear_int8_input);
   m.impl("qat_linear_int8_backward", kernel::qat_linear_int8_backward);
-}
-
-// On other devices the reference serves.
-void register_cpu_kernels(torch::Library& m) {
   m.impl("fake_quantize_learned", kernel::fake_quantize_learned);
   m.impl("fake_quantize_learned_backward", kernel::fake_quantize_learned_backward);
   m.impl("search_qparams", kernel::search_qparams);
   m.impl("observe_range", kernel::observe_range);
   m.impl("fake_quantize_observed", kernel::fake_quantize_observed);
   m.impl("fake_quantize_observed_forward", kernel::fake_quantize_observed_forward);
-  m.impl("qparams_of_range", kernel::qparams_of_range);
   m.impl("qat_linear_int8_static", kernel::qat_linear_int8_static);
 }
 
@@ -154,7 +149,7 @@ void register_autocast(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(qatfast, CPU, m) {
   register_kernels(m);
-  register_cpu_kernels(m);
+  m.impl("qparams_of_range", kernel::qparams_of_range);
 }
 
 TORCH_LIBRARY_IMPL(qatfast, AutocastCPU, m) {

@@ -229,7 +229,7 @@ def search_qparams(
     arguments.boolean("search_qparams", "narrow_range", narrow_range)
     checked_granularity("search_qparams", granularity)
     ops = kernels.route(input)
-    if ops is not None and input.is_cpu:
+    if ops is not None:
         return ops.search_qparams(input, num_bits, symmetric, granularity.code, narrow_range)
     return reference.search_qparams(
         input, num_bits, symmetric=symmetric, granularity=granularity, narrow_range=narrow_range
@@ -290,7 +290,7 @@ def fake_quantize_learned(
     if isinstance(scale, Tensor) and not isinstance(zero_point, Tensor):
         zero_point = checks.filled_zero_point("fake_quantize_learned", scale, zero_point)
     ops = kernels.route(input, scale, zero_point)
-    if ops is not None and input.is_cpu:
+    if ops is not None:
         return ops.fake_quantize_learned(input, scale, zero_point, quant_min, quant_max, granularity.code)
     return reference.fake_quantize_learned(
         input, scale, zero_point, quant_min, quant_max, granularity=granularity

@@ -35,7 +35,7 @@ def observe_range(
     constant = spec.range.averaging_constant if isinstance(spec.range, MovingAverage) else 0.0
     state = (running_min, running_max, num_batches)
     ops = kernels.route(input, *state)
-    if ops is not None and input.is_cpu:
+    if ops is not None:
         granularity = spec.granularity.code
         return ops.observe_range(
             input, *state, constant, spec.num_bits, spec.symmetric, granularity, spec.narrow_range
@@ -60,7 +60,7 @@ def fake_quantize_observed(
     """
     state = (running_min, running_max, num_batches)
     ops = kernels.route(input, *state)
-    if ops is not None and input.is_cpu:
+    if ops is not None:
         constant = spec.range.averaging_constant if isinstance(spec.range, MovingAverage) else 0.0
         granularity = spec.granularity.code
         return ops.fake_quantize_observed(
@@ -163,7 +163,7 @@ def _int8_result(
     grid_of_input, grid_of_weight = (_grid(grids.get(name)) for name in ("input", "weight"))
     tensors = (input, weight) if b_hat is None else (input, weight, b_hat)
     ops = kernels.route(*tensors)
-    if ops is not None and input.is_cpu and weight.dtype == input.dtype:
+    if ops is not None and weight.dtype == input.dtype:
         return ops.qat_linear_int8_static(input, weight, b_hat, *grid_of_input, *grid_of_weight, config.codes)
     return reference.int8_result(input, weight, b_hat, config, grids)
 

@@ -32,6 +32,7 @@ class Mutant(NamedTuple):
 BUDGET = "tests/test_cuda.py::test_fake_quantize_is_one_launch"
 INTEGERS = "tests/test_qat_linear.py -k 'integers and public'"
 AFFINE = "tests/test_fake_quantize_affine.py tests/test_cuda.py"
+LEARNED = "tests/test_cuda.py -k 'backward_of_a_learned'"
 # Mutants of the same file are adjacent: each build then recompiles only this file.
 MUTANTS = (
     Mutant(
@@ -180,8 +181,8 @@ MUTANTS = (
     Mutant(
         "< for <= in the gradient's mask",
         "common/quant_math.h",
-        "(level <= grid.hi)",
-        "(level < grid.hi)",
+        "* grid.scale, (grid.lo <= level) & (level <= grid.hi)",
+        "* grid.scale, (grid.lo <= level) & (level < grid.hi)",
         AFFINE,
     ),
     Mutant(
@@ -220,6 +221,64 @@ MUTANTS = (
         " - row_level_sum * weight_zero[i];",
         ";",
         INTEGERS,
+    ),
+    Mutant(
+        "all rows of a static matrix have the first one's grid",
+        "cuda/qat_linear.cu",
+        "grid_per_row ? row : 0",
+        "0",
+        "tests/test_cuda.py -k 'static_ranges and PerChannel'",
+    ),
+    Mutant(
+        "no barrier before the sums of a block's chunks are added",
+        "cuda/fake_quantize_learned.cu",
+        "    __syncthreads();\n    const double total = ordered_sum(sums, chunks);",
+        "    const double total = ordered_sum(sums, chunks);",
+        LEARNED,
+        strict=True,
+    ),
+    Mutant(
+        "every other row of sums is left out",
+        "cuda/sum.cuh",
+        "i < n && i < (chunk + 1) * sum_chunk; i += sum_lanes",
+        "i < n && i < (chunk + 1) * sum_chunk; i += 2 * sum_lanes",
+        LEARNED,
+    ),
+    Mutant(
+        "the first CTA of a team moves the stored range",
+        "cuda/observe_range.cu",
+        "== team - 1",
+        "== 0",
+        "tests/test_cuda.py -k 'observing and 300007'",
+    ),
+    Mutant(
+        "no fence before a CTA of a team says that it is ready",
+        "cuda/observe_range.cu",
+        "        __threadfence();\n        is_last",
+        "        is_last",
+        "tests/test_cuda.py -k 'observing and 300007 and float32'",
+        strict=True,
+    ),
+    Mutant(
+        "every block counts the batch",
+        "cuda/observe_range.cu",
+        "if (atomicExch(counted, 1) == 0) {",
+        "if (true) {",
+        "tests/test_cuda.py -k 'observing and PerGroup'",
+    ),
+    Mutant(
+        "a search keeps the first chunk of a warp for all of them",
+        "cuda/search_qparams.cu",
+        "if (n > warps * sum_chunk) {",
+        "if (false) {",
+        "tests/test_cuda.py -k 'search_reads and 16500'",
+    ),
+    Mutant(
+        "equal errors take the smallest range",
+        "cuda/search_qparams.cu",
+        "sums[i][0] < sums[best][0]",
+        "sums[i][0] <= sums[best][0]",
+        "tests/test_search_qparams.py",
     ),
     Mutant(
         "ties are rounded up, not to even",

@@ -146,17 +146,22 @@ OPERATORS = {
             _static_range,
             differentiable=("input",),
             elementwise=True,
-            internal=("fake_quantize_affine_forward", "fake_quantize_affine_backward"),
-            internal_on_cpu=("fake_quantize_observed", "fake_quantize_observed_forward"),
+            internal=(
+                "fake_quantize_affine_forward",
+                "fake_quantize_affine_backward",
+                "fake_quantize_observed",
+                "fake_quantize_observed_forward",
+            ),
         ),
-        Operator("choose_qparams", _dynamic_range, internal_on_cpu=("observe_range", "qparams_of_range")),
-        Operator("search_qparams", _dynamic_range, devices=("cpu",)),
+        Operator(
+            "choose_qparams", _dynamic_range, internal=("observe_range",), internal_on_cpu=("qparams_of_range",)
+        ),
+        Operator("search_qparams", _dynamic_range),
         Operator(
             "fake_quantize_learned",
             _static_range,
             differentiable=("input", "scale"),
             elementwise=True,
-            devices=("cpu",),
             internal=("fake_quantize_learned_backward",),
         ),
         Operator("quantize", _static_range, elementwise=True),
@@ -173,8 +178,8 @@ OPERATORS = {
                 "qat_linear_int8_input",
                 "qat_linear_int8_backward",
                 "qat_linear_grad_weight",
+                "qat_linear_int8_static",
             ),
-            internal_on_cpu=("qat_linear_int8_static",),
         ),
     )
 }

@@ -3,6 +3,7 @@
 The other tests check values, gradients and errors on a device: ``pytest --device cuda``.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import counted
 from operators import operators
 from qatfast import (
     FakeQuantize,
+    MinMax,
+    MovingAverage,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -27,10 +30,13 @@ from qatfast import (
     dequantize,
     fake_quantize,
     fake_quantize_affine,
+    fake_quantize_learned,
     functional,
     qat_linear,
     quantize,
+    ranges,
     reference,
+    search_qparams,
 )
 from qatfast.study.networks import ThreeLayerNetQAT
 
@@ -185,6 +191,158 @@ def test_given_ranges_for_more_elements_than_the_threads_of_a_device_take_at_a_t
 
     expected = everything(reference, x.cpu(), grid[0].cpu(), grid[1].cpu(), *grid[2:])
     cases.assert_all_same(everything(functional, x, *grid), expected)
+
+
+def learned(x, grid, granularity):
+    leaf, scale = x.detach().requires_grad_(), grid.scale.clone().requires_grad_()
+    ends = (grid.quant_min, grid.quant_max)
+    return fake_quantize_learned(leaf, scale, grid.zero_point, *ends, granularity=granularity), leaf, scale
+
+
+# (shape, granularity, launches): blocks of a warp, of a CTA and of several CTAs, in rows and across memory
+LEARNED = [
+    ((300, 32), PerGroup(32), 1),
+    ((40, 500, 1), PerChannel(1), 1),
+    ((9000,), PerTensor(), 1),
+    ((40, 2, 300), PerChannel(1), 1),
+    ((300_007,), PerTensor(), 2),
+    ((2000, 3, 11), PerChannel(1), 2),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=cases.name)
+@pytest.mark.parametrize("shape, granularity, launches", LEARNED, ids=cases.name)
+def test_the_backward_of_a_learned_scale(shape, granularity, launches, dtype):
+    grid = cases.grid(shape, granularity, dtype, (-8, 7))
+    grid = grid._replace(scale=torch.where(grid.zero_point > 0, grid.scale, -grid.scale))
+    x, dy = cases.mixed(shape, dtype), cases.normal(shape, dtype, seed=1)
+    y, *leaves = learned(
+        x.cuda(), grid._replace(scale=grid.scale.cuda(), zero_point=grid.zero_point.cuda()), granularity
+    )
+    upstream = dy.cuda()
+    counts = counted.counted(lambda: torch.autograd.grad(y, leaves, upstream, retain_graph=True))
+    assert ours(counts) == launches
+    waits_for_nothing(counts)
+    if counted.SIMULATED:
+        chunks = grid.scale.numel() * math.ceil(x.numel() / grid.scale.numel() / 512)
+        assert x.nbytes <= counts.written <= x.nbytes + 32 * chunks
+        assert (
+            2 * x.nbytes <= counts.read <= 2 * x.nbytes + 512 * chunks
+        )  # each lane reads scale and zero point
+    leaf, scale = x.clone().requires_grad_(), grid.scale.clone().requires_grad_()
+    expected = reference.fake_quantize_learned(leaf, scale, *grid[1:], granularity=granularity)
+    cases.assert_same(y, expected)
+    cases.assert_all_same(counts.result, torch.autograd.grad(expected, (leaf, scale), dy))
+
+
+# (shape, granularity, launches): a warp, a CTA that holds its block, one that does not, several CTAs for a block
+SEARCHED = [
+    ((50, 32), PerGroup(32), 1),
+    ((20, 700), PerToken(), 1),
+    ((16, 16_500), PerChannel(0), 1),
+    ((4, 3000), PerToken(), 3),
+    ((270_000,), PerTensor(), 3),
+]
+
+
+@pytest.mark.parametrize("shape, granularity, launches", SEARCHED, ids=cases.name)
+def test_a_search_reads_its_input_a_few_times(shape, granularity, launches):
+    x = cases.mixed(shape)
+    on_device = x.cuda()
+    search_qparams(on_device[:1], 3)
+    counts = counted.counted(lambda: search_qparams(on_device, 3, granularity=granularity))
+    waits_for_nothing(counts)
+    cases.assert_all_same(counts.result, reference.search_qparams(x, 3, granularity=granularity))
+    if counted.SIMULATED:  # with 16 multiprocessors; more divide a block among more CTAs
+        assert ours(counts) <= launches
+        most = 1 if launches == 1 and x[0].numel() <= 16_384 else 12
+        assert counts.read <= most * x.nbytes + 80 * 32 * 8 * counts.result[0].numel() * launches
+
+
+def stored_range(shape, granularity, device):
+    shape_of_scale = choose_qparams(torch.zeros(shape), granularity=granularity)[0].shape
+    zeros = torch.zeros(shape_of_scale, device=device)
+    return zeros, zeros.clone(), torch.zeros((), dtype=torch.int64, device=device)
+
+
+OBSERVED = [
+    ((7,), PerTensor()),
+    ((300_007,), PerTensor()),
+    ((20, 64), PerChannel(0)),
+    ((2, 40_000), PerChannel(0)),
+    ((40, 30), PerChannel(1)),
+    ((8, 16, 9, 9), PerChannel(1)),
+    ((6, 64), PerGroup(16)),
+    ((0, 4), PerTensor()),
+    ((0, 4), PerChannel(1)),
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("range", [MovingAverage(0.3), MinMax()], ids=str)
+@pytest.mark.parametrize("shape, granularity", OBSERVED, ids=cases.name)
+def test_observing_a_range_is_one_launch(shape, granularity, range, dtype):
+    spec = QuantSpec(5, granularity=granularity, range=range)
+    ours_, expected = (stored_range(shape, granularity, at) for at in ("cuda", "cpu"))
+    nothing, zeros = torch.full(shape, torch.nan, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    batches = [
+        nothing,
+        zeros,
+        *(scale * cases.mixed(shape, dtype, seed=scale) for scale in (1, 2, 3)),
+        nothing,
+    ]
+    if dtype == torch.float64:
+        batches.append(1e300 * cases.normal(shape, dtype))
+    if len(shape) > 1 and shape[0]:
+        batches[3][:, 0], batches[3][0] = torch.inf, torch.nan
+    for batch in batches:
+        on_device = batch.cuda()
+        found = ranges.observe_range(on_device, *ours_, spec)
+        constant = getattr(range, "averaging_constant", 0.0)
+        cases.assert_all_same(found, reference.observe_range(batch, *expected, constant, **spec.arguments))
+        cases.assert_all_same(ours_, expected)
+    counts = counted.counted(lambda: ranges.observe_range(on_device, *ours_, spec))
+    assert ours(counts) == 1
+    waits_for_nothing(counts)
+    if counted.SIMULATED:
+        assert counts.read <= on_device.nbytes + 16 * 1024
+
+
+def test_a_graph_can_capture_what_moves_a_range():
+    spec = QuantSpec(range=MovingAverage(0.3))
+    x, state = cases.normal((20_000,), device="cuda"), stored_range((20_000,), PerTensor(), "cuda")
+    ranges.observe_range(x, *state, spec)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scale, zero_point = ranges.observe_range(x, *state, spec)
+        searched = search_qparams(x, 4)
+    expected = [value.cpu() for value in state]
+    for seed in (5, 6):
+        x.copy_(cases.normal((20_000,), seed=seed))
+        graph.replay()
+        found = reference.observe_range(x.cpu(), *expected, 0.3, **spec.arguments)
+        cases.assert_all_same((scale, zero_point), found)
+        cases.assert_all_same(state, expected)
+        cases.assert_all_same(searched, reference.search_qparams(x.cpu(), 4))
+
+
+@pytest.mark.parametrize("weight", [PerTensor(), PerChannel(0)], ids=str)
+def test_a_layer_with_static_ranges_has_the_bits_of_the_cpu(weight):
+    config = QATConfig(
+        input=QuantSpec(8, range=MinMax()),
+        weight=QuantSpec(8, symmetric=True, granularity=weight, range=MinMax()),
+        bias=None,
+        output=None,
+    )
+    operands = cases.linear(((5,), 48, 24))
+    operands.input[1, 2] = torch.nan
+    grids = {
+        "input": choose_qparams(0.7 * operands.input),
+        "weight": choose_qparams(0.7 * operands.weight, symmetric=True, granularity=weight),
+    }
+    there = {name: tuple(value.cuda() for value in grid) for name, grid in grids.items()}
+    y = ranges.qat_linear(*(t.cuda() for t in operands), config, there)
+    cases.assert_same(y, reference.qat_linear_static(*operands, config, grids))
 
 
 def test_python_numbers_as_scales_wait_for_nothing():

@@ -32,7 +32,7 @@ def gradients(implementation, x, scale, zero_point, ends, granularity, dy):
 @pytest.mark.parametrize("ends", ENDS, ids=str)
 @pytest.mark.parametrize("case", BLOCKS, ids=cases.name)
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-def test_kernels_give_the_bits_of_the_reference(kernels, case, dtype, ends):
+def test_kernels_give_the_bits_of_the_reference(kernels, device, case, dtype, ends):
     shape, granularity = case
     grid = cases.grid(shape, granularity, dtype, ends)
     scale = torch.where(torch.arange(grid.scale.numel()).reshape(grid.scale.shape) % 3 == 1, -1, 1)
@@ -41,18 +41,21 @@ def test_kernels_give_the_bits_of_the_reference(kernels, case, dtype, ends):
     if x.numel() > 4:
         x.view(-1)[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     results = [
-        gradients(IMPLEMENTATIONS[name], x, scale, grid.zero_point, ends, granularity, dy)
-        for name in ("public", "reference")
+        gradients(
+            implementation, *(t.to(at) for t in (x, scale, grid.zero_point)), ends, granularity, dy.to(at)
+        )
+        for implementation, at in ((qatfast, device), (reference, "cpu"))
     ]
     for ours, expected in zip(*results, strict=True):
         cases.assert_same(ours, expected)
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-def test_the_sum_does_not_depend_on_the_strides(kernels, layout):
+def test_the_sum_does_not_depend_on_the_strides(kernels, device, layout):
     change, shape = cases.LAYOUTS[layout]
-    x, dy = cases.normal(shape), cases.normal(shape, seed=1)
-    given = torch.tensor(0.3), torch.tensor(3, dtype=torch.int32), (0, 15), PerTensor()
+    x, dy = cases.normal(shape, device=device), cases.normal(shape, seed=1, device=device)
+    zero_point = torch.tensor(3, dtype=torch.int32, device=device)
+    given = torch.tensor(0.3, device=device), zero_point, (0, 15), PerTensor()
     expected = gradients(qatfast, x, *given, dy)
     ours = gradients(qatfast, change(x), *given, change(dy))
     for result, value in zip(ours, expected, strict=True):

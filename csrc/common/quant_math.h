@@ -213,6 +213,42 @@ C10_HOST_DEVICE static inline auto fake_quantize_inside(T x, const G& grid) {
   return std::pair(clamp(level, grid.lo, grid.hi) * grid.scale, (grid.lo <= level) & (level <= grid.hi));
 }
 
+// What a learned scale may not be below: its sign does not matter, and 0 stands for the smallest normal number.
+QATFAST_FORMULA T magnitude_of_learned(T scale) {
+  const T eps = T{} + std::numeric_limits<element_t<T>>::min();
+  const T magnitude = scale < T{} ? -scale : scale;
+  return magnitude < eps ? eps : magnitude;
+}
+
+// `grad` times the derivative of fake_quantize(x, grid) by the scale (0 where x is NaN), and whether the gradient
+// passes to x, as in fake_quantize_inside.
+template <class T, class G>
+C10_HOST_DEVICE static inline auto learned_gradient(T x, T grad, const G& grid) {
+  const T position = position_of(x, widened(grid));
+  const T level = round_half_even(position);
+  const auto inside = (grid.lo <= level) & (level <= grid.hi);
+  const T derivative = inside ? level - position : (level < grid.lo ? grid.lo : grid.hi);
+  return std::pair(x == x ? grad * derivative : T{}, inside);
+}
+
+// The gradient of a learned scale from the sum of those products over a block of `size` elements. `levels` is the
+// number of levels above 0.
+QATFAST_FORMULA T learned_scale_gradient(double sum, int64_t size, int64_t levels, T scale) {
+  const double factor = size > 0 ? 1 / std::sqrt(static_cast<double>(size) * (levels > 1 ? levels : 1)) : 0;
+  return static_cast<T>(factor * sum) * (scale < 0 ? T(-1) : T(1));
+}
+
+// An end of a range as modules store it: the nearest float, the largest finite one beyond; never -0.0.
+QATFAST_FORMULA float stored_end(T end) {
+  constexpr T most = std::numeric_limits<float>::max();
+  return static_cast<float>(clamp(end, -most, most)) + 0.0F;
+}
+
+// A stored end after a batch with this end. `constant` is 0 for a range that only widens, here to `wider`.
+C10_HOST_DEVICE static inline float moved_end(float running, float end, float wider, float constant) {
+  return (constant == 0 ? wider : running + constant * (end - running)) + 0.0F;
+}
+
 // An integer (of a vector: one per lane) whose low 16 bits are the result. NaN gives zero_point.
 template <class T, class G, class I>
 C10_HOST_DEVICE static inline I quantize(T x, I zero_point, const G& grid) {

@@ -3,12 +3,17 @@
 
 namespace qatfast::cpu {
 
-void fake_quantize_learned_backward(const at::Tensor& x, const at::Tensor& grad, const at::Tensor& grad_x,
-    const at::Tensor& sums, const QParams& qparams) {
-  const auto rows = x.size(0), n = x.size(1), chunks = chunks_of(n);
+void fake_quantize_learned(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout) {
+  fake_quantize_affine(from, to, /*mask=*/{}, qparams, layout);
+}
+
+void fake_quantize_learned_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& scale,
+    const QParams& qparams, Layout layout, const at::Tensor& grad_x, const at::Tensor& grad_scale) {
+  const auto rows = layout.blocks, n = layout.inner, chunks = chunks_of(n);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fake_quantize_learned", [&] {
     const auto loop = chosen().loops<scalar_t>().learned_gradients;
-    const auto grids = grids_of<opmath_type<scalar_t>>(qparams);
+    using C = opmath_type<scalar_t>;
+    const auto grids = grids_of<C>(qparams);
     const auto* from = x.const_data_ptr<scalar_t>();
     const auto* dy = grad.const_data_ptr<scalar_t>();
     auto* dx = grad_x.mutable_data_ptr<scalar_t>();
@@ -26,9 +31,12 @@ void fake_quantize_learned_backward(const at::Tensor& x, const at::Tensor& grad,
       }
     });
     const StandardArithmetic arithmetic;
-    auto* totals = sums.mutable_data_ptr<double>();
+    const auto* signs = scale.const_data_ptr<C>();
+    const auto* zero_points = qparams.zero_point.const_data_ptr<int32_t>();
+    auto* ds = grad_scale.mutable_data_ptr<C>();
     for (int64_t row = 0; row < rows; ++row) {
-      totals[row] = ordered_sum(chunk_sums.data() + row * chunks, chunks);
+      const auto total = ordered_sum(chunk_sums.data() + row * chunks, chunks);
+      ds[row] = learned_scale_gradient(total, n, qparams.quant_max - zero_points[row], signs[row]);
     }
   });
 }

@@ -25,12 +25,6 @@ bool has_finite_value(const T* x, const Layout& layout, int64_t block) {
   return false;
 }
 
-// The nearest float32, the largest finite one beyond; never -0.0.
-float stored(double end) {
-  constexpr double most = std::numeric_limits<float>::max();
-  return static_cast<float>(std::clamp(end, -most, most)) + 0.0F;
-}
-
 // The stored range of a module and the range of the batch at hand.
 template <class T>
 class Observation {
@@ -83,8 +77,8 @@ class Observation {
   void choose(const QuantSpec& spec, C* scale, int32_t* zero_point) const {
     c10::SmallVector<C, 8> low(blocks_), high(blocks_);
     for (int64_t block = 0; block < blocks_; ++block) {
-      low[block] = is_new(block) ? stored(lo_[block]) : running_min_[block];
-      high[block] = is_new(block) ? stored(hi_[block]) : running_max_[block];
+      low[block] = is_new(block) ? stored_end(lo_[block]) : running_min_[block];
+      high[block] = is_new(block) ? stored_end(hi_[block]) : running_max_[block];
     }
     chosen().loops<C>().choose(low.data(), high.data(), blocks_, spec.quant_range<C>(), scale, zero_point);
   }
@@ -96,10 +90,12 @@ class Observation {
       if (!has_finite(block)) {
         continue;
       }
-      const auto low = stored(lo_[block]), high = stored(hi_[block]);
+      const auto low = stored_end(lo_[block]), high = stored_end(hi_[block]);
       const bool takes_batch = is_new(block);
-      running_min_[block] = takes_batch ? low : moved(running_min_[block], low, std::min(running_min_[block], low));
-      running_max_[block] = takes_batch ? high : moved(running_max_[block], high, std::max(running_max_[block], high));
+      running_min_[block] =
+          takes_batch ? low : moved_end(running_min_[block], low, std::min(running_min_[block], low), constant_);
+      running_max_[block] =
+          takes_batch ? high : moved_end(running_max_[block], high, std::max(running_max_[block], high), constant_);
       any_finite = true;
     }
     *num_batches_ += any_finite;
@@ -112,10 +108,6 @@ class Observation {
 
   bool has_finite(int64_t block) const {
     return (all_finite_ && layout_.numel() > 0) || lo_[block] != hi_[block] || has_finite_value(x_, layout_, block);
-  }
-
-  float moved(float running, float end, float wider) const {
-    return (constant_ == 0 ? wider : running + constant_ * (end - running)) + 0.0F;
   }
 
   const T* x_;

@@ -55,20 +55,31 @@ void apply_mask(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor
       grad.numel(), is_aligned(from, 16) && is_aligned(y, 16));
 }
 
-} // namespace
-
-void fake_quantize_affine(
-    const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, const QParams& qparams, Layout layout) {
+void launch_affine(const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, const QParams& qparams,
+    Layout layout, bool learned) {
   if (layout.numel() == 0) {
     return;
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "fake_quantize_affine", [&] {
     const auto* x = from.const_data_ptr<scalar_t>();
     auto* y = to.mutable_data_ptr<scalar_t>();
+    auto grids = grids_of<opmath_type<scalar_t>>(qparams, layout);
+    grids.learned = learned;
     launch_over_units<scalar_t>(from, fake_quantize_affine_kernel<scalar_t>, x, y,
         mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr, layout.numel(),
-        is_aligned(x, 16) && is_aligned(y, 16), grids_of<opmath_type<scalar_t>>(qparams, layout));
+        is_aligned(x, 16) && is_aligned(y, 16), grids);
   });
+}
+
+} // namespace
+
+void fake_quantize_affine(
+    const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, const QParams& qparams, Layout layout) {
+  launch_affine(from, to, mask, qparams, layout, /*learned=*/false);
+}
+
+void fake_quantize_learned(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout) {
+  launch_affine(from, to, /*mask=*/{}, qparams, layout, /*learned=*/true);
 }
 
 void fake_quantize_affine_backward(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& to) {

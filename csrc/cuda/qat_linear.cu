@@ -5,6 +5,8 @@
 
 #include <ATen/ops/empty.h>
 
+#include <optional>
+
 namespace qatfast::cuda {
 namespace {
 
@@ -70,12 +72,12 @@ __device__ __forceinline__ RangeKeys<opmath_type<T>> range_of_row(const T* row, 
   return keys;
 }
 
-// A CTA owns a row at a time. It quantizes the row by its own range (`by_rows`) or by the grid of all rows, and sums
+// A CTA owns a row at a time. It quantizes the row by its own range (`by_rows`) or by a given grid, and sums
 // its levels. Bound by memory: one read, a quarter of a write; a row is still in the cache when it is read again.
 template <class T, bool by_rows>
-__global__ void __launch_bounds__(row_threads)
-    quantize_rows_kernel(const T* from, RowPointers<opmath_type<T>> to, int64_t rows, int64_t columns, bool aligned,
-        const opmath_type<T>* scale, const int32_t* zero_point, QuantRange<int32_t> range, int shift) {
+__global__ void __launch_bounds__(row_threads) quantize_rows_kernel(const T* from, RowPointers<opmath_type<T>> to,
+    int64_t rows, int64_t columns, bool aligned, const opmath_type<T>* scale, const int32_t* zero_point,
+    bool grid_per_row, QuantRange<int32_t> range, int shift) {
   using C = opmath_type<T>;
   constexpr int N = lanes<T>;
   __shared__ int64_t sums[row_threads / 32];
@@ -88,9 +90,10 @@ __global__ void __launch_bounds__(row_threads)
       row_grid = qparam.grid;
       zero = qparam.zero_point;
     } else {
-      zero = *zero_point;
-      row_grid =
-          with_reciprocal<C>({*scale, static_cast<C>(range.quant_min - zero), static_cast<C>(range.quant_max - zero)});
+      const int64_t index = grid_per_row ? row : 0;
+      zero = zero_point[index];
+      row_grid = with_reciprocal<C>(
+          {scale[index], static_cast<C>(range.quant_min - zero), static_cast<C>(range.quant_max - zero)});
     }
     int64_t level_sum = 0;
     bool has_nan = false;
@@ -191,6 +194,27 @@ int threads_of_row(int64_t columns) {
   return threads;
 }
 
+// Quantizes each row with `qparams`, of all rows or of each, or by its own range.
+void launch_quantize_rows(
+    const at::Tensor& x, const QuantSpec& spec, const Int8Rows& to, const std::optional<QParams>& qparams) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto rows = x.size(0), columns = x.size(1);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "qat_linear", [&] {
+    using T = scalar_t;
+    using C = opmath_type<T>;
+    const auto* from = x.const_data_ptr<T>();
+    const auto values = pointers_of<C>(to);
+    const bool aligned = columns % lanes<T> == 0 && is_aligned(from, 16) && is_aligned(values.values, lanes<T>);
+    const int threads = threads_of_row<T>(columns);
+    const auto kernel = qparams ? quantize_rows_kernel<T, false> : quantize_rows_kernel<T, true>;
+    kernel<<<ctas_for(rows * threads, threads, x.device().index()), threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+        from, values, rows, columns, aligned, qparams ? qparams->scale.const_data_ptr<C>() : nullptr,
+        qparams ? qparams->zero_point.const_data_ptr<int32_t>() : nullptr, qparams && qparams->scale.numel() > 1,
+        spec.quant_range<int32_t>(), static_cast<int>(Int8Rows::shift(spec)));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
 } // namespace
 
 void qat_linear(c10::ArrayRef<FakeQuantizeTask> weight_and_bias) {
@@ -209,29 +233,17 @@ void qat_linear(c10::ArrayRef<FakeQuantizeTask> weight_and_bias) {
 }
 
 void quantize_rows(const at::Tensor& x, const QuantSpec& spec, const Int8Rows& to) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  const auto rows = x.size(0), columns = x.size(1);
-  const bool by_rows = spec.granularity.kind != Granularity::per_tensor;
-  at::Tensor scale, zero_point;
-  if (!by_rows) {
-    scale = at::empty({}, to.scale.options());
-    zero_point = at::empty({}, to.zero_point.options());
-    choose_qparams(x, spec, scale, zero_point);
+  if (spec.granularity.kind != Granularity::per_tensor) {
+    return launch_quantize_rows(x, spec, to, std::nullopt);
   }
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "qat_linear", [&] {
-    using T = scalar_t;
-    using C = opmath_type<T>;
-    const auto* from = x.const_data_ptr<T>();
-    const auto values = pointers_of<C>(to);
-    const bool aligned = columns % lanes<T> == 0 && is_aligned(from, 16) && is_aligned(values.values, lanes<T>);
-    const int threads = threads_of_row<T>(columns);
-    const auto kernel = by_rows ? quantize_rows_kernel<T, true> : quantize_rows_kernel<T, false>;
-    kernel<<<ctas_for(rows * threads, threads, x.device().index()), threads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-        from, values, rows, columns, aligned, by_rows ? nullptr : scale.const_data_ptr<C>(),
-        by_rows ? nullptr : zero_point.const_data_ptr<int32_t>(), spec.quant_range<int32_t>(),
-        static_cast<int>(Int8Rows::shift(spec)));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
+  const QParams qparams{
+      at::empty({}, to.scale.options()), at::empty({}, to.zero_point.options()), spec.quant_min(), spec.quant_max()};
+  choose_qparams(x, spec, qparams.scale, qparams.zero_point);
+  launch_quantize_rows(x, spec, to, qparams);
+}
+
+void quantize_rows_static(const at::Tensor& x, const QuantSpec& spec, const QParams& qparams, const Int8Rows& to) {
+  launch_quantize_rows(x, spec, to, qparams);
 }
 
 void int8_epilogue(const Int8EpilogueTask& task) {

@@ -24,10 +24,15 @@ struct StaticGrids {
   C quant_min;
   C quant_max;
   Layout layout;
+  bool learned = false; // whether the scale is a learned one
+
+  __device__ __forceinline__ Grid<C> grid_of(int64_t block) const {
+    const C zero = static_cast<C>(zero_point[block]);
+    return {learned ? magnitude_of_learned(scale[block]) : scale[block], quant_min - zero, quant_max - zero};
+  }
 
   __device__ __forceinline__ StaticGrid<C> only() const {
-    const C zero = static_cast<C>(zero_point[0]);
-    return {zero, with_reciprocal<C>({scale[0], quant_min - zero, quant_max - zero})};
+    return {static_cast<C>(zero_point[0]), with_reciprocal(grid_of(0))};
   }
 
   // Calls f(i, zero_point, grid) for the elements begin + i of a unit of N.
@@ -54,17 +59,14 @@ struct StaticGrids {
       return static_cast<C>(zero_point[block]);
     };
     C zero = zero_of_block();
-    const auto grid_of_block = [&]() -> Grid<C> {
-      return {scale[block], quant_min - zero, quant_max - zero};
-    };
-    auto grid = grid_of_block();
+    auto grid = grid_of(block);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (left == 0 && i < count) {
         left = layout.inner;
         block = block + 1 == layout.blocks ? 0 : block + 1;
         zero = zero_of_block();
-        grid = grid_of_block();
+        grid = grid_of(block);
       }
       --left;
       f(i, zero, grid);
@@ -77,6 +79,22 @@ StaticGrids<C> grids_of(const QParams& qparams, const Layout& layout) {
   return {qparams.scale.const_data_ptr<C>(), qparams.zero_point.const_data_ptr<int32_t>(),
       static_cast<C>(qparams.quant_min), static_cast<C>(qparams.quant_max), layout};
 }
+
+// Where the elements of a block lie.
+struct BlockElements {
+  Layout layout;
+  int64_t block;
+
+  __device__ __forceinline__ int64_t at(int64_t i) const {
+    if (layout.outer == 1) {
+      return block * layout.inner + i;
+    }
+    const int64_t run = i <= 0xFFFFFFFF && layout.inner <= 0xFFFFFFFF
+        ? static_cast<uint32_t>(i) / static_cast<uint32_t>(layout.inner) // 32 bits take half the time
+        : i / layout.inner;
+    return i + (run * (layout.blocks - 1) + block) * layout.inner;
+  }
+};
 
 // Calls f(first element, count) for every unit of N elements. Whole warps take part, with count <= 0 past the end.
 template <int N, class F>

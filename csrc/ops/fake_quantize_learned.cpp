@@ -10,15 +10,15 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
-#include <cmath>
-#include <limits>
-
 namespace qatfast {
 namespace kernel {
 namespace {
 
-// max(|scale|, eps)
+// What the launchers take as the scale.
 Tensor magnitude_of(const Tensor& scale) {
+  if (!scale.is_cpu()) {
+    return scale;
+  }
   const auto result = at::empty_like(scale, at::MemoryFormat::Contiguous);
   const auto from = scale.contiguous();
   AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), "fake_quantize_learned", [&] {
@@ -26,8 +26,7 @@ Tensor magnitude_of(const Tensor& scale) {
     const auto* values = from.const_data_ptr<scalar_t>();
     auto* to = result.mutable_data_ptr<scalar_t>();
     for (int64_t i = 0; i < from.numel(); ++i) {
-      const auto magnitude = std::abs(values[i]);
-      to[i] = magnitude < std::numeric_limits<scalar_t>::min() ? std::numeric_limits<scalar_t>::min() : magnitude;
+      to[i] = magnitude_of_learned(values[i]);
     }
   });
   return result;
@@ -42,14 +41,6 @@ StaticRange checked(const char* op, const Tensor& input, const Tensor& scale, co
   return checked_static_range(op, input, magnitude_of(scale), zero_point, quant_min, quant_max, granularity);
 }
 
-// A contiguous matrix whose rows are the blocks of x.
-Tensor as_rows(const Tensor& x, Granularity granularity) {
-  const auto blocks = blocks_of(x, granularity);
-  const auto by_channel = granularity.kind == Granularity::per_channel;
-  const auto ordered = contiguous(by_channel ? x.movedim(granularity.argument, 0) : x);
-  return ordered.view({blocks, blocks > 0 ? x.numel() / blocks : 0});
-}
-
 } // namespace
 
 Tensor fake_quantize_learned(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
@@ -59,8 +50,8 @@ Tensor fake_quantize_learned(const Tensor& input, const Tensor& scale, const Ten
   const auto [granularity, qparams] = checked(op, input, scale, zero_point, quant_min, quant_max, code);
   const auto from = as_blocks(input, granularity);
   const auto to = result_for(input, from);
-  cpu::fake_quantize_affine(
-      from, to, /*mask=*/{}, in_memory_order(qparams, from, granularity), layout_of(from, granularity));
+  QATFAST_ON(input, fake_quantize_learned)
+  (from, to, in_memory_order(qparams, from, granularity), layout_of(from, granularity));
   return laid_out_like(input, to, granularity);
 }
 
@@ -72,31 +63,20 @@ std::tuple<Tensor, Tensor> fake_quantize_learned_backward(const Tensor& grad, co
       ": expected grad to have the dtype and the shape of input, got ", name_of(grad.scalar_type()), " of shape ",
       tuple(grad.sizes()));
   const auto [granularity, qparams] = checked(op, input, scale, zero_point, quant_min, quant_max, code);
-  const auto x = as_rows(input, granularity), dy = as_rows(grad, granularity);
+  // Only CUDA's kernel takes channels that lie across a contiguous tensor.
+  const bool moves = input.is_cpu() && granularity.kind == Granularity::per_channel;
+  const auto in_order = [&](const Tensor& tensor) {
+    return contiguous(moves ? tensor.movedim(granularity.argument, 0) : tensor);
+  };
+  const auto x = in_order(input), dy = in_order(grad);
+  const auto blocks = blocks_of(input, granularity);
+  const auto layout = moves ? Layout{1, blocks, blocks > 0 ? x.numel() / blocks : 0} : layout_of(x, granularity);
   const auto dx = fresh(x.sizes(), x.scalar_type(), x);
-  const auto sums = at::empty({x.size(0)}, x.options().dtype(at::kDouble));
-  cpu::fake_quantize_learned_backward(x, dy, dx, sums, qparams);
-
   const auto grad_scale = at::empty_like(scale, at::MemoryFormat::Contiguous);
-  AT_DISPATCH_FLOATING_TYPES(scale.scalar_type(), op, [&] {
-    const cpu::StandardArithmetic arithmetic;
-    const auto size = static_cast<double>(x.size(1));
-    const auto given = scale.contiguous();
-    const auto* signs = given.const_data_ptr<scalar_t>();
-    const auto* zero_points = qparams.zero_point.const_data_ptr<int32_t>();
-    const auto* totals = sums.const_data_ptr<double>();
-    auto* ds = grad_scale.mutable_data_ptr<scalar_t>();
-    for (int64_t block = 0; block < x.size(0); ++block) {
-      const auto levels = std::max(static_cast<double>(quant_max - zero_points[block]), 1.0);
-      const auto factor = size > 0 ? 1 / std::sqrt(size * levels) : 0.0;
-      ds[block] = static_cast<scalar_t>(factor * totals[block]) * (signs[block] < 0 ? scalar_t(-1) : scalar_t(1));
-    }
-  });
-  // Blocks are rows of dx; the gradient has the strides of empty_like(input).
-  const bool by_channel = granularity.kind == Granularity::per_channel;
-  const auto moved = by_channel ? input.movedim(granularity.argument, 0) : input;
-  const auto ordered = dx.view(moved.sizes());
-  const auto logical = by_channel ? ordered.movedim(0, granularity.argument) : ordered;
+  if (blocks > 0) {
+    QATFAST_ON(x, fake_quantize_learned_backward)(dy, x, scale.contiguous(), qparams, layout, dx, grad_scale);
+  }
+  const auto logical = moves ? dx.movedim(0, granularity.argument) : dx;
   auto grad_input = at::empty_like(input);
   return {logical.strides() == grad_input.strides() ? logical : copied(logical, grad_input), grad_scale};
 }

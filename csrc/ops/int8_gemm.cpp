@@ -226,7 +226,7 @@ Int8Rows quantize_rows(
     const Tensor& matrix, const QuantSpec& spec, Allocation allocation, const std::optional<QParams>& qparams) {
   const auto result = allocation == Allocation::separate ? separate_rows(matrix) : rows_in_shared_memory(matrix);
   if (matrix.size(0) > 0 && qparams) {
-    cpu::quantize_rows_static(contiguous(matrix), spec, *qparams, result);
+    QATFAST_ON(matrix, quantize_rows_static)(contiguous(matrix), spec, *qparams, result);
   } else if (matrix.size(0) > 0) {
     QATFAST_ON(matrix, quantize_rows)(contiguous(matrix), spec, result);
   }

@@ -15,10 +15,12 @@ namespace qatfast {
 namespace kernel {
 namespace {
 
-void check_state(const char* op, const char* name, const Tensor& state, at::ScalarType dtype, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(state.is_cpu() && state.scalar_type() == dtype && state.sizes() == shape && state.is_contiguous(),
-      op, ": expected ", name, " to be a contiguous ", name_of(dtype), " tensor of shape ", tuple(shape),
-      " on the CPU, got ", name_of(state.scalar_type()), " of shape ", tuple(state.sizes()), " on ", state.device());
+void check_state(const char* op, const char* name, const Tensor& state, at::ScalarType dtype, at::IntArrayRef shape,
+    at::Device device) {
+  TORCH_CHECK_VALUE(
+      state.device() == device && state.scalar_type() == dtype && state.sizes() == shape && state.is_contiguous(), op,
+      ": expected ", name, " to be a contiguous ", name_of(dtype), " tensor of shape ", tuple(shape), " on ", device,
+      ", got ", name_of(state.scalar_type()), " of shape ", tuple(state.sizes()), " on ", state.device());
 }
 
 // A write that autograd would not see makes a gradient from the old values silently wrong.
@@ -44,22 +46,30 @@ Observed observe(const char* op, Wanted wanted, const Tensor& input, const Tenso
   check_float(op, "input", input.scalar_type());
   check_blocks(op, input, spec.granularity);
   const auto shape = qparams_shape(input, spec.granularity);
-  check_state(op, "running_min", running_min, at::kFloat, shape);
-  check_state(op, "running_max", running_max, at::kFloat, shape);
-  check_state(op, "num_batches", num_batches, at::kLong, {});
+  check_state(op, "running_min", running_min, at::kFloat, shape, input.device());
+  check_state(op, "running_max", running_max, at::kFloat, shape, input.device());
+  check_state(op, "num_batches", num_batches, at::kLong, {}, input.device());
   // Blocks of rows lie in the order of the state only in a contiguous tensor.
   const bool is_reordered = spec.granularity.by_rows() && !input.is_contiguous();
   const auto x = is_reordered ? contiguous(input) : as_blocks(input, spec.granularity);
-  const bool in_one_pass = !is_reordered && wanted != Wanted::grid;
+  const bool in_one_pass = x.is_cpu() && !is_reordered && wanted != Wanted::grid;
   Observed result = {in_one_pass ? fresh_like(x, x.scalar_type()) : Tensor(),
       in_one_pass && wanted == Wanted::output_and_mask ? fresh_mask(x) : Tensor(),
       fresh(shape, at::toOpMathType(input.scalar_type()), x), fresh(shape, at::kInt, x)};
   const ObservedRange range = {running_min, running_max, num_batches, static_cast<float>(averaging_constant)};
-  cpu::fake_quantize_observed(x, result.output, result.mask, spec, range, result.scale, result.zero_point);
+#ifdef QATFAST_CUDA
+  if (x.is_cuda()) {
+    cuda::observe_range(x, spec, range, result.scale, result.zero_point);
+  } else
+#endif
+    cpu::fake_quantize_observed(x, result.output, result.mask, spec, range, result.scale, result.zero_point);
   for (const auto& state : {running_min, running_max, num_batches}) {
     bump_version(state);
   }
-  if (is_reordered && wanted != Wanted::grid) {
+  if (!in_one_pass && wanted == Wanted::output) {
+    result.output =
+        fake_quantize_affine(input, result.scale, result.zero_point, spec.quant_min(), spec.quant_max(), granularity);
+  } else if (!in_one_pass && wanted == Wanted::output_and_mask) {
     std::tie(result.output, result.mask) = fake_quantize_affine_forward(
         input, result.scale, result.zero_point, spec.quant_min(), spec.quant_max(), granularity);
   }

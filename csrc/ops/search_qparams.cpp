@@ -21,7 +21,9 @@ std::tuple<Tensor, Tensor> kernel::search_qparams(
   const auto rows = ordered.view({blocks, blocks > 0 ? input.numel() / blocks : 0});
   const auto scale = at::empty(shape, input.options().dtype(at::toOpMathType(input.scalar_type())));
   const auto zero_point = at::empty(shape, input.options().dtype(at::kInt));
-  cpu::search_qparams(rows, spec, scale, zero_point);
+  if (blocks > 0) {
+    QATFAST_ON(input, search_qparams)(rows, spec, scale, zero_point);
+  }
   return {scale, zero_point};
 }
 

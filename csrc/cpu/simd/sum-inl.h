@@ -31,17 +31,12 @@ void learned_gradients_loop(
   constexpr int N = lanes<C>;
   with_tile<GridKinds::static_range>(grids, 0, 1, [&](auto tile) {
     const auto grid = tile.row(0).grid;
-    const auto wide = widened(grid);
     sum_chunks(n, sums, [&](int64_t row, int64_t count, double* lane_sums) {
       alignas(64) C products[sum_lanes] = {};
       for (int64_t i = 0; i < count; i += N) {
         const auto m = count - i < N ? count - i : N;
         const auto v = load_first<T, C>(x + row + i, m), dy = load_first<T, C>(grad + row + i, m);
-        const V<C> position = position_of(v, wide);
-        const V<C> level = round_half_even(position);
-        const auto inside = (grid.lo <= level) & (level <= grid.hi);
-        const V<C> factor = inside ? level - position : (level < grid.lo ? grid.lo : grid.hi);
-        const V<C> product = v == v ? dy * factor : V<C>{};
+        const auto [product, inside] = learned_gradient(v, dy, grid);
         store<C, C>(products + i, product);
         store_first<T, C, Result::any>(grad_x + row + i, inside ? dy : V<C>{}, m);
       }

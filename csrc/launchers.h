@@ -94,6 +94,9 @@ void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at:
 // The launcher quantize_rows for static ranges.
 void quantize_rows_static(const at::Tensor& x, const QuantSpec& spec, const QParams& qparams, const Int8Rows& to);
 
+// The mask of FakeQuantizeAffineLauncher alone, of the contiguous tensor x with one grid.
+void inside(const at::Tensor& x, const at::Tensor& mask, const QParams& qparams);
+
 // Scale and zero point of blocks with the ranges lo, hi of the opmath type.
 void qparams_of_range(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,
     const at::Tensor& zero_point);

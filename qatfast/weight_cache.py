@@ -127,6 +127,30 @@ def _find_slot(layer: nn.Module) -> _Slot | None:
 
 def linear(slot: _Slot, input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig) -> Tensor:
     """Computes ``qat_linear`` with the cached weight of ``slot``; renews it if it is stale."""
+    quantized, remaining_config = _quantized(slot, weight, config)
+    if quantized is None:
+        return qat_linear(input, weight, bias, config=config)
+    if remaining_config is not None:
+        return qat_linear(input, quantized, bias, config=remaining_config)
+    ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
+    if ops is None:
+        return qat_linear(input, weight, bias, config=config)
+    return ops.qat_linear_int8(input, weight, bias, quantized, config.codes)
+
+
+def int8_weight(slot: _Slot, weight: Tensor, config: QATConfig) -> tuple[Tensor, ...]:
+    """Returns the cached int8 weight of ``slot``, renewed if it is stale, or () if there is none.
+
+    Its range in ``config`` is Dynamic.
+    """
+    if not config.uses_int8_gemm(weight.shape[-1]):
+        return ()
+    quantized, _ = _quantized(slot, weight, config)
+    return () if quantized is None else quantized
+
+
+def _quantized(slot: _Slot, weight: Tensor, config: QATConfig) -> tuple[Any, QATConfig | None]:
+    """Returns what :func:`_quantize` does, from the slot unless it is stale."""
     state = _ordinary_state(weight) or _state(weight)
     if _has_cuda and weight.is_cuda and torch.cuda.is_current_stream_capturing():
         # The graph would use the cached tensor forever, and a tensor computed during the capture
@@ -140,19 +164,8 @@ def linear(slot: _Slot, input: Tensor, weight: Tensor, bias: Tensor | None, conf
         and entry[2] is _generation
         and (entry[3] is config or entry[3] == config)
     ):
-        quantized, remaining_config = entry[4], entry[5]
-    else:
-        quantized, remaining_config = (
-            (None, None) if state is None else _quantize(slot, weight, state, config)
-        )
-    if quantized is None:
-        return qat_linear(input, weight, bias, config=config)
-    if remaining_config is not None:
-        return qat_linear(input, quantized, bias, config=remaining_config)
-    ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
-    if ops is None:
-        return qat_linear(input, weight, bias, config=config)
-    return ops.qat_linear_int8(input, weight, bias, quantized, config.codes)
+        return entry[4], entry[5]
+    return (None, None) if state is None else _quantize(slot, weight, state, config)
 
 
 def _quantize(slot: _Slot, weight: Tensor, state: Any, config: QATConfig) -> tuple[Any, QATConfig | None]:

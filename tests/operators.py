@@ -174,7 +174,11 @@ OPERATORS = {
                 "qat_linear_int8_backward",
                 "qat_linear_grad_weight",
             ),
-            internal_on_cpu=("qat_linear_int8_static",),
+            internal_on_cpu=(
+                "qat_linear_int8_static",
+                "qat_linear_int8_static_forward",
+                "qat_linear_int8_static_backward",
+            ),
         ),
     )
 }

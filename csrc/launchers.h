@@ -109,6 +109,9 @@ namespace cpu {
 void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at::Tensor& mask, const QuantSpec& spec,
     const ObservedRange& range, const at::Tensor& scale, const at::Tensor& zero_point);
 
+// The mask of FakeQuantizeAffineLauncher alone, of the contiguous tensor x with one grid.
+void inside(const at::Tensor& x, const at::Tensor& mask, const QParams& qparams);
+
 // Scale and zero point of blocks with the ranges lo, hi of the opmath type.
 void qparams_of_range(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,
     const at::Tensor& zero_point);

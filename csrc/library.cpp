@@ -97,8 +97,19 @@ TORCH_LIBRARY(qatfast, m) {
       "ScalarType? dtype=None) -> Tensor",
       tags);
   m.def(
-      "qat_linear_int8_static(Tensor input, Tensor weight, Tensor? bias_hat, Tensor? input_scale, "
-      "Tensor? input_zero_point, Tensor? weight_scale, Tensor? weight_zero_point, int[] specs) -> Tensor",
+      "qat_linear_int8_static(Tensor input, Tensor weight, Tensor? bias_hat, Tensor[] int8_weight, "
+      "Tensor? input_scale, Tensor? input_zero_point, Tensor? weight_scale, Tensor? weight_zero_point, int[] specs) "
+      "-> Tensor",
+      tags);
+  // mask: one bit per element of the input; values, scale and zero_point: the int8 input
+  m.def(
+      "qat_linear_int8_static_forward(Tensor input, Tensor weight, Tensor? bias_hat, Tensor[] int8_weight, "
+      "Tensor input_scale, Tensor input_zero_point, int[] specs) "
+      "-> (Tensor output, Tensor mask, Tensor values, Tensor scale, Tensor zero_point)",
+      tags);
+  m.def(
+      "qat_linear_int8_static_backward(Tensor grad, Tensor mask, Tensor values, Tensor scale, Tensor zero_point, "
+      "Tensor weight, int[] weight_spec) -> (Tensor grad_input, Tensor grad_weight)",
       tags);
   // values, scale and zero_point: the int8 input
   m.def(
@@ -150,6 +161,8 @@ void register_autocast(torch::Library& m) {
 TORCH_LIBRARY_IMPL(qatfast, CPU, m) {
   register_kernels(m);
   m.impl("qparams_of_range", kernel::qparams_of_range);
+  m.impl("qat_linear_int8_static_forward", kernel::qat_linear_int8_static_forward);
+  m.impl("qat_linear_int8_static_backward", kernel::qat_linear_int8_static_backward);
 }
 
 TORCH_LIBRARY_IMPL(qatfast, AutocastCPU, m) {
@@ -175,17 +188,18 @@ TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
   m.impl("fake_quantize_observed", autograd::fake_quantize_observed);
   m.impl("qat_linear", autograd::qat_linear);
   m.impl("qat_linear_int8", autograd::qat_linear_int8);
+  m.impl("qat_linear_int8_static", autograd::qat_linear_int8_static);
   // Their results never require grad.
   m.impl("choose_qparams", op::choose_qparams.below_autograd);
   m.impl("search_qparams", op::search_qparams.below_autograd);
   m.impl("observe_range", op::observe_range.below_autograd);
   m.impl("qparams_of_range", op::qparams_of_range.below_autograd);
-  m.impl("qat_linear_int8_static", op::qat_linear_int8_static.below_autograd);
   m.impl("quantize", op::quantize.below_autograd);
   m.impl("qat_linear_int8_weight", op::qat_linear_int8_weight.below_autograd);
   // The operators above call these below autograd; differentiating one is an error.
   for (const char* name : {"fake_quantize_affine_forward", "fake_quantize_observed_forward",
-           "fake_quantize_learned_backward", "qat_linear_forward", "qat_linear_grad_weight", "qat_linear_int8_forward",
+           "fake_quantize_learned_backward", "qat_linear_forward", "qat_linear_grad_weight",
+           "qat_linear_int8_static_forward", "qat_linear_int8_static_backward", "qat_linear_int8_forward",
            "qat_linear_int8_input", "qat_linear_int8_backward"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }

@@ -129,13 +129,24 @@ QATFAST_OPERATOR(qat_linear_int8,
     Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, at::TensorList int8_weight,
         at::IntArrayRef specs, std::optional<at::ScalarType> dtype))
 
-// The result of the layer without its output's quantizer, with the grids of input and weight if they are given. The
-// bias is fake-quantized already.
+// The result of the layer without its output's quantizer, in the opmath type, with the grids of input and weight if
+// they are given. The bias is fake-quantized already. The gradients are those of a static input and a dynamic weight.
 QATFAST_OPERATOR(qat_linear_int8_static,
-    Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias_hat,
+    Tensor(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias_hat, at::TensorList int8_weight,
         const std::optional<Tensor>& input_scale, const std::optional<Tensor>& input_zero_point,
         const std::optional<Tensor>& weight_scale, const std::optional<Tensor>& weight_zero_point,
         at::IntArrayRef specs))
+
+// Also returns the mask of the input's gradient, and the input as int8 values with scale and zero point.
+QATFAST_OPERATOR(qat_linear_int8_static_forward,
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor& input, const Tensor& weight,
+        const std::optional<Tensor>& bias_hat, at::TensorList int8_weight, const Tensor& input_scale,
+        const Tensor& input_zero_point, at::IntArrayRef specs))
+
+// The gradients of input and weight: dy @ w_hat where the mask is set, dy.T @ x_hat.
+QATFAST_OPERATOR(qat_linear_int8_static_backward,
+    std::tuple<Tensor, Tensor>(const Tensor& grad, const Tensor& mask, const Tensor& values, const Tensor& scale,
+        const Tensor& zero_point, const Tensor& weight, at::IntArrayRef weight_spec))
 
 // Also returns the input as int8 values with scale and zero point.
 QATFAST_OPERATOR(qat_linear_int8_forward,

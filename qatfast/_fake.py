@@ -183,6 +183,19 @@ def _register_fakes() -> None:
     def _(input: Tensor, weight: Tensor, bias_hat: Tensor | None, *_: Any) -> Tensor:
         return layer_output(input, weight, bias_hat, dtype=checks.compute_dtype(input.dtype))
 
+    @fake("qatfast::qat_linear_int8_static_forward")
+    def _(
+        input: Tensor, weight: Tensor, bias_hat: Tensor | None, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        output = layer_output(input, weight, bias_hat, dtype=checks.compute_dtype(input.dtype))
+        return output, mask_of(input), *rows_of(input, math.prod(input.shape[:-1]))
+
+    @fake("qatfast::qat_linear_int8_static_backward")
+    def _(
+        grad: Tensor, mask: Tensor, values: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, *_: Any
+    ) -> tuple[Tensor, Tensor]:
+        return grad.new_empty(values.shape), grad.new_empty(weight.shape)
+
     @fake("qatfast::qat_linear_int8_forward")
     def _(
         input: Tensor, weight: Tensor, bias: Tensor | None, *_: Any, dtype: torch.dtype | None = None

@@ -458,7 +458,9 @@ def qat_linear(
     if not isinstance(config, QATConfig):
         raise TypeError(f"qat_linear: expected config to be a QATConfig, got {config!r}")
     if not config.is_dynamic:
-        return reference.qat_linear(input, weight, bias, config=config)
+        from . import ranges  # which imports this module
+
+        return ranges.qat_linear_fixed(input, weight, bias, config)
     ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
     if ops is not None:
         return ops.qat_linear(input, weight, bias, config.codes)

@@ -105,6 +105,7 @@ def qat_linear(
     bias: Tensor | None,
     config: QATConfig,
     grids: reference.StaticGrids,
+    int8_weight: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """Returns :func:`qatfast.qat_linear` with static ranges.
 
@@ -115,8 +116,21 @@ def qat_linear(
         config: what is quantized how.
         grids: scale and zero point of each of ``input``, ``weight`` and ``output`` whose range is
             not Dynamic. The scale of a Learned range gets a gradient.
+        int8_weight: what qat_linear_int8_weight returns for ``weight``, or nothing. It is used if
+            :func:`takes_int8_weight`.
     """
     checks.linear_operands("qat_linear", input, weight, bias)
+    if takes_int8_weight(config) and config.uses_int8_gemm(weight.shape[-1]) and weight.dtype == input.dtype:
+        ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
+        if ops is not None and input.is_cpu:
+            b_hat = None if bias is None else _fake_quantized("bias", bias, config.bias, grids)
+            y = ops.qat_linear_int8_static(
+                input, weight, b_hat, int8_weight, *grids["input"], None, None, config.codes
+            )
+            if config.output is not None:
+                y = _fake_quantized("output", y, config.output, grids)
+            product_dtype = _product_dtype(input)
+            return y if y.dtype == product_dtype else y.to(product_dtype)
     x_hat = _fake_quantized("input", input, config.input, grids)
     w_hat = _fake_quantized("weight", weight, config.weight, grids)
     b_hat = None if bias is None else _fake_quantized("bias", bias, config.bias, grids)
@@ -127,6 +141,24 @@ def qat_linear(
     y = _LinearGradients.apply(x_hat, w_hat, b_hat, value)
     y = _fake_quantized("output", y, config.output, grids)
     return y.to(_product_dtype(input))
+
+
+def qat_linear_fixed(input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig) -> Tensor:
+    """Returns :func:`qat_linear` with ranges that are Dynamic or Fixed.
+
+    Raises:
+        ValueError: A range has a state.
+    """
+    checks.linear_operands("qat_linear", input, weight, bias)
+    return qat_linear(input, weight, bias, config, reference.fixed_grids(input, weight, config, fixed_grid))
+
+
+def takes_int8_weight(config: QATConfig) -> bool:
+    """Returns whether one operator has the gradients of both: the input is static, the weight dynamic."""
+    input, weight = config.input, config.weight
+    if input is None or weight is None or input.is_dynamic or not weight.is_dynamic:
+        return False
+    return not isinstance(input.range, Learned)
 
 
 def _product_dtype(input: Tensor) -> torch.dtype:
@@ -164,7 +196,9 @@ def _int8_result(
     tensors = (input, weight) if b_hat is None else (input, weight, b_hat)
     ops = kernels.route(*tensors)
     if ops is not None and weight.dtype == input.dtype:
-        return ops.qat_linear_int8_static(input, weight, b_hat, *grid_of_input, *grid_of_weight, config.codes)
+        return ops.qat_linear_int8_static(
+            input, weight, b_hat, (), *grid_of_input, *grid_of_weight, config.codes
+        )
     return reference.int8_result(input, weight, b_hat, config, grids)
 
 

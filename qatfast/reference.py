@@ -251,8 +251,12 @@ def qat_linear_static(
     return _by_spec(op, "output", y, config.output, grids).to(product.dtype)
 
 
-def fixed_grids(input: Tensor, weight: Tensor, config: QATConfig) -> dict[str, tuple[Tensor, Tensor]]:
+def fixed_grids(
+    input: Tensor, weight: Tensor, config: QATConfig, grid_of: Any = None
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns the grids of a config whose ranges are all Dynamic or Fixed.
+
+    ``grid_of`` computes one; None means :func:`fixed_grid`.
 
     Raises:
         ValueError: A range has a state.
@@ -267,7 +271,7 @@ def fixed_grids(input: Tensor, weight: Tensor, config: QATConfig) -> dict[str, t
                 f"qat_linear: expected config.{name} to have the range Dynamic() or Fixed(lo, hi), got {spec.range}, "
                 "whose state a module keeps; use QATLinear"
             )
-        grids[name] = fixed_grid(tensor, spec)
+        grids[name] = (grid_of or fixed_grid)(tensor, spec)
     return grids
 
 

@@ -127,14 +127,7 @@ def _find_slot(layer: nn.Module) -> _Slot | None:
 
 def linear(slot: _Slot, input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig) -> Tensor:
     """Computes ``qat_linear`` with the cached weight of ``slot``; renews it if it is stale."""
-    state = _current_state(weight)
-    entry = slot.entry
-    if entry is not None and _is_valid(entry, weight, state, config):
-        quantized, remaining_config = entry[4], entry[5]
-    else:
-        quantized, remaining_config = (
-            (None, None) if state is None else _quantize(slot, weight, state, config)
-        )
+    quantized, remaining_config = _quantized(slot, weight, config)
     if quantized is None:
         return qat_linear(input, weight, bias, config=config)
     if remaining_config is not None:
@@ -143,6 +136,26 @@ def linear(slot: _Slot, input: Tensor, weight: Tensor, bias: Tensor | None, conf
     if ops is None:
         return qat_linear(input, weight, bias, config=config)
     return ops.qat_linear_int8(input, weight, bias, quantized, config.codes)
+
+
+def int8_weight(slot: _Slot, weight: Tensor, config: QATConfig) -> tuple[Tensor, ...]:
+    """Returns the cached int8 weight of ``slot``, renewed if it is stale, or () if there is none.
+
+    Its range in ``config`` is Dynamic.
+    """
+    if not config.uses_int8_gemm(weight.shape[-1]):
+        return ()
+    quantized, _ = _quantized(slot, weight, config)
+    return () if quantized is None else quantized
+
+
+def _quantized(slot: _Slot, weight: Tensor, config: QATConfig) -> tuple[Any, QATConfig | None]:
+    """Returns what :func:`_quantize` does, from the slot unless it is stale."""
+    state = _current_state(weight)
+    entry = slot.entry
+    if entry is not None and _is_valid(entry, weight, state, config):
+        return entry[4], entry[5]
+    return (None, None) if state is None else _quantize(slot, weight, state, config)
 
 
 def kept(slot: _Slot, weight: Tensor, config: QATConfig, quantize: Callable[[], Any]) -> Any:

@@ -180,6 +180,10 @@ OPERATORS = {
                 "qat_linear_grad_weight",
                 "qat_linear_int8_static",
             ),
+            internal_on_cpu=(
+                "qat_linear_int8_static_forward",
+                "qat_linear_int8_static_backward",
+            ),
         ),
     )
 }

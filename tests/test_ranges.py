@@ -978,3 +978,115 @@ def test_evaluation_is_two_operators(kernels):
         quantizer(x)
     names = {event.key for event in profile.key_averages() if event.key.startswith("qatfast::")}
     assert names == {"qatfast::qparams_of_range", "qatfast::fake_quantize_affine"}
+
+
+GRIDS = {"input": (torch.tensor(0.02), torch.tensor(100, dtype=torch.int32))}
+LAYERS_OF_STATIC_INPUTS = {
+    "static": QATConfig.static(),
+    "symmetric": QATConfig.static(activations="symmetric"),
+    "bias": QATConfig(QuantSpec(range=MinMax()), QuantSpec(), QuantSpec(), None),
+}
+
+
+def operands_of_static_inputs(dtype=torch.float32, shape=(5, 3), requires_grad=True):
+    x, weight = 2 * cases.normal((*shape, 17), dtype), cases.normal((6, 17), dtype, seed=1)
+    x.view(-1)[:2] = torch.tensor([torch.inf, -torch.inf])
+    return [t.requires_grad_(requires_grad) for t in (x, weight, cases.normal((6,), dtype, seed=2))]
+
+
+def results_of_static_inputs(function, config, operands, grids):
+    y = function(*operands, config, grids)
+    dy = cases.normal(y.shape, y.dtype, seed=3)
+    return y.detach(), *torch.autograd.grad(y, [t for t in operands if t.requires_grad], dy)
+
+
+@pytest.mark.parametrize("config", LAYERS_OF_STATIC_INPUTS.values(), ids=LAYERS_OF_STATIC_INPUTS)
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=cases.name)
+def test_a_layer_of_a_static_input_is_that_of_the_reference(kernels, config, dtype):
+    scale, zero_point = GRIDS["input"]
+    zero_point = zero_point * (0 if config.input.symmetric else 1)
+    grids = {"input": (scale.to(checks.compute_dtype(dtype)), zero_point)}
+    operands = operands_of_static_inputs(dtype)
+    found = results_of_static_inputs(ranges.qat_linear, config, operands, grids)
+    expected = results_of_static_inputs(reference.qat_linear_static, config, operands, grids)
+    cases.assert_same(found[0], expected[0])
+    tolerance = 3e-2 if dtype.itemsize == 2 else 1e-5  # the reference rounds x_hat
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=3 * tolerance)
+    assert (found[1] == 0).any()  # the range clips
+    spec = config.weight
+    int8_weight = torch.ops.qatfast.qat_linear_int8_weight(operands[1], spec.code)
+    cached = results_of_static_inputs(
+        lambda *given: ranges.qat_linear(*given, int8_weight=tuple(int8_weight)), config, operands, grids
+    )
+    cases.assert_all_same(cached, found)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
+def test_each_gradient_of_a_layer_of_a_static_input(kernels, wanted):
+    operands = operands_of_static_inputs(requires_grad=False)
+    everything = results_of_static_inputs(
+        ranges.qat_linear, QATConfig.static(), operands_of_static_inputs(), GRIDS
+    )
+    for index in wanted:
+        operands[index].requires_grad_()
+    found = results_of_static_inputs(ranges.qat_linear, QATConfig.static(), operands, GRIDS)
+    for ours, index in zip(found[1:], wanted, strict=True):
+        torch.testing.assert_close(ours, everything[1 + index])
+
+
+def test_second_derivatives_of_a_layer_of_a_static_input(kernels):
+    found = []
+    for function in (ranges.qat_linear, reference.qat_linear_static):
+        operands = operands_of_static_inputs()
+        y = function(*operands, QATConfig.static(), GRIDS)
+        first = torch.autograd.grad(y.square().mean(), operands, create_graph=True)
+        total = sum(gradient.square().sum() for gradient in first)
+        found.append(torch.autograd.grad(total, operands))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_of_a_layer_of_a_static_input(kernels):
+    operands, tangents = operands_of_static_inputs(requires_grad=False), []
+    x = operands[0].nan_to_num(posinf=9.0, neginf=-9.0)
+    for function in (ranges.qat_linear, reference.qat_linear_static):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            y = function(dual, *operands[1:], QATConfig.static(), GRIDS)
+            tangents.append(torch.autograd.forward_ad.unpack_dual(y).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+def test_what_a_layer_of_a_static_input_keeps(kernels):
+    operands, kept = operands_of_static_inputs(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ranges.qat_linear(*operands, QATConfig.static(), GRIDS)
+    (weight,) = [t for t in kept if t.data_ptr() == operands[1].data_ptr()]
+    others = {t.dtype: t.numel() for t in kept if t is not weight and t.numel() > 15}
+    assert others == {torch.int8: 255, torch.uint8: 32}
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
+def test_opcheck_of_a_layer_of_a_static_input(kernels, requires_grad):
+    operands = operands_of_static_inputs(requires_grad=requires_grad)
+    arguments = (*operands, [], *GRIDS["input"], None, None, QATConfig.static().codes)
+    torch.library.opcheck(torch.ops.qatfast.qat_linear_int8_static.default, arguments)
+
+
+def test_cached_weights_of_a_static_layer(kernels):
+    import qatfast
+
+    layer, x = QATLinear(16, 6, config=QATConfig.static()), cases.normal((5, 16))
+    layer(x)
+    expected = layer.eval()(x)
+    with torch.no_grad(), qatfast.cached_weights(layer), torch.profiler.profile() as profile:
+        for _ in (1, 2, 3):
+            cases.assert_same(layer(x), expected.detach())
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["qatfast::qat_linear_int8_weight"] == 1
+    with torch.no_grad(), qatfast.cached_weights(layer):
+        layer(x)
+        layer.weight.mul_(2)
+        y = layer(x)
+    cases.assert_same(y, layer(x).detach())

@@ -41,6 +41,18 @@ void fake_quantize_affine(
   });
 }
 
+void inside(const at::Tensor& x, const at::Tensor& mask, const QParams& qparams) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fake_quantize_affine", [&] {
+    const auto grid = grids_of<opmath_type<scalar_t>>(qparams);
+    const auto loop = chosen().loops<scalar_t>().inside;
+    const auto* values = x.const_data_ptr<scalar_t>();
+    auto* bits = mask.mutable_data_ptr<uint8_t>();
+    parallel_over_memory(x.numel(), [&](int64_t begin, int64_t end) {
+      loop(values + begin, bits + begin / 8, end - begin, grid);
+    });
+  });
+}
+
 void fake_quantize_affine_backward(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& to) {
   const auto& best = chosen();
   switch (grad.element_size()) {

@@ -3,10 +3,12 @@
 #include "common/copy.h"
 #include "launchers.h"
 #include "ops/int8_gemm.h"
+#include "ops/mask.h"
 #include "ops/qat_linear.h"
 
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -97,26 +99,59 @@ std::optional<QParams> static_qparams(const char* op, const Tensor& x, const Qua
       op, x, *scale, *zero_point, spec.quant_min(), spec.quant_max(), spec.granularity, x.scalar_type(), "input");
 }
 
-} // namespace
-
-Tensor qat_linear_int8_static(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias_hat,
-    const std::optional<Tensor>& input_scale, const std::optional<Tensor>& input_zero_point,
-    const std::optional<Tensor>& weight_scale, const std::optional<Tensor>& weight_zero_point, at::IntArrayRef codes) {
+// The layer with static ranges; `mask` is undefined if it is not needed.
+std::tuple<Tensor, Int8Rows> run_static(const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& bias_hat, at::TensorList int8_weight, const std::optional<Tensor>& input_scale,
+    const std::optional<Tensor>& input_zero_point, const std::optional<Tensor>& weight_scale,
+    const std::optional<Tensor>& weight_zero_point, at::IntArrayRef codes, const Tensor& mask) {
   constexpr auto op = "qat_linear";
   check_linear(op, input, weight, bias_hat, /*mixed_dtypes=*/false);
   const auto specs = checked_specs(op, codes);
   TORCH_CHECK_VALUE(uses_int8_gemm(weight, codes), op, ": expected specs of an int8 GEMM, got ", tuple(codes));
   const auto rows = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
-  const auto matrix = input.reshape({rows, input.size(-1)});
-  const auto x = quantize_rows(
-      matrix, *specs.input, Allocation::shared, static_qparams(op, input, *specs.input, input_scale, input_zero_point));
-  const auto w = quantize_rows(weight, *specs.weight, Allocation::shared,
-      static_qparams(op, weight, *specs.weight, weight_scale, weight_zero_point));
+  const auto matrix = contiguous(input.dim() == 2 ? input : input.reshape({rows, input.size(-1)}));
+  const auto grid = static_qparams(op, input, *specs.input, input_scale, input_zero_point);
+  const auto x = quantize_rows(matrix, *specs.input, mask.defined() ? Allocation::separate : Allocation::shared, grid);
+  if (mask.defined()) {
+    cpu::inside(matrix, mask, *grid);
+  }
+  const auto w = int8_weight.empty() ? quantize_rows(weight, *specs.weight, Allocation::shared,
+                                           static_qparams(op, weight, *specs.weight, weight_scale, weight_zero_point))
+                                     : checked_int8_weight(int8_weight, weight);
   const auto opmath_dtype = at::toOpMathType(input.scalar_type());
   const auto b_hat = bias_hat ? as_dtype(*bias_hat, opmath_dtype).contiguous() : Tensor();
   at::DimVector shape(input.sizes());
   shape.back() = weight.size(0);
-  return int8_gemm(x, w, b_hat, opmath_dtype).view(shape);
+  const auto y = int8_gemm(x, w, b_hat, opmath_dtype);
+  return {input.dim() == 2 ? y : y.view(shape), x};
+}
+
+} // namespace
+
+Tensor qat_linear_int8_static(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias_hat,
+    at::TensorList int8_weight, const std::optional<Tensor>& input_scale, const std::optional<Tensor>& input_zero_point,
+    const std::optional<Tensor>& weight_scale, const std::optional<Tensor>& weight_zero_point, at::IntArrayRef specs) {
+  return std::get<0>(run_static(input, weight, bias_hat, int8_weight, input_scale, input_zero_point, weight_scale,
+      weight_zero_point, specs, /*mask=*/{}));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> qat_linear_int8_static_forward(const Tensor& input,
+    const Tensor& weight, const std::optional<Tensor>& bias_hat, at::TensorList int8_weight, const Tensor& input_scale,
+    const Tensor& input_zero_point, at::IntArrayRef specs) {
+  const auto mask = fresh_mask(input);
+  const auto [y, x] = run_static(
+      input, weight, bias_hat, int8_weight, input_scale, input_zero_point, std::nullopt, std::nullopt, specs, mask);
+  return {y, mask, x.values, x.scale, x.zero_point};
+}
+
+std::tuple<Tensor, Tensor> qat_linear_int8_static_backward(const Tensor& grad, const Tensor& mask, const Tensor& values,
+    const Tensor& scale, const Tensor& zero_point, const Tensor& weight, at::IntArrayRef weight_spec) {
+  const auto gradients = qat_linear_int8_backward(grad, values, scale, zero_point, weight, weight_spec);
+  const auto& dx = std::get<0>(gradients);
+  TORCH_CHECK_VALUE(mask.scalar_type() == at::kByte && mask.is_contiguous() && mask.numel() == mask_bytes(dx),
+      "qat_linear_int8_static_backward: expected the mask of the layer's forward");
+  QATFAST_ON(dx, fake_quantize_affine_backward)(dx, mask, dx);
+  return gradients;
 }
 
 Tensor qat_linear_int8(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -181,10 +216,14 @@ namespace {
 
 // `value` with the gradient of input `index` of the node that runs now. Of that input no more is kept than its place in
 // the graph: a variable without elements stands there.
-Tensor in_place_of_input(const Tensor& value, uint32_t index) {
+Tensor place_of_input(const Tensor& value, uint32_t index) {
   const auto stand_in = at::empty({0}, value.options());
   torch::autograd::impl::set_gradient_edge(stand_in, torch::autograd::get_current_node()->next_edge(index));
-  return straight_through(stand_in, value);
+  return stand_in;
+}
+
+Tensor in_place_of_input(const Tensor& value, uint32_t index) {
+  return straight_through(place_of_input(value, index), value);
 }
 
 std::vector<c10::SymInt> shape_of_input(const Tensor& dy, const Tensor& weight) {
@@ -251,6 +290,73 @@ struct QATLinearInt8Node : Function<QATLinearInt8Node> {
   }
 };
 
+// `value`, whose gradient passes to `place` where the mask is set.
+struct MaskedStraightThroughNode : Function<MaskedStraightThroughNode> {
+  static Variable forward(AutogradContext* ctx, const Variable&, const Variable& value, const Variable& mask) {
+    save_mask(ctx, mask, value.sym_strides());
+    return value.clone();
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return {masked(ctx, grads[0]), Variable(), Variable()};
+  }
+};
+
+// The same with the mask of the input's gradient.
+struct QATLinearInt8StaticNode : Function<QATLinearInt8StaticNode> {
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
+      const std::optional<Variable>& bias_hat, at::TensorList int8_weight, const Variable& input_scale,
+      const Variable& input_zero_point, at::IntArrayRef specs) {
+    ctx->set_materialize_grads(false);
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto [output, mask, values, scale, zero_point] =
+        op::qat_linear_int8_static_forward(input, weight, bias_hat, int8_weight, input_scale, input_zero_point, specs);
+    const bool needs_input = weight.requires_grad();
+    ctx->save_for_backward({kept_if(needs_input, values), kept_if(needs_input, scale), kept_if(needs_input, zero_point),
+        kept_if(input.requires_grad(), weight), kept_if(input.requires_grad(), mask)});
+    ctx->saved_data["weight_spec"] = LinearSpecs::code_of(specs, LinearSpecs::weight_role);
+    ctx->saved_data["has_bias"] = bias_hat.has_value();
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(11); // the four tensors of int8_weight have places, given or not
+    if (!grads[0].defined()) {
+      return result;
+    }
+    const auto saved = ctx->get_saved_variables(); // may run hooks, which need autograd
+    const auto grad = as_dense(grads[0]);
+    const auto below = below_autograd_unless_needed(grad);
+    const auto &values = saved[0], &weight = saved[3], &mask = saved[4];
+    const auto dy = as_rows(grad);
+    const bool needs_input = ctx->needs_input_grad(0), needs_weight = ctx->needs_input_grad(1);
+    const auto spec = ctx->saved_data["weight_spec"].toIntVector();
+    if (below && needs_input && needs_weight) {
+      const auto [dx, dw] = op::qat_linear_int8_static_backward(dy, mask, values, saved[1], saved[2], weight, spec);
+      result[0] = grad.dim() == 2 ? dx : dx.view_symint(shape_of_input(grad, weight));
+      result[1] = dw;
+    } else {
+      const auto dtype = dy.scalar_type();
+      if (needs_weight) {
+        auto x_hat = op::qat_linear_int8_input(values, saved[1], saved[2], dtype);
+        if (!below && weight.defined()) { // the input requires grad, whether or not this task asks for its gradient
+          x_hat = as_rows(MaskedStraightThroughNode::apply(
+              place_of_input(x_hat, 0), x_hat.view_symint(shape_of_input(grad, weight)), mask));
+        }
+        result[1] = weight_gradient(dy, x_hat, !below);
+      }
+      if (needs_input) {
+        const auto dx = at::matmul(grad, as_dtype(fake_quantized(weight, spec), dtype)).contiguous();
+        result[0] = op::fake_quantize_affine_backward(dx, mask, dx.sym_strides());
+      }
+    }
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
+      result[2] = dy.sum(0);
+    }
+    return result;
+  }
+};
+
 } // namespace
 
 Tensor qat_linear_int8(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -263,6 +369,33 @@ Tensor qat_linear_int8(const Tensor& input, const Tensor& weight, const std::opt
     return QATLinearInt8Node::apply(input, weight, bias, int8_weight, specs, dtype);
   }
   return op::qat_linear_int8.below_autograd(input, weight, bias, int8_weight, specs, dtype);
+}
+
+Tensor qat_linear_int8_static(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias_hat,
+    at::TensorList int8_weight, const std::optional<Tensor>& input_scale, const std::optional<Tensor>& input_zero_point,
+    const std::optional<Tensor>& weight_scale, const std::optional<Tensor>& weight_zero_point, at::IntArrayRef specs) {
+  constexpr auto op = "qat_linear_int8_static";
+  const bool is_dual_call = is_any_dual(input, weight, bias_hat);
+  if (is_dual_call || compute_requires_grad(input, weight, bias_hat)) {
+    TORCH_CHECK_VALUE(input_scale && input_zero_point && !weight_scale, op,
+        ": expected a static input and a dynamic weight where a gradient is required");
+    check_fixed(op, *input_scale);
+  }
+  if (is_dual_call) {
+    const auto y = op::qat_linear_int8_static.below_autograd(
+        input, weight, bias_hat, int8_weight, input_scale, input_zero_point, weight_scale, weight_zero_point, specs);
+    const auto spec = checked_specs(op, specs).input.value();
+    const auto code = LinearSpecs::code_of(specs, LinearSpecs::input_role);
+    const auto x_hat = op::fake_quantize_affine(
+        input, *input_scale, *input_zero_point, spec.quant_min(), spec.quant_max(), code.slice(2));
+    const auto w_hat = fake_quantized(weight, LinearSpecs::code_of(specs, LinearSpecs::weight_role));
+    return straight_through(as_dtype(at::linear(x_hat, w_hat, bias_hat), y.scalar_type()), y);
+  }
+  if (compute_requires_grad(input, weight, bias_hat)) {
+    return QATLinearInt8StaticNode::apply(input, weight, bias_hat, int8_weight, *input_scale, *input_zero_point, specs);
+  }
+  return op::qat_linear_int8_static.below_autograd(
+      input, weight, bias_hat, int8_weight, input_scale, input_zero_point, weight_scale, weight_zero_point, specs);
 }
 
 } // namespace autograd

@@ -151,7 +151,9 @@ bias=affine per tensor, output=affine per tensor)
             return y if output is None else output.forward(y)
         grids = {name: quantizer.grid(tensors[name]) for name, quantizer in quantizers.items()}
         if output is None:
-            return ranges.qat_linear(input, weight, bias, self.config, grids)
+            slot = weight_cache.slot_of(self) if ranges.takes_int8_weight(self.config) else None
+            int8_weight = () if slot is None else weight_cache.int8_weight(slot, weight, self.config)
+            return ranges.qat_linear(input, weight, bias, self.config, grids, int8_weight)
         if output.observes:  # the product comes first
             y = ranges.qat_linear(input, weight, bias, replace(self.config, output=None), grids)
             return output.forward(y)

@@ -66,5 +66,21 @@ void fake_quantize_mask_loop(
       });
 }
 
+// The mask alone, of a run with one grid.
+template <class T>
+void inside_loop(const T* x, uint8_t* mask, int64_t n, const Grids<opmath_type<T>>& grid) {
+  using C = opmath_type<T>;
+  constexpr int64_t N = lanes<C>;
+  std::memset(mask, 0, (n + 7) / 8);
+  with_tile<GridKinds::static_range>(grid, 0, 1, [&](auto tile) {
+    const auto of_run = tile.row(0).grid;
+    for (int64_t i = 0; i < n; i += N) {
+      const auto m = n - i < N ? n - i : N;
+      const auto passes = fake_quantize_inside(load_first<T, C>(x + i, m), of_run).second;
+      store_bits<lanes<C>>(mask, i, bits_of_lanes<element_t<std::decay_t<decltype(passes)>>, lanes<C>>(passes), m);
+    }
+  });
+}
+
 } // namespace
 } // namespace qatfast::cpu

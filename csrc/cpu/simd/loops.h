@@ -77,6 +77,8 @@ struct FloatLoops {
   // Also sets the mask's bits from `first` on, which are 0 before, if the gradient passes.
   void (*fake_quantize_mask)(
       const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids);
+  // The bits alone, of n values with one grid, from the first bit on.
+  void (*inside)(const T* x, uint8_t* mask, int64_t n, const Grids<C>& grid);
 };
 
 // A sum's order depends on its length only: elements form chunks of 16 rows of 32 lanes. The rows of a chunk are added

@@ -116,22 +116,29 @@ def reasons(model):
 # prepare
 
 
-def test_each_linear_becomes_a_quantized_one_on_its_parameters():
+@pytest.mark.parametrize("config", [None, DYNAMIC], ids=["default", "dynamic"])
+def test_each_linear_becomes_a_quantized_one_on_its_parameters(config):
     model = mlp(16, 32, 32, 4)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     keys = list(model.state_dict())
-    assert prepare(model) is model
-    assert configs(model) == {"0": DYNAMIC, "2": DYNAMIC, "4": DYNAMIC}
-    assert list(model.state_dict()) == keys
+    assert prepare(model, config) is model
+    config = config or QATConfig.static()
+    assert configs(model) == dict.fromkeys("024", config)
+    assert [key for key in model.state_dict() if "quantizer" not in key] == keys
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert all(
-        module is modules[name] for name, module in model.named_modules() if name not in "024" or not name
+        module is modules[name]
+        for name, module in model.named_modules()
+        if name in modules and (name not in "024" or not name)
     )
     x = cases.normal((5, 16))
     expected = x
     for layer in model:
         if isinstance(layer, QATLinear):
-            expected = qat_linear(expected, layer.weight, layer.bias, config=DYNAMIC)
+            int8 = (
+                DYNAMIC if config is DYNAMIC else QATConfig.int8()
+            )  # a first batch is quantized with its own range
+            expected = qat_linear(expected, layer.weight, layer.bias, config=int8)
         else:
             expected = layer(expected)
     cases.assert_same(model(x), expected)
@@ -170,7 +177,8 @@ def test_checkpoints_load_both_ways():
     state = {name: value.clone() for name, value in before.state_dict().items()}
     prepare(other).load_state_dict(state, strict=True)
     cases.assert_same(other[0].weight, before[0].weight)
-    mlp(8, 16, 2).load_state_dict(other.state_dict(), strict=True)
+    state = {name: value for name, value in other.state_dict().items() if "quantizer" not in name}
+    mlp(8, 16, 2).load_state_dict(state, strict=True)
 
 
 def test_modes_flags_dtype_and_attributes_stay():
@@ -178,7 +186,7 @@ def test_modes_flags_dtype_and_attributes_stay():
     model[0].requires_grad_(False)
     model[0].train()
     model[2].lr_scale = 3
-    prepare(model)
+    prepare(model, DYNAMIC)
     assert model[0].training
     assert not model[2].training
     assert not model[0].weight.requires_grad
@@ -295,7 +303,7 @@ def test_patterns_choose_and_the_last_match_wins():
         "blocks.0.mlp.0": SMALL,
         "blocks.0.mlp.2": QATConfig.int8(),
         "blocks.1.mlp.2": QATConfig.int8(),
-        "head": DYNAMIC,
+        "head": QATConfig.static(),
     }
     assert reasons(model) == {
         "embed": "no quantized layer for Embedding yet",
@@ -375,7 +383,7 @@ def test_layers_that_a_parent_of_torch_reads_are_never_replaced():
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
 def test_every_layer_of_a_transformer_encoder_runs(training, padded):
-    model = prepare(encoder().train(training))
+    model = prepare(encoder().train(training), DYNAMIC)
     x = cases.normal((3, 5, 16))
     padding = torch.arange(5) >= torch.tensor([[5], [3], [1]]) if padded else None
     with torch.set_grad_enabled(training), unused_layers(model) as unused:
@@ -392,7 +400,7 @@ def test_every_layer_of_a_transformer_encoder_runs(training, padded):
     reason="this torch cannot trace the fast path of its own attention",
 )
 def test_a_compiled_transformer_encoder_in_evaluation():
-    model = prepare(encoder().eval())
+    model = prepare(encoder().eval(), DYNAMIC)
     x = cases.normal((3, 5, 16))
     with torch.no_grad():
         expected = model(x)
@@ -682,7 +690,7 @@ def test_the_list_is_filled_where_the_block_raises():
 
 
 def test_blocks_nest_and_leave_nothing_behind():
-    model, x = prepare(mlp(8, 16, 2)), cases.normal((5, 8))
+    model, x = prepare(mlp(8, 16, 2), DYNAMIC), cases.normal((5, 8))
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     with unused_layers(model) as outer:
         model[0](x)

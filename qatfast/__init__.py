@@ -28,7 +28,18 @@ from .functional import (
     search_qparams,
 )
 from .model import Summary, prepare, summary, unused_layers
-from .modules import FakeQuantize, QATLinear
+from .modules import (
+    FakeQuantize,
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATConvTranspose1d,
+    QATConvTranspose2d,
+    QATConvTranspose3d,
+    QATEmbedding,
+    QATLinear,
+    QATMultiheadAttention,
+)
 from .weight_cache import cached_weights
 
 __version__ = "0.1.0"
@@ -47,7 +58,15 @@ torch.serialization.add_safe_globals(
         PerTensor,
         PerToken,
         QATConfig,
+        QATConv1d,
+        QATConv2d,
+        QATConv3d,
+        QATConvTranspose1d,
+        QATConvTranspose2d,
+        QATConvTranspose3d,
+        QATEmbedding,
         QATLinear,
+        QATMultiheadAttention,
         QuantSpec,
     ]
 )
@@ -64,7 +83,15 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "QATConfig",
+    "QATConv1d",
+    "QATConv2d",
+    "QATConv3d",
+    "QATConvTranspose1d",
+    "QATConvTranspose2d",
+    "QATConvTranspose3d",
+    "QATEmbedding",
     "QATLinear",
+    "QATMultiheadAttention",
     "QuantSpec",
     "Summary",
     "cached_weights",

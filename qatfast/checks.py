@@ -254,20 +254,7 @@ def fixed_scale(op: str, scale: Any) -> None:
 
 def linear_operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Checks dtypes, devices and shapes of the arguments of ``F.linear``."""
-    operands = [("weight", weight)] + ([("bias", bias)] if bias is not None else [])
-    for name, value in [("input", input), *operands]:
-        tensor(op, name, value, FLOAT_DTYPES)
-    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
-    mixed = autocast and all(
-        value.dtype != torch.float64 for value in (input, weight, *([] if bias is None else [bias]))
-    )
-    for name, value in operands:
-        same_device(op, name, value, input)
-        if value.dtype != input.dtype and not mixed:
-            raise TypeError(
-                f"{op}: expected {name} to be {dtype_name(input.dtype)}, the dtype of input, got "
-                f"{dtype_name(value.dtype)}"
-            )
+    operands(op, input, weight, bias)
     if weight.dim() != 2:
         raise ValueError(
             f"{op}: expected weight to have shape (out_features, in_features), got {tuple(weight.shape)}"
@@ -282,6 +269,24 @@ def linear_operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None)
             f"{op}: expected bias to have shape ({weight.shape[0]},), the out_features of weight, got "
             f"{tuple(bias.shape)}"
         )
+
+
+def operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Checks dtypes and devices of the arguments of a layer."""
+    others = [("weight", weight)] + ([("bias", bias)] if bias is not None else [])
+    for name, value in [("input", input), *others]:
+        tensor(op, name, value, FLOAT_DTYPES)
+    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+    mixed = autocast and all(
+        value.dtype != torch.float64 for value in (input, weight, *([] if bias is None else [bias]))
+    )
+    for name, value in others:
+        same_device(op, name, value, input)
+        if value.dtype != input.dtype and not mixed:
+            raise TypeError(
+                f"{op}: expected {name} to be {dtype_name(input.dtype)}, the dtype of input, got "
+                f"{dtype_name(value.dtype)}"
+            )
 
 
 def _readable(value: Tensor) -> bool:

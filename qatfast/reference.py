@@ -421,12 +421,16 @@ def _levels(x: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> t
         shape = checks.shape_of_qparams(x.shape, granularity)
         scale, zero_point = (value.detach().reshape(shape) for value in grid)
         scale = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny)
-    blocks = _to_blocks(x.to(scale.dtype), granularity)
-    block_scale = _broadcast(scale, blocks, granularity)
-    block_zero_point = _broadcast(zero_point, blocks, granularity)
-    q = torch.clamp(torch.round(blocks / block_scale) + block_zero_point, quant_min, quant_max)
     column = scale.reshape(1) if isinstance(granularity, PerTensor) else scale.reshape(*x.shape[:-1], 1)
-    return (q - block_zero_point).reshape(x.shape).to(torch.float64), column
+    return levels(x, spec, scale, zero_point), column
+
+
+def levels(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Returns the levels of ``x`` in float64, NaN for NaN."""
+    blocks = _to_blocks(x.to(scale.dtype), spec.granularity)
+    scale, zero_point = (_broadcast(value, blocks, spec.granularity) for value in (scale, zero_point))
+    q = torch.clamp(torch.round(blocks / scale) + zero_point, spec.quant_min, spec.quant_max)
+    return (q - zero_point).reshape(x.shape).to(torch.float64)
 
 
 def _check_dynamic(

@@ -127,19 +127,9 @@ def _find_slot(layer: nn.Module) -> _Slot | None:
 
 def linear(slot: _Slot, input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig) -> Tensor:
     """Computes ``qat_linear`` with the cached weight of ``slot``; renews it if it is stale."""
-    state = _ordinary_state(weight) or _state(weight)
-    if _has_cuda and weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        # The graph would use the cached tensor forever, and a tensor computed during the capture
-        # has no values before the graph runs.
-        state = None
+    state = _current_state(weight)
     entry = slot.entry
-    if (
-        entry is not None
-        and entry[0] is weight
-        and entry[1] == state
-        and entry[2] is _generation
-        and (entry[3] is config or entry[3] == config)
-    ):
+    if entry is not None and _is_valid(entry, weight, state, config):
         quantized, remaining_config = entry[4], entry[5]
     else:
         quantized, remaining_config = (
@@ -153,6 +143,43 @@ def linear(slot: _Slot, input: Tensor, weight: Tensor, bias: Tensor | None, conf
     if ops is None:
         return qat_linear(input, weight, bias, config=config)
     return ops.qat_linear_int8(input, weight, bias, quantized, config.codes)
+
+
+def kept(slot: _Slot, weight: Tensor, config: QATConfig, quantize: Callable[[], Any]) -> Any:
+    """Returns what ``quantize`` returned for this weight; calls it if that is not known or stale.
+
+    What it returns may serve with and without gradients, and must depend on the weight and the
+    config only.
+    """
+    state = _current_state(weight)
+    entry = slot.entry
+    if entry is not None and _is_valid(entry, weight, state, config):
+        return entry[4]
+    if state is None or _is_gathered(slot, weight):
+        return quantize()
+    generation = _generation
+    with torch.inference_mode(False), torch.enable_grad():
+        quantized = quantize()
+    if not _running_steps:
+        slot.entry = (weight, state, generation, config, quantized, None, weight.untyped_storage())
+    return quantized
+
+
+def _current_state(weight: Tensor) -> Any:
+    if _has_cuda and weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        # The graph would use the cached tensor forever, and a tensor computed during the capture
+        # has no values before the graph runs.
+        return None
+    return _ordinary_state(weight) or _state(weight)
+
+
+def _is_valid(entry: tuple[Any, ...], weight: Tensor, state: Any, config: QATConfig) -> bool:
+    return (
+        entry[0] is weight
+        and entry[1] == state
+        and entry[2] is _generation
+        and (entry[3] is config or entry[3] == config)
+    )
 
 
 def _quantize(slot: _Slot, weight: Tensor, state: Any, config: QATConfig) -> tuple[Any, QATConfig | None]:

@@ -72,6 +72,11 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def check_config(cls, config: QATConfig, module: Any) -> None:
+        """Raises ValueError unless ``config`` fits a layer with the tensors of ``module``."""
+        raise NotImplementedError
+
+    @classmethod
     def _own_obstacle(cls, module: Any) -> Obstacle | None:
         """Returns why a layer of this class in particular cannot replace ``module``."""
         return None
@@ -82,6 +87,7 @@ class QuantizedLayer(nn.Module):
 
     def _set_up(self, config: QATConfig) -> None:
         """Ends the constructor."""
+        self.check_config(config, self)
         self._forward_pre_hooks = OrderedDict({_MARK: _mark})
         self.config = config
 
@@ -214,6 +220,15 @@ class QuantizedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forward_pre_hooks = OrderedDict({_MARK: _mark, **_hooks_of_user(self._forward_pre_hooks)})
+
+
+def static_config(cls: type[QuantizedLayer], config: QATConfig | None) -> QATConfig:
+    """Returns the config of a constructor's argument."""
+    if config is None:
+        return QATConfig.static()
+    if not isinstance(config, QATConfig):
+        raise TypeError(f"{kind_name(cls)}: expected config to be a QATConfig, got {config!r}")
+    return config
 
 
 class Obstacle(NamedTuple):

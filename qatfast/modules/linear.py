@@ -72,7 +72,6 @@ bias=affine per tensor, output=affine per tensor)
                 f"QATLinear({in_features}, {out_features}, num_bits={bias!r})"
             )
         config = _config(num_bits, config)
-        check_parameters(config, in_features, out_features, bias)
         super().__init__(in_features, out_features, bias, device, dtype)
         self._set_up(config)
 
@@ -104,6 +103,11 @@ bias=affine per tensor, output=affine per tensor)
     def _arguments(cls, module: Any) -> dict[str, Any]:
         out_features, in_features = module.weight.shape
         return {"in_features": in_features, "out_features": out_features, "bias": module.bias is not None}
+
+    @classmethod
+    def check_config(cls, config: QATConfig, module: Any) -> None:
+        out_features, in_features = module.weight.shape
+        check_parameters(config, in_features, out_features, module.bias is not None)
 
     @classmethod
     def _own_obstacle(cls, module: Any) -> Obstacle | None:

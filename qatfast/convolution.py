@@ -1,0 +1,348 @@
+"""What quantized convolutions compute: on fake-quantized floats, or as an exact product of integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks, functional, int8_convolution, kernels, ranges, reference
+from .config import PerChannel, PerTensor, PerToken, QATConfig, QuantSpec
+from .int8_convolution import Int8Weight
+
+
+class Geometry(NamedTuple):
+    """The arguments of a convolution; the tuples have a number per spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns the convolution as torch.nn.functional computes it, also under autocast."""
+        dims = len(self.stride)
+        function: Any
+        if self.transposed:
+            function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+            rest = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+            return function(input, weight, bias, *rest)
+        function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        return function(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> list[int]:
+        tuples = (self.stride, self.padding, self.dilation, self.output_padding)
+        sizes = zip(input_size, kernel_size, *tuples, strict=True)
+        if self.transposed:
+            return [(i - 1) * s - 2 * p + d * (k - 1) + o + 1 for i, k, s, p, d, o in sizes]
+        return [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d, _ in sizes]
+
+    def fan_in(self, weight: Tensor) -> int:
+        """Returns the number of products in a sum."""
+        inputs = weight.shape[0] // self.groups if self.transposed else weight.shape[1]
+        return inputs * prod(weight.shape[2:])
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """Returns the weight as a matrix with a row per output channel, like that of a linear layer."""
+        if self.transposed:
+            sizes = (self.groups, weight.shape[0] // self.groups)
+            weight = weight.unflatten(0, sizes).transpose(1, 2).flatten(0, 1)
+        return weight.flatten(1)
+
+    def from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """Returns the matrix of ``to_rows`` as a weight of this shape."""
+        if not self.transposed:
+            return rows.view(shape)
+        rows = rows.view(self.groups, shape[1], shape[0] // self.groups, *shape[2:])
+        return rows.transpose(1, 2).reshape(shape)
+
+
+def of_batch(spec: QuantSpec | None) -> QuantSpec | None:
+    """Returns the spec for a tensor (batch, channels, ...): per token means one scale per sample."""
+    if spec is None or not isinstance(spec.granularity, PerToken):
+        return spec
+    return QuantSpec(spec.num_bits, spec.symmetric, PerChannel(0), spec.range, spec.narrow_range)
+
+
+def qat_conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: QATConfig,
+    grids: reference.StaticGrids,
+    geometry: Geometry,
+    pad: Callable[[Tensor], Tensor],
+    kept: Callable[[Callable[[], Any]], Any],
+) -> Tensor:
+    """Returns the convolution of quantized tensors, before the quantizer of its output.
+
+    ::
+
+        y = conv(x_hat, w_hat, b_hat)
+
+    If ``config.uses_int8_gemm(in_channels / groups * elements of the kernel)``, it is an exact
+    product of integers, in the compute dtype::
+
+        y = sum((q_x - zero_point_x) * (q_w - zero_point_w)) * (scale_x * scale_w) + b_hat
+
+    Args:
+        input: ``(batch, in_channels, ...)``.
+        weight: as the layer of torch.nn has it.
+        bias: ``(out_channels,)`` or None.
+        config: what is quantized how. Blocks of the weight are those of ``geometry.to_rows``.
+        grids: scale and zero point of ``input`` and ``weight`` where their range is not Dynamic.
+        geometry: the arguments of the convolution.
+        pad: pads a tensor beyond what ``geometry`` does.
+        kept: calls a function that quantizes the weight, or returns what it returned for this weight.
+    """
+    x_spec, w_spec = of_batch(config.input), config.weight
+    b_hat = None if bias is None else ranges._fake_quantized("bias", bias, config.bias, grids)
+
+    def fake_quantized_input() -> Tensor:
+        return pad(ranges._fake_quantized("input", input, x_spec, grids))
+
+    def fake_quantized_weight() -> Tensor:
+        rows = ranges._fake_quantized("weight", geometry.to_rows(weight), w_spec, grids)
+        return geometry.from_rows(rows, weight.shape)
+
+    if not config.uses_int8_gemm(geometry.fan_in(weight)):
+        w_hat = weight if w_spec is None else kept(fake_quantized_weight)
+        return geometry.convolve(fake_quantized_input(), w_hat, b_hat)
+    assert x_spec is not None and w_spec is not None
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    x_grid = _grid(input, x_spec, grids.get("input"))
+    ops = kernels.route(*tensors)
+    if ops is None or not input.is_cpu or input.dtype == torch.float64:
+        product = geometry.convolve(fake_quantized_input(), fake_quantized_weight(), b_hat)
+        rows = geometry.to_rows(weight.detach())
+        w_grid = _grid(rows, w_spec, grids.get("weight"))
+        x = pad(input.detach())
+        value = _exact_result(x, x_spec, x_grid, rows, w_spec, w_grid, b_hat, weight.shape, geometry)
+        return reference._straight_through(product.to(value.dtype), value)
+
+    w = kept(lambda: _int8_weight(geometry.to_rows(weight.detach()), w_spec, grids.get("weight")))
+    call: Any = int8_convolution.forward if ops is kernels.extension else _forward
+    value, q, poison = call(
+        pad(input.detach()),
+        *x_grid,
+        x_spec.quant_min,
+        x_spec.quant_max,
+        w,
+        list(weight.shape[2:]),
+        None if b_hat is None else b_hat.detach(),
+        *geometry,
+        _is_channels_last(input) or _is_channels_last(weight),
+    )
+    learned = [scale for scale, _ in grids.values()]
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *learned))):
+        return value
+    x_link = fake_quantized_input() if "input" in grids else pad(input)
+    w_link: Any = weight
+    of_weight: Any = (None, None, None)  # where the weight itself stands in the graph
+    if "weight" in grids:
+        w_link, of_weight = _Link.apply(fake_quantized_weight()), (weight, *_detached(grids["weight"]))
+    return _Gradients.apply(
+        _Link.apply(x_link), w_link, b_hat, value, q, poison, *x_grid, *of_weight, x_spec, w_spec, geometry
+    )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    if x.dim() not in (4, 5) or x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def _detached(grid: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns a static grid; a learned scale may be negative."""
+    scale, zero_point = grid
+    return scale.detach().abs().clamp(min=torch.finfo(scale.dtype).tiny), zero_point
+
+
+def _grid(x: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Returns the scale and the zero point that quantize ``x``, in the shape of its blocks."""
+    if grid is None:
+        return functional.choose_qparams(x.detach(), **spec.arguments)
+    shape = checks.shape_of_qparams(x.shape, spec.granularity)
+    scale, zero_point = _detached(grid)
+    return scale.reshape(shape), zero_point.reshape(shape)
+
+
+def _int8_weight(rows: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> Int8Weight:
+    scale, zero_point = _grid(rows, spec, grid)
+    ends = (spec.quant_min, spec.quant_max)
+    values = functional.quantize(rows, scale, zero_point, *ends, granularity=spec.granularity)
+    zero_points = zero_point.reshape(-1).expand(rows.shape[0])
+    return Int8Weight(values, _scale_of_rows(rows, scale), zero_points)
+
+
+def _scale_of_rows(rows: Tensor, scale: Tensor) -> Tensor:
+    """Returns the scale of each row, NaN where the row holds a NaN."""
+    return torch.where(rows.isnan().any(1), torch.nan, scale.reshape(-1).expand(rows.shape[0]))
+
+
+def _exact_result(
+    x: Tensor,
+    x_spec: QuantSpec,
+    x_grid: tuple[Tensor, Tensor],
+    rows: Tensor,
+    w_spec: QuantSpec,
+    w_grid: tuple[Tensor, Tensor],
+    b_hat: Tensor | None,
+    weight_shape: torch.Size,
+    geometry: Geometry,
+) -> Tensor:
+    """The product of integers in plain PyTorch: that of the levels in float64 is exact."""
+    kernel = geometry.from_rows(reference.levels(rows, w_spec, *w_grid), weight_shape)
+    sums = geometry.convolve(reference.levels(x, x_spec, *x_grid), kernel, None) + 0.0  # never -0.0
+    ones = (1,) * (x.dim() - 2)
+    scale = x_grid[0].reshape(-1, 1, *ones) * _scale_of_rows(rows, w_grid[0]).reshape(1, -1, *ones)
+    y = sums.to(scale.dtype) * scale
+    return y if b_hat is None else y + b_hat.detach().to(y.dtype).reshape(1, -1, *ones)
+
+
+class _Link(torch.autograd.Function):
+    """A tensor without memory of its own in the place of ``x`` in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class _Gradients(torch.autograd.Function):
+    """A result ``value`` with the gradients of the convolution of x_hat, w_hat and b_hat.
+
+    ``x`` and ``w`` stand for x_hat and w_hat in the graph. Kept are the integers ``q`` of the input
+    and the weight itself (``weight``, or ``w`` if it is None), from which both are made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        value: Tensor,
+        q: Tensor,
+        poison: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        weight: Tensor | None,
+        w_scale: Tensor | None,
+        w_zero_point: Tensor | None,
+        x_spec: QuantSpec,
+        w_spec: QuantSpec,
+        geometry: Geometry,
+    ) -> Tensor:
+        ctx.save_for_backward(x, w, q, poison, scale, zero_point, weight, w_scale, w_zero_point)
+        ctx.specs, ctx.geometry = (x_spec, w_spec), geometry
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, q, poison, scale, zero_point, weight, w_scale, w_zero_point = ctx.saved_tensors
+        (x_spec, w_spec), geometry = ctx.specs, ctx.geometry
+        *_, shifted = int8_convolution.unsigned(x_spec.quant_min, x_spec.quant_max, zero_point)
+        granularity = PerChannel(0) if scale.dim() else PerTensor()
+        ops = torch.ops.qatfast  # there are kernels, or this node would not run
+        x_hat = ops.dequantize(q, scale, shifted, granularity.code) + poison
+        weight = w if weight is None else weight
+        rows = geometry.to_rows(weight.detach())
+        if w_scale is None:
+            arguments = (w_spec.num_bits, w_spec.symmetric, w_spec.granularity.code, w_spec.narrow_range)
+            w_rows = ops.fake_quantize(rows, *arguments)
+        else:
+            ends = (w_spec.quant_min, w_spec.quant_max, w_spec.granularity.code)
+            w_rows = ops.fake_quantize_affine(rows, w_scale, w_zero_point, *ends)
+        w_hat = geometry.from_rows(w_rows, weight.shape)
+        if torch.is_grad_enabled():
+            x_hat = reference._straight_through(x.to(x_hat.dtype), x_hat)
+            w_hat = reference._straight_through(w, w_hat)
+        sizes = None if ctx.bias is None else list(ctx.bias[0])
+        needed = [
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+            ctx.bias is not None and ctx.needs_input_grad[2],
+        ]
+        dx, dw, db = torch.ops.aten.convolution_backward(
+            dy.to(x_hat.dtype), x_hat, w_hat.to(x_hat.dtype), sizes, *geometry, needed
+        )
+        return (
+            None if dx is None else dx.to(x.dtype),
+            None if dw is None else dw.to(w.dtype),
+            db.to(ctx.bias[1]) if needed[2] else None,
+            *(None,) * 11,
+        )
+
+
+@torch.library.custom_op("qatfast::qat_conv_int8", mutates_args=())
+def _operator(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    kernel_size: Sequence[int],
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`int8_convolution.forward` as an operator, which tracers take as it is."""
+    return int8_convolution.forward(
+        input, scale, zero_point, quant_min, quant_max, Int8Weight(weight, weight_scale, weight_zero_point),
+        kernel_size, bias, stride, padding, dilation, transposed, output_padding, groups, channels_last,
+    )  # fmt: skip
+
+
+@_operator.register_fake
+def _(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor,
+    kernel_size: Sequence[int],
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    geometry = Geometry(
+        tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
+    )
+    size = geometry.output_size(input.shape[2:], kernel_size)
+    y = input.new_empty((input.shape[0], weight.shape[0], *size), dtype=torch.float32)
+    if channels_last:
+        y = int8_convolution._channels_last(y)
+    return y, torch.empty_like(input, dtype=torch.uint8), input.new_empty((), dtype=torch.float32)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *first, int8_weight, kernel_size = arguments[:7]
+    values, scale, zero_point, _ = int8_weight
+    return torch.ops.qatfast.qat_conv_int8(*first, values, scale, zero_point, kernel_size, *arguments[7:])

@@ -1,0 +1,285 @@
+"""Convolutions of integers on the CPU: sums that are exact, rounded once to float32."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import functional
+from .config import PerChannel, PerTensor
+
+_SHIFT = 128  # between uint8 and int8
+_FLOAT_LIMIT = 2**24  # float32 holds all integers up to it
+_INT_LIMIT = 2**31
+
+
+class Int8Weight(NamedTuple):
+    """A quantized weight: integers and, for each output channel, the scale and the zero point.
+
+    The scale is NaN if the channel holds a NaN. ``packed`` keeps what a library makes of the
+    integers, or is None if they are used once.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    packed: dict[Any, Tensor] | None = None
+
+
+class _Conv(NamedTuple):
+    """A convolution that is not transposed; ``padding`` is (before, after) for each dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def unsigned(quant_min: int, quant_max: int, zero_point: Tensor) -> tuple[int, int, Tensor]:
+    """Returns a grid that is moved to the range of uint8."""
+    shift = _SHIFT if quant_min < 0 else 0
+    return quant_min + shift, quant_max + shift, zero_point + shift
+
+
+def forward(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    weight: Int8Weight,
+    kernel_size: Sequence[int],
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the result in float32, the input's integers (uint8), and NaN if the input holds a NaN, else 0.
+
+    ``scale`` and ``zero_point`` are those of the input: one element, or one per sample.
+    """
+    quant_min, quant_max, zero_point = unsigned(quant_min, quant_max, zero_point)
+    granularity = PerChannel(0) if scale.dim() else PerTensor()
+    q = functional.quantize(input, scale, zero_point, quant_min, quant_max, granularity=granularity)
+    poison = input.new_zeros((), dtype=torch.float32)
+    if input.numel() and input.amax().isnan():
+        poison.fill_(torch.nan)
+    channels = weight.values.shape[0]
+    kernel = weight.values.view(channels, -1, *kernel_size)
+    convolution = _Conv(tuple(stride), tuple((p, p) for p in padding), tuple(dilation), groups)
+    if transposed:
+        spread = tuple((d * (k - 1) - p) for d, k, p in zip(dilation, kernel_size, padding, strict=True))
+        pads = tuple((s, s + o) for s, o in zip(spread, output_padding, strict=True))
+        kernel = kernel.flip(tuple(range(2, kernel.dim())))
+        convolution = _Conv((1,) * len(pads), pads, tuple(dilation), groups)
+
+    def sums_of(q: Tensor, zero_point: int, input: Tensor) -> Tensor:
+        nan = input.isnan() if bool(poison.isnan()) else None
+        if transposed:
+            q = _spread(q, stride, zero_point)
+            nan = None if nan is None else _spread(nan, stride, 0)
+        if nan is not None:
+            return _by_floats(q, zero_point, kernel, weight, convolution, nan)
+        return _sums(q, zero_point, kernel, weight, convolution)
+
+    points: Any = zero_point.tolist()
+    if scale.dim() == 0:
+        sums = sums_of(q, points, input)
+    elif points:
+        sums = torch.cat(
+            [sums_of(*sample) for sample in zip(q.split(1), points, input.split(1), strict=True)]
+        )
+    else:
+        sums = sums_of(q, 0, input)
+    y = _scaled(sums, scale, weight.scale, bias)
+    return _channels_last(y) if channels_last else y.contiguous(), q, poison
+
+
+def _scaled(sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    shape = (1, -1) + (1,) * (sums.dim() - 2)
+    y = sums.mul_(scale.reshape((-1,) + (1,) * (sums.dim() - 1)) * weight_scale.reshape(shape))
+    return y if bias is None else y.add_(bias.to(y.dtype).reshape(shape))
+
+
+def _spread(values: Tensor, stride: Sequence[int], fill: int) -> Tensor:
+    """Returns ``values`` with ``stride - 1`` fills between neighbours, as a transposed convolution sees them."""
+    if all(step == 1 for step in stride):
+        return values
+    size = [(n - 1) * step + 1 for n, step in zip(values.shape[2:], stride, strict=True)]
+    result = _channels_last(values.new_full((*values.shape[:2], *size), fill))
+    steps = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+    result[steps] = values
+    return result
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+
+
+def _pads(convolution: _Conv) -> list[int]:
+    """Returns the padding as F.pad takes it."""
+    return [n for pair in reversed(convolution.padding) for n in pair]
+
+
+def _by_floats(
+    q: Tensor,
+    zero_point: int,
+    kernel: Tensor,
+    weight: Int8Weight,
+    convolution: _Conv,
+    nan: Tensor | None = None,
+) -> Tensor:
+    """The sums by a product of float64, which is exact; slow."""
+    levels = q.double() - zero_point
+    if nan is not None:
+        levels = levels.masked_fill(nan, torch.nan)
+    column = weight.zero_point.reshape((-1,) + (1,) * (kernel.dim() - 1))
+    function: Any = (F.conv1d, F.conv2d, F.conv3d)[q.dim() - 3]
+    stride, _, dilation, groups = convolution
+    padded = F.pad(levels, _pads(convolution))
+    sums = function(padded, kernel.double() - column, None, stride, 0, dilation, groups)
+    return (sums + 0.0).float()
+
+
+def _sums(q: Tensor, zero_point: int, kernel: Tensor, weight: Int8Weight, convolution: _Conv) -> Tensor:
+    """Returns ``sum((q - zero_point) * (kernel - weight.zero_point))``, exact, rounded once to float32."""
+    reach = kernel[0].numel() * 255 * 128  # of the sums, also before the zero point is subtracted
+    if kernel.dtype != torch.int8 or q.numel() == 0 or kernel.numel() == 0 or reach >= _INT_LIMIT:
+        return _by_floats(q, zero_point, kernel, weight, convolution)
+    if _packing_dominates(q, kernel, weight, convolution) and _int_mm_is_exact():
+        return _by_matrix(q, zero_point, kernel, convolution)
+    if not _library_is_exact(q.dim() - 2):
+        return _by_floats(q, zero_point, kernel, weight, convolution)
+    sums = _by_library(q, zero_point, kernel, weight.packed, convolution)
+    if reach >= _FLOAT_LIMIT and sums.abs().amax() >= _FLOAT_LIMIT:
+        return _by_floats(q, zero_point, kernel, weight, convolution)
+    return sums
+
+
+def _packing_dominates(q: Tensor, kernel: Tensor, weight: Int8Weight, convolution: _Conv) -> bool:
+    """Whether oneDNN would take longer to pack the weight than the matrix of windows takes to fill."""
+    if convolution.groups != 1 or weight.packed is not None:
+        return False
+    outputs = q.shape[0] * prod(
+        (n + sum(p) - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(q.shape[2:], kernel.shape[2:], *convolution[:3], strict=True)
+    )
+    return outputs <= 8 * kernel.shape[0]
+
+
+def _by_library(
+    q: Tensor, zero_point: int, kernel: Tensor, packed: dict[Any, Tensor] | None, convolution: _Conv
+) -> Tensor:
+    """By oneDNN, whose sums are exact in 32 bits; scales of 1 leave them as they are."""
+    if q.dim() == 3:  # as two dimensions, the first of them of size 1
+        two = _Conv(
+            (1, *convolution.stride),
+            ((0, 0), *convolution.padding),
+            (1, *convolution.dilation),
+            convolution.groups,
+        )
+        return _by_library(q.unsqueeze(2), zero_point, kernel.unsqueeze(2), packed, two).squeeze(2)
+    stride, padding, dilation, groups = convolution
+    if any(before != after or before < 0 for before, after in padding):
+        q = F.pad(q, _pads(convolution), value=zero_point)
+        padding = ((0, 0),) * len(padding)
+    q = _channels_last(q)
+    begins = [before for before, _ in padding]
+    channels = kernel.shape[0]
+    ones, zeros = _vectors(channels)
+    key = (tuple(q.shape), zero_point == 0, convolution)
+    ready = None if packed is None else packed.get(key)
+    ops: Any = torch.ops.onednn
+    if ready is None:
+        ready = ops.qconv_prepack(
+            kernel, ones, 1.0, zero_point, stride, begins, dilation, groups, list(q.shape)
+        )
+        if packed is not None:
+            packed.clear()
+            packed[key] = ready
+    product = ops.qconv2d_pointwise if q.dim() == 4 else ops.qconv3d_pointwise
+    return product(
+        q, 1.0, zero_point, ready, ones, zeros, None, stride, begins, dilation, groups,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _vectors(channels: int) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return torch.ones(channels, device="cpu"), torch.zeros(channels, dtype=torch.int32, device="cpu")
+
+
+def _by_matrix(q: Tensor, zero_point: int, kernel: Tensor, convolution: _Conv) -> Tensor:
+    """By a matrix product of all windows of the input (im2col)."""
+    dims = q.dim() - 2
+    last = q.movedim(1, -1).contiguous()
+    signed = last.view(torch.int8) ^ -_SHIFT  # less 128
+    zero_point -= _SHIFT
+    if any(_pads(convolution)):
+        signed = F.pad(signed, [0, 0, *_pads(convolution)], value=zero_point)
+    sizes = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, k, s, d in zip(
+            signed.shape[1:-1], kernel.shape[2:], convolution.stride, convolution.dilation, strict=True
+        )
+    ]
+    strides = signed.stride()
+    steps = [s * n for s, n in zip(convolution.stride, strides[1:-1], strict=True)]
+    inner = [d * n for d, n in zip(convolution.dilation, strides[1:-1], strict=True)]
+    windows = (
+        signed.as_strided(
+            (q.shape[0], *sizes, *kernel.shape[2:], q.shape[1]), (strides[0], *steps, *inner, strides[-1])
+        )
+        .reshape(q.shape[0] * prod(sizes), -1)
+        .contiguous()
+    )  # a view may overlap
+    matrix = kernel.movedim(1, -1).reshape(kernel.shape[0], -1)
+    sums = torch._int_mm(windows, matrix.t())
+    sums -= zero_point * matrix.sum(1, dtype=torch.int32)
+    return sums.float().view(q.shape[0], *sizes, -1).movedim(-1, 1) if dims else sums.float()
+
+
+@functools.cache
+def _library_is_exact(dims: int) -> bool:
+    """Whether oneDNN adds the largest products exactly: without VNNI it may saturate in 16 bits."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qconv_prepack"):
+        return False
+    spatial = max(dims, 2)
+    if spatial == 3 and not hasattr(torch.ops.onednn, "qconv3d_pointwise"):
+        return False
+    for channels, groups in ((3, 1), (64, 1), (32, 32)):
+        for value, level in ((255, -128), (255, 127), (0, -128)):
+            q = torch.full((1, channels, *(5,) * spatial), value, dtype=torch.uint8, device="cpu")
+            kernel = torch.full(
+                (32, channels // groups, *(3,) * spatial), level, dtype=torch.int8, device="cpu"
+            )
+            convolution = _Conv((1,) * spatial, ((1, 1),) * spatial, (1,) * spatial, groups)
+            zeros = torch.zeros(32, dtype=torch.int32, device="cpu")
+            expected = _by_floats(q, 128, kernel, Int8Weight(kernel, zeros, zeros), convolution)
+            if not torch.equal(_by_library(q, 128, kernel, None, convolution), expected):
+                return False
+    return True
+
+
+@functools.cache
+def _int_mm_is_exact() -> bool:
+    """The same for the product of matrices."""
+    for rows, features in ((1, 64), (33, 200), (33, 4099)):
+        for left, right in ((-128, -128), (-128, 127), (127, 127)):
+            x = torch.full((rows, features), left, dtype=torch.int8, device="cpu")
+            weight = torch.full((48, features), right, dtype=torch.int8, device="cpu")
+            if not bool((torch._int_mm(x, weight.t()) == left * right * features).all()):
+                return False
+    return True

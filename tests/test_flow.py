@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import cases
-from qatfast import prepare, summary
+from qatfast import QATConfig, prepare, summary
+from qatfast.flow import record
 
 
 def network(norm=True, activation=nn.ReLU, bias=True):
@@ -118,3 +119,107 @@ def test_a_chain_gives_the_integers_of_its_reader(gammas, activation, norm, bias
     cases.assert_same(model(x.clone().requires_grad_()).detach(), y)
     with torch.inference_mode():
         cases.assert_same(model(x), y)
+
+
+def test_a_convolution_is_a_head_too():
+    model = network()
+    twin = nn.Sequential(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(1), nn.Flatten())
+    twin.append(nn.Linear(8, 3))
+    with torch.no_grad():
+        for index in (0, 1, 5):
+            for name, parameter in twin[index].named_parameters():
+                parameter.copy_(getattr(model[index], name).reshape(parameter.shape))
+    x = cases.normal((64, 6)) * 4
+    model, twin = trained(model, x), prepare(twin, example_inputs=x[:, :, None, None])
+    for step in range(3):
+        twin.train()(x[:, :, None, None] + 0.1 * step)
+    shapes = {name: value.shape for name, value in twin.state_dict().items()}
+    twin.load_state_dict({name: value.reshape(shapes[name]) for name, value in model.state_dict().items()})
+    twin.eval()
+    assert first_chain(twin) == "batch_norm -> relu -> max_pool2d -> flatten -> 5"
+    expected = oracle(model[0], model[1], "relu", model[-1], x)
+    taken = []
+    forward = twin[5]._of_ranges
+    twin[5]._of_ranges = lambda input, *rest: taken.append(input) or forward(input, *rest)
+    with torch.no_grad():
+        twin(x[:, :, None, None])
+    cases.assert_same(taken[0], expected)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.adds = self.skips = False
+
+    def forward(self, x):
+        y = self.first(x)
+        y = y if self.skips else self.norm(y)
+        y = torch.relu(y)
+        return self.second(y + 1 if self.adds else y)
+
+
+@pytest.mark.parametrize("change", ["adds", "skips"])
+def test_a_flow_that_no_longer_holds_is_an_error(change):
+    x = cases.normal((64, 6))
+    model = trained(Branches(), x)
+    model(x)
+    setattr(model, change, True)
+    with pytest.raises(
+        RuntimeError, match=r"second.input_quantizer: expected the flow that prepare recorded"
+    ):
+        model(x)
+    model.train()(x)
+
+
+def test_layers_that_read_one_tensor_share_a_quantizer():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 2), nn.Linear(6, 3), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.c(x * 1), self.b(x), self.a(x)
+
+    x = cases.normal((5, 6))
+    model = prepare(Heads(), QATConfig.static(4), example_inputs={"x": x})
+    assert model.a.input_quantizer is not model.b.input_quantizer  # the last one has more bits
+    model = prepare(Heads(), example_inputs=(x,))
+    assert model.a.input_quantizer is model.b.input_quantizer is not model.c.input_quantizer
+
+
+def test_layers_that_are_read_stay_in_float_and_others_are_named():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.read, self.idle = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return nn.functional.linear(self.called(x), self.read.weight)
+
+    with pytest.warns(UserWarning, match="these layers did not run with example_inputs: idle"):
+        model = prepare(Reads(), example_inputs=cases.normal((5, 6)))
+    assert {row.name: row.reason for row in summary(model).rows if row.reason} == {
+        "read": "its parent reads .weight"
+    }
+
+
+def test_recording_leaves_the_model_as_it_was():
+    model = network().train()
+    model[3].eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {
+        module: (module.training, set(vars(module)), len(module._forward_pre_hooks))
+        for module in model.modules()
+    }
+    generator = torch.get_rng_state()
+    record(model, cases.normal((5, 6)), {model[0]})
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    after = {
+        module: (module.training, set(vars(module)), len(module._forward_pre_hooks))
+        for module in model.modules()
+    }
+    assert after == before
+    assert torch.is_grad_enabled()

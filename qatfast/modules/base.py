@@ -203,6 +203,19 @@ class QuantizedLayer(nn.Module):
             return self.forward(*args, **kwargs)
         return super()._call_impl(*args, **kwargs)
 
+    def _chain_specs(self) -> Any:
+        return self.config.input, self.config.weight
+
+    def _grids(self, input: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
+        """Returns the grids of input and weight, the latter unless it is Dynamic; see ``Chain.run``."""
+        quantizers: dict[str, Any] = {
+            name: self._modules[f"{name}_quantizer"]
+            for name in ("input", "weight")
+            if f"{name}_quantizer" in self._modules
+        }
+        tensors = {"input": input, "weight": weight}
+        return {name: quantizer.grid(tensors[name]) for name, quantizer in quantizers.items()}
+
     def _record_call(self) -> None:
         """Tells the open blocks of ``unused_layers`` that the layer runs."""
         for layers in tuple(open_blocks):

@@ -152,13 +152,8 @@ bias=affine per tensor, output=affine per tensor)
         return self._of_ranges(x, *wide).to(weight.dtype)
 
     def _head_of_chain(self, chain: Chain, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        grids = {
-            name: self._modules[quantizer_name(name)].grid(tensor)  # type: ignore[union-attr, operator]
-            for name, tensor in (("input", input), ("weight", weight))
-            if quantizer_name(name) in self._modules
-        }
-        specs: Any = (self.config.input, self.config.weight)
-        return chain.run(input, weight, bias, specs, grids, F.linear, -1)
+        grids = self._grids(input, weight)
+        return chain.run(input, weight, bias, self._chain_specs(), grids, F.linear, -1)
 
     def _of_ranges(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with ranges that its quantizers keep, or in another mode."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import reference
 from .config import Learned, QuantSpec
@@ -126,7 +127,7 @@ class Chain:
     readers: tuple[nn.Module, ...]
 
     def acts(self) -> bool:
-        if self.quantizer.observes:
+        if is_compiling() or self.quantizer.observes:  # tracers do not follow ChainValue
             return False
         for module in self.members:
             if module.training or getattr(module, "_mode", "quantize") != "quantize":

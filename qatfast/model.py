@@ -206,7 +206,7 @@ def summary(model: nn.Module) -> Summary:
         TypeError: ``model`` is not an nn.Module.
 
     Example:
-        >>> print(summary(prepare(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)))))
+        >>> print(summary(prepare(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), QATConfig.dynamic())))
         layer  kind       input                   weight                         range    bytes  in float because
         0      QATLinear  8-bit affine per token  8-bit symmetric per channel 0  dynamic    256
         2      QATLinear  8-bit affine per token  8-bit symmetric per channel 0  dynamic     48

@@ -271,13 +271,12 @@ def is_batch_norm(module: nn.Module) -> bool:
 # What follows from a flow
 
 
-def connect(flow: Flow, replacements: Mapping[nn.Module, QuantizedLayer], outputs: bool | None) -> None:
-    """Shares input quantizers, and sets the chains and the output quantizers of the new layers.
+def connect(flow: Flow, replacements: Mapping[nn.Module, QuantizedLayer]) -> None:
+    """Shares input quantizers, and sets the chains of the new layers.
 
     Args:
         flow: recorded before the layers were replaced.
         replacements: the new layers.
-        outputs: see :func:`qatfast.prepare`.
     """
     calls = [op for op in flow.operations if op.name == "layer" and op.module in replacements]
     _share_input_quantizers(calls, replacements)

@@ -41,7 +41,6 @@ def prepare(
     example_inputs: Any = None,
     layers: Mapping[str, QATConfig | None] | None = None,
     edges: int | None = 8,
-    outputs: bool | None = None,
 ) -> nn.Module:
     """Replaces the layers of a model by quantized ones with the same parameters.
 
@@ -74,9 +73,6 @@ def prepare(
             order of the recorded calls, without ``example_inputs`` in that of ``named_modules``;
             None for no minimum. Embeddings do not count. It does not apply to layers that
             ``layers`` matches.
-        outputs: which layers get an ``output_quantizer`` if other operations than quantized layers
-            read their result (after BatchNorm and ReLU) and a quantized layer runs later: True for
-            all, False for none, None for convolutions. It needs ``example_inputs``.
 
     Returns:
         ``model``, or the new layer if ``model`` itself is a layer to replace.
@@ -86,15 +82,14 @@ def prepare(
             created.
         ValueError: a pattern matches no layer, or its config does not fit the layer; ``edges`` is
             not from 2 to 16; FSDP shards the model, or torch.compile wraps a layer;
-            ``example_inputs`` with a layer that has not been initialized yet; ``outputs=True``
-            without ``example_inputs``.
+            ``example_inputs`` with a layer that has not been initialized yet.
 
     Example:
         >>> model = prepare(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), layers={"2": None})
         >>> [type(layer).__name__ for layer in model]
         ['QATLinear', 'ReLU', 'Linear']
     """
-    _check_arguments(model, config, layers, edges, outputs, example_inputs)
+    _check_arguments(model, config, layers, edges, example_inputs)
     candidates = _candidates(model)
     _check_state(model, candidates)
     layers = dict(layers or {})
@@ -112,7 +107,7 @@ def prepare(
     root = replacements.get(model, model)
     _share_weight_quantizers(replacements.values())
     if flow is not None:
-        flows.connect(flow, replacements, outputs)
+        flows.connect(flow, replacements)
     _name_quantizers(root)
     if not replacements and None not in layers.values() and not any(map(_is_quantized, candidates)):
         _warn(f"no layer of {type(model).__name__} is quantized; print(qatfast.summary(model)) shows why")
@@ -266,9 +261,7 @@ def _check_module(op: str, model: Any) -> None:
         raise TypeError(f"{op}: expected model to be an nn.Module, got {model!r}")
 
 
-def _check_arguments(
-    model: Any, config: Any, layers: Any, edges: Any, outputs: Any, example_inputs: Any
-) -> None:
+def _check_arguments(model: Any, config: Any, layers: Any, edges: Any, example_inputs: Any) -> None:
     _check_module("prepare", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
@@ -291,10 +284,6 @@ def _check_arguments(
             raise TypeError(f"prepare: expected layers[{pattern!r}] to be a QATConfig or None, got {value!r}")
     if edges is not None and not 2 <= integer("prepare", "edges", edges) <= 16:
         raise ValueError(f"prepare: expected edges to be from 2 to 16 bits or None, got {edges}")
-    if outputs is not None and not isinstance(outputs, bool):
-        raise TypeError(f"prepare: expected outputs to be True, False or None, got {outputs!r}")
-    if outputs and example_inputs is None:
-        raise ValueError("prepare: expected example_inputs with outputs=True, got None")
     if example_inputs is not None and not isinstance(example_inputs, (torch.Tensor, tuple, dict)):
         raise TypeError(
             "prepare: expected example_inputs to be a tensor, a tuple of positional or a dict of keyword arguments, "

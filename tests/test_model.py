@@ -527,9 +527,10 @@ def test_a_model_without_a_layer_to_quantize_says_so():
             "'blocks.0.*'",
         ),
         (
-            (..., None, {"outputs": True}),
-            ValueError,
-            "prepare: expected example_inputs with outputs=True, got None",
+            (..., None, {"example_inputs": 3}),
+            TypeError,
+            "prepare: expected example_inputs to be a tensor, a tuple of positional or a dict of keyword arguments, "
+            "got int",
         ),
     ],
 )

@@ -6,7 +6,7 @@ import difflib
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -19,10 +19,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import checks
+from . import flow as flows
 from .arguments import integer
-from .config import QATConfig, QuantSpec
+from .config import Dynamic, Fixed, Learned, MinMax, MovingAverage, QATConfig, QuantSpec
+from .modules import QUANTIZED_LAYERS, FakeQuantize
 from .modules.base import CONTAINERS, QuantizedLayer, open_blocks, share_hooks, why_not_from_float
-from .modules.linear import QATLinear, check_parameters
 
 # Modules of PyTorch that read the weight of a child nn.Linear and do not call it.
 _READERS: tuple[type[nn.Module], ...] = tuple(
@@ -37,67 +38,88 @@ def prepare(
     model: nn.Module,
     config: QATConfig | None = None,
     *,
+    example_inputs: Any = None,
     layers: Mapping[str, QATConfig | None] | None = None,
     edges: int | None = 8,
 ) -> nn.Module:
-    """Replaces each nn.Linear of a model by a QATLinear with the same parameters.
+    """Replaces the layers of a model by quantized ones with the same parameters.
 
-    The model is changed in place. Parameters, ``state_dict`` keys, hooks, training mode, tied
-    weights and all names of a shared layer stay the same, so existing optimizers stay valid. If
-    ``prepare`` raises, the model is unchanged.
+    Exactly nn.Linear, nn.Conv1d to 3d, nn.ConvTranspose1d to 3d, nn.Embedding and
+    nn.MultiheadAttention are replaced, as far as this version has a quantized one. The model is
+    changed in place. Parameters, their ``state_dict`` keys, hooks, training mode, tied weights and
+    all names of a shared layer stay the same, so existing optimizers stay valid. If ``prepare``
+    raises, the model is unchanged.
 
-    Subclasses of nn.Linear are not replaced, and an existing QATLinear is left unchanged.
-    ``summary(model)`` shows which layers stay in float, and why. If the parent of a layer reads its
-    weight without calling the layer (as some attention modules do), the layer stays in float even
-    though it is replaced: run the model once inside :func:`unused_layers` to find such layers.
+    Subclasses of these layers are not replaced, and an existing quantized layer is left unchanged.
+    ``summary(model)`` shows which layers stay in float, and why. Layers with the same Parameter and
+    equal specs of their weights share one ``weight_quantizer``.
+
+    With ``example_inputs``, the model runs once in evaluation, and ``prepare`` records which layer
+    reads which result. Layers that read the same tensor share one ``input_quantizer`` if the specs
+    of their inputs are equal. A layer whose weight is read without a call (as some attention
+    modules do) stays in float; without ``example_inputs`` it is replaced and stays in float
+    without a warning, see :func:`unused_layers`. ``model.training``, the random number generators
+    and the buffers are as before afterwards.
 
     Args:
         model: a float model. Prepare it before torch.compile wraps a single layer and before
             DTensor or FSDP shards it; DDP may wrap it already.
-        config: the config of each layer; None means ``QATConfig.dynamic()``.
+        config: the config of each layer; None means ``QATConfig.static()``.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of the model.
         layers: ``{pattern: config}`` for layers with another config; a config of None leaves them
             in float. Patterns match dotted names as in ``fnmatch`` (``"decoder.*"``); if several
             match, the last one applies.
         edges: minimum number of bits, 2 to 16, of the first and the last quantized layer in the
-            order of ``named_modules``; None for no minimum. It does not apply to layers that
+            order of the recorded calls, without ``example_inputs`` in that of ``named_modules``;
+            None for no minimum. Embeddings do not count. It does not apply to layers that
             ``layers`` matches.
 
     Returns:
-        ``model``, or the new layer if ``model`` itself is an nn.Linear.
+        ``model``, or the new layer if ``model`` itself is a layer to replace.
 
     Raises:
         TypeError: an argument has the wrong type, or ``model`` contains layers that ``prepare``
             created.
         ValueError: a pattern matches no layer, or its config does not fit the layer; ``edges`` is
-            not from 2 to 16; FSDP shards the model, or torch.compile wraps a layer.
+            not from 2 to 16; FSDP shards the model, or torch.compile wraps a layer;
+            ``example_inputs`` with a layer that has not been initialized yet.
 
     Example:
         >>> model = prepare(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), layers={"2": None})
         >>> [type(layer).__name__ for layer in model]
         ['QATLinear', 'ReLU', 'Linear']
     """
-    _check_arguments(model, config, layers, edges)
+    _check_arguments(model, config, layers, edges, example_inputs)
     candidates = _candidates(model)
     _check_state(model, candidates)
     layers = dict(layers or {})
-    configs, notes = _plan(candidates, QATConfig.dynamic() if config is None else config, layers, edges)
-    replacements: dict[nn.Module, nn.Module] = {
-        linear: QATLinear.from_float(linear, config=layer_config) for linear, layer_config in configs.items()
-    }
-    for linear, layer in replacements.items():
-        share_hooks(linear, layer)
+    for pattern, pattern_config in layers.items():
+        _check_pattern(pattern, pattern_config, candidates)
+    flow = None if example_inputs is None else _recorded(model, candidates, example_inputs)
+    replacements, notes = _plan(candidates, config or QATConfig.static(), layers, edges, flow)
+    for module, layer in replacements.items():
+        share_hooks(module, layer)
         vars(layer)["_qatfast_note"] = _PREPARED
     for module in list(model.modules()):
         _replace_in(module, replacements)
-    for linear, reason in notes.items():
-        vars(linear)["_qatfast_note"] = reason
-    if not configs and None not in layers.values() and not any(map(_is_quantized, candidates)):
-        warnings.warn(
-            f"prepare: no layer of {type(model).__name__} is quantized; print(qatfast.summary(model)) shows why",
-            UserWarning,
-            stacklevel=2,
-        )
-    return replacements.get(model, model)
+    for module, reason in notes.items():
+        vars(module)["_qatfast_note"] = reason
+    root = replacements.get(model, model)
+    _share_weight_quantizers(replacements.values())
+    if flow is not None:
+        flows.connect(flow, replacements)
+    _name_quantizers(root)
+    if not replacements and None not in layers.values() and not any(map(_is_quantized, candidates)):
+        _warn(f"no layer of {type(model).__name__} is quantized; print(qatfast.summary(model)) shows why")
+    if flow is not None:
+        names = [c.names[0] for c in candidates if c.module in replacements and c.module not in flow.called]
+        if names:
+            _warn(f"these layers did not run with example_inputs: {', '.join(names)}")
+    return root
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"prepare: {text}", UserWarning, stacklevel=3)
 
 
 class SummaryRow(NamedTuple):
@@ -179,7 +201,7 @@ def summary(model: nn.Module) -> Summary:
         TypeError: ``model`` is not an nn.Module.
 
     Example:
-        >>> print(summary(prepare(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)))))
+        >>> print(summary(prepare(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), QATConfig.dynamic())))
         layer  kind       input                   weight                         range    bytes  in float because
         0      QATLinear  8-bit affine per token  8-bit symmetric per channel 0  dynamic    256
         2      QATLinear  8-bit affine per token  8-bit symmetric per channel 0  dynamic     48
@@ -187,7 +209,8 @@ def summary(model: nn.Module) -> Summary:
         qatfast.unused_layers.
     """
     _check_module("summary", model)
-    return Summary(tuple(_row(candidate) for candidate in _candidates(model)))
+    names = {module: name for name, module in model.named_modules()}
+    return Summary(tuple(_row(candidate, names) for candidate in _candidates(model)))
 
 
 _lock = threading.Lock()
@@ -238,7 +261,7 @@ def _check_module(op: str, model: Any) -> None:
         raise TypeError(f"{op}: expected model to be an nn.Module, got {model!r}")
 
 
-def _check_arguments(model: Any, config: Any, layers: Any, edges: Any) -> None:
+def _check_arguments(model: Any, config: Any, layers: Any, edges: Any, example_inputs: Any) -> None:
     _check_module("prepare", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
@@ -248,7 +271,7 @@ def _check_arguments(model: Any, config: Any, layers: Any, edges: Any) -> None:
     if config is not None and not isinstance(config, QATConfig):
         raise TypeError(
             f"prepare: expected config to be a QATConfig or None, got {config!r}; for a number of bits write "
-            "QATConfig.dynamic(num_bits)"
+            "QATConfig.static(num_bits)"
         )
     if layers is not None and not isinstance(layers, Mapping):
         raise TypeError(
@@ -261,6 +284,11 @@ def _check_arguments(model: Any, config: Any, layers: Any, edges: Any) -> None:
             raise TypeError(f"prepare: expected layers[{pattern!r}] to be a QATConfig or None, got {value!r}")
     if edges is not None and not 2 <= integer("prepare", "edges", edges) <= 16:
         raise ValueError(f"prepare: expected edges to be from 2 to 16 bits or None, got {edges}")
+    if example_inputs is not None and not isinstance(example_inputs, (torch.Tensor, tuple, dict)):
+        raise TypeError(
+            "prepare: expected example_inputs to be a tensor, a tuple of positional or a dict of keyword arguments, "
+            f"got {type(example_inputs).__name__}"
+        )
 
 
 class _Candidate(NamedTuple):
@@ -277,11 +305,16 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
     for name, module in model.named_modules(remove_duplicate=False):
         if "parametrizations" not in name.split("."):  # these belong to the module that they parametrize
             names.setdefault(module, []).append(name)
-    read = {child for module in names if isinstance(module, _READERS) for child in module.children()}
+    read = {
+        child
+        for module in names
+        if isinstance(module, _READERS) and not isinstance(module, QuantizedLayer)
+        for child in module.children()
+    }
     return [
         _Candidate(module, module_names, _why_float(module, module in read))
         for module, module_names in names.items()
-        if isinstance(module, nn.Linear) or _weights(module)
+        if isinstance(module, (nn.Linear, QuantizedLayer)) or _weights(module)
     ]
 
 
@@ -300,13 +333,14 @@ def _why_float(module: nn.Module, is_read: bool) -> str | None:
     kind = type(module)
     if is_read or kind is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return _READ
-    if isinstance(module, QATLinear):
+    if isinstance(module, QuantizedLayer):
         return None
-    if isinstance(module, nn.Linear):
-        obstacle = why_not_from_float(module, QATLinear)
+    base = next((base for base in QUANTIZED_LAYERS if isinstance(module, base)), None)
+    if base is not None:
+        obstacle = why_not_from_float(module, QUANTIZED_LAYERS[base])
         if obstacle:
             return obstacle.reason
-        return None if kind is nn.Linear else f"{kind.__name__} is a subclass of nn.Linear"
+        return None if kind is base else f"{kind.__name__} is a subclass of nn.{base.__name__}"
     if kind.__module__.startswith("torch.nn."):
         return f"no quantized layer for {kind.__name__} yet"
     return f"has weights of its own: {', '.join(_weights(module))}"
@@ -330,11 +364,24 @@ def _check_state(model: nn.Module, candidates: list[_Candidate]) -> None:
             )
         if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
             inner = next(iter(module.children()), None)
-            if type(inner) is nn.Linear:
+            if type(inner) in QUANTIZED_LAYERS:
                 raise ValueError(
                     f"prepare: expected layers that torch.compile does not wrap, got {name or 'the root'!r}, which it "
                     "does; prepare the model first, then compile it"
                 )
+
+
+def _recorded(model: nn.Module, candidates: list[_Candidate], example_inputs: Any) -> flows.Flow:
+    for module in model.modules():
+        if any(map(is_lazy, module.parameters(recurse=False))):
+            name = next(name for name, other in model.named_modules() if other is module)
+            raise ValueError(
+                f"prepare: expected initialized layers with example_inputs, got the lazy {name!r}; run the model once "
+                "first"
+            )
+    layers = {candidate.module for candidate in candidates if type(candidate.module) in QUANTIZED_LAYERS}
+    layers |= {module for module in model.modules() if isinstance(module, QuantizedLayer)}
+    return flows.record(model, example_inputs, layers)
 
 
 def _plan(
@@ -342,57 +389,87 @@ def _plan(
     config: QATConfig,
     layers: dict[str, QATConfig | None],
     edges: int | None,
-) -> tuple[dict[nn.Linear, QATConfig], dict[nn.Module, str]]:
-    """Returns the config of each layer to replace, and why other nn.Linear layers stay in float."""
-    for pattern, pattern_config in layers.items():
-        _check_pattern(pattern, pattern_config, candidates)
-    configs: dict[nn.Linear, QATConfig] = {}
+    flow: flows.Flow | None,
+) -> tuple[dict[nn.Module, QuantizedLayer], dict[nn.Module, str]]:
+    """Returns the new layers, and why others that could be replaced stay in float."""
+    replacements: dict[nn.Module, QuantizedLayer] = {}
     notes: dict[nn.Module, str] = {}
-    matched: set[nn.Module] = set()
+    named: set[nn.Module] = set()  # by a pattern of `layers`
+    parts: set[nn.Module] = set()  # of a layer that is replaced as a whole
     for candidate in candidates:
-        linear = candidate.module
-        if not _is_replaceable(candidate):
+        module = candidate.module
+        if not _is_replaceable(candidate) or module in parts:
             continue
-        assert isinstance(linear, nn.Linear)
+        if flow is not None and module in flow.read and module not in flow.called:
+            notes[module] = _READ
+            continue
         patterns = [pattern for pattern in layers if _matches(pattern, candidate)]
         layer_config = layers[patterns[-1]] if patterns else config
         if layer_config is None:
-            notes[linear] = f"layers[{patterns[-1]!r}] is None"
+            notes[module] = f"layers[{patterns[-1]!r}] is None"
             continue
-        out_features, in_features = linear.weight.shape
         try:
-            check_parameters(layer_config, in_features, out_features, linear.bias is not None)
+            replacements[module] = _quantized(module, layer_config)
         except ValueError as error:
-            text = str(error).removeprefix("QATLinear: ")
+            text = str(error).partition(": ")[2]
             if patterns:
                 raise ValueError(
                     f"prepare: layers[{patterns[-1]!r}] does not fit {candidate.names[0]!r}: {text}"
                 ) from None
-            notes[linear] = text.partition(";")[0]
+            notes[module] = text.partition(";")[0]
             continue
-        configs[linear] = layer_config
+        parts.update(module.children())
         if patterns:
-            matched.add(linear)
+            named.add(module)
     quantized = [
         candidate.module
         for candidate in candidates
-        if candidate.module in configs or _is_quantized(candidate)
+        if (candidate.module in replacements or _is_quantized(candidate))
+        and not isinstance(candidate.module, nn.Embedding)
     ]
+    if flow is not None:
+        called = [module for module in flow.called if module in quantized]
+        quantized = called or quantized
     if edges is not None and quantized:
-        for layer in {quantized[0], quantized[-1]}:
-            if layer in configs and layer not in matched:
-                assert isinstance(layer, nn.Linear)
-                configs[layer] = _with_at_least(configs[layer], edges)
-    return configs, notes
+        for module in {quantized[0], quantized[-1]}:
+            if module in replacements and module not in named:
+                replacements[module] = _quantized(module, _with_at_least(replacements[module].config, edges))
+    return replacements, notes
+
+
+def _quantized(module: nn.Module, config: QATConfig) -> QuantizedLayer:
+    return QUANTIZED_LAYERS[type(module)].from_float(module, config=config)
+
+
+def _share_weight_quantizers(layers: Iterable[QuantizedLayer]) -> None:
+    """Layers with one Parameter and equal specs of it share a quantizer."""
+    quantizers: dict[tuple[int, QuantSpec], nn.Module] = {}
+    for layer in layers:
+        quantizer = layer._modules.get("weight_quantizer")
+        if isinstance(quantizer, FakeQuantize):
+            key = id(layer.weight), quantizer.spec
+            layer._modules["weight_quantizer"] = quantizers.setdefault(key, quantizer)
+
+
+def _name_quantizers(model: nn.Module) -> None:
+    """Gives the quantizers of layers their dotted names, for messages."""
+    parts = {
+        id(child)
+        for layer in model.modules()
+        if isinstance(layer, QuantizedLayer)
+        for child in layer.children()
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantize) and "." in name and id(module) in parts:
+            module._name = name
 
 
 def _is_quantized(candidate: _Candidate) -> bool:
-    return isinstance(candidate.module, QATLinear) and candidate.obstacle is None
+    return isinstance(candidate.module, QuantizedLayer) and candidate.obstacle is None
 
 
 def _is_replaceable(candidate: _Candidate) -> bool:
-    module = candidate.module
-    return candidate.obstacle is None and isinstance(module, nn.Linear) and not isinstance(module, QATLinear)
+    return candidate.obstacle is None and type(candidate.module) in QUANTIZED_LAYERS
 
 
 def _matches(pattern: str, candidate: _Candidate) -> bool:
@@ -406,9 +483,10 @@ def _check_pattern(pattern: str, config: QATConfig | None, candidates: list[_Can
         return
     if matches:
         first = matches[0]
-        if config is None and not isinstance(first.module, QATLinear):
+        if config is None and not isinstance(first.module, QuantizedLayer):
             return
-        reason = first.obstacle or "a QATLinear already, which prepare leaves unchanged; set its .config"
+        kind = type(first.module).__name__
+        reason = first.obstacle or f"a {kind} already, which prepare leaves unchanged; set its .config"
         raise ValueError(
             f"prepare: expected layers[{pattern!r}] to match a layer that can be quantized, got "
             f"{first.names[0]!r}, {reason}"
@@ -437,7 +515,7 @@ def _with_at_least(config: QATConfig, num_bits: int) -> QATConfig:
     )
 
 
-def _replace_in(module: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def _replace_in(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Replaces layers among the children of ``module`` and in its attributes.
 
     Attributes may be layers, or lists, tuples or dicts of layers.
@@ -463,36 +541,74 @@ def _replace_in(module: nn.Module, replacements: dict[nn.Module, nn.Module]) -> 
             value.update({key: replaced(item) for key, item in value.items()})
 
 
-def _row(candidate: _Candidate) -> SummaryRow:
+def _row(candidate: _Candidate, names: dict[nn.Module, str]) -> SummaryRow:
     module, name = candidate.module, candidate.names[0]
     kind = type(module).__name__
-    if isinstance(module, QATLinear) and candidate.obstacle is None:
-        config = module.config
+    if isinstance(module, QuantizedLayer) and candidate.obstacle is None:
+        config, specs = module.config, {"weight": module.config.weight, "bias": module.config.bias}
+        specs["in_proj_weight"] = specs["weight"]
         size = sum(
-            0 if parameter is None or is_lazy(parameter) else _bytes(parameter, spec)
-            for parameter, spec in ((module.weight, config.weight), (module.bias, config.bias))
+            0 if is_lazy(parameter) else _bytes(parameter, specs.get(key), key)
+            for key, parameter in module.named_parameters(recurse=False)
         )
         return SummaryRow(
-            name, kind, _describe(config.weight), _describe(config.input), None, "dynamic", None, size, None
+            name,
+            kind,
+            _describe(config.weight),
+            _describe(config.input),
+            flows.describe_chain(module, names),
+            _range(module),
+            None,
+            size,
+            None,
         )
     reason = candidate.obstacle or vars(module).get("_qatfast_note", "not prepared")
     parameters = [*module.named_parameters(recurse=False)]
     if is_parametrized(module):
         parameters += module.parametrizations.named_parameters()  # type: ignore[union-attr]
-    size = sum(_bytes(parameter, None) for _, parameter in parameters if not is_lazy(parameter))
+    size = sum(_bytes(parameter, None, key) for key, parameter in parameters if not is_lazy(parameter))
     return SummaryRow(name, kind, "float", "float", None, None, None, size, reason)
 
 
 def _describe(spec: QuantSpec | None) -> str:
-    return "float" if spec is None else str(spec)
+    return "float" if spec is None else str(replace(spec, range=Dynamic()))
 
 
-def _bytes(parameter: torch.Tensor, spec: QuantSpec | None) -> int:
+def _range(layer: QuantizedLayer) -> str:
+    """Returns how the scales of input and weight are determined, and what a range is now."""
+    texts = {
+        name: _describe_range(spec, layer._modules.get(f"{name}_quantizer"))
+        for name in ("input", "weight")
+        if (spec := getattr(layer.config, name)) is not None
+    }
+    if set(texts.values()) <= {"dynamic"}:
+        return "dynamic"
+    return ", ".join(f"{name} {text}" for name, text in texts.items())
+
+
+def _describe_range(spec: QuantSpec, quantizer: Any) -> str:
+    if isinstance(spec.range, Fixed):
+        return f"fixed [{spec.range.lo:.4g}, {spec.range.hi:.4g}]"
+    if not spec.has_state or quantizer is None:
+        return "dynamic"
+    kind = {MovingAverage: "moving average", MinMax: "min-max", Learned: "learned"}[type(spec.range)]
+    if quantizer.num_batches.is_meta or not quantizer._has_observed():
+        return f"{kind}, not observed"
+    if isinstance(spec.range, Learned):
+        scale = quantizer.scale.detach()
+        low, high = scale.min().item(), scale.max().item()
+        return f"{kind}, scale {low:.4g}" + (f" to {high:.4g}" if low != high else "")
+    return f"{kind} [{quantizer.running_min.min().item():.4g}, {quantizer.running_max.max().item():.4g}]"
+
+
+def _bytes(parameter: torch.Tensor, spec: QuantSpec | None, name: str) -> int:
     """Returns the size of a parameter in float, or of its integers, scales and zero points.
 
     Rows of integers of up to 4 bits are packed.
     """
     shape = parameter.shape
+    if name != "bias" and len(shape) > 2:  # the weight of a convolution is a matrix with a row per channel
+        shape = torch.Size([shape[0], shape[1:].numel()])
     if spec is None:
         return parameter.numel() * parameter.element_size()
     if spec.num_bits > 8:

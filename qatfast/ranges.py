@@ -217,7 +217,8 @@ class _LinearGradients(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, value: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return value.view_as(value)
+        ctx.mark_dirty(value)  # returned as it is: a view could not be modified in place
+        return value
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

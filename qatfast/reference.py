@@ -19,7 +19,7 @@ Source: Jacob et al. 2018 (arXiv 1712.05877), equations 1 and 12; STE: Bengio et
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -296,6 +296,93 @@ def int8_result(
         _levels(weight, config.weight, grids.get("weight")),
     )
     return y if b_hat is None else y + b_hat.detach()
+
+
+def requantized(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    specs: tuple[QuantSpec, QuantSpec],
+    grids: StaticGrids,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    axis: int,
+    batch_norm: tuple[Any, Any, Any, Any, float] | None,
+    activation: str | None,
+    output: tuple[Tensor, Tensor],
+    output_spec: QuantSpec,
+) -> Tensor:
+    """Returns the values of the integers that a layer gives to the layer that reads it.
+
+    ::
+
+        g   = gamma / sqrt(var + eps)                       1 without BatchNorm
+        sw' = max(sw * |g|, |b| / (sx * 2^30), tiny)
+        S   = max(sx * sw', tiny)
+        b   = (bias - mean) * g + beta                      b32 = round(b / S), in float64
+        q   = clamp(round((acc + b32) * (S / sy)) + zy, low, high)
+        y   = (q - zy) * sy
+
+    ``acc`` is the exact product of the integers, where those of the weight have the sign of ``g``; a channel whose
+    ``sw'`` is wider than ``sw * |g|`` has ``round(q_w * (sw * |g| / sw'))``. Each operation is rounded to the compute
+    dtype, the root in float64 first. After a ReLU ``low`` is ``max(quant_min, zy)``, after a ReLU6 ``high`` is also at
+    most ``zy + round(6 / sy)``.
+
+    Args:
+        input: of the layer.
+        weight: a matrix with a row per output channel.
+        bias: or None.
+        specs: of input and weight.
+        grids: of ``input`` and, unless it is Dynamic, ``weight``.
+        product: the layer's product, of a matrix of weights.
+        axis: of the output channels in the product.
+        batch_norm: running mean and variance, gamma and beta (or None), eps.
+        activation: ``"relu"``, ``"relu6"`` or None.
+        output: scale and zero point of the integers.
+        output_spec: their grid.
+    """
+    x_levels, sx = _levels(input.detach(), specs[0], grids["input"])
+    w_levels, sw = _levels(weight.detach(), specs[1], grids.get("weight"))
+    sx, sw = sx.reshape(()), sw.reshape(-1).expand(weight.shape[0])
+    g, b = _folded(bias, batch_norm, sw)
+    narrow = sw * g.abs()
+    tiny = torch.finfo(sw.dtype).tiny
+    wide = torch.maximum(narrow, b.abs() / (sx * 2.0**30)).clamp(min=tiny)
+    widened = torch.round(w_levels.to(sw.dtype) * (narrow / wide).unsqueeze(-1)).double()
+    w_levels = torch.where((wide > narrow).unsqueeze(-1), widened, w_levels)
+    w_levels = torch.where((g < 0).unsqueeze(-1), -w_levels, w_levels)
+    w_levels = torch.where((g.isnan() | b.isnan()).unsqueeze(-1), torch.nan, w_levels)
+    step = (sx * wide).clamp(min=tiny)
+    b32 = torch.round(b.double() / step.double())
+    y_scale, y_zero_point = (value.detach().reshape(()) for value in output)
+    y_scale = y_scale.abs().clamp(min=tiny)
+    factor = (step / y_scale).clamp(max=torch.finfo(sw.dtype).max)
+    acc = product(x_levels, w_levels, None)
+    shape = [-1 if dim == axis % acc.dim() else 1 for dim in range(acc.dim())]
+    total = (acc + b32.reshape(shape)).to(sw.dtype) * factor.reshape(shape)
+    z = y_zero_point.to(sw.dtype)
+    low, high = torch.full_like(z, output_spec.quant_min), torch.full_like(z, output_spec.quant_max)
+    if activation is not None:
+        low = torch.maximum(low, z)
+    if activation == "relu6":
+        high = torch.minimum(high, z + torch.round(torch.full_like(y_scale, 6.0) / y_scale))
+    q = torch.minimum(torch.maximum(torch.round(total) + z, low), high)
+    return (q - z) * y_scale + 0.0
+
+
+def _folded(
+    bias: Tensor | None, batch_norm: tuple[Any, Any, Any, Any, float] | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the factor and the bias of each output channel, in the dtype of ``like``."""
+    dtype = like.dtype
+    b = torch.zeros_like(like) if bias is None else bias.detach().to(dtype)
+    if batch_norm is None:
+        return torch.ones_like(like), b
+    mean, var = (value.detach().to(dtype) for value in batch_norm[:2])
+    gamma, beta = (None if value is None else value.detach().to(dtype) for value in batch_norm[2:4])
+    root = _sqrt((var + torch.full_like(var, batch_norm[4])).double()).to(dtype)
+    g = (torch.ones_like(like) if gamma is None else gamma) / root
+    b = (b - mean) * g
+    return g, b if beta is None else b + beta
 
 
 def quantized_dtype(quant_min: int, quant_max: int) -> torch.dtype:

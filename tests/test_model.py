@@ -116,22 +116,29 @@ def reasons(model):
 # prepare
 
 
-def test_each_linear_becomes_a_quantized_one_on_its_parameters():
+@pytest.mark.parametrize("config", [None, DYNAMIC], ids=["default", "dynamic"])
+def test_each_linear_becomes_a_quantized_one_on_its_parameters(config):
     model = mlp(16, 32, 32, 4)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     keys = list(model.state_dict())
-    assert prepare(model) is model
-    assert configs(model) == {"0": DYNAMIC, "2": DYNAMIC, "4": DYNAMIC}
-    assert list(model.state_dict()) == keys
+    assert prepare(model, config) is model
+    config = config or QATConfig.static()
+    assert configs(model) == dict.fromkeys("024", config)
+    assert [key for key in model.state_dict() if "quantizer" not in key] == keys
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert all(
-        module is modules[name] for name, module in model.named_modules() if name not in "024" or not name
+        module is modules[name]
+        for name, module in model.named_modules()
+        if name in modules and (name not in "024" or not name)
     )
     x = cases.normal((5, 16))
     expected = x
     for layer in model:
         if isinstance(layer, QATLinear):
-            expected = qat_linear(expected, layer.weight, layer.bias, config=DYNAMIC)
+            int8 = (
+                DYNAMIC if config is DYNAMIC else QATConfig.int8()
+            )  # a first batch is quantized with its own range
+            expected = qat_linear(expected, layer.weight, layer.bias, config=int8)
         else:
             expected = layer(expected)
     cases.assert_same(model(x), expected)
@@ -170,7 +177,8 @@ def test_checkpoints_load_both_ways():
     state = {name: value.clone() for name, value in before.state_dict().items()}
     prepare(other).load_state_dict(state, strict=True)
     cases.assert_same(other[0].weight, before[0].weight)
-    mlp(8, 16, 2).load_state_dict(other.state_dict(), strict=True)
+    state = {name: value for name, value in other.state_dict().items() if "quantizer" not in name}
+    mlp(8, 16, 2).load_state_dict(state, strict=True)
 
 
 def test_modes_flags_dtype_and_attributes_stay():
@@ -178,7 +186,7 @@ def test_modes_flags_dtype_and_attributes_stay():
     model[0].requires_grad_(False)
     model[0].train()
     model[2].lr_scale = 3
-    prepare(model)
+    prepare(model, DYNAMIC)
     assert model[0].training
     assert not model[2].training
     assert not model[0].weight.requires_grad
@@ -295,10 +303,9 @@ def test_patterns_choose_and_the_last_match_wins():
         "blocks.0.mlp.0": SMALL,
         "blocks.0.mlp.2": QATConfig.int8(),
         "blocks.1.mlp.2": QATConfig.int8(),
-        "head": DYNAMIC,
+        "head": QATConfig.static(),
     }
     assert reasons(model) == {
-        "embed": "no quantized layer for Embedding yet",
         "blocks.1.qkv": "layers['blocks.1.*'] is None",
         "blocks.1.out": "layers['blocks.1.*'] is None",
         "blocks.1.mlp.0": "layers['blocks.1.*'] is None",
@@ -334,14 +341,8 @@ def test_what_stays_in_float_and_why():
     model = transformer()
     before = {name: id(module) for name, module in model.named_modules()}
     prepare(model)
-    read = "its parent reads .weight"
     computed = "weight is computed from other parameters"
     expected = {
-        "encoder.layers.0.self_attn": "no quantized layer for MultiheadAttention yet",
-        "encoder.layers.0.self_attn.out_proj": read,
-        "encoder.layers.1.self_attn": "no quantized layer for MultiheadAttention yet",
-        "encoder.layers.1.self_attn.out_proj": read,
-        "convolution": "no quantized layer for Conv2d yet",
         "rnn": "no quantized layer for LSTM yet",
         "scaled": "Scaled has a forward of its own",
         "lazy": "lazy: run the model once first",
@@ -352,22 +353,25 @@ def test_what_stays_in_float_and_why():
         "table": "has weights of its own: positions",
     }
     assert reasons(model) == expected
-    quantized = [f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
-    assert list(configs(model)) == quantized
+    blocks = [f"encoder.layers.{i}" for i in (0, 1)]
+    parts = ("self_attn", "self_attn.out_proj", "linear1", "linear2")
+    quantized = [f"{block}.{part}" for block in blocks for part in parts] + ["convolution"]
+    linear = [name for name in quantized if "linear" in name or "out_proj" in name]
+    assert list(configs(model)) == linear
     after = {name: id(module) for name, module in model.named_modules()}
     assert [name for name in before if before[name] != after[name]] == quantized
 
 
 def test_layers_that_a_parent_of_torch_reads_are_never_replaced():
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
-    model[0].out_proj = nn.Linear(8, 8)
     if hasattr(nn, "LinearCrossEntropyLoss"):
         model.append(nn.LinearCrossEntropyLoss(8, 4))
     model.append(nn.Linear(8, 8))
     prepare(model)
-    assert list(configs(model)) == [str(len(model) - 1)]
-    model[0].out_proj = QATLinear(8, 8)  # set by the user; its parent does not call it
-    assert reasons(model)["0.out_proj"] == "its parent reads .weight"
+    assert list(configs(model)) == ["0.out_proj", str(len(model) - 1)]
+    attention = nn.MultiheadAttention(8, 2)
+    attention.out_proj = QATLinear(8, 8)  # set by the user; its parent does not call it
+    assert reasons(attention)["out_proj"] == "its parent reads .weight"
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -375,7 +379,7 @@ def test_layers_that_a_parent_of_torch_reads_are_never_replaced():
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
 def test_every_layer_of_a_transformer_encoder_runs(training, padded):
-    model = prepare(encoder().train(training))
+    model = prepare(encoder().train(training), DYNAMIC)
     x = cases.normal((3, 5, 16))
     padding = torch.arange(5) >= torch.tensor([[5], [3], [1]]) if padded else None
     with torch.set_grad_enabled(training), unused_layers(model) as unused:
@@ -392,7 +396,7 @@ def test_every_layer_of_a_transformer_encoder_runs(training, padded):
     reason="this torch cannot trace the fast path of its own attention",
 )
 def test_a_compiled_transformer_encoder_in_evaluation():
-    model = prepare(encoder().eval())
+    model = prepare(encoder().eval(), DYNAMIC)
     x = cases.normal((3, 5, 16))
     with torch.no_grad():
         expected = model(x)
@@ -466,7 +470,7 @@ def test_a_saved_model_loads_with_weights_only():
 
 def test_a_model_without_a_layer_to_quantize_says_so():
     with pytest.warns(UserWarning, match="prepare: no layer of Sequential is quantized"):
-        prepare(nn.Sequential(nn.Conv2d(3, 4, 3)))
+        prepare(nn.Sequential(nn.LSTM(3, 4)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepare(mlp(8, 2), layers={"*": None})
@@ -523,10 +527,10 @@ def test_a_model_without_a_layer_to_quantize_says_so():
             "'blocks.0.*'",
         ),
         (
-            (..., None, {"layers": {"embed": SMALL}}),
-            ValueError,
-            "prepare: expected layers['embed'] to match a layer that can be quantized, got 'embed', no quantized layer "
-            "for Embedding yet",
+            (..., None, {"example_inputs": 3}),
+            TypeError,
+            "prepare: expected example_inputs to be a tensor, a tuple of positional or a dict of keyword arguments, "
+            "got int",
         ),
     ],
 )
@@ -540,7 +544,7 @@ def test_errors_change_nothing(arguments, error, message):
     assert {name: id(module) for name, module in model.named_modules()} == before
 
 
-@pytest.mark.parametrize("name", ["scaled", "lazy", "normed", "own", "encoder.layers.0.self_attn.out_proj"])
+@pytest.mark.parametrize("name", ["scaled", "lazy", "normed", "own", "rnn"])
 def test_a_name_of_a_layer_that_cannot_be_quantized_is_an_error(name):
     with pytest.raises(
         ValueError, match=r"prepare: expected layers\['.*'\] to match a layer that can be quantized"
@@ -564,18 +568,18 @@ def test_script_modules_are_refused():
 
 
 def test_rows_of_a_summary():
-    model = prepare(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Flatten(), nn.Linear(16, 8)), SMALL)
+    model = prepare(nn.Sequential(nn.Bilinear(3, 4, 9, bias=False), nn.Flatten(), nn.Linear(16, 8)), SMALL)
     first, second = summary(model).rows
     assert first._asdict() == {
         "name": "0",
-        "kind": "Conv2d",
+        "kind": "Bilinear",
         "weight": "float",
         "input": "float",
         "chain": None,
         "range": None,
         "clipped": None,
         "bytes": 4 * 3 * 9 * 4,
-        "reason": "no quantized layer for Conv2d yet",
+        "reason": "no quantized layer for Bilinear yet",
     }
     assert second._asdict() == {
         "name": "2",
@@ -607,11 +611,11 @@ def test_bytes_of_a_layer(config, expected):
 
 
 def test_a_summary_is_a_table():
-    model = prepare(nn.Sequential(nn.Conv1d(3, 4, 3), nn.Linear(16, 1000)), layers={"1": QATConfig.int8()})
+    model = prepare(nn.Sequential(nn.Bilinear(3, 4, 3), nn.Linear(16, 1000)), layers={"1": QATConfig.int8()})
     assert str(summary(model)) == (
         "layer  kind       input                    weight                         range     bytes  in float because\n"
-        "0      Conv1d     float                    float                                      160  no quantized layer "
-        "for Conv1d yet\n"
+        "0      Bilinear   float                    float                                      156  no quantized layer "
+        "for Bilinear yet\n"
         "1      QATLinear  8-bit affine per tensor  8-bit symmetric per channel 0  dynamic  24,000\n"
         "1 of 2 layers are quantized. To check that each of them runs, run the model once inside "
         "qatfast.unused_layers."
@@ -682,7 +686,7 @@ def test_the_list_is_filled_where_the_block_raises():
 
 
 def test_blocks_nest_and_leave_nothing_behind():
-    model, x = prepare(mlp(8, 16, 2)), cases.normal((5, 8))
+    model, x = prepare(mlp(8, 16, 2), DYNAMIC), cases.normal((5, 8))
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     with unused_layers(model) as outer:
         model[0](x)

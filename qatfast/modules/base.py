@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import is_lazy
 
 from .. import checks, kernels
+from ..chain import Chain
 from ..config import QATConfig, QuantSpec, describe
 from .fake_quantize import QUANTIZE, FakeQuantize
 
@@ -62,6 +63,7 @@ class QuantizedLayer(nn.Module):
     _quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer", "weight_quantizer", "output_quantizer")
     _argument: ClassVar[str] = "module"  # the argument of from_float, in messages
     _mode: str = QUANTIZE
+    _chain: Chain | None = None  # to the layer that reads the result
     _is_dynamic: bool = True  # whether no range is kept and the mode is QUANTIZE
 
     @classmethod
@@ -200,6 +202,19 @@ class QuantizedLayer(nn.Module):
         ):
             return self.forward(*args, **kwargs)
         return super()._call_impl(*args, **kwargs)
+
+    def _chain_specs(self) -> Any:
+        return self.config.input, self.config.weight
+
+    def _grids(self, input: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
+        """Returns the grids of input and weight, the latter unless it is Dynamic; see ``Chain.run``."""
+        quantizers: dict[str, Any] = {
+            name: self._modules[f"{name}_quantizer"]
+            for name in ("input", "weight")
+            if f"{name}_quantizer" in self._modules
+        }
+        tensors = {"input": input, "weight": weight}
+        return {name: quantizer.grid(tensors[name]) for name, quantizer in quantizers.items()}
 
     def _record_call(self) -> None:
         """Tells the open blocks of ``unused_layers`` that the layer runs."""
@@ -346,7 +361,9 @@ def _is_fsdp(module: nn.Module) -> bool:
 # The attributes of an nn.Module that are dicts or sets: parameters, buffers, submodules, hooks.
 CONTAINERS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set))
 # The attributes that stay with their module: the config, the compiled call, the note of `prepare`.
-_NOT_TAKEN_OVER = frozenset(["config", "_compiled_call_impl", "_qatfast_note", "_mode", "_is_dynamic"])
+_NOT_TAKEN_OVER = frozenset(
+    ["config", "_compiled_call_impl", "_qatfast_note", "_mode", "_is_dynamic", "_chain"]
+)
 
 
 def _take_over(source: nn.Module, target: Any) -> Any:

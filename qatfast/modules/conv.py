@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .. import checks, ranges, weight_cache
+from ..chain import Chain, ChainValue
 from ..config import PerChannel, PerGroup, QATConfig, QuantSpec
 from ..convolution import Geometry, of_batch, qat_conv
 from ..functional import fake_quantize
@@ -95,6 +96,10 @@ class _QATConv(QuantizedLayer, _ConvNd):
             weight, bias = parameters["weight"], parameters["bias"]
         else:  # computed from other parameters by a parametrization
             weight, bias = self.weight, self.bias
+        dtype = weight.dtype
+        if type(input) is ChainValue:  # computed in float32 and rounded once
+            input = input.read_by(self)
+            weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
         name = kind_name(type(self))
         checks.operands(name, input, weight, bias)
         dims = len(geometry.stride)
@@ -112,8 +117,28 @@ class _QATConv(QuantizedLayer, _ConvNd):
                 f"{name}: expected an input that is at least as large as the kernel, got {tuple(input.shape)}, whose "
                 f"output would have the size {tuple(size)}"
             )
-        y = self._of_batch(x, weight, bias, geometry, pad)
+        chain = self._chain
+        if chain is not None and chain.acts():
+            y = self._head_of_chain(chain, x, weight, bias, geometry, pad)
+        else:
+            y = self._of_batch(x, weight, bias, geometry, pad)
+            y = y if weight.dtype == dtype else y.to(dtype)
         return y if is_batch else y.squeeze(0)
+
+    def _head_of_chain(
+        self,
+        chain: Chain,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        pad: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        def product(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+            return geometry.convolve(pad(x), geometry.from_rows(rows, weight.shape), bias)
+
+        rows = geometry.to_rows(weight)
+        return chain.run(x, rows, bias, self._chain_specs(), self._grids(x, rows), product, 1)
 
     def _of_batch(
         self,

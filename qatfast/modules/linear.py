@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, ranges, weight_cache
+from ..chain import Chain, ChainValue
 from ..config import PerChannel, PerGroup, QATConfig, QuantSpec
 from ..functional import qat_linear
 from .base import Obstacle, QuantizedLayer, TensorSpec, open_blocks, wrong_dimensions
@@ -123,6 +124,8 @@ bias=affine per tensor, output=affine per tensor)
     def forward(self, input: Tensor) -> Tensor:
         if open_blocks:
             self._record_call()
+        if type(input) is ChainValue:
+            return self._of_chain(input)
         if getattr(input, "is_nested", False):
             return _forward_nested(self, input)
         parameters: dict[str, Any] = self._parameters
@@ -130,12 +133,27 @@ bias=affine per tensor, output=affine per tensor)
             weight, bias = parameters["weight"], parameters["bias"]
         else:  # computed from other parameters by a parametrization
             weight, bias = self.weight, self.bias
+        if self._chain is not None and self._chain.acts():
+            return self._head_of_chain(self._chain, input, weight, bias)
         if not self._is_dynamic:
             return self._of_ranges(input, weight, bias)
         slot = weight_cache.slot_of(self)
         if slot is not None:
             return weight_cache.linear(slot, input, weight, bias, self.config)
         return qat_linear(input, weight, bias, config=self.config)
+
+    def _of_chain(self, input: ChainValue) -> Tensor:
+        """The reader of a chain: computes in float32 and rounds once to the dtype of the layer."""
+        x = input.read_by(self)
+        weight, bias = self.weight, self.bias
+        wide = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        if self._chain is not None and self._chain.acts():
+            return self._head_of_chain(self._chain, x, *wide)
+        return self._of_ranges(x, *wide).to(weight.dtype)
+
+    def _head_of_chain(self, chain: Chain, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        grids = self._grids(input, weight)
+        return chain.run(input, weight, bias, self._chain_specs(), grids, F.linear, -1)
 
     def _of_ranges(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with ranges that its quantizers keep, or in another mode."""

@@ -1,0 +1,225 @@
+"""The recorded forward: who reads whose output, shared quantizers and chains."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cases
+from qatfast import QATConfig, prepare, summary
+from qatfast.flow import record
+
+
+def network(norm=True, activation=nn.ReLU, bias=True):
+    torch.manual_seed(0)
+    first = [
+        nn.Linear(6, 8, bias=bias),
+        *([nn.BatchNorm1d(8)] if norm else []),
+        *([activation()] if activation else []),
+    ]
+    model = nn.Sequential(*first, nn.Dropout(), nn.Flatten(), nn.Linear(8, 3))
+    if norm:
+        nn.init.normal_(model[1].weight)
+        nn.init.normal_(model[1].bias)
+    return model
+
+
+def trained(model, x, config=None, steps=3, **kwargs):
+    model = prepare(model, config, example_inputs=x, **kwargs)
+    for step in range(steps):
+        model.train()(x + 0.1 * step)
+    return model.eval()
+
+
+def first_chain(model):
+    return next(row.chain for row in summary(model).rows if row.kind.startswith("QAT"))
+
+
+# An independent implementation of the formula, in NumPy: float32 where it is rounded, int64 sums.
+
+
+def f32(value):
+    return np.asarray(value, dtype=np.float32)
+
+
+def integers(x, scale, zero_point, low, high):
+    return (np.clip(np.rint(f32(x / scale)).astype(np.int64) + zero_point, low, high)).astype(np.int64)
+
+
+def weight_grid(weight):
+    low, high = np.minimum(weight.min(1), 0), np.maximum(weight.max(1), 0)
+    scale = np.maximum(f32(np.maximum(-low, high) / np.float32(127)), np.finfo(np.float32).tiny)
+    return scale, integers(weight, scale[:, None], 0, -127, 127)
+
+
+def input_grid(quantizer):
+    low, high = f32(quantizer.running_min), f32(quantizer.running_max)
+    scale = np.maximum(f32(f32(high - low) / np.float32(255)), np.finfo(np.float32).tiny)
+    zero_point = np.clip(0 - np.rint(f32(low / scale)).astype(np.int64), 0, 255)
+    return scale, zero_point
+
+
+def oracle(layer, norm, activation, reader, x):
+    tiny = np.finfo(np.float32).tiny
+    sx, zx = input_grid(layer.input_quantizer)
+    sy, zy = input_grid(reader.input_quantizer)
+    weight = f32(layer.weight.detach())
+    sw, q_w = weight_grid(weight)
+    bias = f32(layer.bias.detach()) if layer.bias is not None else np.zeros(len(sw), np.float32)
+    g, b = np.ones(len(sw), np.float32), bias
+    if norm is not None:
+        mean, var, gamma, beta = (
+            f32(v.detach()) for v in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        )
+        root = f32(np.sqrt(f32(var + np.float32(norm.eps)).astype(np.float64)))
+        g = f32(gamma / root)
+        b = f32(f32(f32(bias - mean) * g) + beta)
+    narrow = f32(sw * np.abs(g))
+    wide = np.maximum(np.maximum(narrow, f32(np.abs(b) / f32(sx * np.float32(2**30)))), tiny)
+    for channel in range(len(sw)):
+        if wide[channel] > narrow[channel]:
+            factor = f32(narrow[channel] / wide[channel])
+            q_w[channel] = np.rint(f32(q_w[channel].astype(np.float32) * factor)).astype(np.int64)
+        if g[channel] < 0:
+            q_w[channel] = -q_w[channel]
+    step = np.maximum(f32(sx * wide), tiny)
+    b32 = np.rint(b.astype(np.float64) / step.astype(np.float64)).astype(np.int64)
+    assert np.abs(b32).max() <= 2**30
+    acc = (integers(f32(x), sx, zx, 0, 255) - zx) @ q_w.T
+    factor = np.minimum(f32(step / sy), np.finfo(np.float32).max)
+    low, high = 0 if activation is None else max(0, zy), 255
+    if activation == "relu6":
+        high = min(high, zy + int(np.rint(f32(np.float32(6) / sy))))
+    q = np.clip(np.rint(f32(f32(acc + b32) * factor)).astype(np.int64) + zy, low, high)
+    return torch.from_numpy(f32((q - zy).astype(np.float32) * sy))
+
+
+@pytest.mark.parametrize("gammas", ["any", "zero", "tiny"])
+@pytest.mark.parametrize("activation", [None, nn.ReLU, nn.ReLU6])
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
+def test_a_chain_gives_the_integers_of_its_reader(gammas, activation, norm, bias):
+    model = network(norm, activation, bias)
+    if norm and gammas != "any":
+        with torch.no_grad():
+            model[1].weight[::2] = {"zero": 0.0, "tiny": 1e-12}[gammas]
+    x = cases.normal((64, 6)) * 4
+    model = trained(model, x)
+    head, reader = model[0], model[-1]
+    taken = []
+    forward = reader._of_ranges
+    reader._of_ranges = lambda input, *rest: taken.append(input) or forward(input, *rest)
+    with torch.no_grad():
+        y = model(x)
+    expected = oracle(
+        head, model[1] if norm else None, {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(activation), reader, x
+    )
+    assert type(taken[0]) is torch.Tensor
+    cases.assert_same(taken[0], expected)
+    cases.assert_same(model(x.clone().requires_grad_()).detach(), y)
+    with torch.inference_mode():
+        cases.assert_same(model(x), y)
+
+
+def test_a_convolution_is_a_head_too():
+    model = network()
+    twin = nn.Sequential(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(1), nn.Flatten())
+    twin.append(nn.Linear(8, 3))
+    with torch.no_grad():
+        for index in (0, 1, 5):
+            for name, parameter in twin[index].named_parameters():
+                parameter.copy_(getattr(model[index], name).reshape(parameter.shape))
+    x = cases.normal((64, 6)) * 4
+    model, twin = trained(model, x), prepare(twin, example_inputs=x[:, :, None, None])
+    for step in range(3):
+        twin.train()(x[:, :, None, None] + 0.1 * step)
+    shapes = {name: value.shape for name, value in twin.state_dict().items()}
+    twin.load_state_dict({name: value.reshape(shapes[name]) for name, value in model.state_dict().items()})
+    twin.eval()
+    assert first_chain(twin) == "batch_norm -> relu -> max_pool2d -> flatten -> 5"
+    expected = oracle(model[0], model[1], "relu", model[-1], x)
+    taken = []
+    forward = twin[5]._of_ranges
+    twin[5]._of_ranges = lambda input, *rest: taken.append(input) or forward(input, *rest)
+    with torch.no_grad():
+        twin(x[:, :, None, None])
+    cases.assert_same(taken[0], expected)
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.adds = self.skips = False
+
+    def forward(self, x):
+        y = self.first(x)
+        y = y if self.skips else self.norm(y)
+        y = torch.relu(y)
+        return self.second(y + 1 if self.adds else y)
+
+
+@pytest.mark.parametrize("change", ["adds", "skips"])
+def test_a_flow_that_no_longer_holds_is_an_error(change):
+    x = cases.normal((64, 6))
+    model = trained(Branches(), x)
+    model(x)
+    setattr(model, change, True)
+    with pytest.raises(
+        RuntimeError, match=r"second.input_quantizer: expected the flow that prepare recorded"
+    ):
+        model(x)
+    model.train()(x)
+
+
+def test_layers_that_read_one_tensor_share_a_quantizer():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 2), nn.Linear(6, 3), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.c(x * 1), self.b(x), self.a(x)
+
+    x = cases.normal((5, 6))
+    model = prepare(Heads(), QATConfig.static(4), example_inputs={"x": x})
+    assert model.a.input_quantizer is not model.b.input_quantizer  # the last one has more bits
+    model = prepare(Heads(), example_inputs=(x,))
+    assert model.a.input_quantizer is model.b.input_quantizer is not model.c.input_quantizer
+
+
+def test_layers_that_are_read_stay_in_float_and_others_are_named():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.read, self.idle = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return nn.functional.linear(self.called(x), self.read.weight)
+
+    with pytest.warns(UserWarning, match="these layers did not run with example_inputs: idle"):
+        model = prepare(Reads(), example_inputs=cases.normal((5, 6)))
+    assert {row.name: row.reason for row in summary(model).rows if row.reason} == {
+        "read": "its parent reads .weight"
+    }
+
+
+def test_recording_leaves_the_model_as_it_was():
+    model = network().train()
+    model[3].eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {
+        module: (module.training, set(vars(module)), len(module._forward_pre_hooks))
+        for module in model.modules()
+    }
+    generator = torch.get_rng_state()
+    record(model, cases.normal((5, 6)), {model[0]})
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    after = {
+        module: (module.training, set(vars(module)), len(module._forward_pre_hooks))
+        for module in model.modules()
+    }
+    assert after == before
+    assert torch.is_grad_enabled()

@@ -255,7 +255,7 @@ class _Gradients(torch.autograd.Function):
         *_, shifted = int8_convolution.unsigned(x_spec.quant_min, x_spec.quant_max, zero_point)
         granularity = PerChannel(0) if scale.dim() else PerTensor()
         ops = torch.ops.qatfast  # there are kernels, or this node would not run
-        x_hat = ops.dequantize(q, scale, shifted, granularity.code) + poison
+        x_hat = ops.dequantize(q, scale, shifted, granularity.code).add_(poison)
         weight = w if weight is None else weight
         rows = geometry.to_rows(weight.detach())
         if w_scale is None:

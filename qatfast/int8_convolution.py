@@ -162,7 +162,7 @@ def _sums(q: Tensor, zero_point: int, kernel: Tensor, weight: Int8Weight, convol
     if not _library_is_exact(q.dim() - 2):
         return _by_floats(q, zero_point, kernel, weight, convolution)
     sums = _by_library(q, zero_point, kernel, weight.packed, convolution)
-    if reach >= _FLOAT_LIMIT and sums.abs().amax() >= _FLOAT_LIMIT:
+    if reach >= _FLOAT_LIMIT and max(-sums.amin(), sums.amax()) >= _FLOAT_LIMIT:
         return _by_floats(q, zero_point, kernel, weight, convolution)
     return sums
 

@@ -15,6 +15,7 @@ from ..chain import Chain, ChainValue
 from ..config import PerChannel, PerGroup, QATConfig, QuantSpec
 from ..convolution import Geometry, of_batch, qat_conv
 from ..functional import fake_quantize
+from ..int8_convolution import Int8Weight
 from .base import (
     Obstacle,
     QuantizedLayer,
@@ -173,7 +174,12 @@ class _QATConv(QuantizedLayer, _ConvNd):
         slot = weight_cache.slot_of(self)
         if slot is None or "weight_quantizer" in self._modules:
             return quantize()
-        return weight_cache.kept(slot, self.weight, self.config, quantize)
+
+        def to_keep() -> Any:
+            quantized = quantize()
+            return quantized._replace(packed={}) if isinstance(quantized, Int8Weight) else quantized
+
+        return weight_cache.kept(slot, self.weight, self.config, to_keep)
 
 
 class _QATConvNd(_QATConv):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -47,8 +48,9 @@ def prepare(
     Exactly nn.Linear, nn.Conv1d to 3d, nn.ConvTranspose1d to 3d, nn.Embedding and
     nn.MultiheadAttention are replaced, as far as this version has a quantized one. The model is
     changed in place. Parameters, their ``state_dict`` keys, hooks, training mode, tied weights and
-    all names of a shared layer stay the same, so existing optimizers stay valid. If ``prepare``
-    raises, the model is unchanged.
+    all names of a shared layer stay the same, so existing optimizers stay valid. The scales of
+    ``Learned()`` ranges are new parameters: create the optimizer afterwards, or pass them to
+    ``optimizer.add_param_group``. If ``prepare`` raises, the model is unchanged.
 
     Subclasses of these layers are not replaced, and an existing quantized layer is left unchanged.
     ``summary(model)`` shows which layers stay in float, and why. Layers with the same Parameter and
@@ -63,7 +65,7 @@ def prepare(
 
     Args:
         model: a float model. Prepare it before torch.compile wraps a single layer and before
-            DTensor or FSDP shards it; DDP may wrap it already.
+            DTensor or FSDP shards it; DDP may wrap it already unless a range is ``Learned()``.
         config: the config of each layer; None means ``QATConfig.static()``.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of the model.
         layers: ``{pattern: config}`` for layers with another config; a config of None leaves them
@@ -81,7 +83,8 @@ def prepare(
         TypeError: an argument has the wrong type, or ``model`` contains layers that ``prepare``
             created.
         ValueError: a pattern matches no layer, or its config does not fit the layer; ``edges`` is
-            not from 2 to 16; FSDP shards the model, or torch.compile wraps a layer;
+            not from 2 to 16; FSDP shards the model, torch.compile wraps a layer, or DDP wraps a
+            layer with a ``Learned()`` range;
             ``example_inputs`` with a layer that has not been initialized yet.
 
     Example:
@@ -97,6 +100,7 @@ def prepare(
         _check_pattern(pattern, pattern_config, candidates)
     flow = None if example_inputs is None else _recorded(model, candidates, example_inputs)
     replacements, notes = _plan(candidates, config or QATConfig.static(), layers, edges, flow)
+    _check_data_parallel(model, replacements.values())
     for module, layer in replacements.items():
         share_hooks(module, layer)
         vars(layer)["_qatfast_note"] = _PREPARED
@@ -369,6 +373,18 @@ def _check_state(model: nn.Module, candidates: list[_Candidate]) -> None:
                     f"prepare: expected layers that torch.compile does not wrap, got {name or 'the root'!r}, which it "
                     "does; prepare the model first, then compile it"
                 )
+
+
+def _check_data_parallel(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Raises if DDP would not reduce the gradient of a learned scale: it knows the parameters it was made with."""
+    is_wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    if is_wrapped and any(
+        name.endswith("_quantizer.scale") for layer in layers for name, _ in layer.named_parameters()
+    ):
+        raise ValueError(
+            "prepare: expected a model that DistributedDataParallel does not wrap for Learned() ranges, "
+            "got one that it wraps; prepare the model first, then wrap it"
+        )
 
 
 def _recorded(model: nn.Module, candidates: list[_Candidate], example_inputs: Any) -> flows.Flow:

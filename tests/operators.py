@@ -154,7 +154,10 @@ OPERATORS = {
             ),
         ),
         Operator(
-            "choose_qparams", _dynamic_range, internal=("observe_range",), internal_on_cpu=("qparams_of_range",)
+            "choose_qparams",
+            _dynamic_range,
+            internal=("observe_range",),
+            internal_on_cpu=("qparams_of_range",),
         ),
         Operator("search_qparams", _dynamic_range),
         Operator(

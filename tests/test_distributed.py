@@ -125,8 +125,11 @@ def data_parallel(mesh, rank):
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-    expected = prepare(copy.deepcopy(model))
-    model = prepare(DistributedDataParallel(model))
+    wrapped = DistributedDataParallel(copy.deepcopy(model))
+    with pytest.raises(ValueError, match="prepare the model first, then wrap it"):
+        prepare(wrapped, QATConfig.static(4))
+    expected = prepare(copy.deepcopy(model), QATConfig.dynamic())
+    model = prepare(DistributedDataParallel(model), QATConfig.dynamic())
     xs = [cases.normal((4, 16), seed=other) for other in range(2)]
     assert torch.equal(model(xs[rank]), expected(xs[rank]))
     model(xs[rank]).square().sum().backward()

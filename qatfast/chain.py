@@ -116,7 +116,7 @@ class Chain:
         quantizer: the reader's.
         steps: the operations between head and readers.
         members: the modules of the chain; it acts only where all are in evaluation.
-        readers: the layers that read the integers.
+        readers: the layers that read the integers; none if the quantizer is the head's own, of its output.
     """
 
     batch_norm: Any
@@ -124,15 +124,16 @@ class Chain:
     quantizer: Any
     steps: tuple[str, ...]
     members: tuple[nn.Module, ...]
-    readers: tuple[nn.Module, ...]
+    readers: tuple[nn.Module, ...] = ()
 
     def acts(self) -> bool:
-        if is_compiling() or self.quantizer.observes:  # tracers do not follow ChainValue
+        if self.quantizer.observes or (self.readers and is_compiling()):  # tracers do not follow ChainValue
             return False
         for module in self.members:
             if module.training or getattr(module, "_mode", "quantize") != "quantize":
                 return False
-        return True
+        # Another config of a reader may have replaced its quantizer.
+        return all(reader._modules.get("input_quantizer") is self.quantizer for reader in self.readers)
 
     @property
     def computed(self) -> tuple[str, ...]:

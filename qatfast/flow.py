@@ -283,7 +283,7 @@ def connect(flow: Flow, replacements: Mapping[nn.Module, QuantizedLayer]) -> Non
     for call in calls:
         assert call.module is not None
         head = replacements[call.module]
-        if is_head(head) and flow.called[call.module] == 1:
+        if head.config.output is None and head.is_head() and flow.called[call.module] == 1:
             chain = _chain_from(call, head, flow, replacements)
             if chain is not None:
                 vars(head)["_chain"] = chain
@@ -303,27 +303,6 @@ def _share_input_quantizers(calls: list[Operation], replacements: Mapping[nn.Mod
         for layer in replacements.values():
             if id(layer._modules.get("input_quantizer")) in others:
                 layer._modules["input_quantizer"] = first
-
-
-def is_head(layer: QuantizedLayer) -> bool:
-    """Whether the layer multiplies integers whose sums a chain can requantize; see DESIGN of chains."""
-    spec = layer.config.input
-    return (
-        isinstance(layer, (nn.Linear, _ConvNd))
-        and spec is not None
-        and not spec.is_dynamic
-        and isinstance(spec.granularity, PerTensor)
-        and layer.config.bias is None
-        and layer.config.output is None
-        and layer.config.uses_int8_gemm(_fan_in(layer))
-        and _fan_in(layer) * 255 * 128 < 2**30
-    )
-
-
-def _fan_in(layer: Any) -> int:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features
-    return layer.in_channels // layer.groups * layer.weight[0, 0].numel()
 
 
 def _chain_from(

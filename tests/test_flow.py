@@ -1,12 +1,27 @@
 """The recorded forward: who reads whose output, shared quantizers and chains."""
 
+import copy
+import pickle
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import cases
-from qatfast import QATConfig, prepare, summary
+from qatfast import (
+    MovingAverage,
+    PerChannel,
+    QATConfig,
+    QATConv2d,
+    QATLinear,
+    QuantSpec,
+    fake_quantize,
+    fake_quantize_affine,
+    prepare,
+    summary,
+)
 from qatfast.flow import record
 
 
@@ -119,6 +134,53 @@ def test_a_chain_gives_the_integers_of_its_reader(gammas, activation, norm, bias
     cases.assert_same(model(x.clone().requires_grad_()).detach(), y)
     with torch.inference_mode():
         cases.assert_same(model(x), y)
+
+
+OWN_OUTPUT = QATConfig(
+    input=QuantSpec(range=MovingAverage()),
+    weight=QuantSpec(symmetric=True, granularity=PerChannel(0)),
+    bias=None,
+    output=QuantSpec(range=MovingAverage()),
+)
+
+
+def test_the_layers_own_output_quantizer_is_a_reader(fresh_compiler):
+    x = cases.normal((64, 6)) * 4
+    layer = QATLinear(6, 8, config=OWN_OUTPUT)
+    twin = QATConv2d(6, 8, 1, config=OWN_OUTPUT)
+    layer(x)
+    layer.eval()
+    expected = oracle(layer, None, None, SimpleNamespace(input_quantizer=layer.output_quantizer), x)
+    cases.assert_same(layer(x).detach(), expected)
+    cases.assert_same(copy.deepcopy(layer)(x).detach(), expected)
+    cases.assert_same(pickle.loads(pickle.dumps(layer))(x).detach(), expected)
+    cases.assert_same(torch.compile(layer, fullgraph=True)(x).detach(), expected)
+    shapes = {name: value.shape for name, value in twin.state_dict().items()}
+    twin.load_state_dict({name: value.reshape(shapes[name]) for name, value in layer.state_dict().items()})
+    cases.assert_same(twin.eval()(x[:, :, None, None]).flatten(1).detach(), expected)
+
+
+def test_gradients_of_a_requantized_result_are_those_of_the_float_formula():
+    x = cases.normal((64, 6)).requires_grad_()
+    layer = QATLinear(6, 8, config=OWN_OUTPUT)
+    layer(x)
+    layer.eval()
+    dy = cases.normal((64, 8), seed=1)
+    found = torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], dy)
+    scales = [layer.input_quantizer.grid(x), layer.output_quantizer.grid(x)]
+    x_hat = fake_quantize_affine(x, *scales[0], 0, 255)
+    w_hat = fake_quantize(layer.weight, symmetric=True, granularity=PerChannel(0))
+    y = fake_quantize_affine(nn.functional.linear(x_hat, w_hat, layer.bias), *scales[1], 0, 255)
+    for ours, theirs in zip(found, torch.autograd.grad(y, [x, layer.weight, layer.bias], dy), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_another_config_of_a_reader_ends_the_chain():
+    x = cases.normal((64, 6))
+    model = trained(network(), x)
+    model[-1].config = QATConfig.dynamic()
+    assert torch.isfinite(model(x)).all()
+    assert type(model[0](x)) is torch.Tensor
 
 
 def test_a_convolution_is_a_head_too():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qatfast import QATConfig, QuantSpec
+from qatfast import Fixed, PerChannel, QATConfig, QATLinear, QuantSpec, quantize
 
 EXAMPLES = json.loads(Path(__file__).with_name("worked_examples.json").read_text())
 
@@ -89,3 +89,27 @@ def test_onnx_quantize_and_dequantize(ops, case, device):
     q = ops.quantize(x, scale, zero_point, *ends)
     assert q.tolist() == (case["codes"] if "codes" in case else case["y"])
     close(ops.dequantize(q, scale, zero_point), [float(value) for value in case.get("y", case["x"])])
+
+
+def test_a_layer_whose_output_is_requantized():
+    case = EXAMPLES["T8"]["cases"][0]
+    chain = case["in_a_chain"]
+    config = QATConfig(
+        input=QuantSpec(range=Fixed(-1.0, 191 / 64)),
+        weight=QuantSpec(symmetric=True, granularity=PerChannel(0)),
+        bias=None,
+        output=QuantSpec(range=Fixed(-1.28, 1.27)),
+    )
+    layer = QATLinear(2, 1, config=config).eval()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([case["weight"]]))
+        layer.bias.fill_(case["bias"])
+    assert [float(value) for value in layer.input_quantizer.grid(layer.weight)] == [
+        case["input_scale"],
+        case["input_zero_point"],
+    ]
+    y = layer(torch.tensor([case["x"]])).detach()
+    scale, zero_point = layer.output_quantizer.grid(y)
+    assert (round(float(scale), 6), int(zero_point)) == (chain["output_scale"], chain["output_zero_point"])
+    assert int(quantize(y, scale, zero_point, 0, 255)) == chain["code"]
+    assert abs(float(y) - chain["value"]) < 1e-6

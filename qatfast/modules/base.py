@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from .. import checks, kernels
 from ..chain import Chain
-from ..config import QATConfig, QuantSpec, describe
+from ..config import PerTensor, QATConfig, QuantSpec, describe
 from .fake_quantize import QUANTIZE, FakeQuantize
 
 Layer = TypeVar("Layer", bound="QuantizedLayer")
@@ -63,7 +63,7 @@ class QuantizedLayer(nn.Module):
     _quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer", "weight_quantizer", "output_quantizer")
     _argument: ClassVar[str] = "module"  # the argument of from_float, in messages
     _mode: str = QUANTIZE
-    _chain: Chain | None = None  # to the layer that reads the result
+    _chain: Chain | None = None  # to what reads the result
     _is_dynamic: bool = True  # whether no range is kept and the mode is QUANTIZE
 
     @classmethod
@@ -168,7 +168,32 @@ class QuantizedLayer(nn.Module):
                 quantizer._name = f"{type(self).__name__}.{key}"
                 quantizer._is_weight = key.endswith("weight_quantizer")
                 own[key] = quantizer
+        output = self.config.output
+        self._chain = None
+        if output is not None and self.is_head():
+            self._chain = Chain(None, None, own["output_quantizer"], (), (self,))
         self._set_mode(self._mode)
+
+    @property
+    def _fan_in(self) -> int | None:
+        """The number of products in a sum; None if the layer cannot be the head of a chain."""
+        return None
+
+    def is_head(self) -> bool:
+        """Returns whether the integers of the result follow from those of the product by requantization.
+
+        The layer multiplies integers, its input has one range that is not Dynamic, its bias stays in float, and so
+        does its output, unless that too has one range that is not Dynamic.
+        """
+        config, fan_in = self.config, self._fan_in
+        if fan_in is None or config.bias is not None or config.input is None:
+            return False
+        for spec in (config.input, config.output):
+            if spec is not None and (spec.is_dynamic or not isinstance(spec.granularity, PerTensor)):
+                return False
+        if config.output is not None and config.output.num_bits > 8:
+            return False
+        return config.uses_int8_gemm(fan_in) and fan_in * 255 * 128 < 2**30
 
     def _set_mode(self, mode: str) -> None:
         vars(self).update(_mode=mode, _is_dynamic=mode == QUANTIZE and self.config.is_dynamic)

@@ -77,13 +77,16 @@ class _QATConv(QuantizedLayer, _ConvNd):
                     f"config.{tensor}, got {size}; write a group_size that divides {size}"
                 )
 
+    @property
+    def _fan_in(self) -> int:
+        return self.in_channels // self.groups * prod(self.kernel_size)
+
     def _tensors(self) -> dict[str, TensorSpec]:
         ones = (1,) * len(self.kernel_size)
-        fan_in = self.in_channels // self.groups * prod(self.kernel_size)
         config = self.config
         return {
             "input_quantizer": TensorSpec(config.input, (1, self.in_channels, *ones)),
-            "weight_quantizer": TensorSpec(config.weight, (self.out_channels, fan_in)),
+            "weight_quantizer": TensorSpec(config.weight, (self.out_channels, self._fan_in)),
             "output_quantizer": TensorSpec(config.output, (1, self.out_channels, *ones)),
         }
 
@@ -121,6 +124,8 @@ class _QATConv(QuantizedLayer, _ConvNd):
         chain = self._chain
         if chain is not None and chain.acts():
             y = self._head_of_chain(chain, x, weight, bias, geometry, pad)
+            if not chain.readers:
+                y = y.to(ranges._product_dtype(x) if weight.dtype == dtype else dtype)
         else:
             y = self._of_batch(x, weight, bias, geometry, pad)
             y = y if weight.dtype == dtype else y.to(dtype)

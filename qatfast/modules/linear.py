@@ -113,6 +113,10 @@ bias=affine per tensor, output=affine per tensor)
     def _own_obstacle(cls, module: Any) -> Obstacle | None:
         return wrong_dimensions(module.weight, 2)
 
+    @property
+    def _fan_in(self) -> int:
+        return self.in_features
+
     def _tensors(self) -> dict[str, TensorSpec]:
         config = self.config
         return {
@@ -134,7 +138,8 @@ bias=affine per tensor, output=affine per tensor)
         else:  # computed from other parameters by a parametrization
             weight, bias = self.weight, self.bias
         if self._chain is not None and self._chain.acts():
-            return self._head_of_chain(self._chain, input, weight, bias)
+            y = self._head_of_chain(self._chain, input, weight, bias)
+            return y if self._chain.readers else y.to(ranges._product_dtype(input))
         if not self._is_dynamic:
             return self._of_ranges(input, weight, bias)
         slot = weight_cache.slot_of(self)

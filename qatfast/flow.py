@@ -280,6 +280,7 @@ def connect(flow: Flow, replacements: Mapping[nn.Module, QuantizedLayer]) -> Non
     """
     calls = [op for op in flow.operations if op.name == "layer" and op.module in replacements]
     _share_input_quantizers(calls, replacements)
+    _remove_attention_quantizers(calls, replacements)
     for call in calls:
         assert call.module is not None
         head = replacements[call.module]
@@ -303,6 +304,21 @@ def _share_input_quantizers(calls: list[Operation], replacements: Mapping[nn.Mod
         for layer in replacements.values():
             if id(layer._modules.get("input_quantizer")) in others:
                 layer._modules["input_quantizer"] = first
+
+
+def _remove_attention_quantizers(
+    calls: list[Operation], replacements: Mapping[nn.Module, QuantizedLayer]
+) -> None:
+    """Removes the quantizers of key and value where these are the same tensor as one before, in every call."""
+    inputs: dict[QuantizedLayer, list[list[int]]] = {}
+    for call in calls:
+        layer = replacements[call.module]  # type: ignore[index]
+        if isinstance(layer, nn.MultiheadAttention):
+            inputs.setdefault(layer, []).append(call.inputs)
+    for layer, all_inputs in inputs.items():
+        for position, name in ((1, "key_quantizer"), (2, "value_quantizer")):
+            if all(len(values) > 2 and values[position] in values[:position] for values in all_inputs):
+                layer._modules.pop(name, None)
 
 
 def _chain_from(

@@ -251,6 +251,27 @@ def test_layers_that_read_one_tensor_share_a_quantizer():
     assert model.a.input_quantizer is model.b.input_quantizer is not model.c.input_quantizer
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.own, self.other = (nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+
+    def forward(self, x, memory):
+        x = self.own(x, x, x)[0]
+        return self.other(x, memory, memory)[0]
+
+
+def test_an_attention_has_a_quantizer_per_tensor():
+    x, memory = cases.normal((2, 5, 8)), cases.normal((2, 3, 8), seed=1)
+    model = prepare(Attention(), example_inputs=(x, memory))
+    kept = {name: value for name, value in model.named_modules() if name.endswith("y_quantizer")}
+    assert [*kept, *(name for name, _ in model.named_modules() if "value_q" in name)] == [
+        "other.key_quantizer"
+    ]
+    model(x, memory).sum().backward()
+    assert torch.isfinite(model.eval()(x, memory)).all()
+
+
 def test_layers_that_are_read_stay_in_float_and_others_are_named():
     class Reads(nn.Module):
         def __init__(self):

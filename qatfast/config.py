@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 from . import arguments
 
@@ -289,34 +289,65 @@ class QATConfig(_Arguments):
     The default quantizes weight, bias and output to 8 bits, affine, per tensor.
 
     ``codes`` holds the specs as the operators take them: the codes of input, weight, bias and
-    output, concatenated. The code of None is (0, 0, 0, 0). ``is_dynamic``
-    tells whether all ranges are ``Dynamic()``.
+    output, concatenated. The code of None and of ``"int32"`` is (0, 0, 0, 0). ``is_dynamic`` tells
+    whether the layer keeps nothing and its bias needs no other grid: all ranges are ``Dynamic()``,
+    and the bias is not ``"int32"``.
+
+    Args:
+        input: the spec of the input.
+        weight: the spec of the weight.
+        bias: the spec of the bias, or ``"int32"``: the bias is rounded to a multiple of
+            ``scale_x * scale_w``, as integer runtimes have it.
+        output: the spec of the output.
 
     Raises:
-        TypeError: a field is neither a QuantSpec nor None.
-        ValueError: a range that is not ``Dynamic()`` for the bias, or for groups of input or output.
+        TypeError: a field is neither a QuantSpec nor None, or ``bias`` is another string.
+        ValueError: a range that is not ``Dynamic()`` for the bias, or for groups of input or output;
+            ``bias="int32"`` unless the input is per tensor and the weight per tensor or output
+            channel, both with at most 8 bits.
     """
 
     input: QuantSpec | None = None
     weight: QuantSpec | None = QuantSpec()
-    bias: QuantSpec | None = QuantSpec()
+    bias: QuantSpec | Literal["int32"] | None = QuantSpec()
     output: QuantSpec | None = QuantSpec()
     codes: tuple[int, ...] = field(init=False, repr=False, compare=False)
     is_dynamic: bool = field(init=False, repr=False, compare=False)
     _int8_gemm_features: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        specs = {"input": self.input, "weight": self.weight, "bias": self.bias, "output": self.output}
+        specs = self.specs
         for name, spec in specs.items():
             if spec is not None and not isinstance(spec, QuantSpec):
-                raise TypeError(f"QATConfig: expected {name} to be a QuantSpec or None, got {spec!r}")
+                expected = 'a QuantSpec, "int32" or None' if name == "bias" else "a QuantSpec or None"
+                raise TypeError(f"QATConfig: expected {name} to be {expected}, got {spec!r}")
             if spec is not None and not spec.is_dynamic:
                 _check_static(name, spec)
         codes = [(0, 0, 0, 0) if spec is None else spec.code for spec in specs.values()]
         object.__setattr__(self, "codes", sum(codes, ()))
-        is_dynamic = all(spec is None or spec.is_dynamic for spec in specs.values())
+        is_dynamic = not self.has_int32_bias and all(
+            spec is None or spec.is_dynamic for spec in specs.values()
+        )
         object.__setattr__(self, "is_dynamic", is_dynamic)
         object.__setattr__(self, "_int8_gemm_features", _int8_gemm_features(self.input, self.weight))
+        if self.has_int32_bias and (
+            self._int8_gemm_features != 0 or self.input.granularity != PerTensor()  # type: ignore[union-attr]
+        ):
+            raise ValueError(
+                "QATConfig: expected an input per tensor and a weight per tensor or output channel, of at most 8 bits, "
+                'for bias="int32", got input='
+                f"{self.input} and weight={self.weight}"
+            )
+
+    @property
+    def has_int32_bias(self) -> bool:
+        return isinstance(self.bias, str) and self.bias == "int32"
+
+    @property
+    def specs(self) -> dict[str, QuantSpec | None]:
+        """The specs by the name of the tensor; None for ``"int32"``."""
+        bias: Any = None if self.has_int32_bias else self.bias
+        return {"input": self.input, "weight": self.weight, "bias": bias, "output": self.output}
 
     def uses_int8_gemm(self, in_features: int) -> bool:
         """Returns whether a layer with this config multiplies integers (an int8 GEMM).
@@ -427,9 +458,11 @@ def _int8_gemm_features(input: QuantSpec | None, weight: QuantSpec | None) -> in
 
 def describe(config: QATConfig) -> str:
     """Returns a repr of ``config``: ``num_bits=8, input=float, weight=affine per tensor, ...``."""
-    specs: dict[str, Any] = {name: getattr(config, name) for name in ("input", "weight", "bias", "output")}
+    specs = config.specs
     bits = {spec.num_bits for spec in specs.values() if spec is not None}
     texts = {name: "float" if spec is None else str(spec) for name, spec in specs.items()}
+    if config.has_int32_bias:
+        texts["bias"] = "int32"
     if len(bits) != 1:
         return ", ".join(f"{name}={text}" for name, text in texts.items())
     num_bits = bits.pop()

@@ -102,7 +102,7 @@ def qat_conv(
         kept: calls a function that quantizes the weight, or returns what it returned for this weight.
     """
     x_spec, w_spec = of_batch(config.input), config.weight
-    b_hat = None if bias is None else ranges._fake_quantized("bias", bias, config.bias, grids)
+    b_hat = ranges.bias_hat(input, geometry.to_rows(weight), bias, config, grids)
 
     def fake_quantized_input() -> Tensor:
         return pad(ranges._fake_quantized("input", input, x_spec, grids))

@@ -520,15 +520,12 @@ def _check_pattern(pattern: str, config: QATConfig | None, candidates: list[_Can
 
 def _with_at_least(config: QATConfig, num_bits: int) -> QATConfig:
     """Returns the config with at least ``num_bits`` bits in each spec."""
-    specs = {name: getattr(config, name) for name in ("input", "weight", "bias", "output")}
-    return replace(
-        config,
-        **{
-            name: replace(spec, num_bits=num_bits)
-            for name, spec in specs.items()
-            if spec is not None and spec.num_bits < num_bits
-        },
-    )
+    changes: dict[str, Any] = {
+        name: replace(spec, num_bits=num_bits)
+        for name, spec in config.specs.items()
+        if spec is not None and spec.num_bits < num_bits
+    }
+    return replace(config, **changes)
 
 
 def _replace_in(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -561,7 +558,7 @@ def _row(candidate: _Candidate, names: dict[nn.Module, str]) -> SummaryRow:
     module, name = candidate.module, candidate.names[0]
     kind = type(module).__name__
     if isinstance(module, QuantizedLayer) and candidate.obstacle is None:
-        config, specs = module.config, {"weight": module.config.weight, "bias": module.config.bias}
+        config, specs = module.config, module.config.specs
         specs["in_proj_weight"] = specs["weight"]
         size = sum(
             0 if is_lazy(parameter) else _bytes(parameter, specs.get(key), key)

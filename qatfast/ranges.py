@@ -123,7 +123,7 @@ def qat_linear(
     if takes_int8_weight(config) and config.uses_int8_gemm(weight.shape[-1]) and weight.dtype == input.dtype:
         ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
         if ops is not None and input.is_cpu:
-            b_hat = None if bias is None else _fake_quantized("bias", bias, config.bias, grids)
+            b_hat = bias_hat(input, weight, bias, config, grids)
             y = ops.qat_linear_int8_static(
                 input, weight, b_hat, int8_weight, *grids["input"], None, None, config.codes
             )
@@ -133,7 +133,7 @@ def qat_linear(
             return y if y.dtype == product_dtype else y.to(product_dtype)
     x_hat = _fake_quantized("input", input, config.input, grids)
     w_hat = _fake_quantized("weight", weight, config.weight, grids)
-    b_hat = None if bias is None else _fake_quantized("bias", bias, config.bias, grids)
+    b_hat = bias_hat(input, weight, bias, config, grids)
     if not config.uses_int8_gemm(weight.shape[-1]):
         y = F.linear(x_hat, w_hat, b_hat)
         return _fake_quantized("output", y, config.output, grids)
@@ -159,6 +159,20 @@ def takes_int8_weight(config: QATConfig) -> bool:
     if input is None or weight is None or input.is_dynamic or not weight.is_dynamic:
         return False
     return not isinstance(input.range, Learned)
+
+
+def bias_hat(
+    input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig, grids: reference.StaticGrids
+) -> Tensor | None:
+    """Returns the quantized bias of a layer whose weight is a matrix with a row per output channel."""
+    if bias is None or not config.has_int32_bias:
+        return None if bias is None else _fake_quantized("bias", bias, config.specs["bias"], grids)
+    assert config.input is not None and config.weight is not None
+    scales = (
+        (grids.get(name) or functional.choose_qparams(tensor.detach(), **spec.arguments))[0]
+        for name, tensor, spec in (("input", input, config.input), ("weight", weight, config.weight))
+    )
+    return reference.int32_bias(bias, *scales)
 
 
 def _product_dtype(input: Tensor) -> torch.dtype:

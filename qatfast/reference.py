@@ -242,13 +242,44 @@ def qat_linear_static(
     op = "qat_linear"
     x_hat = _by_spec(op, "input", input, config.input, grids)
     w_hat = _by_spec(op, "weight", weight, config.weight, grids)
-    b_hat = None if bias is None else _by_spec(op, "bias", bias, config.bias, grids)
+    b_hat = _bias_hat(op, input, weight, bias, config, grids)
     product = F.linear(x_hat, w_hat, b_hat)
     if product.is_meta or not config.uses_int8_gemm(weight.shape[1]):  # a meta tensor has no values
         return _by_spec(op, "output", product, config.output, grids)
     y = int8_result(input.detach(), weight.detach(), b_hat, config, grids)
     y = _straight_through(product.to(y.dtype), y)
     return _by_spec(op, "output", y, config.output, grids).to(product.dtype)
+
+
+def _bias_hat(
+    op: str, input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig, grids: StaticGrids
+) -> Tensor | None:
+    if bias is None or not config.has_int32_bias:
+        return None if bias is None else _by_spec(op, "bias", bias, config.specs["bias"], grids)
+    assert config.input is not None and config.weight is not None
+    scales = (
+        (grids.get(name) or choose_qparams(tensor.detach(), **spec.arguments))[0]
+        for name, tensor, spec in (("input", input, config.input), ("weight", weight, config.weight))
+    )
+    return int32_bias(bias, *scales)
+
+
+def int32_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Returns the bias as integer runtimes have it: a multiple of ``S``, with the gradient of ``bias``.
+
+    ::
+
+        S = input_scale * weight_scale        b_hat = round(bias / S) * S        the quotient in float64
+
+    Args:
+        bias: ``(out_features,)``.
+        input_scale: one element.
+        weight_scale: one element, or one per output channel.
+    """
+    input_scale, weight_scale = input_scale.detach().abs(), weight_scale.detach().abs().flatten()
+    step = (input_scale.reshape(()) * weight_scale).clamp(min=torch.finfo(weight_scale.dtype).tiny).double()
+    b_hat = torch.round(bias.detach().double() / step) * step
+    return _straight_through(bias, b_hat.to(weight_scale.dtype).to(bias.dtype))
 
 
 def fixed_grids(

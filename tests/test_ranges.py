@@ -4,8 +4,10 @@ import copy
 import io
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,9 +27,11 @@ from qatfast import (
     PerTensor,
     PerToken,
     QATConfig,
+    QATConv2d,
     QATLinear,
     QuantSpec,
     checks,
+    choose_qparams,
     fake_quantize,
     fake_quantize_affine,
     fake_quantize_learned,
@@ -1090,3 +1094,53 @@ def test_cached_weights_of_a_static_layer(kernels):
         layer.weight.mul_(2)
         y = layer(x)
     cases.assert_same(y, layer(x).detach())
+
+
+INT32 = {
+    "dynamic": replace(QATConfig.int8(), bias="int32"),
+    "static": replace(QATConfig.static(), bias="int32"),
+    "learned": replace(QATConfig.static(4), bias="int32"),
+}
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda c: QATLinear(12, 5, config=c), lambda c: QATConv2d(3, 5, 2, config=c)]
+)
+@pytest.mark.parametrize("config", INT32.values(), ids=INT32)
+def test_an_int32_bias_is_a_multiple_of_the_steps_of_the_product(config, layer):
+    layer = layer(config)
+    x = cases.normal((7, 12)) if isinstance(layer, QATLinear) else cases.normal((7, 3, 4, 4))
+    y = layer(x)
+    (gradient,) = torch.autograd.grad(y.sum(), layer.bias)
+    assert torch.allclose(gradient, torch.full((5,), float(y.numel() / 5)))
+    layer.eval()
+    own = layer._modules
+    of_input = own["input_quantizer"].grid(x) if "input_quantizer" in own else choose_qparams(x)
+    rows = layer.weight.detach().flatten(1)
+    of_weight = (
+        own["weight_quantizer"].grid(rows)
+        if "weight_quantizer" in own
+        else choose_qparams(rows, symmetric=True, granularity=PerChannel(0))
+    )
+    step = (of_input[0].detach() * of_weight[0].detach()).double().numpy()
+    twin = copy.deepcopy(layer)
+    twin.config = replace(config, bias=None)
+    with torch.no_grad():
+        twin.bias.copy_(torch.from_numpy(np.rint(layer.bias.double().numpy() / step) * step))
+        assert not torch.equal(twin.bias, layer.bias)
+        cases.assert_same(layer(x), twin(x))
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (TypeError, {"bias": "int33"}),
+        (ValueError, {"bias": "int32"}),
+        (ValueError, {"input": QuantSpec(granularity=PerToken()), "bias": "int32"}),
+        (ValueError, {"input": QuantSpec(), "weight": QuantSpec(9), "bias": "int32"}),
+        (ValueError, {"input": QuantSpec(), "weight": QuantSpec(granularity=PerGroup(4)), "bias": "int32"}),
+    ],
+)
+def test_an_int32_bias_needs_an_int8_gemm_with_one_input_scale(error, arguments):
+    with pytest.raises(error, match="int32"):
+        QATConfig(**arguments)

@@ -182,11 +182,11 @@ class QuantizedLayer(nn.Module):
     def is_head(self) -> bool:
         """Returns whether the integers of the result follow from those of the product by requantization.
 
-        The layer multiplies integers, its input has one range that is not Dynamic, its bias stays in float, and so
-        does its output, unless that too has one range that is not Dynamic.
+        The layer multiplies integers, its input has one range that is not Dynamic, its bias stays in float
+        or is int32, and its output stays in float or has one range that is not Dynamic.
         """
         config, fan_in = self.config, self._fan_in
-        if fan_in is None or config.bias is not None or config.input is None:
+        if fan_in is None or config.specs["bias"] is not None or config.input is None:
             return False
         for spec in (config.input, config.output):
             if spec is not None and (spec.is_dynamic or not isinstance(spec.granularity, PerTensor)):

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .. import checks, ranges, weight_cache
 from ..chain import Chain, ChainValue
-from ..config import PerChannel, PerGroup, QATConfig, QuantSpec
+from ..config import PerChannel, PerGroup, QATConfig
 from ..convolution import Geometry, of_batch, qat_conv
 from ..functional import fake_quantize
 from ..int8_convolution import Int8Weight
@@ -54,7 +54,7 @@ class _QATConv(QuantizedLayer, _ConvNd):
             ("input", 1, (1, 1 - dims)),
             ("output", 1, (1, 1 - dims)),
         ):
-            spec: QuantSpec | None = getattr(config, tensor)
+            spec = config.specs[tensor]
             if spec is None or (tensor == "bias" and module.bias is None):
                 continue
             granularity = spec.granularity

@@ -205,7 +205,7 @@ def check_parameters(config: QATConfig, in_features: int, out_features: int, bia
     """Raises ValueError unless the granularities of ``config`` divide the layer's tensors."""
     weight = (out_features, in_features)
     shapes: list[tuple[str, QuantSpec | None, tuple[int, ...]]] = [("weight", config.weight, weight)]
-    shapes += [("bias", config.bias, (out_features,))] if bias else []
+    shapes += [("bias", config.specs["bias"], (out_features,))] if bias else []
     for name, spec, shape in shapes:
         if spec is not None and isinstance(spec.granularity, PerChannel):
             axis = spec.granularity.axis
@@ -225,7 +225,7 @@ def check_parameters(config: QATConfig, in_features: int, out_features: int, bia
             )
     last_sizes = {"input": in_features, "weight": in_features, "bias": out_features, "output": out_features}
     for name, size in last_sizes.items():
-        spec = getattr(config, name)
+        spec = config.specs[name]
         if spec is None or not isinstance(spec.granularity, PerGroup) or (name == "bias" and not bias):
             continue
         group_size = spec.granularity.group_size

@@ -157,6 +157,7 @@ bias=affine per tensor, output=affine per tensor)
         return self._of_ranges(x, *wide).to(weight.dtype)
 
     def _head_of_chain(self, chain: Chain, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        checks.linear_operands("qat_linear", input, weight, bias)
         grids = self._grids(input, weight)
         return chain.run(input, weight, bias, self._chain_specs(), grids, F.linear, -1)
 

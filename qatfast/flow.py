@@ -97,15 +97,20 @@ def _tensors(*trees: Any) -> list[Tensor]:
 def _as_before(model: nn.Module) -> Iterator[None]:
     """Restores modes, buffers and random number generators when the block ends."""
     modes = {module: module.training for module in model.modules()}
+    encoders = {encoder: encoder.use_nested_tensor for encoder in transformer_encoders(model)}
     buffers = {module: dict(module._buffers) for module in modes}
     values = {id(b): (b, b.clone()) for own in buffers.values() for b in own.values() if b is not None}
     state = random.getstate()
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
+        for encoder in encoders:
+            encoder.use_nested_tensor = False  # as prepare leaves it
         with torch.random.fork_rng([device.index or 0 for device in devices]):
             yield
     finally:
         random.setstate(state)
+        for encoder, use_nested_tensor in encoders.items():
+            encoder.use_nested_tensor = use_nested_tensor
         with torch.no_grad():
             for module, own in buffers.items():
                 module._buffers.update(own)
@@ -113,6 +118,10 @@ def _as_before(model: nn.Module) -> Iterator[None]:
             for buffer, value in values.values():
                 if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def transformer_encoders(model: nn.Module) -> list[nn.TransformerEncoder]:
+    return [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
 
 
 class _Recorder(TorchFunctionMode):

@@ -110,6 +110,10 @@ def prepare(
         vars(module)["_qatfast_note"] = reason
     root = replacements.get(model, model)
     _share_weight_quantizers(replacements.values())
+    for encoder in flows.transformer_encoders(root):
+        # In evaluation it would pass nested tensors of other shapes than in training.
+        if any(layer in replacements.values() for layer in encoder.modules()):
+            encoder.use_nested_tensor = False
     if flow is not None:
         flows.connect(flow, replacements)
     _name_quantizers(root)
@@ -134,7 +138,7 @@ class SummaryRow(NamedTuple):
         kind: class name of the layer.
         weight: how the weight is quantized, or "float".
         input: how the input is quantized, or "float".
-        chain: None.
+        chain: the way of the result to the layer that reads its integers in evaluation, or None.
         range: how the scales are determined; None for a float layer.
         clipped: None.
         bytes: size of the parameters, as integers with their scales if quantized.
@@ -159,19 +163,22 @@ class Summary:
     rows: tuple[SummaryRow, ...]
 
     def __str__(self) -> str:
-        header = ("layer", "kind", "input", "weight", "range", "bytes", "in float because")
-        cells = [
+        titles = ("layer", "kind", "input", "weight", "range", "chain", "bytes", "in float because")
+        rows: list[tuple[str, ...]] = [
             (
                 row.name or "(root)",
                 row.kind,
                 row.input,
                 row.weight,
                 row.range or "",
+                row.chain or "",
                 f"{row.bytes:,}",
                 row.reason or "",
             )
             for row in self.rows
         ]
+        has_chains = any(row.chain for row in self.rows)
+        header, *cells = [line if has_chains else (*line[:5], *line[6:]) for line in (titles, *rows)]
         widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
         lines = [
             "  ".join(

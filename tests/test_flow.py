@@ -19,6 +19,7 @@ from qatfast import (
     QuantSpec,
     fake_quantize,
     fake_quantize_affine,
+    freeze,
     prepare,
     summary,
 )
@@ -270,6 +271,19 @@ def test_an_attention_has_a_quantizer_per_tensor():
     ]
     model(x, memory).sum().backward()
     assert torch.isfinite(model.eval()(x, memory)).all()
+
+
+def test_an_encoder_with_padding_is_the_same_in_training_and_evaluation():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2)
+    x = cases.normal((2, 5, 8))
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    model = prepare(encoder, example_inputs={"src": x, "src_key_padding_mask": padding})
+    assert "relu -> layers.0.linear2" in str(summary(model))
+    model(x, src_key_padding_mask=padding)
+    y = freeze(model)(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x, src_key_padding_mask=padding), y, atol=0.1)
 
 
 def test_layers_that_are_read_stay_in_float_and_others_are_named():

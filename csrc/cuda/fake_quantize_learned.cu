@@ -37,7 +37,7 @@ template <class T>
 __device__ __forceinline__ double sum_of_chunk(
     const T* grad, const T* x, T* grad_x, const ScaleGradients<opmath_type<T>>& to, int64_t block, int64_t chunk) {
   using C = opmath_type<T>;
-  constexpr int ahead = sizeof(T) == 8 ? 4 : 8; // rows in flight
+  constexpr int ahead = sizeof(T) == 8 ? 2 : 8; // rows in flight
   const BlockElements elements{to.grids.layout, block};
   const int64_t first = chunk * sum_chunk + threadIdx.x % 32;
   double sum = 0;

@@ -55,23 +55,41 @@ struct Search {
 template <class T>
 struct HeldChunk {
   using C = opmath_type<T>;
-  C values[sum_rows];
+  static constexpr bool in_registers = sizeof(C) == 4; // float64 has no room: it is read again for each grid
+  C values[in_registers ? sum_rows : 1];
+  const T* from;
+  int size;
   int rows;
 
   __device__ __forceinline__ void load(const T* x, int64_t n) {
-    rows = static_cast<int>(n >= sum_chunk ? sum_rows : (n + sum_lanes - 1) / sum_lanes);
-    const int lane = threadIdx.x % sum_lanes;
+    from = x;
+    size = static_cast<int>(n >= sum_chunk ? sum_chunk : n < 0 ? 0 : n);
+    rows = (size + sum_lanes - 1) / sum_lanes;
+    if constexpr (in_registers) {
 #pragma unroll
-    for (int row = 0; row < sum_rows; ++row) {
-      const int i = row * sum_lanes + lane;
-      values[row] = i < n ? finite_or_zero(static_cast<C>(x[i])) : C(0);
+      for (int row = 0; row < sum_rows; ++row) {
+        values[row] = read(row);
+      }
+    }
+  }
+
+  __device__ __forceinline__ C read(int row) const {
+    const int i = row * sum_lanes + threadIdx.x % sum_lanes;
+    return i < size ? finite_or_zero(static_cast<C>(from[i])) : C(0);
+  }
+
+  __device__ __forceinline__ C value(int row) const {
+    if constexpr (in_registers) {
+      return values[row];
+    } else {
+      return read(row);
     }
   }
 
   __device__ __forceinline__ void widen(Range<C>& range) const {
-#pragma unroll
-    for (const C value : values) {
-      range.widen_by(value);
+#pragma unroll(in_registers ? sum_rows : 1)
+    for (int row = 0; row < sum_rows; ++row) {
+      range.widen_by(value(row));
     }
   }
 
@@ -79,10 +97,11 @@ struct HeldChunk {
   __device__ __forceinline__ double error(const ReciprocalGrid<C>& reciprocal_grid) const {
     double sum = 0;
     with_fastest(reciprocal_grid, [&](const auto& grid) {
-#pragma unroll
+#pragma unroll(in_registers ? sum_rows : 1)
       for (int row = 0; row < sum_rows; ++row) {
         if (row < rows) {
-          const double error = static_cast<double>(fake_quantize(values[row], grid)) - static_cast<double>(values[row]);
+          const C x = value(row);
+          const double error = static_cast<double>(fake_quantize(x, grid)) - static_cast<double>(x);
           sum += error * error;
         }
       }

@@ -32,7 +32,7 @@ RowPointers<C> pointers_of(const Int8Rows& rows) {
 template <class T, class F>
 __device__ __forceinline__ void for_each_unit_of_row(const T* row, int64_t columns, bool aligned, F f) {
   constexpr int N = lanes<T>;
-  constexpr int ahead = 4; // loads in flight
+  constexpr int ahead = sizeof(T) == 2 ? 3 : 4; // loads in flight
   const int64_t stride = int64_t{blockDim.x} * N;
   for (int64_t first = int64_t{threadIdx.x} * N; first < columns; first += ahead * stride) {
     Unit<T> loaded[ahead];

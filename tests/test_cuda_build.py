@@ -6,7 +6,7 @@ import ptxas
 
 # The kernels of ranges that modules keep, and all others.
 RANGES = ("fake_quantize_learned", "observe_range", "search_qparams")
-MOST_BYTES, MOST_BYTES_OF_RANGES = 3 << 20, 5 << 18
+MOST_BYTES, MOST_BYTES_OF_RANGES = 3 << 20, 1 << 20
 
 
 @pytest.mark.slow

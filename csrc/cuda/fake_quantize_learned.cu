@@ -41,27 +41,26 @@ __device__ __forceinline__ double sum_of_chunk(
   const BlockElements elements{to.grids.layout, block};
   const int64_t first = chunk * sum_chunk + threadIdx.x % 32;
   double sum = 0;
-  with_fastest(with_reciprocal(to.grids.grid_of(block)), [&](const auto& grid) {
-    for (int64_t row = first; row - first < sum_chunk && row < to.size; row += ahead * sum_lanes) {
-      T values[ahead], upstream[ahead];
+  const auto grid = to.grids.grid_of(block);
+  for (int64_t row = first; row - first < sum_chunk && row < to.size; row += ahead * sum_lanes) {
+    T values[ahead], upstream[ahead];
 #pragma unroll
-      for (int k = 0; k < ahead; ++k) {
-        if (row + k * sum_lanes < to.size) {
-          const auto at = elements.at(row + k * sum_lanes);
-          values[k] = x[at];
-          upstream[k] = grad[at];
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < ahead; ++k) {
-        if (row + k * sum_lanes < to.size) {
-          const auto [product, inside] = learned_gradient(static_cast<C>(values[k]), static_cast<C>(upstream[k]), grid);
-          grad_x[elements.at(row + k * sum_lanes)] = inside ? upstream[k] : T(0);
-          sum += static_cast<double>(product);
-        }
+    for (int k = 0; k < ahead; ++k) {
+      if (row + k * sum_lanes < to.size) {
+        const auto at = elements.at(row + k * sum_lanes);
+        values[k] = x[at];
+        upstream[k] = grad[at];
       }
     }
-  });
+#pragma unroll
+    for (int k = 0; k < ahead; ++k) {
+      if (row + k * sum_lanes < to.size) {
+        const auto [product, inside] = learned_gradient(static_cast<C>(values[k]), static_cast<C>(upstream[k]), grid);
+        grad_x[elements.at(row + k * sum_lanes)] = inside ? upstream[k] : T(0);
+        sum += static_cast<double>(product);
+      }
+    }
+  }
   return sum_of_lanes(sum);
 }
 

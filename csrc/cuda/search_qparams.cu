@@ -158,11 +158,11 @@ __global__ void __launch_bounds__(1024) search_qparams_kernel(Search<T> search) 
     // A warp is a lane of the next level: its sum for a grid is kept by the lane with the grid's number.
     double sum_of_grid[kept] = {};
     for_each_chunk([&] {
+      for (int i = 0; i < count; ++i) {
+        const double error = chunk.error(grids[i]);
 #pragma unroll
-      for (int k = 0; k < kept; ++k) {
-        for (int i = k * sum_lanes; i < count && i < (k + 1) * sum_lanes; ++i) {
-          const double error = chunk.error(grids[i]);
-          sum_of_grid[k] += i % sum_lanes == lane ? error : 0;
+        for (int k = 0; k < kept; ++k) {
+          sum_of_grid[k] += i == k * sum_lanes + lane ? error : 0;
         }
       }
     });

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from . import reference
-from .config import Learned, QuantSpec
-from .functional import fake_quantize_affine, fake_quantize_learned
+from . import ranges, reference
+from .config import QuantSpec
 from .reference import StaticGrids
 
 BATCH_NORM = "batch_norm"
@@ -201,7 +200,7 @@ class Chain:
     ) -> Tensor:
         """Returns the result of the float layer, BatchNorm and ReLU, of which the gradients are."""
         x, w = (
-            _fake_quantized(tensor, spec, grids.get(name))
+            ranges.fake_quantized(name, tensor, spec, grids)
             for tensor, spec, name in zip((input, weight), specs, ("input", "weight"), strict=True)
         )
         y = product(x, w, bias)
@@ -213,14 +212,7 @@ class Chain:
         return y
 
     def _fake_quantized(self, y: Tensor, grid: tuple[Tensor, Tensor]) -> Tensor:
-        return _fake_quantized(y.to(grid[0].dtype), self.quantizer.spec, grid)
-
-
-def _fake_quantized(tensor: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> Tensor:
-    if grid is None:
-        return reference.fake_quantize(tensor, **spec.arguments)
-    function: Any = fake_quantize_learned if isinstance(spec.range, Learned) else fake_quantize_affine
-    return function(tensor, *grid, spec.quant_min, spec.quant_max, granularity=spec.granularity)
+        return ranges.fake_quantized("output", y.to(grid[0].dtype), self.quantizer.spec, {"output": grid})
 
 
 class ChainValue(Tensor):

@@ -105,10 +105,10 @@ def qat_conv(
     b_hat = ranges.bias_hat(input, geometry.to_rows(weight), bias, config, grids)
 
     def fake_quantized_input() -> Tensor:
-        return pad(ranges._fake_quantized("input", input, x_spec, grids))
+        return pad(ranges.fake_quantized("input", input, x_spec, grids))
 
     def fake_quantized_weight() -> Tensor:
-        rows = ranges._fake_quantized("weight", geometry.to_rows(weight), w_spec, grids)
+        rows = ranges.fake_quantized("weight", geometry.to_rows(weight), w_spec, grids)
         return geometry.from_rows(rows, weight.shape)
 
     if not config.uses_int8_gemm(geometry.fan_in(weight)):
@@ -313,28 +313,9 @@ def _operator(
 
 
 @_operator.register_fake
-def _(
-    input: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    quant_min: int,
-    quant_max: int,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor,
-    kernel_size: Sequence[int],
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = Geometry(
-        tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
-    )
+def _(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weight, kernel_size, channels_last = arguments[4], arguments[7], arguments[-1]
+    geometry = Geometry(*arguments[9:15])
     size = geometry.output_size(input.shape[2:], kernel_size)
     y = input.new_empty((input.shape[0], weight.shape[0], *size), dtype=torch.float32)
     if channels_last:

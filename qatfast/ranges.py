@@ -128,19 +128,18 @@ def qat_linear(
                 input, weight, b_hat, int8_weight, *grids["input"], None, None, config.codes
             )
             if config.output is not None:
-                y = _fake_quantized("output", y, config.output, grids)
-            product_dtype = _product_dtype(input)
-            return y if y.dtype == product_dtype else y.to(product_dtype)
-    x_hat = _fake_quantized("input", input, config.input, grids)
-    w_hat = _fake_quantized("weight", weight, config.weight, grids)
+                y = fake_quantized("output", y, config.output, grids)
+            return y.to(product_dtype(input))
+    x_hat = fake_quantized("input", input, config.input, grids)
+    w_hat = fake_quantized("weight", weight, config.weight, grids)
     b_hat = bias_hat(input, weight, bias, config, grids)
     if not config.uses_int8_gemm(weight.shape[-1]):
         y = F.linear(x_hat, w_hat, b_hat)
-        return _fake_quantized("output", y, config.output, grids)
+        return fake_quantized("output", y, config.output, grids)
     value = _int8_result(input.detach(), weight.detach(), b_hat, config, grids)
     y = _LinearGradients.apply(x_hat, w_hat, b_hat, value)
-    y = _fake_quantized("output", y, config.output, grids)
-    return y.to(_product_dtype(input))
+    y = fake_quantized("output", y, config.output, grids)
+    return y.to(product_dtype(input))
 
 
 def qat_linear_fixed(input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig) -> Tensor:
@@ -166,7 +165,7 @@ def bias_hat(
 ) -> Tensor | None:
     """Returns the quantized bias of a layer whose weight is a matrix with a row per output channel."""
     if bias is None or not config.has_int32_bias:
-        return None if bias is None else _fake_quantized("bias", bias, config.specs["bias"], grids)
+        return None if bias is None else fake_quantized("bias", bias, config.specs["bias"], grids)
     assert config.input is not None and config.weight is not None
     scales = (
         (grids.get(name) or functional.choose_qparams(tensor.detach(), **spec.arguments))[0]
@@ -175,16 +174,14 @@ def bias_hat(
     return reference.int32_bias(bias, *scales)
 
 
-def _product_dtype(input: Tensor) -> torch.dtype:
+def product_dtype(input: Tensor) -> torch.dtype:
     kind = input.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:
         return input.dtype
     return torch.get_autocast_dtype(kind)
 
 
-def _fake_quantized(
-    name: str, tensor: Tensor, spec: QuantSpec | None, grids: reference.StaticGrids
-) -> Tensor:
+def fake_quantized(name: str, tensor: Tensor, spec: QuantSpec | None, grids: reference.StaticGrids) -> Tensor:
     if spec is None:
         return tensor
     if name not in grids:

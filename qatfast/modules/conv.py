@@ -125,7 +125,7 @@ class _QATConv(QuantizedLayer, _ConvNd):
         if chain is not None and chain.acts():
             y = self._head_of_chain(chain, x, weight, bias, geometry, pad)
             if not chain.readers:
-                y = y.to(ranges._product_dtype(x) if weight.dtype == dtype else dtype)
+                y = y.to(ranges.product_dtype(x) if weight.dtype == dtype else dtype)
         else:
             y = self._of_batch(x, weight, bias, geometry, pad)
             y = y if weight.dtype == dtype else y.to(dtype)
@@ -173,7 +173,7 @@ class _QATConv(QuantizedLayer, _ConvNd):
             y = of_output.forward(y)
         elif self.config.output is not None:
             y = fake_quantize(y, **of_batch(self.config.output).arguments)  # type: ignore[union-attr]
-        return y.to(ranges._product_dtype(x))
+        return y.to(ranges.product_dtype(x))
 
     def _kept(self, quantize: Callable[[], Any]) -> Any:
         slot = weight_cache.slot_of(self)

@@ -139,7 +139,7 @@ bias=affine per tensor, output=affine per tensor)
             weight, bias = self.weight, self.bias
         if self._chain is not None and self._chain.acts():
             y = self._head_of_chain(self._chain, input, weight, bias)
-            return y if self._chain.readers else y.to(ranges._product_dtype(input))
+            return y if self._chain.readers else y.to(ranges.product_dtype(input))
         if not self._is_dynamic:
             return self._of_ranges(input, weight, bias)
         slot = weight_cache.slot_of(self)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import ranges, reference
 from .config import QuantSpec
@@ -41,6 +42,32 @@ MOVERS = frozenset(
         "unsqueeze",
         "contiguous",
         "clone",
+    ]
+)
+# Functions whose operands are quantized on their own: a deployed model computes them between its integers.
+JOINS = frozenset(
+    [
+        "add",
+        "add_",
+        "__add__",
+        "__iadd__",
+        "__radd__",
+        "cat",
+        "concat",
+        "concatenate",
+        "mean",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "adaptive_max_pool1d",
+        "adaptive_max_pool2d",
+        "adaptive_max_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
     ]
 )
 # Functions and attributes that read no value of a tensor.
@@ -107,15 +134,15 @@ def function_name(func: Any) -> str:
 
 @dataclass(eq=False)
 class Chain:
-    """A layer (head) whose integers a reader takes, after BatchNorm, an activation and movers.
+    """A layer (head) whose result a quantizer takes, after BatchNorm, an activation and movers.
 
     Attributes:
         batch_norm: between the head and the activation.
         activation: ``"relu"``, ``"relu6"`` or None.
-        quantizer: the reader's.
-        steps: the operations between head and readers.
+        quantizer: the readers' or, if there are none, the head's own, of its output.
+        steps: the operations between head and readers, or between head and its own quantizer.
         members: the modules of the chain; it acts only where all are in evaluation.
-        readers: the layers that read the integers; none if the quantizer is the head's own, of its output.
+        readers: the layers that read the integers.
     """
 
     batch_norm: Any
@@ -126,13 +153,17 @@ class Chain:
     readers: tuple[nn.Module, ...] = ()
 
     def acts(self) -> bool:
-        if self.quantizer.observes or (self.readers and is_compiling()):  # tracers do not follow ChainValue
+        if self.quantizer.observes:
             return False
         for module in self.members:
             if module.training or getattr(module, "_mode", "quantize") != "quantize":
                 return False
         # Another config of a reader may have replaced its quantizer.
         return all(reader._modules.get("input_quantizer") is self.quantizer for reader in self.readers)
+
+    @property
+    def has_readers(self) -> bool:
+        return len(self.readers) > 0  # torch.compile traces no truth value of a tuple of modules
 
     @property
     def computed(self) -> tuple[str, ...]:
@@ -176,9 +207,20 @@ class Chain:
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
             y = self._float(input, weight, bias, specs, grids, product)
             value = reference._straight_through(self._fake_quantized(y, grid), value)
-        if not self.readers:
-            return value
-        return ChainValue.of(value, self, 0)
+        return value
+
+    def carried(self, y: Tensor, is_float: bool = False) -> Any:
+        """Returns the head's result on its way.
+
+        Args:
+            y: values of integers if the chain acts.
+            is_float: whether BatchNorm, activation and the head's own quantizer are still to be computed.
+        """
+        if is_float and (self.has_readers or self.quantizer._mode == "float"):
+            return y  # each module does its own
+        if not self.computed and not self.has_readers:
+            return self.quantizer.forward(y) if is_float else y
+        return ChainValue.of(y, self, 0, is_float)
 
     def _parameters(self) -> list[Tensor]:
         return [] if self.batch_norm is None else list(self.batch_norm.parameters())
@@ -205,7 +247,8 @@ class Chain:
         )
         y = product(x, w, bias)
         if self.batch_norm is not None:
-            mean, var, gamma, beta, eps = self._statistics()
+            *tensors, eps = self._statistics()
+            mean, var, gamma, beta = (tensor if tensor is None else tensor.to(y.dtype) for tensor in tensors)
             y = F.batch_norm(y, mean, var, gamma, beta, False, 0.0, eps)
         if self.activation is not None:
             y = F.relu(y) if self.activation == "relu" else F.relu6(y)
@@ -215,64 +258,142 @@ class Chain:
         return ranges.fake_quantized("output", y.to(grid[0].dtype), self.quantizer.spec, {"output": grid})
 
 
-class ChainValue(Tensor):
-    """The values of a reader's integers on their way from the head.
+class Carrier:
+    """What ChainValue and ChainProxy share.
 
-    BatchNorm and ReLU are computed already: here they change nothing. Operations that the recorded
-    forward did not have at this place are a RuntimeError.
+    Attributes:
+        _chain: of which it is on the way.
+        _positions: the numbers of computed steps that it passed; the last one is that of now.
+        _is_float: whether the steps are still to be computed; else they change nothing.
+        _results: the plain result, after an operation in place that ends the chain.
+
+    Operations in place append to the lists: torch.compile follows no other change of a tensor's attribute.
     """
 
     _chain: Chain
-    _position: int
-
-    @staticmethod
-    def of(value: Tensor, chain: Chain, position: int) -> ChainValue:
-        result = value.as_subclass(ChainValue)
-        result._chain, result._position = chain, position
-        return result
+    _positions: list[int]
+    _is_float: bool
+    _results: list[Tensor]
 
     def read_by(self, layer: nn.Module) -> Tensor:
         """Returns the plain tensor for the reader."""
-        chain = self._chain
-        with torch._C.DisableTorchFunctionSubclass():
-            plain = self.as_subclass(Tensor)
-        if self._position != len(chain.computed) or all(layer is not reader for reader in chain.readers):
-            raise _other_flow(chain, self._position, type(layer).__name__)
-        return plain
+        chain, position = self._chain, self._positions[-1]
+        is_expected = any(layer is reader for reader in chain.readers)
+        if self._is_open and not (is_expected and position == len(chain.computed)):
+            raise _other_flow(chain, position, type(layer).__name__)
+        return self._plain()
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether only the steps and the readers of the chain can take the value."""
+        return len(self._results) == 0 and not self._is_float
+
+    def _plain(self) -> Tensor:
+        return self._results[0] if self._results else self._own()
+
+    def _own(self) -> Tensor:
+        raise NotImplementedError
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        if name in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        value = args[0] if args and isinstance(args[0], ChainValue) else kwargs.get("input")
-        if not isinstance(value, ChainValue):
-            value = next(arg for arg in args if isinstance(arg, ChainValue))
-            raise _other_flow(value._chain, value._position, name)
-        chain, position = value._chain, value._position
+        carriers = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Carrier)]
+        value = carriers[0]
+        if name not in METADATA:
+            is_first = (args[0] if args else kwargs.get("input")) is value and len(carriers) == 1
+            if is_first and len(value._results) == 0:
+                found = value._next(func, name, args, kwargs)
+                if found is not None:
+                    return found
+            for carrier in carriers:
+                # F.relu_ is not seen by torch.compile, so that what comes after it must not go on unnoticed
+                if carrier._is_open or (is_compiling() and len(carrier._results) == 0):
+                    raise _other_flow(carrier._chain, carrier._positions[-1], name)
+        args, kwargs = tree_map(_unwrapped, (args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def _next(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the result of a step or a mover, or None if the operation is neither."""
+        chain, position = self._chain, self._positions[-1]
         if name == "hardtanh":
             name = _name_of_hardtanh(args, kwargs)
-        is_mover = (
-            name in MOVERS
-            and not is_active_dropout(name, args, kwargs)
-            and (chain.batch_norm is None or position > 0)
-        )
-        if not is_mover and not chain.is_next(position, name):
-            raise _other_flow(chain, position, name)
+        rest = {key: item for key, item in kwargs.items() if key != "input"}
+        if chain.is_next(position, name):
+            result = self._own()
+            if self._is_float:
+                with torch._C.DisableTorchFunctionSubclass():
+                    result = func(result, *args[1:], **rest)
+            is_in_place = (
+                name == "relu_" or kwargs.get("inplace") or (name != BATCH_NORM and True in args[1:])
+            )
+            return self._after_step(result, is_in_place)
+        is_mover = name in MOVERS and (chain.batch_norm is None or position > 0)
+        if not is_mover or (not self._is_float and is_active_dropout(name, args, kwargs)):
+            return None
+        plain = self._own()
         with torch._C.DisableTorchFunctionSubclass():
-            plain = value.as_subclass(Tensor)
-            if not is_mover:
-                if name == "relu_" or kwargs.get("inplace") or (name != BATCH_NORM and True in args[1:]):
-                    value._position += 1
-                    return value
-                return ChainValue.of(plain.view_as(plain), chain, position + 1)
-            rest = {key: item for key, item in kwargs.items() if key != "input"}
             moved = func(plain, *args[1:], **rest)
         if not isinstance(moved, Tensor) or moved.dtype != plain.dtype:
-            raise _other_flow(chain, position, name)
-        return value if moved is plain else ChainValue.of(moved, chain, position)
+            return None
+        return self if moved is plain else ChainValue.of(moved, chain, position, self._is_float)
+
+    def _after_step(self, result: Tensor, is_in_place: bool) -> Any:
+        chain, position = self._chain, self._positions[-1] + 1
+        is_end = position == len(chain.computed) and not chain.has_readers
+        if is_end and self._is_float:
+            result = chain.quantizer.forward(result)
+        if is_in_place:
+            self._positions.append(position)
+        if is_in_place and is_end:
+            self._results.append(result)
+        if is_end:
+            return result
+        return self if is_in_place else ChainValue.of(result, chain, position, self._is_float)
+
+
+class ChainValue(Carrier, Tensor):
+    """The result of a chain's head on its way to the quantizer.
+
+    In evaluation these are the values of the quantizer's integers: BatchNorm and ReLU are computed
+    already and change nothing. Operations that the recorded forward did not have at this place are
+    a RuntimeError. Where the chain does not act, the head's own quantizer takes the value as soon as
+    BatchNorm and ReLU have computed it.
+    """
+
+    @staticmethod
+    def of(value: Tensor, chain: Chain, position: int, is_float: bool = False) -> Any:
+        result: Any = value.as_subclass(ChainValue) if type(value) is Tensor else ChainProxy(value)
+        result._chain, result._is_float = chain, is_float
+        result._positions, result._results = [position], []
+        return result
+
+    def _own(self) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.view_as(self)  # torch.compile does not trace as_subclass(Tensor)
+
+
+class ChainProxy(Carrier):
+    """Takes the place of ChainValue for tensors of other classes, as torch.export and DTensor have them."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value
+
+    def _own(self) -> Tensor:
+        return self._value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") and name not in METADATA:
+            raise AttributeError(name)
+        attribute = getattr(Tensor, name)
+        if not callable(attribute):
+            return getattr(self._value, name)
+        return lambda *args, **kwargs: self.__torch_function__(attribute, (), (self, *args), kwargs)
+
+
+def _unwrapped(leaf: Any) -> Any:
+    return leaf._plain() if isinstance(leaf, Carrier) else leaf
 
 
 def _name_of_hardtanh(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .calibration import quantization_disabled
-from .chain import BATCH_NORM, METADATA, MOVERS, RELUS, Chain, function_name, is_active_dropout
-from .config import PerTensor, QuantSpec
+from .chain import BATCH_NORM, JOINS, METADATA, MOVERS, RELUS, Chain, function_name, is_active_dropout
+from .config import Fixed, PerTensor, QuantSpec
 from .modules.base import QuantizedLayer
 from .modules.fake_quantize import FakeQuantize
 
@@ -280,12 +280,16 @@ def is_batch_norm(module: nn.Module) -> bool:
 # What follows from a flow
 
 
-def connect(flow: Flow, replacements: Mapping[nn.Module, QuantizedLayer]) -> None:
+def connect(
+    flow: Flow, replacements: Mapping[nn.Module, QuantizedLayer], outputs: bool | None = None
+) -> None:
     """Shares input quantizers, and sets the chains of the new layers.
 
     Args:
         flow: recorded before the layers were replaced.
         replacements: the new layers.
+        outputs: whether results that no quantized layer alone reads get a quantizer; None means those
+            of convolutions.
     """
     calls = [op for op in flow.operations if op.name == "layer" and op.module in replacements]
     _share_input_quantizers(calls, replacements)
@@ -294,9 +298,10 @@ def connect(flow: Flow, replacements: Mapping[nn.Module, QuantizedLayer]) -> Non
         assert call.module is not None
         head = replacements[call.module]
         if head.config.output is None and head.is_head() and flow.called[call.module] == 1:
-            chain = _chain_from(call, head, flow, replacements)
+            has_output = isinstance(head, _ConvNd) if outputs is None else outputs
+            chain = _chain_from(call, head, flow, replacements, has_output)
             if chain is not None:
-                vars(head)["_chain"] = chain
+                head.set_chain(chain)
 
 
 def _share_input_quantizers(calls: list[Operation], replacements: Mapping[nn.Module, QuantizedLayer]) -> None:
@@ -335,13 +340,15 @@ def _chain_from(
     head: QuantizedLayer,
     flow: Flow,
     replacements: Mapping[nn.Module, QuantizedLayer],
+    has_output: bool,
 ) -> Chain | None:
-    """Returns the chain that starts at ``head``, if its end is a reader with integers."""
+    """Returns the chain that starts at ``head``, if its end is a reader with integers or its own quantizer."""
     steps: list[str] = []
     members: list[nn.Module] = [head]
     norm: nn.Module | None = None
     activation: str | None = None
     value, dim = call.outputs[0], call.dim
+    end = 0, 1  # the numbers of steps and members up to the last computed one
     while True:
         members += flow.passed.get(value, [])
         readers = flow.readers(value)
@@ -349,25 +356,44 @@ def _chain_from(
             return None
         if all(reader.name == "layer" for reader in readers):
             return _closed(steps, members, norm, activation, readers, replacements)
-        if len(readers) > 1:
-            return None
         step = readers[0]
-        if step.name == BATCH_NORM:
-            if steps or not _can_fold(step, head, dim, flow):
-                return None
-            norm = step.module
-        elif step.name in RELUS:
-            if activation is not None:
-                return None
-            activation = RELUS[step.name]
-        elif step.name not in MOVERS:
-            return None
-        if len(step.outputs) != 1:
-            return None
+        is_batch_norm = step.name == BATCH_NORM and not steps and _can_fold(step, head, dim, flow)
+        is_activation = step.name in RELUS and activation is None
+        if (
+            len(readers) > 1
+            or len(step.outputs) != 1
+            or not (is_batch_norm or is_activation or step.name in MOVERS)
+        ):
+            break
         steps.append(step.name)
         if step.module is not None:
             members.append(step.module)
+        if is_batch_norm:
+            norm = step.module
+        elif is_activation:
+            activation = RELUS[step.name]
+        if is_batch_norm or is_activation:
+            end = len(steps), len(members)
         value = step.outputs[0]
+    if not has_output or not any(reader.name in JOINS for reader in readers):
+        return None
+    assert head.config.input is not None  # of a head
+    if isinstance(head.config.input.range, Fixed) or not _reaches_layer(value, flow, replacements):
+        return None
+    quantizer = head.add_output_quantizer()
+    return Chain(norm, activation, quantizer, tuple(steps[: end[0]]), tuple(dict.fromkeys(members[: end[1]])))
+
+
+def _reaches_layer(value: int, flow: Flow, replacements: Mapping[nn.Module, QuantizedLayer]) -> bool:
+    """Returns whether a new layer computes with what follows from the value."""
+    reached = {value}
+    for operation in flow.operations:
+        if reached.isdisjoint(operation.inputs):
+            continue
+        if operation.name == "layer" and operation.module in replacements:
+            return True
+        reached.update(operation.outputs)
+    return False
 
 
 def _can_fold(step: Operation, head: QuantizedLayer, dim: int, flow: Flow) -> bool:
@@ -413,4 +439,4 @@ def describe_chain(layer: nn.Module, names: Mapping[nn.Module, str]) -> str | No
     if chain is None:
         return None
     readers = ", ".join(names.get(reader, "?") for reader in chain.readers)
-    return " -> ".join([*chain.steps, readers])
+    return " -> ".join([*chain.steps, readers or "output_quantizer"])

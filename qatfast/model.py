@@ -42,6 +42,7 @@ def prepare(
     example_inputs: Any = None,
     layers: Mapping[str, QATConfig | None] | None = None,
     edges: int | None = 8,
+    outputs: bool | None = None,
 ) -> nn.Module:
     """Replaces the layers of a model by quantized ones with the same parameters.
 
@@ -75,6 +76,9 @@ def prepare(
             order of the recorded calls, without ``example_inputs`` in that of ``named_modules``;
             None for no minimum. Embeddings do not count. It does not apply to layers that
             ``layers`` matches.
+        outputs: whether the result of a layer that add, cat or pooling reads, and that a quantized
+            layer depends on, gets an ``output_quantizer`` with the spec of the layer's input, after its
+            BatchNorm and ReLU. None means the results of convolutions. True needs ``example_inputs``.
 
     Returns:
         ``model``, or the new layer if ``model`` itself is a layer to replace.
@@ -85,14 +89,15 @@ def prepare(
         ValueError: a pattern matches no layer, or its config does not fit the layer; ``edges`` is
             not from 2 to 16; FSDP shards the model, torch.compile wraps a layer, or DDP wraps a
             layer with a ``Learned()`` range;
-            ``example_inputs`` with a layer that has not been initialized yet.
+            ``example_inputs`` with a layer that has not been initialized yet; ``outputs=True``
+            without ``example_inputs``.
 
     Example:
         >>> model = prepare(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), layers={"2": None})
         >>> [type(layer).__name__ for layer in model]
         ['QATLinear', 'ReLU', 'Linear']
     """
-    _check_arguments(model, config, layers, edges, example_inputs)
+    _check_arguments(model, config, layers, edges, example_inputs, outputs)
     candidates = _candidates(model)
     _check_state(model, candidates)
     layers = dict(layers or {})
@@ -115,7 +120,7 @@ def prepare(
         if any(layer in replacements.values() for layer in encoder.modules()):
             encoder.use_nested_tensor = False
     if flow is not None:
-        flows.connect(flow, replacements)
+        flows.connect(flow, replacements, outputs)
     _name_quantizers(root)
     if not replacements and None not in layers.values() and not any(map(_is_quantized, candidates)):
         _warn(f"no layer of {type(model).__name__} is quantized; print(qatfast.summary(model)) shows why")
@@ -272,7 +277,9 @@ def _check_module(op: str, model: Any) -> None:
         raise TypeError(f"{op}: expected model to be an nn.Module, got {model!r}")
 
 
-def _check_arguments(model: Any, config: Any, layers: Any, edges: Any, example_inputs: Any) -> None:
+def _check_arguments(
+    model: Any, config: Any, layers: Any, edges: Any, example_inputs: Any, outputs: Any
+) -> None:
     _check_module("prepare", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
@@ -299,6 +306,12 @@ def _check_arguments(model: Any, config: Any, layers: Any, edges: Any, example_i
         raise TypeError(
             "prepare: expected example_inputs to be a tensor, a tuple of positional or a dict of keyword arguments, "
             f"got {type(example_inputs).__name__}"
+        )
+    if outputs is not None and not isinstance(outputs, bool):
+        raise TypeError(f"prepare: expected outputs to be a bool or None, got {outputs!r}")
+    if outputs and example_inputs is None:
+        raise ValueError(
+            "prepare: expected example_inputs with outputs=True, which says who reads a result, got None"
         )
 
 

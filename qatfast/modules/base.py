@@ -161,18 +161,33 @@ class QuantizedLayer(nn.Module):
             if spec is None or spec.is_dynamic:
                 own.pop(key, None)
             elif not isinstance(own.get(key), FakeQuantize) or own[key].spec != spec:  # type: ignore[union-attr]
-                sizes = checks.shape_of_qparams(torch.Size(shape), spec.granularity) if spec.has_state else ()
-                device = next(self.parameters(recurse=False)).device
-                quantizer = FakeQuantize(**spec.arguments, range=spec.range, shape=sizes, device=device)
-                quantizer.training = self.training
-                quantizer._name = f"{type(self).__name__}.{key}"
-                quantizer._is_weight = key.endswith("weight_quantizer")
-                own[key] = quantizer
+                own[key] = self._quantizer(key, spec, shape)
         output = self.config.output
         self._chain = None
         if output is not None and self.is_head():
             self._chain = Chain(None, None, own["output_quantizer"], (), (self,))
         self._set_mode(self._mode)
+
+    def _quantizer(self, key: str, spec: QuantSpec, shape: tuple[int, ...]) -> FakeQuantize:
+        """Returns a new quantizer of this layer for a tensor of the given shape."""
+        sizes = checks.shape_of_qparams(torch.Size(shape), spec.granularity) if spec.has_state else ()
+        device = next(self.parameters(recurse=False)).device
+        quantizer = FakeQuantize(**spec.arguments, range=spec.range, shape=sizes, device=device)
+        quantizer.training = self.training
+        quantizer._name = f"{type(self).__name__}.{key}"
+        quantizer._is_weight = key.endswith("weight_quantizer")
+        return quantizer
+
+    def set_chain(self, chain: Chain) -> None:
+        """Makes this layer the head of ``chain``."""
+        vars(self)["_chain"] = chain
+
+    def add_output_quantizer(self) -> FakeQuantize:
+        """Returns a new quantizer for the result after BatchNorm and activation, with the spec of the input."""
+        spec = self.config.input
+        assert spec is not None
+        self._modules["output_quantizer"] = quantizer = self._quantizer("output_quantizer", spec, ())
+        return quantizer
 
     @property
     def _fan_in(self) -> int | None:

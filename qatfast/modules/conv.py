@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .. import checks, ranges, weight_cache
-from ..chain import Chain, ChainValue
+from ..chain import Carrier, Chain
 from ..config import PerChannel, PerGroup, QATConfig
 from ..convolution import Geometry, of_batch, qat_conv
 from ..functional import fake_quantize
@@ -100,8 +100,8 @@ class _QATConv(QuantizedLayer, _ConvNd):
             weight, bias = parameters["weight"], parameters["bias"]
         else:  # computed from other parameters by a parametrization
             weight, bias = self.weight, self.bias
-        dtype = weight.dtype
-        if type(input) is ChainValue:  # computed in float32 and rounded once
+        dtype = ranges.product_dtype(weight)
+        if isinstance(input, Carrier):  # computed in float32 and rounded once
             input = input.read_by(self)
             weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
         name = kind_name(type(self))
@@ -122,14 +122,17 @@ class _QATConv(QuantizedLayer, _ConvNd):
                 f"output would have the size {tuple(size)}"
             )
         chain = self._chain
-        if chain is not None and chain.acts():
-            y = self._head_of_chain(chain, x, weight, bias, geometry, pad)
-            if not chain.readers:
-                y = y.to(ranges.product_dtype(x) if weight.dtype == dtype else dtype)
+        acts = chain is not None and chain.acts()
+        if acts:
+            y = self._head_of_chain(chain, x, weight, bias, geometry, pad)  # type: ignore[arg-type]
         else:
             y = self._of_batch(x, weight, bias, geometry, pad)
-            y = y if weight.dtype == dtype else y.to(dtype)
-        return y if is_batch else y.squeeze(0)
+        y = y if is_batch else y.squeeze(0)
+        if not (acts and chain.has_readers):  # type: ignore[union-attr]
+            y = y.to(dtype)
+        if chain is None or not (acts or self.config.output is None):
+            return y
+        return chain.carried(y, is_float=not acts)
 
     def _head_of_chain(
         self,
@@ -156,6 +159,8 @@ class _QATConv(QuantizedLayer, _ConvNd):
     ) -> Tensor:
         own: dict[str, Any] = self._modules
         of_input, of_weight, of_output = (own.get(key) for key in self._quantizers)
+        if self.config.output is None:  # one of a chain comes later
+            of_output = None
         if self._mode != QUANTIZE:
             if of_input is not None:
                 of_input.forward(x)

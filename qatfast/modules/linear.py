@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, ranges, weight_cache
-from ..chain import Chain, ChainValue
+from ..chain import Carrier, Chain
 from ..config import PerChannel, PerGroup, QATConfig, QuantSpec
 from ..functional import qat_linear
 from .base import Obstacle, QuantizedLayer, TensorSpec, open_blocks, wrong_dimensions
@@ -128,8 +128,8 @@ bias=affine per tensor, output=affine per tensor)
     def forward(self, input: Tensor) -> Tensor:
         if open_blocks:
             self._record_call()
-        if type(input) is ChainValue:
-            return self._of_chain(input)
+        if isinstance(input, Carrier):
+            return self._of_carrier(input)
         if getattr(input, "is_nested", False):
             return _forward_nested(self, input)
         parameters: dict[str, Any] = self._parameters
@@ -137,9 +137,8 @@ bias=affine per tensor, output=affine per tensor)
             weight, bias = parameters["weight"], parameters["bias"]
         else:  # computed from other parameters by a parametrization
             weight, bias = self.weight, self.bias
-        if self._chain is not None and self._chain.acts():
-            y = self._head_of_chain(self._chain, input, weight, bias)
-            return y if self._chain.readers else y.to(ranges.product_dtype(input))
+        if self._chain is not None:
+            return self._as_head(self._chain, input, weight, bias, ranges.product_dtype(weight))
         if not self._is_dynamic:
             return self._of_ranges(input, weight, bias)
         slot = weight_cache.slot_of(self)
@@ -147,19 +146,26 @@ bias=affine per tensor, output=affine per tensor)
             return weight_cache.linear(slot, input, weight, bias, self.config)
         return qat_linear(input, weight, bias, config=self.config)
 
-    def _of_chain(self, input: ChainValue) -> Tensor:
+    def _of_carrier(self, input: Carrier) -> Any:
         """The reader of a chain: computes in float32 and rounds once to the dtype of the layer."""
         x = input.read_by(self)
-        weight, bias = self.weight, self.bias
+        weight, bias, dtype = self.weight, self.bias, ranges.product_dtype(self.weight)
         wide = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        if self._chain is not None and self._chain.acts():
-            return self._head_of_chain(self._chain, x, *wide)
-        return self._of_ranges(x, *wide).to(weight.dtype)
+        if self._chain is not None:
+            return self._as_head(self._chain, x, *wide, dtype)
+        return self._of_ranges(x, *wide).to(dtype)
 
-    def _head_of_chain(self, chain: Chain, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        checks.linear_operands("qat_linear", input, weight, bias)
-        grids = self._grids(input, weight)
-        return chain.run(input, weight, bias, self._chain_specs(), grids, F.linear, -1)
+    def _as_head(
+        self, chain: Chain, input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Any:
+        """The layer with a chain; ``dtype`` is that of a result that leaves the chain."""
+        if chain.acts():
+            checks.linear_operands("qat_linear", input, weight, bias)
+            grids = self._grids(input, weight)
+            y = chain.run(input, weight, bias, self._chain_specs(), grids, F.linear, -1)
+            return chain.carried(y if chain.has_readers else y.to(dtype))
+        y = self._of_ranges(input, weight, bias).to(dtype)
+        return y if self.config.output is not None else chain.carried(y, is_float=True)
 
     def _of_ranges(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with ranges that its quantizers keep, or in another mode."""
@@ -167,6 +173,8 @@ bias=affine per tensor, output=affine per tensor)
         own: dict[str, Any] = self._modules
         quantizers = {name: own[quantizer_name(name)] for name in QUANTIZED if quantizer_name(name) in own}
         output = quantizers.pop("output", None)
+        if self.config.output is None:  # one of a chain comes later
+            output = None
         tensors = {"input": input, "weight": weight}
         if self._mode != QUANTIZE:
             for name, quantizer in quantizers.items():

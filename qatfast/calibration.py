@@ -27,6 +27,7 @@ def calibrate(model: Model) -> Iterator[Model]:
     In the block the model is in evaluation mode and computes in float, and every range that a
     module keeps observes: MovingAverage becomes the mean of the batches' ranges, MinMax holds them
     all, Learned takes the first batch. The modes of all modules are restored afterwards.
+    ``summary(model)`` then shows the share of elements that each input's range clipped.
 
     Args:
         model: a model with quantized layers or FakeQuantize modules.
@@ -47,6 +48,8 @@ def calibrate(model: Model) -> Iterator[Model]:
     """
     _check_module("calibrate", model)
     modes = {module: module.training for module in model.modules()}
+    for quantizer in _quantizers(model):
+        quantizer._counts = (0, 0)
     try:
         model.eval()
         with _mode(model, OBSERVE):

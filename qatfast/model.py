@@ -145,7 +145,8 @@ class SummaryRow(NamedTuple):
         input: how the input is quantized, or "float".
         chain: the way of the result to the layer that reads its integers in evaluation, or None.
         range: how the scales are determined; None for a float layer.
-        clipped: None.
+        clipped: share of the input's elements in the latest :func:`calibrate` that its range clipped;
+            None before, and for inputs without a range of their own.
         bytes: size of the parameters, as integers with their scales if quantized.
         reason: why the layer is in float; None if it is quantized.
     """
@@ -161,15 +162,45 @@ class SummaryRow(NamedTuple):
     reason: str | None
 
 
+_NUMBERS = ("clipped", "bytes")
+
+
 @dataclass(frozen=True)
 class Summary:
-    """The result of :func:`summary`: ``rows``, and a table of them as ``str``."""
+    """The result of :func:`summary`: ``rows``, and a table of them as ``str`` or for ``rich.print``."""
 
     rows: tuple[SummaryRow, ...]
 
     def __str__(self) -> str:
-        titles = ("layer", "kind", "input", "weight", "range", "chain", "bytes", "in float because")
-        rows: list[tuple[str, ...]] = [
+        titles, *rows = self._cells()
+        widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+        lines = [
+            "  ".join(
+                text.rjust(width) if title in _NUMBERS else text.ljust(width)
+                for title, text, width in zip(titles, line, widths, strict=True)
+            ).rstrip()
+            for line in (titles, *rows)
+        ]
+        return "\n".join([*lines, self._conclusion()])
+
+    __repr__ = __str__
+
+    def __rich__(self) -> Any:
+        """Returns the table that rich prints in a terminal."""
+        from rich.console import Group
+        from rich.table import Table
+
+        titles, *rows = self._cells()
+        table = Table(box=None, header_style="bold")
+        for title in titles:
+            table.add_column(title, justify="right" if title in _NUMBERS else "left")
+        for row, cells in zip(self.rows, rows, strict=True):
+            table.add_row(*cells, style=None if row.reason is None else "yellow")
+        return Group(table, self._conclusion())
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """Returns the titles and the texts of the rows, without columns that are empty."""
+        rows = [
             (
                 row.name or "(root)",
                 row.kind,
@@ -177,28 +208,36 @@ class Summary:
                 row.weight,
                 row.range or "",
                 row.chain or "",
+                "" if row.clipped is None else f"{row.clipped:.2%}",
                 f"{row.bytes:,}",
                 row.reason or "",
             )
             for row in self.rows
         ]
-        has_chains = any(row.chain for row in self.rows)
-        header, *cells = [line if has_chains else (*line[:5], *line[6:]) for line in (titles, *rows)]
-        widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
-        lines = [
-            "  ".join(
-                text.rjust(width) if title == "bytes" else text.ljust(width)
-                for title, text, width in zip(header, line, widths, strict=True)
-            ).rstrip()
-            for line in (header, *cells)
+        titles = (
+            "layer",
+            "kind",
+            "input",
+            "weight",
+            "range",
+            "chain",
+            "clipped",
+            "bytes",
+            "in float because",
+        )
+        shown = [
+            column
+            for column, title in enumerate(titles)
+            if title not in ("chain", "clipped") or any(row[column] for row in rows)
         ]
-        quantized = sum(row.reason is None for row in self.rows)
-        lines.append(f"{quantized} of {len(self.rows)} layers are quantized.")
-        if quantized:
-            lines[-1] += " To check that each of them runs, run the model once inside qatfast.unused_layers."
-        return "\n".join(lines)
+        return [tuple(line[column] for column in shown) for line in (titles, *rows)]
 
-    __repr__ = __str__
+    def _conclusion(self) -> str:
+        quantized = sum(row.reason is None for row in self.rows)
+        text = f"{quantized} of {len(self.rows)} layers are quantized."
+        if quantized:
+            text += " To check that each of them runs, run the model once inside qatfast.unused_layers."
+        return text
 
 
 def summary(model: nn.Module) -> Summary:
@@ -591,7 +630,7 @@ def _row(candidate: _Candidate, names: dict[nn.Module, str]) -> SummaryRow:
             _describe(config.input),
             flows.describe_chain(module, names),
             _range(module),
-            None,
+            getattr(module._modules.get("input_quantizer"), "clipped", None),
             size,
             None,
         )

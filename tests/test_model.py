@@ -21,6 +21,7 @@ from qatfast import (
     QATLinear,
     QuantSpec,
     cached_weights,
+    calibrate,
     prepare,
     qat_linear,
     summary,
@@ -592,6 +593,24 @@ def test_rows_of_a_summary():
         "bytes": 8 * 16 + 8 * 4 + 8 * 4,  # integers, scales, bias
         "reason": None,
     }
+
+
+def test_a_summary_after_calibration_has_the_share_of_clipped_elements():
+    model = prepare(nn.Sequential(nn.Linear(4, 2)), QATConfig.static())
+    outlier = torch.ones(8, 4)
+    outlier[:4] = 3.0  # the mean of both batches' ranges ends at 2
+    for _ in range(2):
+        with torch.no_grad(), calibrate(model):
+            model(torch.ones(8, 4))
+            assert summary(model).rows[0].clipped == 0
+            model(outlier)
+        assert summary(model).rows[0].clipped == 0.25
+        model[0].input_quantizer.reset_parameters()
+    text = str(summary(model)).splitlines()
+    assert "  clipped  bytes" in text[0] and " 25.00%  " in text[1]
+    rich = pytest.importorskip("rich.console").Console(width=200, record=True, file=io.StringIO())
+    rich.print(summary(model))
+    assert [line.split() for line in rich.export_text().splitlines()] == [line.split() for line in text]
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ class Residual(nn.Module):
         return self.head(F.adaptive_avg_pool2d(y, 1).flatten(1))
 
 
-def prepared(style="module", steps=2, **kwargs):
-    x = cases.normal((64, 6, 2, 1)) * 4
+def prepared(style="module", steps=2, batch=64, **kwargs):
+    x = cases.normal((batch, 6, 2, 1)) * 4
     model = prepare(Residual(style), example_inputs=x, **kwargs)
     for _ in range(steps):
         model.train()(x).square().mean().backward()
@@ -75,7 +75,8 @@ def reader(quantizer):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_results_that_an_addition_reads_are_integers(style):
-    model, x = prepared(style)
+    batch = 2**16 if style == "module" else 64  # 2 million integers
+    model, x = prepared(style, batch=batch)
     found = [name for name, module in model.named_modules() if name.endswith("output_quantizer")]
     assert found == ["stem.output_quantizer", "b.output_quantizer"]
     assert all(model.get_submodule(name).num_batches == 2 for name in found)

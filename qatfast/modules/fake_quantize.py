@@ -80,6 +80,7 @@ class FakeQuantize(nn.Module):
     _is_weight: bool = False  # a weight is at hand in evaluation too
     _is_observed: bool = False  # whether num_batches is known to be greater than 0
     _was_observed: bool = True  # in the latest forward of a learned range
+    _counts: tuple[int, Any] = (0, 0)  # elements that calibrate saw, and how many of them were clipped
     _latest: tuple[Tensor, Tensor] | None = None  # scale and zero point of the latest forward that observed
 
     def __init__(
@@ -145,11 +146,27 @@ class FakeQuantize(nn.Module):
             return y
         scale, zero_point = self.grid(input)
         if self._mode == OBSERVE:
+            self._count(input.detach(), scale.detach(), zero_point)
             return input
         function = fake_quantize_learned if isinstance(spec.range, Learned) else fake_quantize_affine
         return function(
             input, scale, zero_point, spec.quant_min, spec.quant_max, granularity=spec.granularity
         )
+
+    @property
+    def clipped(self) -> float | None:
+        """The share of the elements in the latest ``calibrate`` that the range of then clipped; None before."""
+        elements, clipped = self._counts
+        return float(clipped) / elements if elements else None
+
+    def _count(self, input: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        spec = self.spec
+        if self.frozen or is_compiling():
+            return
+        ends = (spec.quant_min, spec.quant_max)
+        inside = reference._fake_quantize(input, scale, zero_point, *ends, spec.granularity)[1]
+        elements, clipped = self._counts
+        self._counts = elements + input.numel(), clipped + (~inside & ~input.isnan()).sum()
 
     def grid(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the scale and the zero point that quantize ``input``, and observes it where forward would.

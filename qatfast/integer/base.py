@@ -216,8 +216,7 @@ class IntegerLayer(nn.Module):
         return self.config.output
 
     def _rounded(self, y: Tensor, input: Tensor) -> Tensor:
-        dtype = ranges.product_dtype(input)
-        return y.to(dtype if dtype != input.dtype else self.dtype)
+        return y.to(ranges.product_dtype(input) if _is_autocast(input, self.dtype) else self.dtype)
 
     def _requantized(self, acc: Tensor, b32: Any, axis: int, input: Tensor) -> Tensor:
         requantization, compute = self.requantization, checks.compute_dtype(input.dtype)
@@ -240,12 +239,8 @@ class IntegerLayer(nn.Module):
         name = type(self).__name__
         checks.tensor(name, "input", input, checks.FLOAT_DTYPES)
         checks.same_device(name, "input", input, self.weight)
-        kind = input.device.type
-        autocast = kind != "meta" and torch.is_autocast_enabled(kind) and torch.float64 not in (
-            input.dtype, self.dtype
-        )  # fmt: skip
         is_wide = input.dtype == torch.float32 and self.dtype in (torch.float16, torch.bfloat16)
-        if input.dtype != self.dtype and not autocast and not is_wide:
+        if input.dtype != self.dtype and not is_wide and not _is_autocast(input, self.dtype):
             raise TypeError(
                 f"{name}: expected input to be {checks.dtype_name(self.dtype)}, the dtype of the layer, got "
                 f"{checks.dtype_name(input.dtype)}"
@@ -289,6 +284,11 @@ class IntegerLayer(nn.Module):
             RuntimeError: a range has not been observed.
         """
         raise NotImplementedError
+
+
+def _is_autocast(input: Tensor, dtype: torch.dtype) -> bool:
+    kind = input.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind) and torch.float64 not in (input.dtype, dtype)
 
 
 def _is(left: Any, right: Any) -> bool:

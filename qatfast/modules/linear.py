@@ -152,9 +152,13 @@ bias=affine per tensor, output=affine per tensor)
         x = input.read_by(self)
         weight, bias = self.weight, self.bias
         wide = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        if self._chain is not None and self._chain.acts():
-            return self._head_of_chain(self._chain, x, *wide)
-        return self._of_ranges(x, *wide).to(weight.dtype)
+        if self._chain is None or not self._chain.acts():
+            y = self._of_ranges(x, *wide)
+        else:
+            y = self._head_of_chain(self._chain, x, *wide)
+            if self._chain.readers:
+                return y
+        return y.to(ranges.product_dtype(x) if weight.dtype == x.dtype else weight.dtype)
 
     def _head_of_chain(self, chain: Chain, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         checks.linear_operands("qat_linear", input, weight, bias)

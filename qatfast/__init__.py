@@ -17,6 +17,7 @@ from .config import (
     QATConfig,
     QuantSpec,
 )
+from .convert import convert
 from .functional import (
     choose_qparams,
     dequantize,
@@ -26,6 +27,18 @@ from .functional import (
     qat_linear,
     quantize,
     search_qparams,
+)
+from .integer import (
+    IntegerConv1d,
+    IntegerConv2d,
+    IntegerConv3d,
+    IntegerConvTranspose1d,
+    IntegerConvTranspose2d,
+    IntegerConvTranspose3d,
+    IntegerEmbedding,
+    IntegerLinear,
+    IntegerMultiheadAttention,
+    Requantization,
 )
 from .model import Summary, prepare, summary, unused_layers
 from .modules import (
@@ -50,6 +63,15 @@ torch.serialization.add_safe_globals(
         Dynamic,
         FakeQuantize,
         Fixed,
+        IntegerConv1d,
+        IntegerConv2d,
+        IntegerConv3d,
+        IntegerConvTranspose1d,
+        IntegerConvTranspose2d,
+        IntegerConvTranspose3d,
+        IntegerEmbedding,
+        IntegerLinear,
+        IntegerMultiheadAttention,
         Learned,
         MinMax,
         MovingAverage,
@@ -68,6 +90,7 @@ torch.serialization.add_safe_globals(
         QATLinear,
         QATMultiheadAttention,
         QuantSpec,
+        Requantization,
     ]
 )
 
@@ -75,6 +98,15 @@ __all__ = [
     "Dynamic",
     "FakeQuantize",
     "Fixed",
+    "IntegerConv1d",
+    "IntegerConv2d",
+    "IntegerConv3d",
+    "IntegerConvTranspose1d",
+    "IntegerConvTranspose2d",
+    "IntegerConvTranspose3d",
+    "IntegerEmbedding",
+    "IntegerLinear",
+    "IntegerMultiheadAttention",
     "Learned",
     "MinMax",
     "MovingAverage",
@@ -97,6 +129,7 @@ __all__ = [
     "cached_weights",
     "calibrate",
     "choose_qparams",
+    "convert",
     "dequantize",
     "fake_quantize",
     "fake_quantize_affine",

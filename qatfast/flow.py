@@ -215,7 +215,7 @@ class _Recorder(TorchFunctionMode):
             name = "active dropout"
         if name in MOVERS and any(out.dtype != tensors[0].dtype for out in outputs):
             name = "view as another dtype"
-        if not written and len(outputs) == 1 and outputs[0] is tensors[0] and name in MOVERS:
+        if name in MOVERS and not written and len(outputs) == 1 and outputs[0] is tensors[0]:
             if module is not None:
                 self.flow.passed.setdefault(inputs[0], []).append(module)
             return result
@@ -299,9 +299,12 @@ def connect(
         head = replacements[call.module]
         if head.config.output is None and head.is_head() and flow.called[call.module] == 1:
             has_output = isinstance(head, _ConvNd) if outputs is None else outputs
-            chain = _chain_from(call, head, flow, replacements, has_output)
-            if chain is not None:
-                head.set_chain(chain)
+            chain = chain_from(call, head, flow, replacements, has_output)
+            if chain is None:
+                continue
+            if not chain.has_readers:
+                chain.quantizer = head.add_output_quantizer()
+            head.set_chain(chain)
 
 
 def _share_input_quantizers(calls: list[Operation], replacements: Mapping[nn.Module, QuantizedLayer]) -> None:
@@ -335,14 +338,17 @@ def _remove_attention_quantizers(
                 layer._modules.pop(name, None)
 
 
-def _chain_from(
+def chain_from(
     call: Operation,
     head: QuantizedLayer,
     flow: Flow,
     replacements: Mapping[nn.Module, QuantizedLayer],
     has_output: bool,
 ) -> Chain | None:
-    """Returns the chain that starts at ``head``, if its end is a reader with integers or its own quantizer."""
+    """Returns the chain that starts at ``head``, if its end is a reader with integers or its own quantizer.
+
+    The own quantizer is None.
+    """
     steps: list[str] = []
     members: list[nn.Module] = [head]
     norm: nn.Module | None = None
@@ -380,8 +386,7 @@ def _chain_from(
     assert head.config.input is not None  # of a head
     if isinstance(head.config.input.range, Fixed) or not _reaches_layer(value, flow, replacements):
         return None
-    quantizer = head.add_output_quantizer()
-    return Chain(norm, activation, quantizer, tuple(steps[: end[0]]), tuple(dict.fromkeys(members[: end[1]])))
+    return Chain(norm, activation, None, tuple(steps[: end[0]]), tuple(dict.fromkeys(members[: end[1]])))
 
 
 def _reaches_layer(value: int, flow: Flow, replacements: Mapping[nn.Module, QuantizedLayer]) -> bool:
@@ -436,7 +441,9 @@ def _closed(
 def describe_chain(layer: nn.Module, names: Mapping[nn.Module, str]) -> str | None:
     """Returns the way of a layer's result to its reader, for tables."""
     chain = vars(layer).get("_chain")
-    if chain is None:
-        return None
+    return None if chain is None else chain_text(chain, names)
+
+
+def chain_text(chain: Chain, names: Mapping[nn.Module, str]) -> str:
     readers = ", ".join(names.get(reader, "?") for reader in chain.readers)
     return " -> ".join([*chain.steps, readers or "output_quantizer"])

@@ -521,7 +521,9 @@ def _share_weight_quantizers(layers: Iterable[QuantizedLayer]) -> None:
     quantizers: dict[tuple[int, QuantSpec], nn.Module] = {}
     for layer in layers:
         quantizer = layer._modules.get("weight_quantizer")
-        if isinstance(quantizer, FakeQuantize):
+        if isinstance(quantizer, FakeQuantize) and hasattr(
+            layer, "weight"
+        ):  # attention has an in_proj_weight
             key = id(layer.weight), quantizer.spec
             layer._modules["weight_quantizer"] = quantizers.setdefault(key, quantizer)
 

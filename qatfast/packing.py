@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import integer
@@ -82,6 +83,59 @@ def unpack(packed: Tensor, num_bits: int, shape: Sequence[int]) -> Tensor:
     bits = np.unpackbits(data, count=count * num_bits, bitorder="little").reshape(count, num_bits)
     integers = (bits.astype(np.uint32) << np.arange(num_bits, dtype=np.uint32)).sum(axis=1)
     return torch.from_numpy(integers.astype(np.uint8 if num_bits <= 8 else np.uint16).reshape(tuple(shape)))
+
+
+def values_per_byte(num_bits: int) -> int:
+    """Returns how many integers :func:`pack_rows` puts into a byte: 1 if it does not pack them."""
+    return 4 if num_bits == 2 else 2 if num_bits <= 4 else 1
+
+
+def pack_rows(integers: Tensor, num_bits: int) -> Tensor:
+    """Packs each row of a matrix by itself: four integers of 2 bits per byte, two of 3 or 4 bits.
+
+    The first integer has the lowest bits. Negative integers are in two's complement. A row that does not fill its
+    last byte is padded with zeros.
+
+    Args:
+        integers: of 2 to 4 bits, signed or unsigned; shape ``(rows, columns)``.
+        num_bits: 2 to 4.
+
+    Returns:
+        uint8, ``(rows, ceil(columns / values_per_byte(num_bits)))``.
+
+    Example:
+        >>> pack_rows(torch.tensor([[1, -1, 7]]), num_bits=4).tolist()
+        [[241, 7]]
+    """
+    count = values_per_byte(num_bits)
+    width = 8 // count
+    values = integers.to(torch.int32) & (2**width - 1)
+    values = F.pad(values, (0, -values.shape[1] % count)).unflatten(1, (-1, count))
+    shifts = torch.arange(0, 8, width, dtype=torch.int32, device=values.device)
+    return (values << shifts).sum(-1).to(torch.uint8)
+
+
+def unpack_rows(packed: Tensor, num_bits: int, columns: int, is_signed: bool) -> Tensor:
+    """Returns the integers that :func:`pack_rows` has packed, as int8.
+
+    Args:
+        packed: ``(..., bytes)``, of which each last dimension is a row.
+        num_bits: 2 to 4.
+        columns: of a row.
+        is_signed: whether the integers are in two's complement.
+
+    Example:
+        >>> unpack_rows(torch.tensor([[241, 7]], dtype=torch.uint8), num_bits=4, columns=3, is_signed=True).tolist()
+        [[1, -1, 7]]
+    """
+    count = values_per_byte(num_bits)
+    width = 8 // count
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+    values = ((packed.unsqueeze(-1) >> shifts) & (2**width - 1)).to(torch.int8)
+    if is_signed:
+        half = 2 ** (width - 1)
+        values = (values ^ half) - half
+    return values.flatten(-2)[..., :columns]
 
 
 def _checked_bits(function: str, num_bits: int) -> int:

@@ -373,31 +373,78 @@ def requantized(
     """
     x_levels, sx = _levels(input.detach(), specs[0], grids["input"])
     w_levels, sw = _levels(weight.detach(), specs[1], grids.get("weight"))
-    sx, sw = sx.reshape(()), sw.reshape(-1).expand(weight.shape[0])
+    w_levels, scale, b32 = fold(w_levels, sw, sx, bias, batch_norm)
+    acc = product(x_levels, w_levels, None)
+    return requantize(acc, b32, sx, scale, axis, activation, output, output_spec)
+
+
+def fold(
+    levels: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    bias: Tensor | None,
+    batch_norm: tuple[Any, Any, Any, Any, float] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the levels, ``sw'`` and ``b32`` of a layer with its BatchNorm; see :func:`requantized`.
+
+    Args:
+        levels: of the weight, in float64, a row per output channel.
+        weight_scale: one element, or one per row.
+        input_scale: one element.
+        bias: or None.
+        batch_norm: as for :func:`requantized`.
+    """
+    sx, sw = input_scale.reshape(()), weight_scale.reshape(-1).expand(levels.shape[0])
     g, b = _folded(bias, batch_norm, sw)
     narrow = sw * g.abs()
-    tiny = torch.finfo(sw.dtype).tiny
-    wide = torch.maximum(narrow, b.abs() / (sx * 2.0**30)).clamp(min=tiny)
-    widened = torch.round(w_levels.to(sw.dtype) * (narrow / wide).unsqueeze(-1)).double()
-    w_levels = torch.where((wide > narrow).unsqueeze(-1), widened, w_levels)
-    w_levels = torch.where((g < 0).unsqueeze(-1), -w_levels, w_levels)
-    w_levels = torch.where((g.isnan() | b.isnan()).unsqueeze(-1), torch.nan, w_levels)
-    step = (sx * wide).clamp(min=tiny)
-    b32 = torch.round(b.double() / step.double())
+    wide = torch.maximum(narrow, b.abs() / (sx * 2.0**30)).clamp(min=torch.finfo(sw.dtype).tiny)
+    widened = torch.round(levels.to(sw.dtype) * (narrow / wide).unsqueeze(-1)).double()
+    levels = torch.where((wide > narrow).unsqueeze(-1), widened, levels)
+    levels = torch.where((g < 0).unsqueeze(-1), -levels, levels)
+    levels = torch.where((g.isnan() | b.isnan()).unsqueeze(-1), torch.nan, levels)
+    return levels, wide, torch.round(b.double() / _step(sx, wide).double())
+
+
+def _step(input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    return (input_scale.reshape(()) * weight_scale).clamp(min=torch.finfo(weight_scale.dtype).tiny)
+
+
+def requantize(
+    acc: Tensor,
+    b32: Tensor,
+    input_scale: Tensor,
+    weight_scale: Tensor,
+    axis: int,
+    activation: str | None,
+    output: tuple[Tensor, Tensor],
+    output_spec: QuantSpec,
+) -> Tensor:
+    """Returns the values of the integers that follow from the exact sums ``acc``; see :func:`requantized`.
+
+    Args:
+        acc: float64, float32 or int32; of a type that holds ``acc + b32``.
+        b32: likewise, one element per output channel.
+        input_scale: one element.
+        weight_scale: ``sw'``.
+        axis: of the output channels in ``acc``.
+        activation: as for :func:`requantized`.
+        output: likewise.
+        output_spec: likewise.
+    """
+    dtype = weight_scale.dtype
     y_scale, y_zero_point = (value.detach().reshape(()) for value in output)
-    y_scale = y_scale.abs().clamp(min=tiny)
-    factor = (step / y_scale).clamp(max=torch.finfo(sw.dtype).max)
-    acc = product(x_levels, w_levels, None)
+    y_scale = y_scale.abs().clamp(min=torch.finfo(dtype).tiny)
+    factor = (_step(input_scale, weight_scale) / y_scale).clamp(max=torch.finfo(dtype).max)
     shape = [-1 if dim == axis % acc.dim() else 1 for dim in range(acc.dim())]
-    total = (acc + b32.reshape(shape)).to(sw.dtype) * factor.reshape(shape)
-    z = y_zero_point.to(sw.dtype)
-    low, high = torch.full_like(z, output_spec.quant_min), torch.full_like(z, output_spec.quant_max)
+    total = (acc + b32.reshape(shape)).to(dtype) * factor.reshape(shape)
+    z = y_zero_point.to(dtype)
+    low, high = output_spec.quant_min - z, output_spec.quant_max - z
     if activation is not None:
-        low = torch.maximum(low, z)
+        low = low.clamp(min=0)
     if activation == "relu6":
-        high = torch.minimum(high, z + torch.round(torch.full_like(y_scale, 6.0) / y_scale))
-    q = torch.minimum(torch.maximum(torch.round(total) + z, low), high)
-    return (q - z) * y_scale + 0.0
+        high = torch.minimum(high, torch.round(torch.full_like(y_scale, 6.0) / y_scale))
+    # clamp(round(total) + z, ...) - z is the same: sums that float32 does not hold are clamped
+    return total.round_().clamp_(low, high).mul_(y_scale).add_(0.0)
 
 
 def _folded(

@@ -1,0 +1,416 @@
+"""IntegerLayer, the base of the layers of a deployed model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from .. import checks, functional, packing, ranges, reference
+from ..config import PerChannel, QATConfig, QuantSpec, describe
+from ..modules.base import QuantizedLayer, TensorSpec
+from ..modules.fake_quantize import QUANTIZE, FakeQuantize
+
+# The tensors of a layer, in the order of its state_dict. What a layer does not need is None.
+BUFFERS = (
+    *("weight", "weight_scale", "weight_zero_point", "weight_nan", "bias"),
+    *("input_scale", "input_zero_point", "output_scale", "output_zero_point"),
+)
+Grid = tuple[Tensor, Tensor]
+ROWS = PerChannel(0)
+
+
+@dataclass(frozen=True)
+class Requantization:
+    """Says that a layer computes the integers of its result from its sums; see :func:`qatfast.reference.requantized`.
+
+    Attributes:
+        spec: of the integers, whose grid is ``output_scale`` and ``output_zero_point``.
+        activation: ``"relu"``, ``"relu6"`` or None, computed with them.
+        is_read: whether another layer reads the integers. Their values are then float32 (float64 in a float64 model),
+            which carries the integers in models of each dtype.
+    """
+
+    spec: QuantSpec
+    activation: str | None
+    is_read: bool
+
+
+class IntegerLayer(nn.Module):
+    """A layer with the integers of its weight, made by :func:`qatfast.convert`; it has no gradients.
+
+    Buffers, of which a layer has those that it needs:
+
+    - ``weight``: int8, or int16 above 8 bits, in the shape of the float layer. Up to 4 bits it is uint8, with the
+      rows of :meth:`integers` packed by :func:`qatfast.packing.pack_rows`. Affine integers are stored from 0 on, those
+      of 8 and 16 bits less 128 and 32768. A weight that stays in float is the float weight.
+    - ``weight_scale``, ``weight_zero_point`` (int32, only of affine weights): as :func:`qatfast.choose_qparams` gives
+      them for the matrix with a row per output channel; ``weight = (integers - weight_zero_point) * weight_scale``.
+    - ``weight_nan``: the positions (int64, in the flat matrix) of elements that are NaN.
+    - ``bias``: float32 (float64 in float64 models) as it is added, or int32 if the layer requantizes.
+    - ``input_scale``, ``input_zero_point`` (int32): of ranges that are not dynamic.
+    - ``output_scale``, ``output_zero_point``: likewise, and of layers that requantize.
+
+    Attributes:
+        config: of the layer that it was made of.
+        dtype: of the result, except under autocast.
+        requantization: or None.
+    """
+
+    config: QATConfig
+    dtype: torch.dtype
+    requantization: Requantization | None
+    _source: ClassVar[type[QuantizedLayer]]  # the layer that it is made of
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    weight_nan: Tensor | None
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    output_scale: Tensor | None
+    output_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        config: QATConfig,
+        dtype: torch.dtype,
+        requantization: Requantization | None,
+        buffers: dict[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.arguments = arguments
+        for name, value in arguments.items():
+            setattr(self, name, value)
+        self.config, self.dtype, self.requantization = config, dtype, requantization
+        for name in BUFFERS:
+            self.register_buffer(name, buffers.get(name))
+        self.training = False
+
+    # The weight
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The shape of the weight as a matrix with a row per output channel."""
+        raise NotImplementedError
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """Returns a weight in the shape of the float layer as this matrix."""
+        return weight
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Returns this matrix in the shape of the float layer."""
+        return rows
+
+    def integers(self) -> Tensor:
+        """Returns the weight's integers as a matrix with a row per output channel, int8 or int16."""
+        spec = self.config.weight
+        if spec is None:
+            raise TypeError(f"{type(self).__name__}.integers: expected a quantized weight, got a float one")
+        if packing.values_per_byte(spec.num_bits) == 1:
+            return self.to_rows(self.weight)
+        return packing.unpack_rows(self.weight, spec.num_bits, self.rows[1], spec.symmetric)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the weight as floats, in the shape of the float layer.
+
+        In a layer with a folded BatchNorm it is the folded weight.
+
+        Args:
+            dtype: None means that of the layer.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        spec = self.config.weight
+        if spec is None:
+            return self.weight.to(dtype)
+        granularity = spec.granularity
+        if self.requantization is not None:  # a scale per row, whatever it was
+            granularity = ROWS
+        scale = self.weight_scale.to(checks.compute_dtype(dtype))
+        zero_point = self._zero_point_like(scale)
+        rows = functional.dequantize(self.integers(), scale, zero_point, granularity=granularity, dtype=dtype)
+        if self.weight_nan is not None:
+            rows = rows.flatten().index_fill(0, self.weight_nan, torch.nan).view_as(rows)
+        return self.from_rows(rows)
+
+    def _zero_point_like(self, scale: Tensor) -> Tensor:
+        if self.weight_zero_point is None:
+            return torch.zeros_like(scale, dtype=torch.int32)
+        return self.weight_zero_point.expand_as(scale)
+
+    def _rows_of_grid(self) -> Grid:
+        """Returns scale and zero point of each row; the scale of a row that holds a NaN is NaN.
+
+        There is one for all, or one per row.
+        """
+        count = self.rows[0]
+        scale = self.weight_scale.reshape(-1).expand(count)
+        if self.weight_nan is not None:
+            scale = scale.index_fill(0, self.weight_nan // self.rows[1], torch.nan)
+        zero_point = self.weight_zero_point
+        if zero_point is None:
+            return scale.contiguous(), torch.zeros(count, dtype=torch.int32, device=scale.device)
+        return scale.contiguous(), zero_point.reshape(-1).expand(count).contiguous()
+
+    def _levels(self) -> Tensor:
+        """Returns the levels of the weight, a matrix in float64."""
+        return self.integers().double() - self._rows_of_grid()[1].unsqueeze(-1)
+
+    def _kept(self, build: Callable[[], Any]) -> Any:
+        """Returns what ``build`` makes of the buffers; keeps it until one of them is replaced or written."""
+        if is_compiling() or torch._C._are_functorch_transforms_active():
+            return build()
+        tensors = [tensor for tensor in self._buffers.values() if tensor is not None]
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        kept = vars(self).get("_operands")
+        if kept is not None and kept[1] == versions and all(map(_is, kept[0], tensors)):
+            return kept[2]
+        with torch.inference_mode(False):
+            operands = build()
+        vars(self)["_operands"] = (tensors, versions, operands)
+        return operands
+
+    # Input, bias and output
+
+    def _input_grid(self, compute: torch.dtype) -> Grid | None:
+        return self._grid("input", compute)
+
+    def _grid(self, name: str, compute: torch.dtype) -> Grid | None:
+        scale, zero_point = self._buffers[f"{name}_scale"], self._buffers[f"{name}_zero_point"]
+        return None if scale is None or zero_point is None else (scale.to(compute), zero_point)
+
+    def _float_dtype(self, input: Tensor) -> torch.dtype:
+        """The dtype of weight and bias: that of the layer, but float32 for a float32 input from another layer."""
+        return torch.promote_types(input.dtype, self.dtype)
+
+    def _b_hat(self, input: Tensor, input_scale: Tensor | None, bias: Tensor | None = None) -> Tensor | None:
+        """Returns the bias as it is added to the product of a layer that does not requantize.
+
+        ``bias`` comes in the place of that of the layer.
+        """
+        if bias is None:
+            bias = self.bias
+            if bias is not None and self.config.has_int32_bias and self.input_scale is None:
+                assert input_scale is not None
+                bias = reference.int32_bias(bias, input_scale, self._rows_of_grid()[0])
+        if bias is None:
+            return None
+        bias = bias.to(self._float_dtype(input))
+        return bias if self.config.bias is None else bias + 0.0  # a value that underflows is not -0.0
+
+    def _output(self, y: Tensor, input: Tensor) -> Tensor:
+        """Returns ``y`` with its quantizer, in the dtype of the result."""
+        spec = self._output_spec()
+        if spec is not None:
+            y = fake_quantized(y, spec, self._grid("output", checks.compute_dtype(y.dtype)))
+        return self._rounded(y, input)
+
+    def _output_spec(self) -> QuantSpec | None:
+        return self.config.output
+
+    def _rounded(self, y: Tensor, input: Tensor) -> Tensor:
+        return y.to(ranges.product_dtype(input) if _is_autocast(input, self.dtype) else self.dtype)
+
+    def _requantized(self, acc: Tensor, b32: Any, axis: int, input: Tensor) -> Tensor:
+        requantization, compute = self.requantization, checks.compute_dtype(input.dtype)
+        assert requantization is not None and self.input_scale is not None
+        output = self._grid("output", compute)
+        assert output is not None
+        y = reference.requantize(
+            acc,
+            b32,
+            self.input_scale.to(compute),
+            self._rows_of_grid()[0].to(compute),
+            axis,
+            requantization.activation,
+            output,
+            requantization.spec,
+        )
+        return y if requantization.is_read else self._rounded(y, input)
+
+    def _check_input(self, input: Any) -> None:
+        name = type(self).__name__
+        checks.tensor(name, "input", input, checks.FLOAT_DTYPES)
+        checks.same_device(name, "input", input, self.weight)
+        is_wide = input.dtype == torch.float32 and self.dtype in (torch.float16, torch.bfloat16)
+        if input.dtype != self.dtype and not is_wide and not _is_autocast(input, self.dtype):
+            raise TypeError(
+                f"{name}: expected input to be {checks.dtype_name(self.dtype)}, the dtype of the layer, got "
+                f"{checks.dtype_name(input.dtype)}"
+            )
+
+    # nn.Module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerLayer:
+        """Moves the buffers between devices. They keep their dtypes; that of the result follows the model."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype != tensor.dtype:
+                result = tensor.to(result.device)
+            same = (result.device, result.data_ptr()) == (tensor.device, tensor.data_ptr())
+            return tensor if same and not tensor.is_meta and result.shape == tensor.shape else result
+
+        super()._apply(moved, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        vars(self).pop("_operands", None)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_operands"}
+
+    def extra_repr(self) -> str:
+        parts = [f"{name}={value}" for name, value in self.arguments.items()]
+        if self.requantization is not None:
+            parts.append(f"requantizes to {self.requantization.spec.num_bits} bits")
+            if self.requantization.activation is not None:
+                parts.append(self.requantization.activation)
+        return ", ".join([*parts, describe(self.config)])
+
+    # Making it
+
+    @classmethod
+    def from_qat(cls, layer: Any) -> Any:
+        """Returns the integer layer of a quantized layer, which stays as it is.
+
+        Raises:
+            RuntimeError: a range has not been observed.
+        """
+        raise NotImplementedError
+
+
+def _is_autocast(input: Tensor, dtype: torch.dtype) -> bool:
+    kind = input.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind) and torch.float64 not in (input.dtype, dtype)
+
+
+def _is(left: Any, right: Any) -> bool:
+    return left is right
+
+
+def fake_quantized(x: Tensor, spec: QuantSpec | None, grid: Grid | None) -> Tensor:
+    """Returns ``x`` on the grid, or on that of its range if ``grid`` is None."""
+    if spec is None:
+        return x
+    if grid is None:
+        return functional.fake_quantize(x, **spec.arguments)
+    return functional.fake_quantize_affine(
+        x, *grid, spec.quant_min, spec.quant_max, granularity=spec.granularity
+    )
+
+
+# What a quantized layer becomes
+
+
+@torch.no_grad()
+def static_grid(quantizer: FakeQuantize, tensor: Tensor) -> Grid:
+    """Returns the grid that a quantizer has in evaluation, in the shape of the blocks of ``tensor``.
+
+    The quantizer stays as it is: a learned range of a weight that was never used is searched each time.
+    """
+    quantizer = copy.deepcopy(quantizer).eval()
+    quantizer._set_mode(QUANTIZE)
+    scale, zero_point = quantizer.grid(tensor)
+    shape = checks.shape_of_qparams(tensor.shape, quantizer.spec.granularity)
+    scale = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny)
+    return scale.reshape(shape).clone(), zero_point.reshape(shape).clone()
+
+
+def grid_of(layer: QuantizedLayer, key: str, tensor: TensorSpec) -> Grid | None:
+    """Returns the grid of a layer's input or output; None if there is none or the range is dynamic."""
+    quantizer = layer._modules.get(key)
+    if not isinstance(quantizer, FakeQuantize):
+        return None
+    weight = next(layer.parameters(recurse=False))
+    return static_grid(quantizer, weight.new_empty(tensor.shape))
+
+
+def stored_weight(rows: Tensor, spec: QuantSpec | None, grid: Grid | None) -> dict[str, Tensor]:
+    """Returns the buffers of a weight; that of ``weight`` as a matrix.
+
+    Args:
+        rows: the float weight as a matrix with a row per output channel.
+        spec: None leaves it in float.
+        grid: None if the range is dynamic.
+    """
+    if spec is None:
+        return {"weight": rows.clone()}
+    scale, zero_point = functional.choose_qparams(rows, **spec.arguments) if grid is None else grid
+    ends = (spec.quant_min, spec.quant_max)
+    integers = functional.quantize(rows, scale, zero_point, *ends, granularity=spec.granularity)
+    buffers = stored_integers(integers, zero_point, spec) | {"weight_scale": scale}
+    positions = rows.flatten().isnan().nonzero().flatten()
+    return buffers | ({"weight_nan": positions} if len(positions) else {})
+
+
+def stored_integers(integers: Tensor, zero_point: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
+    """Returns a matrix of integers and, if they are affine, their zero points as buffers."""
+    integers = integers.to(torch.int32)
+    shift = 2 ** (spec.num_bits - 1) if not spec.symmetric and spec.num_bits in (8, 16) else 0
+    if packing.values_per_byte(spec.num_bits) > 1:
+        weight = packing.pack_rows(integers, spec.num_bits)
+    else:
+        weight = (integers - shift).to(torch.int8 if spec.num_bits <= 8 else torch.int16)
+    return {"weight": weight} | ({} if spec.symmetric else {"weight_zero_point": zero_point - shift})
+
+
+@torch.no_grad()
+def quantized_tensors(layer: Any, to_rows: Callable[[Tensor], Tensor]) -> tuple[dict[str, Tensor], Any]:
+    """Returns the buffers of a linear layer or convolution, and its Requantization or None.
+
+    ``weight`` is a matrix.
+    """
+    config, chain, tensors = layer.config, layer._chain, layer._tensors()
+    weight, bias = to_rows(layer.weight.detach()), layer.bias
+    compute = checks.compute_dtype(weight.dtype)
+    of_weight = layer._modules.get("weight_quantizer")
+    weight_grid = None if of_weight is None else static_grid(of_weight, weight)
+    buffers: dict[str, Tensor] = {}
+
+    def add(name: str, grid: Grid | None) -> None:
+        if grid is not None:
+            buffers[f"{name}_scale"], buffers[f"{name}_zero_point"] = grid
+
+    add("input", grid_of(layer, "input_quantizer", tensors["input_quantizer"]))
+    if chain is not None and chain.acts():
+        add("output", static_grid(chain.quantizer, weight.new_empty(())))
+        requantization = Requantization(chain.quantizer.spec, chain.activation, bool(chain.readers))
+        return buffers | _folded(
+            weight, bias, config, buffers["input_scale"], weight_grid, chain
+        ), requantization
+    add("output", grid_of(layer, "output_quantizer", tensors["output_quantizer"]))
+    buffers |= stored_weight(weight, config.weight, weight_grid)
+    if bias is not None:
+        bias = bias.detach().to(compute)
+        if config.specs["bias"] is not None:
+            bias = functional.fake_quantize(bias, **config.specs["bias"].arguments)
+        elif config.has_int32_bias and "input_scale" in buffers:
+            bias = reference.int32_bias(bias, buffers["input_scale"], buffers["weight_scale"])
+        buffers["bias"] = bias.clone()
+    return buffers, None
+
+
+def _folded(
+    weight: Tensor, bias: Tensor | None, config: QATConfig, input_scale: Tensor, grid: Grid | None, chain: Any
+) -> dict[str, Tensor]:
+    """Returns the buffers of weight and bias of a layer that requantizes, with its BatchNorm."""
+    spec = config.weight
+    assert spec is not None
+    scale, zero_point = functional.choose_qparams(weight, **spec.arguments) if grid is None else grid
+    levels = reference.levels(weight, spec, scale, zero_point)
+    levels, scale, b32 = reference.fold(levels, scale, input_scale, bias, chain._statistics())
+    is_nan = levels.isnan().any(1) | b32.isnan()
+    zero_point = zero_point if zero_point.numel() == 1 else zero_point.reshape(-1)
+    integers = levels.nan_to_num(0.0) + zero_point.unsqueeze(-1)
+    return {
+        **stored_integers(integers, zero_point, spec),
+        "weight_scale": torch.where(is_nan, torch.nan, scale),
+        "bias": b32.nan_to_num(0.0).to(torch.int32),
+    }

@@ -1,0 +1,202 @@
+"""The convolutions with an integer weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from .. import checks, functional, int8_convolution, kernels, reference
+from ..convolution import Geometry, _forward, _is_channels_last, of_batch
+from ..int8_convolution import Int8Weight
+from ..modules import (
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATConvTranspose1d,
+    QATConvTranspose2d,
+    QATConvTranspose3d,
+)
+from ..modules.conv import _QATConvNd, _QATConvTransposeNd
+from .base import Grid, IntegerLayer, fake_quantized, quantized_tensors
+
+
+class _IntegerConv(IntegerLayer):
+    """What all convolutions share."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: Any
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    transposed = False
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._geometry = Geometry(
+            self.stride, (), self.dilation, self.transposed, (0,) * len(self.kernel_size), self.groups
+        )
+
+    @classmethod
+    def from_qat(cls, layer: Any) -> Any:
+        arguments = {name: value for name, value in layer._arguments(layer).items() if name != "bias"}
+        geometry = Geometry(layer.stride, (), layer.dilation, layer.transposed, (), layer.groups)
+        buffers, requantization = quantized_tensors(layer, geometry.to_rows)
+        if buffers["weight"].numel() == layer.weight.numel():
+            buffers["weight"] = geometry.from_rows(buffers["weight"], layer.weight.shape).contiguous()
+        return cls(arguments, layer.config, layer.weight.dtype, requantization, buffers)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.out_channels, self.in_channels // self.groups * prod(self.kernel_size)
+
+    @property
+    def _weight_shape(self) -> Any:
+        first, second = self.out_channels, self.in_channels
+        if self.transposed:
+            first, second = second, first
+        return (first, second // self.groups, *self.kernel_size)
+
+    def to_rows(self, weight: Tensor) -> Tensor:
+        return self._geometry.to_rows(weight)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        return self._geometry.from_rows(rows, self._weight_shape)
+
+    def _output_spec(self) -> Any:
+        return of_batch(self.config.output)
+
+    def _apply_to(
+        self, input: Tensor, geometry: Geometry, pad: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> Tensor:
+        name = type(self).__name__
+        self._check_input(input)
+        dims = len(self.kernel_size)
+        if input.dim() not in (dims + 1, dims + 2) or input.shape[-dims - 1] != self.in_channels:
+            sizes = ", ".join("DHW"[-dims:])
+            raise ValueError(
+                f"{name}: expected input to have shape (N, {self.in_channels}, {sizes}) or "
+                f"({self.in_channels}, {sizes}), got {tuple(input.shape)}"
+            )
+        is_batch = input.dim() == dims + 2
+        x = (input if is_batch else input.unsqueeze(0)).detach()
+        size = geometry.output_size(pad(x).shape[2:], self.kernel_size)
+        if min(size) < 1:
+            raise ValueError(
+                f"{name}: expected an input that is at least as large as the kernel, got {tuple(input.shape)}, whose "
+                f"output would have the size {tuple(size)}"
+            )
+        grid = self._input_grid(checks.compute_dtype(x.dtype))
+        if self.requantization is not None:
+            y = self._requantized(self._sums(x, grid, geometry, pad), self.bias, 1, x)
+        else:
+            y = self._output(self._product(x, grid, geometry, pad), x)
+        return y if is_batch else y.squeeze(0)
+
+    def _product(
+        self, x: Tensor, grid: Grid | None, geometry: Geometry, pad: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        config, x_spec = self.config, of_batch(self.config.input)
+        if not config.uses_int8_gemm(self.rows[1]):
+            x_hat = fake_quantized(x, x_spec, grid)
+            b_hat = self._b_hat(x, None)
+            return geometry.convolve(pad(x_hat), self.dequantize(self._float_dtype(x)), b_hat)
+        assert x_spec is not None
+        scale, zero_point = functional.choose_qparams(x, **x_spec.arguments) if grid is None else grid
+        b_hat = self._b_hat(x, scale)
+        ops = kernels.route(x)
+        if ops is None or not x.is_cpu or x.dtype == torch.float64:
+            return self._exact_result(x, (scale, zero_point), b_hat, geometry, pad)
+        call: Any = int8_convolution.forward if ops is kernels.extension else _forward
+        value, _, _ = call(
+            pad(x), scale, zero_point, x_spec.quant_min, x_spec.quant_max, self._kept(self._int8_weight),
+            list(self.kernel_size), b_hat, *geometry, _is_channels_last(x),
+        )  # fmt: skip
+        return value
+
+    def _int8_weight(self) -> Int8Weight:
+        values, (scale, zero_point) = self.integers(), self._rows_of_grid()
+        if self.weight_zero_point is not None:  # int8 means symmetric there
+            values = values.to(torch.int16)
+        return Int8Weight(values.contiguous(), scale, zero_point, {})
+
+    def _exact_result(
+        self, x: Tensor, grid: Grid, b_hat: Tensor | None, geometry: Geometry, pad: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        sums = self._sums(x, grid, geometry, pad) + 0.0  # never -0.0
+        ones = (1,) * (x.dim() - 2)
+        scale = self._rows_of_grid()[0].to(grid[0].dtype)
+        y = sums.to(scale.dtype) * (grid[0].reshape(-1, 1, *ones) * scale.reshape(1, -1, *ones))
+        return y if b_hat is None else y + b_hat.to(y.dtype).reshape(1, -1, *ones)
+
+    def _sums(
+        self, x: Tensor, grid: Grid | None, geometry: Geometry, pad: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Returns the exact products of the integers, NaN in windows of the input that hold a NaN."""
+        x_spec = of_batch(self.config.input)
+        assert grid is not None and x_spec is not None
+        levels = reference.levels(x, x_spec, *grid)
+        return geometry.convolve(pad(levels), self.from_rows(self._levels()), None)
+
+
+class _IntegerConvNd(_IntegerConv):
+    """A convolution that is not transposed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        layer: Any = self._source._float_class(**self.arguments, bias=False, device="meta")
+        self._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
+
+    forward = _QATConvNd.forward
+
+
+class _IntegerConvTransposeNd(_IntegerConv):
+    """A transposed convolution."""
+
+    transposed = True
+    output_padding: tuple[int, ...]
+    forward = _QATConvTransposeNd.forward
+    _output_padding = _ConvTransposeNd._output_padding
+
+
+class IntegerConv1d(_IntegerConvNd):
+    """A convolution with an integer weight, made of a :class:`qatfast.QATConv1d`."""
+
+    _source = QATConv1d
+
+
+class IntegerConv2d(_IntegerConvNd):
+    """A convolution with an integer weight, made of a :class:`qatfast.QATConv2d`."""
+
+    _source = QATConv2d
+
+
+class IntegerConv3d(_IntegerConvNd):
+    """A convolution with an integer weight, made of a :class:`qatfast.QATConv3d`."""
+
+    _source = QATConv3d
+
+
+class IntegerConvTranspose1d(_IntegerConvTransposeNd):
+    """A transposed convolution with an integer weight, made of a :class:`qatfast.QATConvTranspose1d`."""
+
+    _source = QATConvTranspose1d
+
+
+class IntegerConvTranspose2d(_IntegerConvTransposeNd):
+    """A transposed convolution with an integer weight, made of a :class:`qatfast.QATConvTranspose2d`."""
+
+    _source = QATConvTranspose2d
+
+
+class IntegerConvTranspose3d(_IntegerConvTransposeNd):
+    """A transposed convolution with an integer weight, made of a :class:`qatfast.QATConvTranspose3d`."""
+
+    _source = QATConvTranspose3d

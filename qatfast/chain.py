@@ -409,7 +409,8 @@ def is_active_dropout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _other_flow(chain: Chain, position: int, name: str) -> RuntimeError:
     expected = chain.computed[position] if position < len(chain.computed) else "the reading layer"
+    reader = getattr(chain.quantizer, "_name", "a converted model")
     return RuntimeError(
-        f"{chain.quantizer._name}: expected the flow that prepare recorded, in which {expected} reads this result, got "
+        f"{reader}: expected the flow that prepare recorded, in which {expected} reads this result, got "
         f"{name}; prepare the model with example_inputs that take this way, or without them"
     )

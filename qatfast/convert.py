@@ -50,9 +50,9 @@ def convert(model: nn.Module, *, form: str = "integer", example_inputs: Any = No
     In the form ``"integer"`` it gives the results of ``model.eval()`` to the bit. Each quantized layer becomes an
     :class:`IntegerLinear <qatfast.integer.IntegerLinear>`, ``IntegerConv1d`` to ``3d``, ``IntegerConvTranspose1d`` to
     ``3d``, ``IntegerEmbedding`` or ``IntegerMultiheadAttention``, without a float weight; layers of one Parameter with
-    equal integers share them. A BatchNorm that a chain folds becomes nn.Identity, and so does its nn.ReLU6. All other
-    modules, and layers that ``prepare`` left in float, are copied. The result is in evaluation mode and has no
-    gradients in its integer layers; ``model`` is unchanged.
+    equal integers share them. A BatchNorm that a chain folds becomes nn.Identity. All other modules, and layers that
+    ``prepare`` left in float, are copied. The result is in evaluation mode and has no gradients in its integer layers;
+    ``model`` is unchanged.
 
     Args:
         model: after ``prepare``, or with quantized layers placed by hand; trained or calibrated.
@@ -112,7 +112,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Returns what replaces each layer, folded BatchNorm and ReLU6."""
+    """Returns what replaces each layer and folded BatchNorm."""
     result: dict[nn.Module, nn.Module] = {}
     unobserved: list[str] = []
     tied: dict[int, list[IntegerLayer]] = {}
@@ -134,7 +134,10 @@ def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
         if isinstance(replacement, IntegerLayer):
             _tie(replacement, tied.setdefault(id(layer.weight), []))
         if getattr(replacement, "requantization", None) is not None:
-            result.update(_identities(layer._chain))
+            norm = None if layer._chain is None else layer._chain.batch_norm
+            if norm is not None:
+                result[norm] = nn.Identity().eval()
+                _take_hooks(norm, result[norm])
     if unobserved:
         raise RuntimeError(
             f"convert: expected ranges that have been observed, got none for {', '.join(dict.fromkeys(unobserved))}; "
@@ -165,20 +168,6 @@ def _tie(layer: IntegerLayer, others: list[IntegerLayer]) -> None:
 
 def _equal(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
-
-
-def _identities(chain: Any) -> dict[nn.Module, nn.Module]:
-    """Returns the modules of a chain that its first layer computes; a ReLU does not change the result."""
-    modules = [] if chain.batch_norm is None else [chain.batch_norm]
-    if (
-        not chain.readers
-    ):  # the value of an integer may exceed 6 by half a step; a reader's integers do not change
-        modules += [module for module in chain.members if type(module) is nn.ReLU6]
-    result: dict[nn.Module, nn.Module] = {}
-    for module in modules:
-        result[module] = nn.Identity().eval()
-        _take_hooks(module, result[module])
-    return result
 
 
 def _take_hooks(source: nn.Module, target: nn.Module) -> None:

@@ -15,6 +15,7 @@ from qatfast import (
     QATConfig,
     QuantSpec,
     calibrate,
+    convert,
     fake_quantize_affine,
     prepare,
     quantization_disabled,
@@ -46,14 +47,14 @@ class Residual(nn.Module):
         for norm in (self.norm, self.b_norm):
             nn.init.normal_(norm.weight)
             nn.init.normal_(norm.bias)
-        self.style = style
+        self.style, self.joins = style, torch.add
 
     def forward(self, x):
         relu = STYLES[self.style](self)
         x = F.max_pool2d(relu(self.norm(self.stem(x))), 1)
         y = self.b_norm(self.b(relu(self.a(x))))
         self.joined = (x, y)
-        y = relu(y + x)
+        y = relu(self.joins(y, x))
         return self.head(F.adaptive_avg_pool2d(y, 1).flatten(1))
 
 
@@ -236,3 +237,32 @@ def test_the_result_has_the_dtype_of_the_layer(dtype):
     model.eval()
     assert model(x).dtype == dtype
     assert [value.dtype for value in model.joined] == [dtype] * 2
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("num_bits", [8, 4])
+def test_converted_models_have_the_same_bits(style, num_bits):
+    x = cases.normal((64, 6, 2, 1)) * 4
+    model = Residual(style)
+    with torch.no_grad():
+        model.norm.weight.mul_(10)
+    model = prepare(model, QATConfig.static(num_bits), example_inputs=x, edges=None)
+    model(x)
+    if num_bits < 8:
+        with torch.no_grad():
+            model.stem.output_quantizer.scale.mul_(1.37)  # half a step beyond 6
+    model.eval()
+    with torch.no_grad():
+        expected = model(x), *model.joined
+        model.joined = None
+        deployed = convert(model, example_inputs=x)
+        for found, value in zip((deployed(x), *deployed.joined), expected, strict=True):
+            cases.assert_same(found, value)
+    assert (num_bits, style) != (4, "relu6") or expected[1].max() > 6
+
+
+def test_a_model_that_takes_another_way_is_not_converted():
+    model, x = prepared("module")
+    model.joins = lambda y, x: y * 2 + x
+    with pytest.raises(ValueError, match="in which 'b' goes batch_norm -> output_quantizer, got another way"):
+        convert(model, example_inputs=x)

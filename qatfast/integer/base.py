@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import checks, functional, packing, ranges, reference
+from ..chain import Chain, ChainValue
 from ..config import PerChannel, QATConfig, QuantSpec, describe
 from ..modules.base import QuantizedLayer, TensorSpec
 from ..modules.fake_quantize import QUANTIZE, FakeQuantize
@@ -23,6 +24,8 @@ BUFFERS = (
 )
 Grid = tuple[Tensor, Tensor]
 ROWS = PerChannel(0)
+# The value of an integer may exceed 6 by half a step: the model's own ReLU6 must not change it.
+_RELU6 = Chain(None, "relu6", None, ("relu6",), ())
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,10 @@ class IntegerLayer(nn.Module):
             output,
             requantization.spec,
         )
-        return y if requantization.is_read else self._rounded(y, input)
+        if requantization.is_read:
+            return y
+        y = self._rounded(y, input)
+        return y if requantization.activation != "relu6" else ChainValue.of(y, _RELU6, 0)
 
     def _check_input(self, input: Any) -> None:
         name = type(self).__name__

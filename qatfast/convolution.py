@@ -246,7 +246,7 @@ class _Gradients(torch.autograd.Function):
         ctx.save_for_backward(x, w, q, poison, scale, zero_point, weight, w_scale, w_zero_point)
         ctx.specs, ctx.geometry = (x_spec, w_spec), geometry
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        return value.view_as(value)
+        return value.detach()  # unlike a view, it may be written in place
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -215,7 +215,7 @@ class _Recorder(TorchFunctionMode):
             name = "active dropout"
         if name in MOVERS and any(out.dtype != tensors[0].dtype for out in outputs):
             name = "view as another dtype"
-        if not written and len(outputs) == 1 and outputs[0] is tensors[0] and name in MOVERS:
+        if name in MOVERS and not written and len(outputs) == 1 and outputs[0] is tensors[0]:
             if module is not None:
                 self.flow.passed.setdefault(inputs[0], []).append(module)
             return result

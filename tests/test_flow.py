@@ -302,6 +302,20 @@ def test_layers_that_are_read_stay_in_float_and_others_are_named():
     }
 
 
+def test_a_forward_may_create_tensors():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(x + self.embed(torch.arange(x.shape[1])) + torch.zeros(6))
+
+    x = cases.normal((2, 5, 6))
+    model = prepare(Positions(), example_inputs=x)
+    assert [row.reason for row in summary(model).rows] == [None, None]
+
+
 def test_recording_leaves_the_model_as_it_was():
     model = network().train()
     model[3].eval()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from . import kernels
 from .config import Learned
 from .modules.base import QuantizedLayer
 from .modules.fake_quantize import FLOAT, OBSERVE, FakeQuantize
@@ -181,6 +182,7 @@ def sync_ranges(model: nn.Module, group: Any = None) -> None:
         state
         for quantizer in learned
         for state in (quantizer.scale, quantizer.zero_point, quantizer.num_batches)
+        if not kernels.is_dtensor(state)  # FSDP: the processes have parts of one scale
     ]
     if states:
         packed = torch.cat([state.double().flatten() for state in states])

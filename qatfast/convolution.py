@@ -148,7 +148,7 @@ def qat_conv(
     if "weight" in grids:
         w_link, of_weight = _Link.apply(fake_quantized_weight()), (weight, *_detached(grids["weight"]))
     return _Gradients.apply(
-        _Link.apply(x_link), w_link, b_hat, (value,), q, poison, *x_grid, *of_weight, x_spec, w_spec, geometry
+        _Link.apply(x_link), w_link, b_hat, value, q, poison, *x_grid, *of_weight, x_spec, w_spec, geometry
     )
 
 
@@ -231,7 +231,7 @@ class _Gradients(torch.autograd.Function):
         x: Tensor,
         w: Tensor,
         bias: Tensor | None,
-        value: tuple[Tensor],  # not an input of the node, so that the result can be written in place
+        value: Tensor,
         q: Tensor,
         poison: Tensor,
         scale: Tensor,
@@ -246,7 +246,7 @@ class _Gradients(torch.autograd.Function):
         ctx.save_for_backward(x, w, q, poison, scale, zero_point, weight, w_scale, w_zero_point)
         ctx.specs, ctx.geometry = (x_spec, w_spec), geometry
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        return value[0].clone() if torch.compiler.is_compiling() else value[0]  # tracers make it an input
+        return value.detach()  # unlike a view, it may be written in place
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -520,11 +520,10 @@ def _share_weight_quantizers(layers: Iterable[QuantizedLayer]) -> None:
     """Layers with one Parameter and equal specs of it share a quantizer."""
     quantizers: dict[tuple[int, QuantSpec], nn.Module] = {}
     for layer in layers:
+        own = layer._parameters
         quantizer = layer._modules.get("weight_quantizer")
-        if isinstance(quantizer, FakeQuantize) and hasattr(
-            layer, "weight"
-        ):  # attention has an in_proj_weight
-            key = id(layer.weight), quantizer.spec
+        if isinstance(quantizer, FakeQuantize):
+            key = id(own.get("weight", own.get("in_proj_weight"))), quantizer.spec
             layer._modules["weight_quantizer"] = quantizers.setdefault(key, quantizer)
 
 

@@ -260,6 +260,18 @@ def test_gradients_are_those_of_the_float_formula(transposed, range, memory_form
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("config", [None, QATConfig.weight_only(8, 9)], ids=["int8", "float"])
+def test_a_result_may_be_written_in_place(config):
+    layer, x = layer_of(2, False, config), cases.normal((2, 4, 6, 6))
+    layer(x)
+    qatfast.freeze(layer)
+    found = []
+    for inplace in (False, True):
+        y = nn.ReLU(inplace)(layer(x))
+        found.append(torch.autograd.grad(y, layer.weight, y.detach()))
+    cases.assert_same(*(grads[0] for grads in found))
+
+
 def test_second_derivatives():
     layer = layer_of(2, False, QATConfig.int8())
     x = cases.normal((2, 4, 5, 5), requires_grad=True)

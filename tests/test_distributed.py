@@ -11,7 +11,7 @@ import torch.distributed
 from torch import nn
 
 import cases
-from qatfast import QATConfig, QATLinear, prepare, unused_layers
+from qatfast import QATConfig, QATLinear, prepare, sync_ranges, unused_layers
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -89,9 +89,10 @@ def fully_sharded(mesh, rank):
     from torch.distributed.fsdp import fully_shard
 
     x = cases.normal((4, 16), seed=rank)
-    for config in CONFIGS.values():
+    for config in (*CONFIGS.values(), QATConfig.static(), QATConfig.static(4)):
         torch.manual_seed(0)
-        model = prepare(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), config)
+        model = prepare(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), config, edges=None)
+        model(cases.normal((4, 16)))  # learned scales are set before the parameters are distributed
         reference = copy.deepcopy(model)
         for layer in (model[0], model[2], model):
             fully_shard(layer, mesh=mesh)
@@ -100,9 +101,10 @@ def fully_sharded(mesh, rank):
             with unused_layers(model) as unused:
                 y = model(x)
             assert unused == []
-            assert torch.equal(y, reference(x))
+            expected = reference(x)
+            assert torch.equal(y, expected)
             y.square().sum().backward()
-            reference(x).square().sum().backward()
+            expected.square().sum().backward()
             for parameter in reference.parameters():
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= 2  # fully_shard averages over the ranks
@@ -111,6 +113,12 @@ def fully_sharded(mesh, rank):
                 optimizer.zero_grad()
         for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
             assert torch.allclose(ours.full_tensor(), theirs, atol=1e-6)
+        for own in (model, reference):
+            sync_ranges(own)
+        assert torch.allclose(model.eval()(x), reference.eval()(x), atol=1e-6)
+        results = [torch.empty(2, 4) for _ in range(2)]
+        torch.distributed.all_gather(results, model(cases.normal((2, 16), seed=2)).detach())
+        assert torch.equal(*results)  # observed ranges differ until they are shared
     with pytest.raises(TypeError, match="expected a layer outside of FSDP, got one that FSDP manages"):
         QATLinear.from_float(fully_shard(nn.Linear(16, 8), mesh=mesh))
     whole = fully_shard(nn.Sequential(nn.Linear(16, 8)), mesh=mesh)

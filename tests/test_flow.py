@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import cases
 from qatfast import (
@@ -252,6 +253,28 @@ def test_layers_that_read_one_tensor_share_a_quantizer():
     assert model.a.input_quantizer is model.b.input_quantizer is not model.c.input_quantizer
 
 
+def test_layers_that_share_a_quantizer_are_recomputed_with_their_own_grids():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.gate, self.up = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.gate(x).sigmoid() * self.up(x)
+
+    x = cases.normal((5, 6))
+    model = prepare(Gated(), example_inputs=x)
+    model(x)  # from now on, the first reader moves the range of the second
+    found = []
+    for function in (lambda f, x: f(x), lambda f, x: checkpoint(f, x, use_reentrant=False)):
+        twin = copy.deepcopy(model)
+        function(twin, 2 * x).square().sum().backward()
+        found.append([parameter.grad for parameter in twin.parameters()])
+    for plain, recomputed in zip(*found, strict=True):
+        cases.assert_same(recomputed, plain)
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -300,6 +323,20 @@ def test_layers_that_are_read_stay_in_float_and_others_are_named():
     assert {row.name: row.reason for row in summary(model).rows if row.reason} == {
         "read": "its parent reads .weight"
     }
+
+
+def test_a_forward_may_create_tensors():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(x + self.embed(torch.arange(x.shape[1])) + torch.zeros(6))
+
+    x = cases.normal((2, 5, 6))
+    model = prepare(Positions(), example_inputs=x)
+    assert [row.reason for row in summary(model).rows] == [None, None]
 
 
 def test_recording_leaves_the_model_as_it_was():

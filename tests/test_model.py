@@ -239,6 +239,18 @@ def test_a_module_used_twice_is_one_layer():
     cases.assert_same(once["first.weight"], other.again.weight.grad + other.first.weight.grad)
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_tied_weights_of_attention_share_a_learned_scale(is_tied):
+    model = encoder()
+    first, second = (layer.self_attn for layer in model.layers)
+    if is_tied:
+        second.in_proj_weight = first.in_proj_weight
+    prepare(model, QATConfig.static(4), edges=None)
+    first, second = (layer.self_attn for layer in model.layers)
+    assert (first.weight_quantizer is second.weight_quantizer) == is_tied
+    assert torch.isfinite(model(cases.normal((2, 5, 16)))).all()
+
+
 def test_tied_weights_stay_tied():
     model = prepare(GPT())
     assert model.head.weight is model.embed.weight

@@ -209,7 +209,7 @@ class QATMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         for name, x in inputs.items():
             quantizer = own.get(name, own.get("input_quantizer"))
             if quantizer is not None and id(x) not in grids:
-                grids[id(x)] = quantizer.grid(x) if is_quantized else quantizer.forward(x)
+                grids[id(x)] = quantizer.grid(x, self) if is_quantized else quantizer.forward(x)
         bias = self.in_proj_bias
         if self._qkv_same_embed_dim:
             w_grid = self._weight_grid("weight_quantizer", self.in_proj_weight)
@@ -236,7 +236,7 @@ class QATMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         quantizer: Any = self._modules.get(name)
         if quantizer is None:
             return None
-        return quantizer.grid(weight) if self._mode == QUANTIZE else quantizer.forward(weight)
+        return quantizer.grid(weight, self) if self._mode == QUANTIZE else quantizer.forward(weight)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, x_grid: Any, w_grid: Any) -> Tensor:
         if self._mode != QUANTIZE:

@@ -170,9 +170,9 @@ class _QATConv(QuantizedLayer, _ConvNd):
             return y if of_output is None else of_output.forward(y)
         grids = {}
         if of_input is not None:
-            grids["input"] = of_input.grid(x)
+            grids["input"] = of_input.grid(x, self)
         if of_weight is not None:
-            grids["weight"] = of_weight.grid(geometry.to_rows(weight))
+            grids["weight"] = of_weight.grid(geometry.to_rows(weight), self)
         y = qat_conv(x, weight, bias, self.config, grids, geometry, pad, self._kept)
         if of_output is not None:
             y = of_output.forward(y)

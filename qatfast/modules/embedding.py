@@ -134,7 +134,7 @@ class QATEmbedding(QuantizedLayer, nn.Embedding):
             return rows if of_output is None else of_output.forward(rows)
         y = rows
         if config.weight is not None:
-            grid = None if of_weight is None else of_weight.grid(weight)
+            grid = None if of_weight is None else of_weight.grid(weight, self)
             y = _quantized_rows(rows, input, weight, config.weight, grid)
         if of_output is not None:
             return of_output.forward(y)

@@ -81,7 +81,7 @@ class FakeQuantize(nn.Module):
     _is_observed: bool = False  # whether num_batches is known to be greater than 0
     _was_observed: bool = True  # in the latest forward of a learned range
     _counts: tuple[int, Any] = (0, 0)  # elements that calibrate saw, and how many of them were clipped
-    _latest: tuple[Tensor, Tensor] | None = None  # scale and zero point of the latest forward that observed
+    _latest: dict[int, tuple[Tensor, Tensor]]  # the latest grid that observed, by the id of the reader
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class FakeQuantize(nn.Module):
         for parameter in self._parameters.values():
             assert parameter is not None
             parameter.fill_(1.0)
-        self._is_observed, self._latest = False, None
+        self._is_observed, self._latest = False, {}
 
     def forward(self, input: Tensor) -> Tensor:
         spec = self.spec
@@ -142,7 +142,7 @@ class FakeQuantize(nn.Module):
             y, *grid = ranges.fake_quantize_observed(
                 input, own["running_min"], own["running_max"], own["num_batches"], spec
             )
-            self._remember(*grid)
+            self._remember(None, *grid)
             return y
         scale, zero_point = self.grid(input)
         if self._mode == OBSERVE:
@@ -168,26 +168,27 @@ class FakeQuantize(nn.Module):
         elements, clipped = self._counts
         self._counts = elements + input.numel(), clipped + (~inside & ~input.isnan()).sum()
 
-    def grid(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def grid(self, input: Tensor, reader: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Returns the scale and the zero point that quantize ``input``, and observes it where forward would.
 
-        The range is not ``Dynamic()``.
+        The range is not ``Dynamic()``. ``reader`` is the layer that takes them: layers that share the
+        quantizer get different ones in a forward that observes, and again in a recomputed forward.
         """
         if isinstance(self.spec.range, Fixed):
             return ranges.fixed_grid(input, self.spec)
-        return self._learned(input) if isinstance(self.spec.range, Learned) else self._stored(input)
+        return self._learned(input) if isinstance(self.spec.range, Learned) else self._stored(input, reader)
 
     @property
     def observes(self) -> bool:
         """Whether the range depends on the inputs of now."""
         return self.spec.has_state and not self.frozen and (self.training or self._mode == OBSERVE)
 
-    def _remember(self, scale: Tensor, zero_point: Tensor) -> None:
+    def _remember(self, reader: nn.Module | None, scale: Tensor, zero_point: Tensor) -> None:
         """Keeps the grid for a recomputed forward, as of activation checkpointing."""
         if not is_compiling():
-            vars(self)["_latest"] = (scale, zero_point)  # nn.Module.__setattr__ takes 1 us
+            self._latest[id(reader)] = (scale, zero_point)
 
-    def _stored(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def _stored(self, input: Tensor, reader: nn.Module | None) -> tuple[Tensor, Tensor]:
         """Of a range that is observed."""
         spec = self.spec
         if self.observes:
@@ -197,10 +198,10 @@ class FakeQuantize(nn.Module):
                 grid = ranges.observe_range(
                     input.detach(), self.running_min, self.running_max, self.num_batches, spec
                 )
-                self._remember(*grid)
+                self._remember(reader, *grid)
                 return grid
-            if self._latest is not None:
-                return self._latest
+            if id(reader) in self._latest:
+                return self._latest[id(reader)]
         if not self._has_observed():
             raise self._unobserved()
         own, compute = self._buffers, checks.compute_dtype(input.dtype)
@@ -265,7 +266,7 @@ class FakeQuantize(nn.Module):
 
         was_meta = self.spec.has_state and self.num_batches.is_meta
         super()._apply(moved, recurse)
-        self._latest = None
+        self._latest = {}
         if was_meta and not self.num_batches.is_meta:  # by to_empty() of a parent
             self.reset_parameters()
         return self
@@ -287,11 +288,11 @@ class FakeQuantize(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
         if not is_float:
             missing_keys += missing
-            self._is_observed, self._latest = False, None
+            self._is_observed, self._latest = False, {}
             self._has_observed()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_latest"}
+        return vars(self) | {"_latest": {}}
 
     def extra_repr(self) -> str:
         spec = self.spec

@@ -181,7 +181,7 @@ bias=affine per tensor, output=affine per tensor)
                 quantizer.forward(tensors[name])
             y = F.linear(input, weight, bias)
             return y if output is None else output.forward(y)
-        grids = {name: quantizer.grid(tensors[name]) for name, quantizer in quantizers.items()}
+        grids = {name: quantizer.grid(tensors[name], self) for name, quantizer in quantizers.items()}
         if output is None:
             slot = weight_cache.slot_of(self) if ranges.takes_int8_weight(self.config) else None
             int8_weight = () if slot is None else weight_cache.int8_weight(slot, weight, self.config)

@@ -82,6 +82,7 @@ class FakeQuantize(nn.Module):
     _was_observed: bool = True  # in the latest forward of a learned range
     _latest: dict[int, tuple[Tensor, Tensor]]  # the latest grid that observed, by the id of the reader
     _saved_as: str | None = None  # the first prefix of the latest state_dict
+    _is_left_out: bool = False  # whether the checkpoint that is loaded has nothing of the quantizer's layer
     _loaded_with: list[str] | None = None  # the error_msgs of the latest load_state_dict, which identify it
 
     def __init__(
@@ -281,7 +282,8 @@ class FakeQuantize(nn.Module):
     ) -> None:
         names = [prefix + name for name in (*self._parameters, *self._buffers)]
         is_float = not any(name in state_dict for name in names)
-        if is_float and self._loaded_with is not error_msgs:  # not loaded under another of its names
+        is_loaded = self._loaded_with is error_msgs  # under another of its names
+        if is_float and not (is_loaded or self._is_left_out):
             self.reset_parameters()
         missing: list[str] = []
         super()._load_from_state_dict(

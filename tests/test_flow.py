@@ -275,6 +275,40 @@ def test_layers_that_share_a_quantizer_are_recomputed_with_their_own_grids():
         cases.assert_same(recomputed, plain)
 
 
+@pytest.mark.parametrize("config", [QATConfig.static(), QATConfig.static(4)], ids=["observed", "learned"])
+def test_the_state_of_a_shared_quantizer_is_saved_without_shared_memory(config):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(6, 2), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return torch.cat([self.a(x), self.b(x)], -1)
+
+    x = cases.normal((5, 6))
+    model, other = (prepare(Heads(), config, example_inputs=x) for _ in range(2))
+    model(x)
+    expected = model.eval()(x)
+    for state in (model.state_dict(), model.state_dict()):
+        memory = [value.data_ptr() for value in state.values()]
+        assert len(set(memory)) == len(memory)
+        assert (
+            state["a.input_quantizer.num_batches"].data_ptr()
+            == model.a.input_quantizer.num_batches.data_ptr()
+        )
+    other.load_state_dict(state)
+    cases.assert_same(other.eval()(x), expected)
+    for name in "ab":  # one of the names, as safetensors.torch.save_model saves
+        part = {key: value for key, value in state.items() if not key.startswith(f"{name}.input")}
+        other = prepare(Heads(), config, example_inputs=x)
+        other.load_state_dict(part)
+        cases.assert_same(other.eval()(x), expected)
+        floats = {key: value for key, value in state.items() if "quantizer" not in key}
+        other.load_state_dict(floats)
+        assert not other.a.input_quantizer.num_batches
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()

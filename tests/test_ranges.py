@@ -703,6 +703,19 @@ def test_checkpoints_of_nn_linear_load(config):
 
 
 @configs
+def test_a_checkpoint_without_the_layer_leaves_its_ranges(config):
+    model = nn.ModuleDict({"layer": QATLinear(16, 6, config=config), "adapter": nn.Linear(16, 6)})
+    layer = model["layer"]
+    layer(cases.normal((5, 16)))
+    state = state_of(layer)
+    adapter = {f"adapter.{name}": value for name, value in nn.Linear(16, 6).state_dict().items()}
+    model.load_state_dict(adapter, strict=False)
+    assert_same_state(layer.state_dict(), state)
+    model.load_state_dict({"layer.weight": layer.weight.detach()}, strict=False)
+    assert all(quantizer.num_batches.item() == 0 for quantizer in layer.children() if quantizer.state_dict())
+
+
+@configs
 def test_copies_and_files_of_layers(config):
     layer = QATLinear(16, 6, config=config)
     x = cases.normal((5, 16))

@@ -219,6 +219,15 @@ class QuantizedLayer(nn.Module):
             if quantizer is not None:
                 quantizer.reset_parameters()  # type: ignore[operator]
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        ranges = tuple(f"{prefix}{key}." for key in self._quantizers)
+        is_part = any(key.startswith(prefix) and not key.startswith(ranges) for key in state_dict)
+        for key in self._quantizers:
+            quantizer = self._modules.get(key)
+            if isinstance(quantizer, FakeQuantize):
+                quantizer._is_left_out = not is_part
+
     def reset_parameters(self) -> None:
         super().reset_parameters()  # type: ignore[misc]
         self._reset_quantizers()

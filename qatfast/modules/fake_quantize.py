@@ -82,6 +82,9 @@ class FakeQuantize(nn.Module):
     _was_observed: bool = True  # in the latest forward of a learned range
     _counts: tuple[int, Any] = (0, 0)  # elements that calibrate saw, and how many of them were clipped
     _latest: dict[int, tuple[Tensor, Tensor]]  # the latest grid that observed, by the id of the reader
+    _saved_as: str | None = None  # the first prefix of the latest state_dict
+    _is_left_out: bool = False  # whether the checkpoint that is loaded has nothing of the quantizer's layer
+    _loaded_with: list[str] | None = None  # the error_msgs of the latest load_state_dict, which identify it
 
     def __init__(
         self,
@@ -271,6 +274,19 @@ class FakeQuantize(nn.Module):
             self.reset_parameters()
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Saves copies under all names of a shared quantizer but the first.
+
+        safetensors and Transformers save no tensors that share memory.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._saved_as != prefix and f"{self._saved_as}num_batches" in destination:
+            if not keep_vars:
+                for name in (*self._parameters, *self._buffers):
+                    destination[prefix + name] = destination[prefix + name].clone()
+        else:
+            self._saved_as = prefix
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -278,17 +294,21 @@ class FakeQuantize(nn.Module):
         local_metadata: Any,
         strict: bool,
         missing_keys: list[str],
-        *rest: Any,
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         names = [prefix + name for name in (*self._parameters, *self._buffers)]
         is_float = not any(name in state_dict for name in names)
-        if is_float:
+        is_loaded = self._loaded_with is error_msgs  # under another of its names
+        if is_float and not (is_loaded or self._is_left_out):
             self.reset_parameters()
         missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
         if not is_float:
             missing_keys += missing
-            self._is_observed, self._latest = False, {}
+            self._is_observed, self._latest, self._loaded_with = False, {}, error_msgs
             self._has_observed()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import functional, reference
+from . import functional, onnx, reference
 from .calibration import calibrate, freeze, quantization_disabled, sync_ranges, unfreeze
 from .config import (
     Dynamic,
@@ -136,6 +136,7 @@ __all__ = [
     "fake_quantize_learned",
     "freeze",
     "functional",
+    "onnx",
     "prepare",
     "qat_linear",
     "quantization_disabled",

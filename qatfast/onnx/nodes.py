@@ -1,0 +1,103 @@
+"""ONNX operators as torch functions and modules: the exporter writes each call as one node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..qdq import Grid
+
+# Metadata of nodes: the dotted name of their layer, and what they are in it:
+#   "product"    the multiplication
+#   "integers"   the last node of a quantization
+#   "relu", "relu6"   dequantizes integers to which the activation has been applied already
+#   "4 bits"     dequantizes a weight that is stored in 4 bits
+LAYER, ROLE = "qatfast.layer", "qatfast.role"
+
+
+def node(
+    op_type: str,
+    inputs: Sequence[Tensor | None],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    layer: str,
+    role: str = "",
+    **attributes: Any,
+) -> Tensor:
+    """Returns the result of an ONNX operator."""
+    tags = {LAYER: layer, ROLE: role}
+    return torch.onnx.ops.symbolic(op_type, inputs, attributes, dtype=dtype, shape=shape, metadata_props=tags)
+
+
+class _OnGrid(nn.Module):
+    """Scale and zero point as initializers; the zero point has the dtype of the integers."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, grid: Grid, layer: str) -> None:
+        super().__init__()
+        self.layer, self.dtype = layer, grid.dtype
+        self.attributes: dict[str, Any] = {} if grid.axis is None else {"axis": grid.axis}
+        if grid.group_size is not None:
+            self.attributes["block_size"] = grid.group_size
+        self.register_buffer("scale", grid.scale.detach().clone())
+        self.register_buffer("zero_point", grid.zero_point.to(grid.dtype).clone())
+
+    def dequantized(self, q: Tensor, role: str = "") -> Tensor:
+        operands = [q, self.scale, self.zero_point]
+        return node("DequantizeLinear", operands, q.shape, torch.float32, self.layer, role, **self.attributes)
+
+
+class Constant(_OnGrid):
+    """A tensor that is stored as integers."""
+
+    values: Tensor
+
+    def __init__(self, values: Tensor, grid: Grid, layer: str, role: str = "") -> None:
+        super().__init__(grid, layer)
+        self.role = role
+        self.register_buffer("values", values.detach().to(grid.dtype).clone())
+
+    def forward(self) -> Tensor:
+        return self.dequantized(self.values, self.role)
+
+
+class Quantizer(_OnGrid):
+    """Quantizes a tensor, and applies a ReLU or a ReLU6 to the integers."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, grid: Grid, layer: str, activation: str | None = None) -> None:
+        super().__init__(grid, layer)
+        self.activation = activation or ""
+        low, high = integers_after(activation, grid)
+        info = torch.iinfo(grid.dtype)
+        self.is_clipped = (low, high) != (info.min, info.max)
+        self.register_buffer("low", torch.tensor(low, dtype=grid.dtype))
+        self.register_buffer("high", torch.tensor(high, dtype=grid.dtype))
+
+    def quantized(self, x: Tensor) -> Tensor:
+        operands, kind = [x, self.scale, self.zero_point], (x.shape, self.dtype, self.layer)
+        if not self.is_clipped:
+            return node("QuantizeLinear", operands, *kind, "integers", **self.attributes)
+        q = node("QuantizeLinear", operands, *kind, **self.attributes)
+        return node("Clip", [q, self.low, self.high], *kind, "integers")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dequantized(self.quantized(x), self.activation)
+
+
+def integers_after(activation: str | None, grid: Grid) -> tuple[int, int]:
+    """Returns the least and the largest integer that an activation leaves."""
+    low, high = grid.quant_min, grid.quant_max
+    if activation is not None:
+        low = max(low, int(grid.zero_point))
+    if activation == "relu6":
+        steps = torch.round(torch.full_like(grid.scale, 6.0) / grid.scale)
+        high = min(high, int(grid.zero_point) + int(steps))
+    return low, high

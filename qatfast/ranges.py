@@ -120,6 +120,8 @@ def qat_linear(
             :func:`takes_int8_weight`.
     """
     checks.linear_operands("qat_linear", input, weight, bias)
+    if torch._C._are_functorch_transforms_active():  # they take neither the operators nor _LinearGradients
+        return reference.qat_linear_static(input, weight, bias, config, grids)
     if takes_int8_weight(config) and config.uses_int8_gemm(weight.shape[-1]) and weight.dtype == input.dtype:
         ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
         if ops is not None and input.is_cpu:

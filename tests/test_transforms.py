@@ -19,6 +19,7 @@ from qatfast import (
     QuantSpec,
     fake_quantize,
     functional,
+    prepare,
 )
 
 CONFIGS = pytest.mark.parametrize("config", cases.CONFIGS.values(), ids=cases.CONFIGS)
@@ -304,3 +305,28 @@ def test_the_default_dtype_changes_nothing(device):
     finally:
         torch.set_default_dtype(before)
     cases.assert_same(y, functional.fake_quantize_affine(x, 0.5, 3, 0, 15))
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 2, 2)], ids=["linear", "convolution"])
+def test_transforms_of_a_prepared_model(shape):
+    """In evaluation, with a chain."""
+    torch.manual_seed(0)
+    x = cases.normal((4, *shape))
+    layer = nn.Linear if len(shape) == 1 else (lambda *sizes: nn.Conv2d(*sizes, 1))
+    model = prepare(nn.Sequential(layer(8, 6), nn.ReLU(), layer(6, 4), nn.Flatten()), example_inputs=x)
+    model(x)
+    model.eval()
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(parameters, x):
+        return functional_call(model, parameters, (x,)).square().sum()
+
+    loss(dict(model.named_parameters()), x).backward()
+    expected = {name: value.grad for name, value in model.named_parameters()}
+    found = grad(loss)(parameters, x)
+    of_samples = vmap(grad(loss), (None, 0))(parameters, x.unsqueeze(1))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(of_samples[name].sum(0), value)
+    samples = vmap(lambda sample: functional_call(model, parameters, (sample[None],))[0])(x)
+    cases.assert_same(samples, model(x).detach())

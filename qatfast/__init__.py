@@ -53,6 +53,7 @@ from .modules import (
     QATLinear,
     QATMultiheadAttention,
 )
+from .serialization import load, save
 from .weight_cache import cached_weights
 
 __version__ = "0.1.0"
@@ -136,12 +137,14 @@ __all__ = [
     "fake_quantize_learned",
     "freeze",
     "functional",
+    "load",
     "onnx",
     "prepare",
     "qat_linear",
     "quantization_disabled",
     "quantize",
     "reference",
+    "save",
     "search_qparams",
     "summary",
     "sync_ranges",

@@ -93,9 +93,13 @@ def test_the_version_is_the_installed_one():
     assert importlib.metadata.version("qatfast") == qatfast.__version__
 
 
-def test_only_torch_and_numpy_are_required():
+def test_only_torch_numpy_and_safetensors_are_required():
     requirements = importlib.metadata.requires("qatfast")
-    assert sorted(r.split(">")[0] for r in requirements if "extra ==" not in r) == ["numpy", "torch"]
+    assert sorted(r.split(">")[0] for r in requirements if "extra ==" not in r) == [
+        "numpy",
+        "safetensors",
+        "torch",
+    ]
 
 
 def test_import_loads_no_plotting_and_no_learning_library(tmp_path):

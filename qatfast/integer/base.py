@@ -52,8 +52,9 @@ class IntegerLayer(nn.Module):
     - ``weight``: int8, or int16 above 8 bits, in the shape of the float layer. Up to 4 bits it is uint8, with the
       rows of :meth:`integers` packed by :func:`qatfast.packing.pack_rows`. Affine integers are stored from 0 on, those
       of 8 and 16 bits less 128 and 32768. A weight that stays in float is the float weight.
-    - ``weight_scale``, ``weight_zero_point`` (int32, only of affine weights): as :func:`qatfast.choose_qparams` gives
-      them for the matrix with a row per output channel; ``weight = (integers - weight_zero_point) * weight_scale``.
+    - ``weight_scale``, ``weight_zero_point`` (int8 or int16, only of affine weights): those of
+      :func:`qatfast.choose_qparams` for the matrix with a row per output channel;
+      ``weight = (integers - weight_zero_point) * weight_scale``.
     - ``weight_nan``: the positions (int64, in the flat matrix) of elements that are NaN.
     - ``bias``: float32 (float64 in float64 models) as it is added, or int32 if the layer requantizes.
     - ``input_scale``, ``input_zero_point`` (int32): of ranges that are not dynamic.
@@ -104,6 +105,20 @@ class IntegerLayer(nn.Module):
         """The shape of the weight as a matrix with a row per output channel."""
         raise NotImplementedError
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight of the float layer."""
+        return self.rows
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """That of an input, without dimensions of the batch or with 1 for them."""
+        return self.rows[1:]
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.rows[:1]
+
     def to_rows(self, weight: Tensor) -> Tensor:
         """Returns a weight in the shape of the float layer as this matrix."""
         return weight
@@ -146,7 +161,7 @@ class IntegerLayer(nn.Module):
     def _zero_point_like(self, scale: Tensor) -> Tensor:
         if self.weight_zero_point is None:
             return torch.zeros_like(scale, dtype=torch.int32)
-        return self.weight_zero_point.expand_as(scale)
+        return self.weight_zero_point.to(torch.int32).expand_as(scale)
 
     def _rows_of_grid(self) -> Grid:
         """Returns scale and zero point of each row; the scale of a row that holds a NaN is NaN.
@@ -160,7 +175,7 @@ class IntegerLayer(nn.Module):
         zero_point = self.weight_zero_point
         if zero_point is None:
             return scale.contiguous(), torch.zeros(count, dtype=torch.int32, device=scale.device)
-        return scale.contiguous(), zero_point.reshape(-1).expand(count).contiguous()
+        return scale.contiguous(), zero_point.to(torch.int32).reshape(-1).expand(count).contiguous()
 
     def _levels(self) -> Tensor:
         """Returns the levels of the weight, a matrix in float64."""
@@ -251,6 +266,58 @@ class IntegerLayer(nn.Module):
                 f"{name}: expected input to be {checks.dtype_name(self.dtype)}, the dtype of the layer, got "
                 f"{checks.dtype_name(input.dtype)}"
             )
+
+    def check_buffers(self, name: str, *, has_input: bool = True) -> None:
+        """Raises ValueError unless the buffers are those of a layer with these arguments and this config.
+
+        Args:
+            name: of the layer, for messages.
+            has_input: False if the grid of the input may be absent.
+        """
+        for key, kinds in self._legal_buffers().items():
+            value = self._buffers[key]
+            kind = None if value is None else (value.dtype, tuple(value.shape))
+            if kind not in kinds and (has_input or kind is not None or not key.startswith("input")):
+                expected = " or ".join(
+                    "none" if kind is None else f"{kind[0]} of shape {kind[1]}" for kind in kinds
+                )
+                actual = "none" if kind is None else f"{kind[0]} of shape {kind[1]}"
+                raise ValueError(
+                    f"{type(self).__name__}: expected {name}.{key} to be {expected}, got {actual}"
+                )
+
+    def _legal_buffers(self) -> dict[str, list[Any]]:
+        """Returns the dtypes and shapes that each buffer may have; None if it may be absent."""
+        config, (outputs, columns) = self.config, self.rows
+        compute, matrix = checks.compute_dtype(self.dtype), torch.Size((outputs, columns))
+        legal: dict[str, list[Any]] = {name: [None] for name in BUFFERS}
+        spec = config.weight
+        if spec is None:
+            legal["weight"] = [(self.dtype, self.weight_shape)]
+        else:
+            per_byte = packing.values_per_byte(spec.num_bits)
+            packed = (torch.uint8, (outputs, -(-columns // per_byte)))
+            legal["weight"] = [packed if per_byte > 1 else (integer_dtype(spec), self.weight_shape)]
+            shape = checks.shape_of_qparams(matrix, spec.granularity)
+            legal["weight_scale"] = [(compute, (outputs,) if self.requantization else shape)]
+            if not spec.symmetric:
+                shapes = [(), (outputs,)] if self.requantization else [shape]
+                legal["weight_zero_point"] = [(integer_dtype(spec), shape) for shape in shapes]
+            count = 0 if self.weight_nan is None else len(self.weight_nan)
+            legal["weight_nan"] = [None, (torch.int64, (count,))]
+        legal["bias"] = [None, (compute, (outputs,))]
+        if self.requantization is not None:
+            legal["bias"] = [(torch.int32, (outputs,))]
+        sizes = {"input": self.input_shape, "output": self.output_shape}
+        for role, role_spec in (("input", config.input), ("output", self.requantization or config.output)):
+            if isinstance(role_spec, Requantization):
+                shape = ()
+            elif role_spec is None or role_spec.is_dynamic:
+                continue
+            else:
+                shape = checks.shape_of_qparams(torch.Size(sizes[role]), role_spec.granularity)
+            legal[f"{role}_scale"], legal[f"{role}_zero_point"] = [(compute, shape)], [(torch.int32, shape)]
+        return legal
 
     # nn.Module
 
@@ -363,8 +430,15 @@ def stored_integers(integers: Tensor, zero_point: Tensor, spec: QuantSpec) -> di
     if packing.values_per_byte(spec.num_bits) > 1:
         weight = packing.pack_rows(integers, spec.num_bits)
     else:
-        weight = (integers - shift).to(torch.int8 if spec.num_bits <= 8 else torch.int16)
-    return {"weight": weight} | ({} if spec.symmetric else {"weight_zero_point": zero_point - shift})
+        weight = (integers - shift).to(integer_dtype(spec))
+    if spec.symmetric:
+        return {"weight": weight}
+    return {"weight": weight, "weight_zero_point": (zero_point - shift).to(integer_dtype(spec))}
+
+
+def integer_dtype(spec: QuantSpec) -> torch.dtype:
+    """Returns the dtype of integers that are not packed, and of zero points."""
+    return torch.int8 if spec.num_bits <= 8 else torch.int16
 
 
 @torch.no_grad()

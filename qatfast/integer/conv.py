@@ -58,17 +58,25 @@ class _IntegerConv(IntegerLayer):
         return self.out_channels, self.in_channels // self.groups * prod(self.kernel_size)
 
     @property
-    def _weight_shape(self) -> Any:
+    def weight_shape(self) -> tuple[int, ...]:
         first, second = self.out_channels, self.in_channels
         if self.transposed:
             first, second = second, first
         return (first, second // self.groups, *self.kernel_size)
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (1, self.in_channels, *(1 for _ in self.kernel_size))
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (1, self.out_channels, *(1 for _ in self.kernel_size))
+
     def to_rows(self, weight: Tensor) -> Tensor:
         return self._geometry.to_rows(weight)
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        return self._geometry.from_rows(rows, self._weight_shape)
+        return self._geometry.from_rows(rows, torch.Size(self.weight_shape))
 
     def _output_spec(self) -> Any:
         return of_batch(self.config.output)

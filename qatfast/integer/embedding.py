@@ -52,6 +52,13 @@ class IntegerEmbedding(IntegerLayer):
     def rows(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
 
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.rows[1:]
+
+    def _legal_buffers(self) -> dict[str, Any]:
+        return super()._legal_buffers() | {key: [None] for key in ("bias", "input_scale", "input_zero_point")}
+
     def forward(self, input: Tensor) -> Tensor:
         y = self._rows_at(input)
         spec = self.config.output

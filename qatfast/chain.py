@@ -306,6 +306,8 @@ class Carrier:
                 found = value._next(func, name, args, kwargs)
                 if found is not None:
                     return found
+            if name == "detach" and value._positions[-1] == len(value._chain.computed):
+                return value._plain().detach()  # for hooks: it is what the reader takes
             for carrier in carriers:
                 # F.relu_ is not seen by torch.compile, so that what comes after it must not go on unnoticed
                 if carrier._is_open or (is_compiling() and len(carrier._results) == 0):

@@ -221,6 +221,18 @@ def test_modes_and_hooks():
     assert len(seen) == 6 and all(type(value) is torch.Tensor for value in seen)
 
 
+def test_hooks_on_the_last_step_of_a_chain_see_what_the_reader_takes():
+    model, x = prepared()
+    seen = []
+    model.a.register_forward_hook(lambda module, args, y: seen.append(y))
+    model.relu.register_forward_hook(lambda module, args, y: seen.append(y.detach()))
+    with torch.no_grad():
+        model.eval()(x)
+    with pytest.raises(RuntimeError, match="in which relu reads this result, got detach"):
+        seen[1].detach()  # that of the layer is not its own result
+    assert type(seen[2]) is torch.Tensor and seen[2].min() == 0
+
+
 def test_another_config_removes_the_quantizer():
     model, x = prepared()
     config = model.stem.config

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cases
 import qatfast
 from qatfast.study import (
     Settings,
     Study,
     ThreeLayerNet,
+    deployment,
     evaluate_model,
     experiments,
     quantize_layers,
@@ -172,6 +174,42 @@ def test_only_the_tutorials_models_depend_on_the_batch(report):
         assert difference > 1e-5 if name == "qat_tutorial" else difference < 1e-6
 
 
+def test_deployed_models_are_those_that_were_trained(report):
+    study, results, folder = report
+    assert [(entry["model"], entry["bits"]) for entry in results["deployment"]] == [
+        ("qat_learned", bits) for bits in study.settings.bits
+    ]
+    samples = study.test_samples
+    runs = (run for run in study.runs if (run.model, run.seed) == ("qat_learned", study.settings.seed))
+    accuracies = {run.bits: run.accuracy for run in runs}
+    for entry in results["deployment"]:
+        assert (folder / entry["file"]).stat().st_size == entry["bytes"]
+        assert (entry["differing"], entry["differing_predictions"]) == (0, 0)
+        assert entry["compared"] == 10 * samples
+        assert entry["accuracy"] == pytest.approx(accuracies[entry["bits"]])
+        onnx = entry["onnx"]
+        assert (folder / onnx["file"]).stat().st_size <= onnx["bytes"]
+        assert onnx["differing"] == 0 and onnx["compared"] > samples
+        assert onnx["differing_predictions"] == 0
+    batches = [entry["batch"] for entry in results["timing"]["forwards"]]
+    assert batches == [1, 64] * len(study.settings.bits)
+    deployed = qatfast.load(folder / results["deployment"][0]["file"], ThreeLayerNet(64, 128, 10))
+    data = split(digits_samples(), seed=42)
+    with torch.no_grad():
+        trained = study.weights["qat_learned", study.settings.bits[0]].eval()(data.test_inputs)
+        cases.assert_same(deployed(data.test_inputs), trained)
+
+
+def test_without_the_extra_there_is_no_onnx_file(report, tmp_path, monkeypatch):
+    study, _, _ = report
+    monkeypatch.setattr(deployment, "find_spec", lambda package: None)
+    (tmp_path / "models").mkdir()
+    network = study.weights["qat_learned", 4]
+    data = split(digits_samples(), seed=42)
+    found = deployment.deploy("qat_learned", 4, network, network, data, tmp_path, repetitions=0)
+    assert found.onnx is None and found.latencies == ()
+
+
 def test_sizes_are_those_of_files_that_are_there(report):
     study, results, folder = report
     assert len(results["sizes"]) == 2 + 2 * 5
@@ -251,9 +289,9 @@ def test_the_verdict_comes_first_and_the_details_are_folded(report):
     assert set(links) == targets and len(links) == len(targets) >= 4
     details = [attributes for tag, attributes in page.tags if tag == "details"]
     assert len(details) >= 7 and not any("open" in attributes for attributes in details)
-    # Only the accuracies and their differences are not folded.
+    # Only the accuracies, their differences and the deployed models are not folded.
     folded = text.index("<details")
-    assert text[:folded].count("<img") == 1 and text[:folded].count("<table") == 2
+    assert text[:folded].count("<img") == 1 and text[:folded].count("<table") == 3
 
 
 def test_labels_are_short_and_bits_have_one_order(report):

@@ -21,6 +21,7 @@ from .results import (
     Table,
     accuracy_table,
     batch_table,
+    deployment_table,
     difference_table,
     layer_table,
     signal_table,
@@ -105,7 +106,7 @@ def _results(study: Study, signals: list[SignalError], verbose: bool) -> Iterato
         if verbose or study.settings.every_model:  # the verdicts have the differences of the default models
             yield from _lines(difference_table(study))
     if verbose:
-        others = (batch_table, layer_table, size_table, time_table)
+        others = (deployment_table, batch_table, layer_table, size_table, time_table)
         for table in (*(make(study) for make in others), signal_table(signals)):
             if table.rows:
                 yield from _lines(table)

@@ -13,6 +13,7 @@ from torch import nn
 from qatfast.bench.timer import one_thread
 
 from .data import Dataset, Samples, split
+from .deployment import Deployment, deploy
 from .networks import COMPARED, FLOAT_BITS, TITLES, ThreeLayerNet, count_parameters, quantize_layers
 from .ptq import LayerError, layer_errors
 from .size import save_float, save_quantized
@@ -125,6 +126,7 @@ class Study:
         histories: Histories of the first seed's trainings, by model and bits.
         layer_errors: Errors of the layers of the first seed's models.
         sizes: Model files of the first seed.
+        deployments: Deployed QAT models of the first seed.
         step_times: Times of a training step.
         weights: The first seed's models, by model and bits.
         complete: Whether all results are there.
@@ -139,6 +141,7 @@ class Study:
     histories: dict[tuple[str, int], History] = field(default_factory=dict)
     layer_errors: list[LayerError] = field(default_factory=list)
     sizes: list[ModelFile] = field(default_factory=list)
+    deployments: list[Deployment] = field(default_factory=list)
     step_times: list[StepTime] = field(default_factory=list)
     weights: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
     complete: bool = False
@@ -217,6 +220,8 @@ def _run_seed(study: Study, seed: int, folder: Path, on_training: OnTraining) ->
             if trains:
                 experiment.train(name, bits, network)
             experiment.measure(name, bits, network)
+            if name == "qat_learned":
+                experiment.deploy(name, bits, longer, network)
             if name == "ptq_mse":
                 experiment.measure_layers(name, bits, longer, network)
 
@@ -229,7 +234,7 @@ class _SeedStudy:
         self.settings = study.settings
         self.sizes = (data.in_features, self.settings.hidden_features, data.num_classes)
         self.first = seed == self.settings.seed
-        self.models = folder / "models"
+        self.folder, self.models = folder, folder / "models"
         self.diverged: dict[tuple[str, int], str] = {}
 
     def network(self) -> ThreeLayerNet:
@@ -264,10 +269,22 @@ class _SeedStudy:
         if self.first:
             self._keep(name, bits, network)
 
+    def deploy(self, name: str, bits: int, fp32: nn.Module, network: nn.Module) -> None:
+        """Records the deployed form of a model of the first seed that did not diverge."""
+        if self.first and (name, bits) not in self.diverged:
+            repetitions = self.settings.timing_repetitions
+            self.study.deployments.append(
+                deploy(name, bits, network, fp32, self.data, self.folder, repetitions=repetitions)
+            )
+
     def measure_layers(self, name: str, bits: int, network: nn.Module, quantized: nn.Module) -> None:
         """Records the error of each layer of a quantized model of the first seed."""
         if self.first:
-            self.study.layer_errors += layer_errors(name, bits, network, quantized, self.data.test_inputs)
+            layers = quantize_layers(
+                network, bits, name=name
+            )  # without chains, whose layers have no own outputs
+            layers.load_state_dict(quantized.state_dict())
+            self.study.layer_errors += layer_errors(name, bits, network, layers, self.data.test_inputs)
 
     def _evaluate(self, model: nn.Module, batch_size: int = 256) -> Evaluation:
         return evaluate_model(model, self.data.test_inputs, self.data.test_labels, batch_size=batch_size)

@@ -228,7 +228,10 @@ def quantize_layers(
         QuantSpec(num_bits=4, symmetric=False, granularity=PerTensor(), \
 range=MovingAverage(averaging_constant=0.01), narrow_range=True)
     """
-    quantized = prepare(copy.deepcopy(model), model_config(name, num_bits), edges=edge_bits)
+    example_inputs = None if inputs is None else inputs[:2]
+    quantized = prepare(
+        copy.deepcopy(model), model_config(name, num_bits), example_inputs=example_inputs, edges=edge_bits
+    )
     if inputs is not None:
         with calibrate(quantized):
             quantized(inputs)
@@ -259,10 +262,10 @@ config = qatfast.QATConfig(
 import qatfast
 
 {config}
-model = qatfast.prepare(model, config{edges})
+model = qatfast.prepare(model, config, example_inputs=inputs[:2]{edges})
 with torch.no_grad(), qatfast.calibrate(model):
     model(inputs)  # one batch of about a thousand training samples sets the ranges
-# {then}model.eval() for predictions
+# {then}qatfast.convert(model) for predictions with integers
 """
 
 

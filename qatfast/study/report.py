@@ -31,6 +31,7 @@ from .results import (
     accuracy_table,
     as_json,
     batch_table,
+    deployment_table,
     difference_table,
     layer_table,
     signal_table,
@@ -44,7 +45,7 @@ LIMITS = (
     "One small network on one data set: in another one the order may differ, and the first and the last layer, which "
     "keep 8 bits, may hold a smaller share of the weights.",
     "Nothing was tuned for one model or bit width: the learning rate and the epochs are the same for all.",
-    "The integers are computed on this machine; no other device ran them.",
+    "The integers are computed on this machine, by qatfast and onnxruntime; no other device ran them.",
     "If two models are equally good, about one interval in twenty still does not contain 0.",
 )
 
@@ -106,6 +107,7 @@ def _body(
     sections = {
         "accuracy": _accuracy(study, plots["accuracy"]) if study.runs else "",
         "code": _code(study) if study.runs else "",
+        "deployment": _deployment(study) if study.deployments else "",
         "findings": page.section("findings", "Other findings", page.bullets(findings)) if findings else "",
         "limits": page.section("limits", "What these numbers do not say", page.bullets(LIMITS)),
         "details": page.section("details", "Details", *_details(study, results, plots, signals)),
@@ -113,6 +115,7 @@ def _body(
     headings = {
         "accuracy": "Accuracy",
         "code": "Code to paste",
+        "deployment": "Deployed models",
         "findings": "Findings",
         "limits": "Limits",
         "details": "Details",
@@ -177,6 +180,10 @@ def _code(study: Study) -> str:
     text = f"{which}, for any model with nn.Linear layers ({TITLES[model]})."
     code = page.code(config_code(bits, model))
     return page.section("code", "Code to paste", page.paragraph(text), code)
+
+
+def _deployment(study: Study) -> str:
+    return page.section("deployment", "Deployed models", page.table(deployment_table(study)))
 
 
 def _details(

@@ -24,9 +24,13 @@ not finite is null. The same settings on the same machine give the same file, ap
                       with one figure per epoch
     layer_errors      [{model, bits, layer, weight_error, output_error}] of the first seed
     signal            [{num_bits, scale, zero_point, levels, mean_error, max_error}]
+    deployment        [{model, bits, bytes, file, accuracy, differing_predictions, compared, differing, onnx}] of the
+                      first seed: the integer model compared with the trained one; onnx: {bytes, file, accuracy,
+                      differing_predictions, compared, differing} in onnxruntime, null if it is not installed
     sizes             [{model, bits, bytes, file}] of the first seed: file is relative to the folder of results.json
     files             all files of the report, relative to the folder of results.json
-    timing            {seconds, steps: [{network, model, seconds, ratio, quartiles}], insights: [text]}
+    timing            {seconds, steps: [{network, model, seconds, ratio, quartiles}],
+                      forwards: [{model, bits, batch, ratio, quartiles}] of deployed models, insights: [text]}
     machine           {processor, cores, caches, system, threads, instruction set, kernels, device, ...}: texts
     versions          {qatfast, torch, numpy, python}
     date              end of the study, ISO 8601, UTC
@@ -38,13 +42,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
 from qatfast.bench.machine import machine, versions
 
 from .data import plural
+from .deployment import LATENCY_BATCHES
 from .experiments import Study
 from .insights import (
     RIVALS,
@@ -112,10 +117,16 @@ def as_json(study: Study, signals: list[SignalError], *, seconds: float) -> dict
         ],
         "layer_errors": [asdict(error) for error in study.layer_errors],
         "signal": [_signal(signal) for signal in signals],
+        "deployment": [asdict(replace(entry, latencies=())) for entry in study.deployments],
         "sizes": [asdict(size) for size in study.sizes],
         "timing": {
             "seconds": seconds,
             "steps": [asdict(entry) for entry in study.step_times],
+            "forwards": [
+                {"model": entry.model, "bits": entry.bits, **asdict(latency)}
+                for entry in study.deployments
+                for latency in entry.latencies
+            ],
             "insights": time_insights(study.step_times),
         },
         "machine": {**machine(), "device": settings.device},
@@ -283,6 +294,41 @@ def size_table(study: Study) -> Table:
         if any(cells):
             rows.append((title, "", *cells))
     return Table("Model file", explanation, _header(study), rows)
+
+
+def deployment_table(study: Study) -> Table:
+    """Returns the deployed models beside the trained ones."""
+    explanation = (
+        "QAT learned as integers (qatfast.convert, qatfast.save) and as an ONNX file in onnxruntime, first seed. "
+        "Predictions and scores that differ are those of the trained model on the test samples; integers those that "
+        "onnxruntime gives between the layers. Time: a forward of the integer model, times FP32."
+    )
+    found = {entry.bits: entry for entry in study.deployments}
+    entries = [found.get(width) for width in study.settings.bits]
+    onnx = [entry and entry.onnx for entry in entries]
+
+    def share(differing: int, of: int) -> str:
+        return f"{differing:,} of {of:,}"
+
+    samples = study.test_samples
+    rows = [
+        ("File, bytes", *(f"{e.bytes:,}" if e else "" for e in entries)),
+        ("Accuracy, %", *(f"{100 * e.accuracy:.1f}" if e else "" for e in entries)),
+        ("Predictions that differ", *(share(e.differing_predictions, samples) if e else "" for e in entries)),
+        ("Scores that differ", *(share(e.differing, e.compared) if e else "" for e in entries)),
+        ("ONNX file, bytes", *(f"{o.bytes:,}" if o else "" for o in onnx)),
+        ("ONNX accuracy, %", *(f"{100 * o.accuracy:.1f}" if o else "" for o in onnx)),
+        (
+            "ONNX predictions that differ",
+            *(share(o.differing_predictions, samples) if o else "" for o in onnx),
+        ),
+        ("ONNX integers that differ", *(share(o.differing, o.compared) if o else "" for o in onnx)),
+    ]
+    for index, batch in enumerate(LATENCY_BATCHES):
+        times = [e.latencies[index].ratio if e and e.latencies else None for e in entries]
+        rows.append((f"Time, batch {batch}", *("" if time is None else f"{time:.2f}" for time in times)))
+    rows = [row for row in rows if any(row[1:])]
+    return Table("Deployed models", explanation, _header(study)[:1] + _header(study)[2:], rows)
 
 
 def time_table(study: Study) -> Table:

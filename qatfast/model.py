@@ -406,6 +406,8 @@ def _why_float(module: nn.Module, is_read: bool) -> str | None:
         return None if kind is base else f"{kind.__name__} is a subclass of nn.{base.__name__}"
     if kind.__module__.startswith("torch.nn."):
         return f"no quantized layer for {kind.__name__} yet"
+    if kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers."):  # the layers of GPT-2
+        return "its weight is transposed; replace it by an nn.Linear first"
     return f"has weights of its own: {', '.join(_weights(module))}"
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -283,17 +284,23 @@ def test_python_m_qatfast_is_the_command():
     assert (run.returncode, run.stderr.partition(":")[0]) == (2, "qatfast visualize")
 
 
-# The README
+# The README and the pages of docs/ with Python code
 
 
 @needs_source
-def test_the_code_of_the_readme_runs_from_top_to_bottom(tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 4
-    path = tmp_path / "readme.py"
+    path = tmp_path / "page.py"
     path.write_text("\n".join(blocks))
     warnings = () if kernels.reason() else ("-W", "error::RuntimeWarning")
-    succeeds(python(*warnings, path, cwd=tmp_path, PYTHONPATH=str(Path(qatfast.__file__).parent.parent)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    package = str(Path(qatfast.__file__).parent.parent)
+    succeeds(python(*warnings, path, cwd=tmp_path, PYTHONPATH=package, **group))
 
 
 @needs_source

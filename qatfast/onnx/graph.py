@@ -178,7 +178,9 @@ def _is_before(node: ir.Node, other: ir.Node) -> bool:
 
 def _holds(inner: ir.Node, outer: ir.Node) -> bool:
     """Whether the bounds of a Clip lie within those of another."""
-    (low, high), (least, largest) = ([constant(bound) for bound in clip.inputs[1:]] for clip in (inner, outer))
+    (low, high), (least, largest) = (
+        [constant(bound) for bound in clip.inputs[1:]] for clip in (inner, outer)
+    )
     if low is None or high is None or least is None or largest is None:
         return False
     return bool(least <= low and high <= largest)

@@ -61,7 +61,7 @@ def export(
     _check_arguments(model, example_inputs, form, opset, dynamic_batch)
     require_extra("qatfast.onnx.export")
     from . import graph, report
-    from .layers import check_static, deployed
+    from .deploy import check_static, deployed
 
     args, kwargs = _on_cpu(_arguments(example_inputs))
     integer_model = copy.deepcopy(model) if is_converted(model) else convert(model)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import qdq
+from .. import convolution, qdq
+from ..config import QuantSpec
 from ..convolution import Geometry
-from ..integer import IntegerEmbedding, IntegerLayer, IntegerLinear, IntegerMultiheadAttention
-from ..modules import FakeQuantize
+from ..integer import IntegerEmbedding, IntegerLinear
 from ..qdq import Grid
-from .nodes import Constant, Quantizer, node
+from .nodes import Constant, DynamicQuantizer, Quantizer, node
 
 
 class _Layer(nn.Module):
@@ -31,8 +30,8 @@ class _Layer(nn.Module):
         self.requantizes = layer.requantization is not None
         input, output = qdq.input_grid(layer), qdq.output_grid(layer)
         activation = layer.requantization.activation if self.requantizes else None
-        self.input = None if input is None else Quantizer(input, name)
-        self.output = None if output is None else Quantizer(output, name, activation)
+        self.input = quantizer(of_batch(layer, layer.config.input), input, name)
+        self.output = quantizer(of_batch(layer, layer.config.output), output, name, activation)
         if self.requantizes:
             self.bias = Constant(layer.bias, _grid_of_sums(layer), name)
         else:
@@ -45,6 +44,25 @@ class _Layer(nn.Module):
     def quantized_output(self, y: Tensor) -> Tensor:
         y = y if self.output is None else self.output(y)
         return y.to(self.dtype)
+
+
+def quantizer(spec: QuantSpec | None, grid: Grid | None, name: str, activation: str | None = None) -> Any:
+    """Returns what quantizes a tensor of a layer; None if it stays in float.
+
+    Args:
+        spec: of the tensor.
+        grid: None if the range is dynamic.
+        name: of the layer.
+        activation: which the quantizer applies.
+    """
+    if grid is not None:
+        return Quantizer(grid, name, activation)
+    return None if spec is None else DynamicQuantizer(spec, name)
+
+
+def of_batch(layer: Any, spec: QuantSpec | None) -> QuantSpec | None:
+    """Returns the spec of a layer's input or output: per token of a convolution is one scale per sample."""
+    return spec if isinstance(layer, (IntegerLinear, IntegerEmbedding)) else convolution.of_batch(spec)
 
 
 def _grid_of_sums(layer: Any) -> Grid:
@@ -102,60 +120,44 @@ def _transposed(grid: Grid) -> Grid:
     return grid._replace(scale=scale, zero_point=zero_point, axis=1 - grid.axis % 2)
 
 
-class Conv(_Layer):
-    """Conv or ConvTranspose; padding with other values than zeros is a Pad before it."""
+class Windows:
+    """How a convolution moves over its input, for any operator that does."""
 
-    def __init__(self, layer: Any, name: str) -> None:
-        super().__init__(layer, name)
+    def __init__(self, layer: Any) -> None:
         self.geometry = Geometry(layer.stride, (), layer.dilation, layer.transposed, (), layer.groups)
-        self.kernel_size, self.out_channels = layer.kernel_size, layer.out_channels
-        self.weight_shape = layer._weight_shape
-        dims = len(layer.kernel_size)
+        self.kernel_size, self.channels, self.weight_shape = (
+            layer.kernel_size,
+            layer.out_channels,
+            layer._weight_shape,
+        )
+        self.mode, self.layer = "zeros", layer
         if layer.transposed:
-            self.padding_mode, self.pads = "zeros", layer.padding * 2
-            self._output_padding, self.padding = layer._output_padding, layer.padding
-        else:
-            amounts = layer._reversed_padding_repeated_twice  # last dimension first, begin and end of each
-            self.padding_mode, self.amounts = layer.padding_mode, amounts
-            self.pads = (*amounts[::2][::-1], *amounts[1::2][::-1])
-        if self.padding_mode != "zeros":
-            self.pads = (0,) * 2 * dims
-        self._set_weight(layer, name)
-
-    def _set_weight(self, layer: Any, name: str) -> None:
-        """Stores the weight in its shape, or as a matrix where the blocks of its scales are not on an axis of that."""
-        if layer.config.weight is None:
-            self.register_buffer("weight", layer.weight.detach().float())
+            self.pads = (*layer.padding, *layer.padding)
             return
-        rows, grid = qdq.weight_rows(layer)
-        is_per_row = grid.axis == 0 and (not layer.transposed or layer.groups == 1)
-        if grid.axis is None or is_per_row:
-            axis = None if grid.axis is None else int(layer.transposed)
-            rows, grid = self.geometry.from_rows(rows, self.weight_shape), grid._replace(axis=axis)
-        self.weight = Constant(rows.contiguous(), grid, name, _role_of_weight(layer))
+        self.amounts = layer._reversed_padding_repeated_twice  # last dimension first, begin and end of each
+        self.pads = (*self.amounts[::2][::-1], *self.amounts[1::2][::-1])
+        if layer.padding_mode != "zeros":
+            self.mode, self.pads = layer.padding_mode, (0,) * len(self.pads)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        weight = self.weight() if isinstance(self.weight, Constant) else self.weight
-        if weight.shape != self.weight_shape:
-            weight = self.geometry.from_rows(weight, self.weight_shape)
-        dims = len(self.kernel_size)
-        is_batch = x.dim() == dims + 2
-        x = x if is_batch else x.unsqueeze(0)
-        x = self.quantized_input(x)
-        if self.padding_mode != "zeros":
-            x = F.pad(x, self.amounts, mode=self.padding_mode)
-        bias = self.bias() if isinstance(self.bias, Constant) else self.bias
-        operands = [x, weight, *([] if bias is None else [bias])]
-        attributes, size = self._attributes(x, output_size)
-        op_type = "ConvTranspose" if self.geometry.transposed else "Conv"
-        shape = (x.shape[0], self.out_channels, *size)
-        y = node(op_type, operands, shape, torch.float32, self.name, "product", **attributes)
-        y = self.quantized_output(y)
-        return y if is_batch else y.squeeze(0)
+    def is_batch(self, x: Tensor) -> bool:
+        return x.dim() == 2 + len(self.kernel_size)
 
-    def _attributes(self, x: Tensor, output_size: list[int] | None) -> tuple[dict[str, Any], list[Any]]:
-        """Returns the attributes of the node, and the size of the result."""
-        geometry, dims = self.geometry, len(self.kernel_size)
+    def pad(self, x: Tensor) -> Tensor:
+        """Returns the input with the values that padding with zeros does not give."""
+        return x if self.mode == "zeros" else F.pad(x, self.amounts, mode=self.mode)
+
+    def node(
+        self,
+        op_type: str,
+        inputs: list[Tensor],
+        dtype: torch.dtype,
+        name: str,
+        role: str,
+        output_size: list[int] | None,
+        channels: int | None = None,
+    ) -> Tensor:
+        """Returns the result of a Conv, ConvInteger or ConvTranspose."""
+        geometry, x = self.geometry, inputs[0]
         attributes: dict[str, Any] = {
             "strides": list(geometry.stride),
             "pads": list(self.pads),
@@ -163,19 +165,60 @@ class Conv(_Layer):
             "group": geometry.groups,
             "kernel_shape": list(self.kernel_size),
         }
-        sizes = zip(x.shape[2:], self.kernel_size, geometry.stride, geometry.dilation, strict=True)
+        added = (0,) * len(self.kernel_size)
+        if geometry.transposed:
+            added = self._output_padding(x, output_size)
+            attributes["output_padding"] = list(added)
+        shape = (x.shape[0], channels or self.channels, *self._size(x, added))
+        return node(op_type, inputs, shape, dtype, name, role, **attributes)
+
+    def _output_padding(self, x: Tensor, output_size: list[int] | None) -> tuple[int, ...]:
+        layer = self.layer
+        dims = len(self.kernel_size)
+        arguments = (layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation)
+        return tuple(layer._output_padding(x, output_size, *arguments))
+
+    def _size(self, x: Tensor, added: tuple[int, ...]) -> list[Any]:
+        geometry, dims = self.geometry, len(self.kernel_size)
         pads = [begin + end for begin, end in zip(self.pads[:dims], self.pads[dims:], strict=True)]
-        if not geometry.transposed:
-            return attributes, [
-                (n + p - d * (k - 1) - 1) // s + 1 for (n, k, s, d), p in zip(sizes, pads, strict=True)
-            ]
-        arguments: Any = (geometry.stride, self.padding, self.kernel_size, dims, geometry.dilation)
-        added = self._output_padding(x, output_size, *arguments)
-        attributes["output_padding"] = list(added)
-        return attributes, [
-            (n - 1) * s - p + d * (k - 1) + a + 1
-            for (n, k, s, d), p, a in zip(sizes, pads, added, strict=True)
-        ]
+        tuples = (self.kernel_size, geometry.stride, geometry.dilation, pads, added)
+        sizes = list(zip(x.shape[2:], *tuples, strict=True))
+        if geometry.transposed:
+            return [(n - 1) * s - p + d * (k - 1) + a + 1 for n, k, s, d, p, a in sizes]
+        return [(n + p - d * (k - 1) - 1) // s + 1 for n, k, s, d, p, _ in sizes]
+
+
+class Conv(_Layer):
+    """Conv or ConvTranspose."""
+
+    weight: Any
+
+    def __init__(self, layer: Any, name: str) -> None:
+        super().__init__(layer, name)
+        self.windows = Windows(layer)
+        if layer.config.weight is None:
+            self.register_buffer("weight", layer.weight.detach().float())
+            return
+        rows, grid = qdq.weight_rows(layer)
+        is_per_channel = grid.axis == 0 and (not layer.transposed or layer.groups == 1)
+        if grid.axis is None or is_per_channel:
+            axis = None if grid.axis is None else int(layer.transposed)
+            rows, grid = layer.from_rows(rows), grid._replace(axis=axis)
+        # otherwise a matrix: the blocks of the scales are not on an axis of the weight
+        self.weight = Constant(rows.contiguous(), grid, name, _role_of_weight(layer))
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        windows = self.windows
+        weight = self.weight() if isinstance(self.weight, Constant) else self.weight
+        if weight.shape != windows.weight_shape:
+            weight = windows.geometry.from_rows(weight, torch.Size(windows.weight_shape))
+        bias = self.bias() if isinstance(self.bias, Constant) else self.bias
+        batch = x if windows.is_batch(x) else x.unsqueeze(0)
+        operands = [windows.pad(self.quantized_input(batch)), weight, *([] if bias is None else [bias])]
+        op_type = "ConvTranspose" if windows.geometry.transposed else "Conv"
+        y = windows.node(op_type, operands, torch.float32, self.name, "product", output_size)
+        y = self.quantized_output(y)
+        return y if windows.is_batch(x) else y.squeeze(0)
 
 
 class Embedding(nn.Module):
@@ -189,8 +232,7 @@ class Embedding(nn.Module):
     def __init__(self, layer: Any, name: str) -> None:
         super().__init__()
         self.dtype = layer.dtype
-        output = qdq.output_grid(layer)
-        self.output = None if output is None else Quantizer(output, name)
+        self.output = quantizer(layer.config.output, qdq.output_grid(layer), name)
         self.grid: Any = None
         if layer.config.weight is None:
             self.register_buffer("weight", layer.weight.detach())
@@ -209,74 +251,3 @@ class Embedding(nn.Module):
             groups = (-1, self.grid.group_size or y.shape[-1])
             y = ((y.unflatten(-1, groups) - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(-2)
         return (y if self.output is None else self.output(y)).to(self.dtype)
-
-
-class FakeQuantizer(nn.Module):
-    """A FakeQuantize of the model's own."""
-
-    def __init__(self, module: FakeQuantize, name: str) -> None:
-        super().__init__()
-        scale, zero_point = module.grid(torch.empty(0))
-        scale = scale.detach().abs().clamp(min=torch.finfo(torch.float32).tiny)
-        self.quantizer = Quantizer(Grid.of(module.spec, scale, zero_point), name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.quantizer(x.float()).to(x.dtype)
-
-
-class Projections:
-    """What projects query, key and value of an IntegerMultiheadAttention whose layers are those of this module."""
-
-    def __init__(self, attention: Any) -> None:
-        self.attention = attention
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Tensors that are the same object are quantized once, by the first of their quantizers."""
-        quantized: dict[int, Tensor] = {}
-        results = []
-        for x, name in zip((query, key, value), ("q_proj", "k_proj", "v_proj"), strict=True):
-            layer = getattr(self.attention, name)
-            if id(x) not in quantized:
-                quantized[id(x)] = layer.quantized_input(x)
-            results.append(layer.product(quantized[id(x)]))
-        return results
-
-
-def deployed(model: nn.Module, form: str) -> nn.Module:
-    """Returns a copy of an integer model whose layers are those of this module."""
-    replacements: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, FakeQuantize):
-            replacements[id(module)] = FakeQuantizer(module, name)
-        elif isinstance(module, IntegerLayer):
-            replacements[id(module)] = _layer_class(module, form)(module, name)
-    result = copy.deepcopy(model, dict(replacements))
-    for module in result.modules():
-        if isinstance(module, IntegerMultiheadAttention):
-            vars(module)["_projected"] = Projections(module)
-    return result.eval()
-
-
-def check_static(model: nn.Module) -> None:
-    """Raises ValueError if a range is dynamic, which QuantizeLinear does not have."""
-    for name, module in model.named_modules():
-        specs: dict[str, Any] = {}
-        if isinstance(module, FakeQuantize):
-            specs = {"range": module.spec}
-        elif isinstance(module, IntegerLayer):
-            keys = ("output",) if isinstance(module, IntegerEmbedding) else ("input", "output")
-            specs = {f"config.{key}": getattr(module.config, key) for key in keys}
-        elif isinstance(module, IntegerMultiheadAttention):
-            specs = {"attention": module.attention}
-        for key, spec in specs.items():
-            if spec is not None and spec.is_dynamic:
-                raise ValueError(
-                    "qatfast.onnx.export: expected ranges that are not Dynamic() in the form 'qdq', got "
-                    f"{key}={spec} of {name or 'the root'!r}; train with QATConfig.static(), or write form='integer'"
-                )
-
-
-def _layer_class(layer: nn.Module, form: str) -> type[nn.Module]:
-    if isinstance(layer, IntegerLinear):
-        return Linear
-    return Embedding if isinstance(layer, IntegerEmbedding) else Conv

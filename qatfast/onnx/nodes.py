@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
 from ..qdq import Grid
+from ..reference import quantized_dtype
 
 # Metadata of nodes: the dotted name of their layer, and what they are in it:
 #   "product"    the multiplication
+#   "levels"     a convolution of floats that are integers, with exact sums
 #   "integers"   the last node of a quantization
 #   "relu", "relu6"   dequantizes integers to which the activation has been applied already
 #   "4 bits"     dequantizes a weight that is stored in 4 bits
@@ -81,8 +84,10 @@ class Quantizer(_OnGrid):
         self.register_buffer("low", torch.tensor(low, dtype=grid.dtype))
         self.register_buffer("high", torch.tensor(high, dtype=grid.dtype))
 
-    def quantized(self, x: Tensor) -> Tensor:
-        operands, kind = [x, self.scale, self.zero_point], (x.shape, self.dtype, self.layer)
+    def quantized(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Returns the integers of ``x``; with a scale of 1, of a multiple of the scale."""
+        operands = [x, self.scale if scale is None else scale, self.zero_point]
+        kind = (x.shape, self.dtype, self.layer)
         if not self.is_clipped:
             return node("QuantizeLinear", operands, *kind, "integers", **self.attributes)
         q = node("QuantizeLinear", operands, *kind, **self.attributes)
@@ -90,6 +95,52 @@ class Quantizer(_OnGrid):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dequantized(self.quantized(x), self.activation)
+
+
+class DynamicQuantizer(nn.Module):
+    """Quantizes a tensor to the grid of its own range; NaN and infinities are not considered."""
+
+    def __init__(self, spec: QuantSpec, layer: str) -> None:
+        super().__init__()
+        self.spec, self.layer = spec, layer
+        self.dtype = quantized_dtype(spec.quant_min, spec.quant_max)
+
+    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the integers, scale and zero point; the last two broadcast with ``x`` unless they are scalars."""
+        spec = self.spec
+        if spec.granularity == PerTensor() and not spec.symmetric and spec.num_bits == 8:
+            kinds = {"dtypes": [torch.uint8, torch.float32, torch.uint8], "shapes": [x.shape, (), ()]}
+            tags = {LAYER: self.layer}
+            return tuple(
+                torch.onnx.ops.symbolic_multi_out("DynamicQuantizeLinear", [x], metadata_props=tags, **kinds)
+            )
+        dims = _dims_within_block(x, spec.granularity)
+        lo, hi = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
+        tiny = torch.finfo(torch.float32).tiny
+        if spec.symmetric:
+            scale = torch.maximum(lo / spec.quant_min, hi / spec.quant_max).clamp(min=tiny)
+            zero_point = torch.zeros_like(scale)
+        else:
+            scale = ((hi - lo) / (spec.quant_max - spec.quant_min)).clamp(min=tiny)
+            zero_point = (spec.quant_min - (lo / scale).round()).clamp(spec.quant_min, spec.quant_max)
+        q = ((x / scale).round() + zero_point).clamp(spec.quant_min, spec.quant_max)
+        if spec.granularity == PerTensor():
+            scale, zero_point = scale.reshape(()), zero_point.reshape(())
+        return q.to(self.dtype), scale, zero_point.to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        granularity, shape = self.spec.granularity, x.shape
+        if isinstance(granularity, PerGroup):
+            x = x.unflatten(-1, (-1, granularity.group_size))
+        q, scale, zero_point = self.quantized(x)
+        return ((q.float() - zero_point.float()) * scale).reshape(shape)
+
+
+def _dims_within_block(x: Tensor, granularity: Any) -> list[int]:
+    if isinstance(granularity, (PerToken, PerGroup)):
+        return [x.dim() - 1]
+    kept = granularity.axis % x.dim() if isinstance(granularity, PerChannel) else None
+    return [dim for dim in range(x.dim()) if dim != kept]
 
 
 def integers_after(activation: str | None, grid: Grid) -> tuple[int, int]:

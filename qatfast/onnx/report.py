@@ -187,7 +187,7 @@ def _fused(path: str | os.PathLike[str], model: ir.Model) -> dict[str, str]:
     kinds = {re.sub(r"_token_\d+$", "", node.name): node.op_type for node in optimized.graph.node}
     fused: dict[str, str] = {}
     for node in model.graph:
-        if role(node) == "product":
+        if role(node) in ("product", "levels"):
             kind = kinds.get(node.name or "", FLOAT)
             layer = node.metadata_props[LAYER]
             is_known = kind in _INTEGER_KERNELS or kind == _INT4_KERNEL
@@ -227,10 +227,11 @@ class _Exactness:
             value: True for value in (*graph.inputs, *graph.initializers.values(), *integers.values())
         }
         for node in graph:
+            is_exact = node.op_type in _EXACT or role(node) == "levels"
             if role(node) == "product":
-                is_exact = fused[node.metadata_props[LAYER]] in _INTEGER_KERNELS
-            else:
-                is_exact = node.op_type in _EXACT
+                is_exact = (
+                    node.op_type in _INTEGER_KERNELS or fused[node.metadata_props[LAYER]] in _INTEGER_KERNELS
+                )
             is_exact = is_exact and all(self(value) for value in node.inputs)
             for value in node.outputs:
                 self.known.setdefault(value, is_exact)

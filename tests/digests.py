@@ -123,10 +123,12 @@ def mixed_with_ties(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return x
 
 
-def results(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yields (label, result) for all operators on all inputs with at least ``least`` elements."""
+def results(
+    ops: Any, dtype: torch.dtype, least: int = 0, most: float = math.inf
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (label, result) for all operators on all inputs with ``least`` to ``most`` elements."""
     for label, x, granularity in inputs(dtype):
-        if x.numel() < least:
+        if not least <= x.numel() <= most:
             continue
         label = f"{cases.name(dtype)} {label}"
         for num_bits, grid in ((8, "affine"), (4, "symmetric"), (8, "full_range")):
@@ -153,20 +155,22 @@ def results(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str,
         yield f"fake_quantize_affine {label}", y
         (gradient,) = torch.autograd.grad(y, leaf, x.flatten().flip(0).view(x.shape))
         yield f"fake_quantize_affine gradient {label}", gradient
-    yield from layers(ops, dtype, least)
-    yield from registered(ops, dtype, least)
+    yield from layers(ops, dtype, least, most)
+    yield from registered(ops, dtype, least, most)
     if dtype in (torch.float16, torch.bfloat16):
-        yield from cast_weights(ops, dtype, least)
+        yield from cast_weights(ops, dtype, least, most)
 
 
-def registered(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:
+def registered(
+    ops: Any, dtype: torch.dtype, least: int = 0, most: float = math.inf
+) -> Iterator[tuple[str, Tensor]]:
     """Yields (label, result or gradient) for the calls of every operator in the registry."""
     for operator in OPERATORS.values():
         differentiable = bool(operator.differentiable)
         for call in operator.calls(
             dtype, blocks=(*cases.FEW_BLOCKS, *BLOCKS[::4]), requires_grad=differentiable
         ):
-            if call.arguments["input"].numel() < least:
+            if not least <= call.arguments["input"].numel() <= most:
                 continue
             found = call.through(ops)
             found = list(found) if isinstance(found, tuple) else [found]
@@ -178,10 +182,12 @@ def registered(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[s
                 yield f"{call} {cases.name(dtype)} {index}", value.detach()
 
 
-def cast_weights(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:
+def cast_weights(
+    ops: Any, dtype: torch.dtype, least: int = 0, most: float = math.inf
+) -> Iterator[tuple[str, Tensor]]:
     """Yields (label, w_hat) for float32 weights, fake-quantized and then cast to ``dtype``."""
     for shape, granularity in (*BLOCKS, ((70, 61), PerTensor()), ((2, 4099), PerTensor())):
-        if len(shape) != 2 or math.prod(shape) < least:
+        if len(shape) != 2 or not least <= math.prod(shape) <= most:
             continue
         kinds = {"any": mixed_with_ties(shape, torch.float32), "normal": cases.normal(shape)}
         for kind, values in {**kinds, "tiny": kinds["normal"] * 1e-8}.items():
@@ -196,10 +202,12 @@ def cast_weights(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple
             yield f"weight as {cases.name(dtype)} {cases.name(shape)} {granularity} {kind}", w_hat
 
 
-def layers(ops: Any, dtype: torch.dtype, least: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Yields (label, output) for layers with int8 GEMM and at least ``least`` outputs."""
+def layers(
+    ops: Any, dtype: torch.dtype, least: int = 0, most: float = math.inf
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (label, output) for layers with int8 GEMM and ``least`` to ``most`` outputs."""
     for rows, inputs, outputs in LAYERS:
-        if rows * outputs < least:
+        if not least <= rows * outputs <= most:
             continue
         input, weight, bias = cases.linear(((rows,), inputs, outputs), dtype)
         if rows > 1:

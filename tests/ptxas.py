@@ -1,6 +1,7 @@
 """Compiles the CUDA kernels with the flags of setup.py and reports the result.
 
-The report has registers, shared memory, spills and code size.
+The report has registers, shared memory, spills and code size. If the build contains uncompressed PTX
+(NVCC_APPEND_FLAGS=--no-compress), only ptxas runs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ast
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,10 +64,28 @@ def _cubin(source: Path, folder: Path, architecture: str) -> Cubin:
     words = ["nvcc", "-cubin", f"-arch={architecture}", "-Xptxas=-v", "-std=c++20", *_flags()]
     words += [*COMMON_NVCC_FLAGS, "-DQATFAST_CUDA=1", f"-I{ROOT / 'csrc'}"]
     words += [f"--system-include={path}" for path in include_paths()]
-    done = subprocess.run([*words, str(source), "-o", str(out)], capture_output=True, text=True)
+    ptx = _built_ptx(source, architecture)
+    if ptx:
+        source_or_ptx = folder / f"{source.stem}.ptx"
+        source_or_ptx.write_bytes(ptx)
+    else:
+        source_or_ptx = source
+    done = subprocess.run([*words, str(source_or_ptx), "-o", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if "warning" in line.lower()]
     return Cubin(source, list(_kernels(done.stderr)), out.stat().st_size, warnings)
+
+
+def _built_ptx(source: Path, architecture: str) -> bytes:
+    """The PTX in the object of the build; empty if it is missing, compressed or older than a source."""
+    pattern = f"build/temp.*-{sys.implementation.cache_tag}/csrc/cuda/{source.stem}.o"
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*"))
+    for path in ROOT.glob(pattern):
+        if path.stat().st_mtime > newest:
+            target = rf"\.version [\d.]+\s+\.target {architecture}\s.*?(?=\0)".encode()
+            found = re.search(target, path.read_bytes(), re.DOTALL)
+            return found[0] if found else b""
+    return b""
 
 
 def _flags() -> list[str]:

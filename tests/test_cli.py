@@ -139,13 +139,14 @@ _print(_results(study, [quantize_signal(bits) for bits in (8, 4, 3, 2)], {verbos
 @pytest.mark.skipif(pty is None, reason="needs a Unix terminal")
 @pytest.mark.parametrize("columns", [80, 120])
 def test_a_terminal_gets_less_than_45_lines(columns):
-    shown = on_a_terminal(FULL_STUDY.replace("{verbose}", "False"), columns).splitlines()
+    both = [FULL_STUDY.replace("{verbose}", verbose) for verbose in ("False", "True")]
+    short, long = on_a_terminal("\nprint('--verbose:')\n".join(both), columns).split("--verbose:\n")
+    shown = short.splitlines()
     assert 20 < len(shown) + 2 < 45  # two lines are missing: the path of the report, and --verbose
     assert max(map(len, shown)) <= columns
     first = next(line for line in shown if "without a loss" in line)
     assert first.startswith("Lowest bits without a loss: ")
     assert re.findall(r"(?m)^  (\d) bits: ", "\n".join(shown)) == ["8", "4", "3", "2"]
-    long = on_a_terminal(FULL_STUDY.replace("{verbose}", "True"), columns)
     for title in ("Model file", "Training time", "A signal"):
         assert f"\n{title}. " in long and f"\n{title}. " not in "\n".join(shown)
 

@@ -71,8 +71,11 @@ def test_the_differentiable_arguments_and_no_others_get_a_gradient(ops, op, devi
 
 
 @EVERY
-@DTYPES
-@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
+@pytest.mark.parametrize(
+    "dtype, requires_grad",
+    [(torch.float32, False), (torch.float32, True), (torch.float64, False), (torch.bfloat16, True)],
+    ids=cases.name,
+)
 def test_opcheck(kernels, op, dtype, requires_grad):
     operator = getattr(torch.ops.qatfast, op.name).default
     for call in op.calls(dtype, requires_grad=requires_grad):

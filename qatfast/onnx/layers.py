@@ -128,7 +128,7 @@ class Windows:
         self.kernel_size, self.channels, self.weight_shape = (
             layer.kernel_size,
             layer.out_channels,
-            layer._weight_shape,
+            layer.weight_shape,
         )
         self.mode, self.layer = "zeros", layer
         if layer.transposed:

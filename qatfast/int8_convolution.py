@@ -15,7 +15,7 @@ from . import functional
 from .config import PerChannel, PerTensor
 
 _SHIFT = 128  # between uint8 and int8
-_FLOAT_LIMIT = 2**24  # float32 holds all integers up to it
+FLOAT_LIMIT = 2**24  # float32 holds all integers up to it
 _INT_LIMIT = 2**31
 
 
@@ -74,14 +74,9 @@ def forward(
     poison = input.new_zeros((), dtype=torch.float32)
     if input.numel() and input.amax().isnan():
         poison.fill_(torch.nan)
-    channels = weight.values.shape[0]
-    kernel = weight.values.view(channels, -1, *kernel_size)
-    convolution = _Conv(tuple(stride), tuple((p, p) for p in padding), tuple(dilation), groups)
-    if transposed:
-        spread = tuple((d * (k - 1) - p) for d, k, p in zip(dilation, kernel_size, padding, strict=True))
-        pads = tuple((s, s + o) for s, o in zip(spread, output_padding, strict=True))
-        kernel = kernel.flip(tuple(range(2, kernel.dim())))
-        convolution = _Conv((1,) * len(pads), pads, tuple(dilation), groups)
+    kernel, convolution = _as_plain(
+        weight, kernel_size, stride, padding, dilation, transposed, output_padding, groups
+    )
 
     def sums_of(q: Tensor, zero_point: int, input: Tensor) -> Tensor:
         nan = input.isnan() if bool(poison.isnan()) else None
@@ -103,6 +98,49 @@ def forward(
         sums = sums_of(q, 0, input)
     y = _scaled(sums, scale, weight.scale, bias)
     return _channels_last(y) if channels_last else y.contiguous(), q, poison
+
+
+def exact_sums(
+    q: Tensor,
+    zero_point: int,
+    weight: Int8Weight,
+    kernel_size: Sequence[int],
+    geometry: Any,
+    reach: int | None,
+) -> Tensor | None:
+    """Returns the sums of a convolution in float32, or None if it does not hold them or no library computes them.
+
+    Args:
+        q: uint8, the integers of the input.
+        zero_point: of ``q``.
+        weight: symmetric.
+        kernel_size: of the layer.
+        geometry: its Geometry.
+        reach: which no sum exceeds, or None.
+    """
+    kernel, convolution = _as_plain(weight, kernel_size, *geometry)
+    q = _spread(q, geometry.stride, zero_point) if geometry.transposed else q
+    return _sums_by_library(q, zero_point, kernel, weight, convolution, reach)
+
+
+def _as_plain(
+    weight: Int8Weight,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, _Conv]:
+    """Returns the kernel and the arguments of the convolution that is not transposed, of the spread input."""
+    kernel = weight.values.view(weight.values.shape[0], -1, *kernel_size)
+    if not transposed:
+        return kernel, _Conv(tuple(stride), tuple((p, p) for p in padding), tuple(dilation), groups)
+    spread = tuple((d * (k - 1) - p) for d, k, p in zip(dilation, kernel_size, padding, strict=True))
+    pads = tuple((s, s + o) for s, o in zip(spread, output_padding, strict=True))
+    kernel = kernel.flip(tuple(range(2, kernel.dim())))
+    return kernel, _Conv((1,) * len(pads), pads, tuple(dilation), groups)
 
 
 def _scaled(sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -154,16 +192,33 @@ def _by_floats(
 
 def _sums(q: Tensor, zero_point: int, kernel: Tensor, weight: Int8Weight, convolution: _Conv) -> Tensor:
     """Returns ``sum((q - zero_point) * (kernel - weight.zero_point))``, exact, rounded once to float32."""
-    reach = kernel[0].numel() * 255 * 128  # of the sums, also before the zero point is subtracted
-    if kernel.dtype != torch.int8 or q.numel() == 0 or kernel.numel() == 0 or reach >= _INT_LIMIT:
-        return _by_floats(q, zero_point, kernel, weight, convolution)
+    sums = _sums_by_library(q, zero_point, kernel, weight, convolution)
+    return _by_floats(q, zero_point, kernel, weight, convolution) if sums is None else sums
+
+
+def _sums_by_library(
+    q: Tensor,
+    zero_point: int,
+    kernel: Tensor,
+    weight: Int8Weight,
+    convolution: _Conv,
+    reach: int | None = None,
+) -> Tensor | None:
+    """The same without a rounding; None if float32 does not hold the sums or no library computes them."""
+    if kernel.dtype != torch.int8 or q.numel() == 0 or kernel.numel() == 0:
+        return None
+    most = kernel[0].numel() * 255 * 128  # also before the zero point is subtracted
+    if most >= _INT_LIMIT:
+        return None
+    reach = most if reach is None else min(reach, most)
     if _packing_dominates(q, kernel, weight, convolution) and _int_mm_is_exact():
-        return _by_matrix(q, zero_point, kernel, convolution)
-    if not _library_is_exact(q.dim() - 2):
-        return _by_floats(q, zero_point, kernel, weight, convolution)
-    sums = _by_library(q, zero_point, kernel, weight.packed, convolution)
-    if reach >= _FLOAT_LIMIT and max(-sums.amin(), sums.amax()) >= _FLOAT_LIMIT:
-        return _by_floats(q, zero_point, kernel, weight, convolution)
+        sums = _by_matrix(q, zero_point, kernel, convolution)
+    elif _library_is_exact(q.dim() - 2):
+        sums = _by_library(q, zero_point, kernel, weight.packed, convolution)
+    else:
+        return None
+    if reach >= FLOAT_LIMIT and max(-sums.amin(), sums.amax()) >= FLOAT_LIMIT:
+        return None
     return sums
 
 

@@ -431,20 +431,40 @@ def requantize(
         output: likewise.
         output_spec: likewise.
     """
+    factor, low, high, y_scale = requantization(input_scale, weight_scale, activation, output, output_spec)
+    shape = [-1 if dim == axis % acc.dim() else 1 for dim in range(acc.dim())]
+    total = (acc + b32.reshape(shape)).to(factor.dtype)
+    return on_grid(total, factor.reshape(shape), low, high, y_scale)
+
+
+def requantization(
+    input_scale: Tensor,
+    weight_scale: Tensor,
+    activation: str | None,
+    output: tuple[Tensor, Tensor],
+    output_spec: QuantSpec,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the factor of each output channel, the least and the greatest level, and the scale of the integers."""
     dtype = weight_scale.dtype
     y_scale, y_zero_point = (value.detach().reshape(()) for value in output)
     y_scale = y_scale.abs().clamp(min=torch.finfo(dtype).tiny)
     factor = (_step(input_scale, weight_scale) / y_scale).clamp(max=torch.finfo(dtype).max)
-    shape = [-1 if dim == axis % acc.dim() else 1 for dim in range(acc.dim())]
-    total = (acc + b32.reshape(shape)).to(dtype) * factor.reshape(shape)
     z = y_zero_point.to(dtype)
     low, high = output_spec.quant_min - z, output_spec.quant_max - z
     if activation is not None:
         low = low.clamp(min=0)
     if activation == "relu6":
         high = torch.minimum(high, torch.round(torch.full_like(y_scale, 6.0) / y_scale))
-    # clamp(round(total) + z, ...) - z is the same: sums that float32 does not hold are clamped
-    return total.round_().clamp_(low, high).mul_(y_scale).add_(0.0)
+    return factor, low, high, y_scale
+
+
+def on_grid(total: Tensor, factor: Tensor, low: Tensor, high: Tensor, y_scale: Tensor) -> Tensor:
+    """Returns ``clamp(round(total * factor), low, high) * y_scale``; writes into ``total``.
+
+    The clamp comes after the zero point in the formula, which is the same: sums that the dtype does not hold are
+    clamped.
+    """
+    return total.mul_(factor).round_().clamp_(low, high).mul_(y_scale).add_(0.0)
 
 
 def _folded(

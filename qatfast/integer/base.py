@@ -16,6 +16,7 @@ from ..chain import Chain, ChainValue
 from ..config import PerChannel, QATConfig, QuantSpec, describe
 from ..modules.base import QuantizedLayer, TensorSpec
 from ..modules.fake_quantize import QUANTIZE, FakeQuantize
+from . import int8
 
 # The tensors of a layer, in the order of its state_dict. What a layer does not need is None.
 BUFFERS = (
@@ -187,12 +188,12 @@ class IntegerLayer(nn.Module):
             return build()
         tensors = [tensor for tensor in self._buffers.values() if tensor is not None]
         versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-        kept = vars(self).get("_operands")
+        kept = vars(self).get("_kept_operands")
         if kept is not None and kept[1] == versions and all(map(_is, kept[0], tensors)):
             return kept[2]
         with torch.inference_mode(False):
             operands = build()
-        vars(self)["_operands"] = (tensors, versions, operands)
+        vars(self)["_kept_operands"] = (tensors, versions, operands)
         return operands
 
     # Input, bias and output
@@ -236,25 +237,48 @@ class IntegerLayer(nn.Module):
     def _rounded(self, y: Tensor, input: Tensor) -> Tensor:
         return y.to(ranges.product_dtype(input) if _is_autocast(input, self.dtype) else self.dtype)
 
-    def _requantized(self, acc: Tensor, b32: Any, axis: int, input: Tensor) -> Tensor:
-        requantization, compute = self.requantization, checks.compute_dtype(input.dtype)
-        assert requantization is not None and self.input_scale is not None
-        output = self._grid("output", compute)
-        assert output is not None
-        y = reference.requantize(
-            acc,
-            b32,
-            self.input_scale.to(compute),
-            self._rows_of_grid()[0].to(compute),
-            axis,
-            requantization.activation,
-            output,
-            requantization.spec,
+    # Requantization
+
+    def _takes_int8(self, input: Tensor) -> bool:
+        """Whether the functions of :mod:`.int8` take this input and the weight."""
+        return (
+            input.is_cpu
+            and input.dtype != torch.float64
+            and self.weight_zero_point is None
+            and not torch._C._are_functorch_transforms_active()
         )
-        if requantization.is_read:
+
+    def _operands(self) -> int8.Operands:
+        requantization, grid = self.requantization, self._grid("output", torch.float32)
+        assert requantization is not None and grid is not None
+        assert self.input_scale is not None and self.input_zero_point is not None and self.bias is not None
+        input_spec, (scale, _) = self.config.input, self._rows_of_grid()
+        assert input_spec is not None
+        factor, low, high, y_scale = reference.requantization(
+            self.input_scale.float(), scale.float(), requantization.activation, grid, requantization.spec
+        )
+        operands = int8.Operands(self.integers().contiguous(), self.bias, factor, low, high, y_scale)
+        if is_compiling():
+            return operands
+        return operands.with_sums(self.input_zero_point, (input_spec.quant_min, input_spec.quant_max))
+
+    def _requantized(self, acc: Tensor, axis: int, input: Tensor) -> Tensor:
+        """Returns the result of the exact sums ``acc``."""
+        requantization, compute = self.requantization, checks.compute_dtype(input.dtype)
+        output = self._grid("output", compute)
+        assert requantization is not None and output is not None
+        assert self.input_scale is not None and self.bias is not None
+        input_scale, weight_scale = self.input_scale.to(compute), self._rows_of_grid()[0].to(compute)
+        activation, spec = requantization.activation, requantization.spec
+        return reference.requantize(acc, self.bias, input_scale, weight_scale, axis, activation, output, spec)
+
+    def _passed_on(self, y: Tensor, input: Tensor) -> Tensor:
+        """Returns the values of integers in the dtype in which they leave the layer."""
+        assert self.requantization is not None
+        if self.requantization.is_read:
             return y
         y = self._rounded(y, input)
-        return y if requantization.activation != "relu6" else ChainValue.of(y, _RELU6, 0)
+        return y if self.requantization.activation != "relu6" else ChainValue.of(y, _RELU6, 0)
 
     def _check_input(self, input: Any) -> None:
         name = type(self).__name__
@@ -333,11 +357,11 @@ class IntegerLayer(nn.Module):
 
         super()._apply(moved, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        vars(self).pop("_operands", None)
+        vars(self).pop("_kept_operands", None)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_operands"}
+        return {name: value for name, value in vars(self).items() if name != "_kept_operands"}
 
     def extra_repr(self) -> str:
         parts = [f"{name}={value}" for name, value in self.arguments.items()]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from .. import checks, functional, int8_convolution, kernels, reference
@@ -22,6 +23,7 @@ from ..modules import (
     QATConvTranspose3d,
 )
 from ..modules.conv import _QATConvNd, _QATConvTransposeNd
+from . import int8
 from .base import Grid, IntegerLayer, fake_quantized, quantized_tensors
 
 
@@ -103,10 +105,26 @@ class _IntegerConv(IntegerLayer):
             )
         grid = self._input_grid(checks.compute_dtype(x.dtype))
         if self.requantization is not None:
-            y = self._requantized(self._sums(x, grid, geometry, pad), self.bias, 1, x)
+            y = self._passed_on(self._of_integers(x, grid, geometry, pad), x)
         else:
             y = self._output(self._product(x, grid, geometry, pad), x)
         return y if is_batch else y.squeeze(0)
+
+    def _of_integers(
+        self, x: Tensor, grid: Grid | None, geometry: Geometry, pad: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Returns the values of the integers that the layer gives."""
+        spec = self.config.input
+        assert grid is not None and spec is not None
+        if not self._takes_int8(x):
+            return self._requantized(self._sums(x, grid, geometry, pad), 1, x)
+        ends, channels_last = (spec.quant_min, spec.quant_max), self._is_channels_last(x)
+        function = int8.traced_conv if is_compiling() else int8.conv
+        operands = self._kept(self._operands)
+        return function(pad(x), *grid, ends, operands, self.kernel_size, geometry, channels_last)
+
+    def _is_channels_last(self, x: Tensor) -> bool:
+        return _is_channels_last(x) or _is_channels_last(self.weight)
 
     def _product(
         self, x: Tensor, grid: Grid | None, geometry: Geometry, pad: Callable[[Tensor], Tensor]
@@ -125,7 +143,7 @@ class _IntegerConv(IntegerLayer):
         call: Any = int8_convolution.forward if ops is kernels.extension else _forward
         value, _, _ = call(
             pad(x), scale, zero_point, x_spec.quant_min, x_spec.quant_max, self._kept(self._int8_weight),
-            list(self.kernel_size), b_hat, *geometry, _is_channels_last(x),
+            list(self.kernel_size), b_hat, *geometry, self._is_channels_last(x),
         )  # fmt: skip
         return value
 

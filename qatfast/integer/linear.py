@@ -7,10 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, functional, kernels, reference
 from ..modules import QATLinear
 from ..modules.linear import _forward_nested
+from . import int8
 from .base import Grid, IntegerLayer, fake_quantized, quantized_tensors
 
 
@@ -56,7 +58,7 @@ class IntegerLinear(IntegerLayer):
         input = input.detach()
         grid = self._input_grid(checks.compute_dtype(input.dtype))
         if self.requantization is not None:
-            return self._requantized(self._sums(input, grid), self.bias, -1, input)
+            return self._passed_on(self._of_integers(input, grid), input)
         return self._output(self.product(input, grid), input)
 
     def product(self, input: Tensor, grid: Grid | None, bias: Tensor | None = None) -> Tensor:
@@ -90,6 +92,15 @@ class IntegerLinear(IntegerLayer):
             config.codes,
         )  # fmt: skip
         return y if b_hat is None or is_fused else y + b_hat.to(y.dtype)
+
+    def _of_integers(self, input: Tensor, grid: Grid | None) -> Tensor:
+        """Returns the values of the integers that the layer gives."""
+        spec = self.config.input
+        assert grid is not None and spec is not None
+        if not self._takes_int8(input):
+            return self._requantized(self._sums(input, grid), -1, input)
+        function = int8.traced_linear if is_compiling() else int8.linear
+        return function(input, *grid, (spec.quant_min, spec.quant_max), self._kept(self._operands))
 
     def _sums(self, input: Tensor, grid: Grid | None) -> Tensor:
         """Returns the exact products of the integers, NaN in rows of the input that hold a NaN."""

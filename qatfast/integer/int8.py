@@ -1,0 +1,218 @@
+"""Layers that requantize on the CPU: int8 products, and the integers that follow from their sums."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import functional, int8_convolution
+from ..convolution import Geometry
+from ..int8_convolution import Int8Weight
+from ..reference import on_grid
+
+
+class Operands(NamedTuple):
+    """What a layer knows before its input: its weight's integers (int8), and what turns sums into integers.
+
+    ``total`` holds the sum of each row of the weight, ``reach`` is the largest sum of products with its bias; both are
+    None if they are not known. ``packed`` keeps what a library makes of the weight.
+    """
+
+    weight: Tensor
+    b32: Tensor
+    factor: Tensor
+    low: Tensor
+    high: Tensor
+    y_scale: Tensor
+    total: Tensor | None = None
+    reach: int | None = None
+    packed: dict[Any, Tensor] | None = None
+
+    def with_sums(self, zero_point: Tensor, ends: tuple[int, int]) -> Operands:
+        """Returns them for many calls with an input of this grid."""
+        level = max(ends[1] - int(zero_point), int(zero_point) - ends[0])
+        total = self.weight.sum(1, dtype=torch.int32)
+        sizes = self.weight.double().abs().sum(1) * level + self.b32.abs()
+        reach = int(sizes.max()) if len(sizes) else 0
+        return self._replace(total=total, reach=reach, packed={})
+
+
+def linear(
+    input: Tensor, scale: Tensor, zero_point: Tensor, ends: tuple[int, int], operands: Operands
+) -> Tensor:
+    """Returns the result of a linear layer that requantizes, in float32.
+
+    Args:
+        input: ``(..., in_features)``, not float64.
+        scale: of ``input``, per tensor.
+        zero_point: likewise.
+        ends: quant_min and quant_max of ``input``.
+        operands: of the layer.
+    """
+    weight, total = operands.weight, operands.total
+    rows = input.reshape(input.shape[:-1].numel(), weight.shape[1])
+    shift = 128 if ends[0] >= 0 else 0  # from uint8 to int8
+    zero_point = zero_point - shift
+    q = functional.quantize(rows, scale, zero_point, ends[0] - shift, ends[1] - shift)
+    sums = _int_mm(q, weight)
+    sums += operands.b32 - zero_point * (weight.sum(1, dtype=torch.int32) if total is None else total)
+    y = on_grid(sums.float(), operands.factor, operands.low, operands.high, operands.y_scale)
+    if rows.numel() and rows.amax().isnan():
+        y.masked_fill_(rows.isnan().any(1, keepdim=True), torch.nan)
+    return y.view(*input.shape[:-1], len(weight))
+
+
+def _int_mm(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns ``x @ weight.T`` of int8 matrices in int32, exact for less than 2^15 columns."""
+    if x.numel() == 0 or len(weight) == 0 or not int8_convolution._int_mm_is_exact():
+        return (x.double() @ weight.double().t()).to(torch.int32)
+    # oneDNN misreads the strides of the transpose of a single column
+    return torch._int_mm(x, weight.view(1, -1) if weight.shape[1] == 1 else weight.t())
+
+
+def conv(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    ends: tuple[int, int],
+    operands: Operands,
+    kernel_size: Sequence[int],
+    geometry: Geometry,
+    channels_last: bool,
+) -> Tensor:
+    """Returns the result of a convolution that requantizes, in float32.
+
+    Args:
+        input: ``(batch, channels, ...)``, not float64.
+        scale: of ``input``, per tensor.
+        zero_point: likewise.
+        ends: quant_min and quant_max of ``input``.
+        operands: of the layer; the weight is a matrix.
+        kernel_size: of the layer.
+        geometry: of the layer.
+        channels_last: the memory format of the result.
+    """
+    quant_min, quant_max, zero_point = int8_convolution.unsigned(*ends, zero_point)
+    q = functional.quantize(input, scale, zero_point, quant_min, quant_max)
+    has_nan = bool(input.numel() and input.amax().isnan())
+    sums = None
+    if not has_nan:
+        weight = Int8Weight(operands.weight, operands.factor, operands.low, operands.packed)
+        sums = int8_convolution.exact_sums(q, int(zero_point), weight, kernel_size, geometry, operands.reach)
+    if sums is None:
+        levels = q.double() - zero_point
+        if has_nan:
+            levels = levels.masked_fill(input.isnan(), torch.nan)
+        sums = geometry.convolve(
+            levels, _kernel(operands.weight.double(), input, kernel_size, geometry), None
+        )
+    b32 = operands.b32.view(1, -1, *(1 for _ in kernel_size))
+    if sums.dtype == torch.float64:
+        total = sums.add_(b32).float()
+    elif operands.reach is not None and operands.reach <= int8_convolution.FLOAT_LIMIT:
+        total = sums.add_(b32)
+    else:
+        total = sums.to(torch.int32).add_(b32).float()
+    y = on_grid(total, operands.factor.view_as(b32), operands.low, operands.high, operands.y_scale)
+    return int8_convolution._channels_last(y) if channels_last else y.contiguous()
+
+
+def _kernel(rows: Tensor, input: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> Tensor:
+    """Returns the matrix of a weight in the shape of the layer."""
+    first, second = len(rows), input.shape[1]
+    if geometry.transposed:
+        first, second = second, first
+    return geometry.from_rows(rows, torch.Size((first, second // geometry.groups, *kernel_size)))
+
+
+# As operators, which tracers take as they are
+
+
+@torch.library.custom_op("qatfast::integer_linear", mutates_args=())
+def _linear_operator(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    weight: Tensor,
+    b32: Tensor,
+    factor: Tensor,
+    low: Tensor,
+    high: Tensor,
+    y_scale: Tensor,
+) -> Tensor:
+    """:func:`linear`."""
+    operands = Operands(weight, b32, factor, low, high, y_scale)
+    return linear(input, scale, zero_point, (quant_min, quant_max), operands)
+
+
+@_linear_operator.register_fake
+def _(input: Tensor, *arguments: Any) -> Tensor:
+    return input.new_empty((*input.shape[:-1], arguments[4].shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("qatfast::integer_conv", mutates_args=())
+def _conv_operator(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    weight: Tensor,
+    b32: Tensor,
+    factor: Tensor,
+    low: Tensor,
+    high: Tensor,
+    y_scale: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """:func:`conv`."""
+    operands = Operands(weight, b32, factor, low, high, y_scale)
+    geometry = Geometry(
+        tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
+    )
+    return conv(
+        input, scale, zero_point, (quant_min, quant_max), operands, kernel_size, geometry, channels_last
+    )
+
+
+@_conv_operator.register_fake
+def _(input: Tensor, *arguments: Any) -> Tensor:
+    weight, kernel_size, channels_last = arguments[4], arguments[10], arguments[-1]
+    size = Geometry(*arguments[11:17]).output_size(input.shape[2:], kernel_size)
+    y = input.new_empty((input.shape[0], weight.shape[0], *size), dtype=torch.float32)
+    return int8_convolution._channels_last(y) if channels_last else y
+
+
+def traced_linear(
+    input: Tensor, scale: Tensor, zero_point: Tensor, ends: tuple[int, int], operands: Operands
+) -> Tensor:
+    """:func:`linear` as an operator."""
+    return torch.ops.qatfast.integer_linear(input, scale, zero_point, *ends, *operands[:6])
+
+
+def traced_conv(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    ends: tuple[int, int],
+    operands: Operands,
+    kernel_size: Sequence[int],
+    geometry: Geometry,
+    channels_last: bool,
+) -> Tensor:
+    """:func:`conv` as an operator."""
+    return torch.ops.qatfast.integer_conv(
+        input, scale, zero_point, *ends, *operands[:6], list(kernel_size), *geometry, channels_last
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .. import checks, ranges, weight_cache
 from ..chain import Chain, ChainValue
 from ..config import PerChannel, PerGroup, QATConfig
-from ..convolution import Geometry, of_batch, qat_conv
+from ..convolution import Geometry, of_batch, qat_conv, qat_conv_in_one_pass, quantizes_in_one_pass
 from ..functional import fake_quantize
 from ..int8_convolution import Int8Weight
 from .base import (
@@ -26,6 +27,10 @@ from .base import (
     wrong_dimensions,
 )
 from .fake_quantize import QUANTIZE
+
+
+def _unpadded(x: Tensor) -> Tensor:
+    return x
 
 
 class _QATConv(QuantizedLayer, _ConvNd):
@@ -91,7 +96,7 @@ class _QATConv(QuantizedLayer, _ConvNd):
         }
 
     def _apply_to(
-        self, input: Tensor, geometry: Geometry, pad: Callable[[Tensor], Tensor] = lambda x: x
+        self, input: Tensor, geometry: Geometry, pad: Callable[[Tensor], Tensor] = _unpadded
     ) -> Tensor:
         if open_blocks:
             self._record_call()
@@ -163,12 +168,20 @@ class _QATConv(QuantizedLayer, _ConvNd):
                 of_weight.forward(geometry.to_rows(weight))
             y = geometry.convolve(pad(x), weight, bias)
             return y if of_output is None else of_output.forward(y)
-        grids = {}
-        if of_input is not None:
-            grids["input"] = of_input.grid(x)
-        if of_weight is not None:
-            grids["weight"] = of_weight.grid(geometry.to_rows(weight))
-        y = qat_conv(x, weight, bias, self.config, grids, geometry, pad, self._kept)
+        config = self.config
+        if pad is _unpadded and quantizes_in_one_pass(x, weight, bias, config, geometry):
+            assert config.input is not None
+            quantize: Any = partial(ranges.int8_conv_input, spec=config.input)
+            if of_input is not None:
+                quantize = of_input.int8_conv_input
+            y = qat_conv_in_one_pass(x, weight, bias, config, quantize, geometry, self._kept)
+        else:
+            grids = {}
+            if of_input is not None:
+                grids["input"] = of_input.grid(x)
+            if of_weight is not None:
+                grids["weight"] = of_weight.grid(geometry.to_rows(weight))
+            y = qat_conv(x, weight, bias, config, grids, geometry, pad, self._kept)
         if of_output is not None:
             y = of_output.forward(y)
         elif self.config.output is not None:

@@ -5,6 +5,8 @@
 
 #include <c10/util/ArrayRef.h>
 
+#include <optional>
+
 namespace qatfast {
 
 // One tensor that is quantized by its own range. `to` may be `from`. On the CPU, float32 may be rounded to a 16-bit
@@ -111,6 +113,17 @@ void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at:
 
 // The mask of FakeQuantizeAffineLauncher alone, of the contiguous tensor x with one grid.
 void inside(const at::Tensor& x, const at::Tensor& mask, const QParams& qparams);
+
+// The integers of the dense tensor x with one grid as uint8 `values`; a grid below 0 is moved up by 128, its zero point
+// too. `mask` is as in FakeQuantizeAffineLauncher. With `range`, that gives the grid, and moves as in
+// fake_quantize_observed. Returns whether x holds a NaN.
+bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, const QuantSpec& spec,
+    const std::optional<ObservedRange>& range, const QParams& qparams, const at::Tensor& shifted_zero_point);
+
+// sums = sums * (input_scale * weight_scale) + bias in place, for the sums of a convolution, with the channels
+// innermost in memory. `input_scale` has one element, or one per sample. Returns the largest magnitude of a sum.
+float scale_sums(
+    const at::Tensor& sums, const at::Tensor& input_scale, const at::Tensor& weight_scale, const at::Tensor& bias);
 
 // Scale and zero point of blocks with the ranges lo, hi of the opmath type.
 void qparams_of_range(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,

@@ -121,6 +121,16 @@ TORCH_LIBRARY(qatfast, m) {
       "qat_linear_int8_backward(Tensor grad, Tensor values, Tensor scale, Tensor zero_point, Tensor weight, "
       "int[] weight_spec) -> (Tensor grad_input, Tensor grad_weight)",
       tags);
+
+  // A convolution of integers. values: uint8; a grid below 0 is moved up by 128, to shifted_zero_point
+  // poison: NaN if the input holds a NaN, else 0
+  m.def(
+      "int8_conv_input(Tensor input, Tensor? scale, Tensor? zero_point, Tensor(a!)? running_min, "
+      "Tensor(b!)? running_max, Tensor(c!)? num_batches, float averaging_constant, int[] input_spec, bool with_mask) "
+      "-> (Tensor values, Tensor mask, Tensor scale, Tensor zero_point, Tensor shifted_zero_point, Tensor poison)",
+      tags);
+  m.def("int8_conv_scale_(Tensor(a!) sums, Tensor input_scale, Tensor weight_scale, Tensor? bias) -> Tensor largest",
+      tags);
 }
 
 namespace {
@@ -163,6 +173,8 @@ TORCH_LIBRARY_IMPL(qatfast, CPU, m) {
   m.impl("qparams_of_range", kernel::qparams_of_range);
   m.impl("qat_linear_int8_static_forward", kernel::qat_linear_int8_static_forward);
   m.impl("qat_linear_int8_static_backward", kernel::qat_linear_int8_static_backward);
+  m.impl("int8_conv_input", kernel::int8_conv_input);
+  m.impl("int8_conv_scale_", kernel::int8_conv_scale_);
 }
 
 TORCH_LIBRARY_IMPL(qatfast, AutocastCPU, m) {
@@ -200,7 +212,7 @@ TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
   for (const char* name : {"fake_quantize_affine_forward", "fake_quantize_observed_forward",
            "fake_quantize_learned_backward", "qat_linear_forward", "qat_linear_grad_weight",
            "qat_linear_int8_static_forward", "qat_linear_int8_static_backward", "qat_linear_int8_forward",
-           "qat_linear_int8_input", "qat_linear_int8_backward"}) {
+           "qat_linear_int8_input", "qat_linear_int8_backward", "int8_conv_input", "int8_conv_scale_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -163,6 +163,20 @@ QATFAST_OPERATOR(qat_linear_int8_backward,
     std::tuple<Tensor, Tensor>(const Tensor& grad, const Tensor& values, const Tensor& scale, const Tensor& zero_point,
         const Tensor& weight, at::IntArrayRef weight_spec))
 
+// The integers of a convolution's input (uint8), the mask of its gradient, scale and zero point of its grid, the zero
+// point of the integers, and NaN if the input holds a NaN. The grid is the given one, or that of the stored range,
+// which moves, or that of the input.
+QATFAST_OPERATOR(int8_conv_input,
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor& input, const std::optional<Tensor>& scale,
+        const std::optional<Tensor>& zero_point, const std::optional<Tensor>& running_min,
+        const std::optional<Tensor>& running_max, const std::optional<Tensor>& num_batches, double averaging_constant,
+        at::IntArrayRef input_spec, bool with_mask))
+
+// sums * (input_scale * weight_scale) + bias, in place. Returns the largest magnitude of a sum.
+QATFAST_OPERATOR(int8_conv_scale_,
+    Tensor(
+        const Tensor& sums, const Tensor& input_scale, const Tensor& weight_scale, const std::optional<Tensor>& bias))
+
 #undef QATFAST_OPERATOR
 
 // What runs on the autocast keys.

@@ -187,6 +187,8 @@ PyMethodDef methods[] = {
     method("qat_linear_int8_weight", direct<op::qat_linear_int8_weight>),
     method("qat_linear_int8", direct<op::qat_linear_int8>),
     method("qat_linear_int8_static", direct<op::qat_linear_int8_static>),
+    method("int8_conv_input", direct<op::int8_conv_input>),
+    method("int8_conv_scale_", direct<op::int8_conv_scale_>),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -218,6 +218,27 @@ def _register_fakes() -> None:
     ) -> tuple[Tensor, Tensor]:
         return grad.new_empty(values.shape), grad.new_empty(weight.shape)
 
+    @fake("qatfast::int8_conv_input")
+    def _(
+        input: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        running_min: Tensor | None,
+        running_max: Tensor | None,
+        num_batches: Tensor | None,
+        averaging_constant: float,
+        input_spec: Sequence[int],
+        with_mask: bool,
+    ) -> tuple[Tensor, ...]:
+        mask = mask_of(input) if with_mask else input.new_empty((0,), dtype=torch.uint8)
+        grid = qparams(input, (0, 0))
+        poison = input.new_empty((), dtype=torch.float32)
+        return torch.empty_like(input, dtype=torch.uint8), mask, *grid, torch.empty_like(grid[1]), poison
+
+    @fake("qatfast::int8_conv_scale_")
+    def _(sums: Tensor, *_: Any) -> Tensor:
+        return sums.new_empty(())
+
     @fake("qatfast::qat_linear_grad_weight")
     def _(grad: Tensor, input: Tensor) -> Tensor:
         return grad.new_empty((grad.shape[1], input.shape[1]))

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import ranges, reference
+from . import ranges, reference, requantization
 from .config import QuantSpec
 from .reference import StaticGrids
+from .requantization import Operands
 
 BATCH_NORM = "batch_norm"
 RELUS = {"relu": "relu", "relu_": "relu", "relu6": "relu6"}
@@ -186,6 +187,8 @@ class Chain:
         grids: StaticGrids,
         product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         axis: int,
+        int8_product: Callable[[Tensor, Tensor, Operands], Tensor],
+        slot: Any,
     ) -> Tensor:
         """Returns the values of the reader's integers, of which the steps change nothing.
 
@@ -197,14 +200,37 @@ class Chain:
             grids: scale and zero point of each of input and weight.
             product: the head's product; it takes the weight as a matrix.
             axis: of the output channels in the product.
+            int8_product: the result, of the grid of the input and the integers of the weight.
+            slot: of ``cached_weights``, or None.
         """
-        grid = self.quantizer.grid(input)
-        value = reference.requantized(
-            input, weight, bias, specs, grids, product, axis, self._statistics(), self.activation, grid,
-            self.quantizer.spec,
-        )  # fmt: skip
-        operands = [input, weight, *([] if bias is None else [bias]), *self._parameters(), grid[0]]
-        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+        grid, spec, statistics = self.quantizer.grid(input), self.quantizer.spec, self._statistics()
+        if requantization.takes_int8(input, specs[1]):
+            scale, zero_point = (
+                requantization.positive(grids["input"][0]).reshape(()),
+                grids["input"][1].reshape(()),
+            )
+
+            def operands_of() -> Operands:
+                return requantization.operands_of(
+                    weight,
+                    bias,
+                    specs[1],
+                    grids.get("weight"),
+                    scale,
+                    statistics,
+                    self.activation,
+                    grid,
+                    spec,
+                )
+
+            operands = operands_of()
+            value = int8_product(scale, zero_point, operands)
+        else:
+            value = reference.requantized(
+                input, weight, bias, specs, grids, product, axis, statistics, self.activation, grid, spec
+            )
+        tensors = [input, weight, *([] if bias is None else [bias]), *self._parameters(), grid[0]]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             y = self._float(input, weight, bias, specs, grids, product)
             value = reference._straight_through(self._fake_quantized(y, grid), value)
         return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
+from math import isnan, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, functional, int8_convolution, kernels, ranges, reference
-from .config import PerChannel, PerTensor, PerToken, QATConfig, QuantSpec
-from .int8_convolution import Int8Weight
+from .config import Learned, PerChannel, PerTensor, PerToken, QATConfig, QuantSpec
+from .int8_convolution import Int8Input, Int8Weight
 
 
 class Geometry(NamedTuple):
@@ -137,7 +137,7 @@ def qat_conv(
         list(weight.shape[2:]),
         None if b_hat is None else b_hat.detach(),
         *geometry,
-        _is_channels_last(input) or _is_channels_last(weight),
+        is_channels_last(input) or is_channels_last(weight),
     )
     learned = [scale for scale, _ in grids.values()]
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *learned))):
@@ -148,11 +148,90 @@ def qat_conv(
     if "weight" in grids:
         w_link, of_weight = _Link.apply(fake_quantized_weight()), (weight, *_detached(grids["weight"]))
     return _Gradients.apply(
-        _Link.apply(x_link), w_link, b_hat, value, q, poison, *x_grid, *of_weight, x_spec, w_spec, geometry
+        _Link.apply(x_link),
+        w_link,
+        b_hat,
+        value,
+        q,
+        poison,
+        *x_grid,
+        *of_weight,
+        None,
+        x_spec,
+        w_spec,
+        geometry,
     )
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def quantizes_in_one_pass(
+    input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig, geometry: Geometry
+) -> bool:
+    """Returns whether :func:`qat_conv_in_one_pass` computes this layer."""
+    x_spec, w_spec = config.input, config.weight
+    if torch.compiler.is_compiling() or x_spec is None or w_spec is None:
+        return False
+    if not w_spec.is_dynamic or not w_spec.symmetric:
+        return False
+    if not isinstance(x_spec.granularity, PerTensor) or isinstance(x_spec.range, Learned):
+        return False
+    if config.has_int32_bias or not config.uses_int8_gemm(geometry.fan_in(weight)):
+        return False
+    if not input.is_cpu or input.dtype == torch.float64 or input.dtype != weight.dtype or input.numel() == 0:
+        return False
+    ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
+    return ops is not None and ops is kernels.extension
+
+
+def qat_conv_in_one_pass(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: QATConfig,
+    quantize_input: Callable[[Tensor, bool], tuple[Tensor, ...]],
+    geometry: Geometry,
+    kept: Callable[[Callable[[], Any]], Any],
+) -> Tensor:
+    """Returns :func:`qat_conv` where one pass over the input observes its range and quantizes it.
+
+    Args:
+        quantize_input: what ``ranges.int8_conv_input`` returns for the input's range, with a mask or
+            without one.
+    """
+    x_spec, w_spec = config.input, config.weight
+    assert x_spec is not None and w_spec is not None
+    rows = geometry.to_rows(weight)
+    b_hat = ranges.bias_hat(input, rows, bias, config, {})
+    w = kept(lambda: _int8_weight_of_rows(rows.detach(), w_spec))
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    needs_mask = needs_grad and input.requires_grad and not x_spec.is_dynamic
+    q, mask, scale, zero_point, shifted, poison = quantize_input(input.detach(), needs_mask)
+    nan = input.detach().isnan() if isnan(poison.item()) else None
+    value = int8_convolution.product(
+        Int8Input(q, scale, shifted, nan),
+        w,
+        weight.shape[2:],
+        None if b_hat is None else b_hat.detach(),
+        *geometry,
+        is_channels_last(input) or is_channels_last(weight),
+    )
+    if not needs_grad:
+        return value
+    of_weight = (None, None, None)
+    return _Gradients.apply(
+        _Link.apply(input), weight, b_hat, value, q, nan, scale, zero_point, *of_weight,
+        mask if needs_mask else None, x_spec, w_spec, geometry,
+    )  # fmt: skip
+
+
+def _int8_weight_of_rows(rows: Tensor, spec: QuantSpec) -> Int8Weight:
+    """Returns a weight with a symmetric dynamic range."""
+    ops: Any = kernels.extension
+    values, scale, zero_point, _ = ops.qat_linear_int8_weight(rows, spec.code)
+    return Int8Weight(values, scale, zero_point)
+
+
+def is_channels_last(x: Tensor) -> bool:
     if x.dim() not in (4, 5) or x.is_contiguous():
         return False
     return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
@@ -223,6 +302,8 @@ class _Gradients(torch.autograd.Function):
 
     ``x`` and ``w`` stand for x_hat and w_hat in the graph. Kept are the integers ``q`` of the input
     and the weight itself (``weight``, or ``w`` if it is None), from which both are made again.
+    ``poison`` is NaN if the input holds a NaN, else 0, or marks the NaNs, or is None without one. With
+    a ``mask``, ``x`` is the float input, whose gradient passes where the mask is set.
     """
 
     @staticmethod
@@ -233,29 +314,32 @@ class _Gradients(torch.autograd.Function):
         bias: Tensor | None,
         value: Tensor,
         q: Tensor,
-        poison: Tensor,
+        poison: Tensor | None,
         scale: Tensor,
         zero_point: Tensor,
         weight: Tensor | None,
         w_scale: Tensor | None,
         w_zero_point: Tensor | None,
+        mask: Tensor | None,
         x_spec: QuantSpec,
         w_spec: QuantSpec,
         geometry: Geometry,
     ) -> Tensor:
-        ctx.save_for_backward(x, w, q, poison, scale, zero_point, weight, w_scale, w_zero_point)
+        ctx.save_for_backward(x, w, q, poison, scale, zero_point, weight, w_scale, w_zero_point, mask)
         ctx.specs, ctx.geometry = (x_spec, w_spec), geometry
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         return value.detach()  # unlike a view, it may be written in place
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, q, poison, scale, zero_point, weight, w_scale, w_zero_point = ctx.saved_tensors
+        x, w, q, poison, scale, zero_point, weight, w_scale, w_zero_point, mask = ctx.saved_tensors
         (x_spec, w_spec), geometry = ctx.specs, ctx.geometry
         *_, shifted = int8_convolution.unsigned(x_spec.quant_min, x_spec.quant_max, zero_point)
         granularity = PerChannel(0) if scale.dim() else PerTensor()
         ops = torch.ops.qatfast  # there are kernels, or this node would not run
-        x_hat = ops.dequantize(q, scale, shifted, granularity.code).add_(poison)
+        x_hat = ops.dequantize(q, scale, shifted, granularity.code)
+        if poison is not None:
+            x_hat = x_hat.add_(poison) if poison.dim() == 0 else x_hat.masked_fill_(poison, torch.nan)
         weight = w if weight is None else weight
         rows = geometry.to_rows(weight.detach())
         if w_scale is None:
@@ -266,6 +350,8 @@ class _Gradients(torch.autograd.Function):
             w_rows = ops.fake_quantize_affine(rows, w_scale, w_zero_point, *ends)
         w_hat = geometry.from_rows(w_rows, weight.shape)
         if torch.is_grad_enabled():
+            if mask is not None:
+                x = ops.fake_quantize_affine_backward(x, mask, q.stride())
             x_hat = reference._straight_through(x.to(x_hat.dtype), x_hat)
             w_hat = reference._straight_through(w, w_hat)
         sizes = None if ctx.bias is None else list(ctx.bias[0])
@@ -277,11 +363,13 @@ class _Gradients(torch.autograd.Function):
         dx, dw, db = torch.ops.aten.convolution_backward(
             dy.to(x_hat.dtype), x_hat, w_hat.to(x_hat.dtype), sizes, *geometry, needed
         )
+        if dx is not None and mask is not None:
+            dx = ops.fake_quantize_affine_backward(dx, mask, q.stride())
         return (
             None if dx is None else dx.to(x.dtype),
             None if dw is None else dw.to(w.dtype),
             db.to(ctx.bias[1]) if needed[2] else None,
-            *(None,) * 11,
+            *(None,) * 12,
         )
 
 

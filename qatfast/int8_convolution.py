@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from math import prod
+from math import isnan, prod
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import functional
+from . import functional, kernels
 from .config import PerChannel, PerTensor
 
 _SHIFT = 128  # between uint8 and int8
@@ -30,6 +30,18 @@ class Int8Weight(NamedTuple):
     scale: Tensor
     zero_point: Tensor
     packed: dict[Any, Tensor] | None = None
+
+
+class Int8Input(NamedTuple):
+    """A quantized input: integers (uint8), scale, the zero point of the integers, and where it held a NaN.
+
+    Scale and zero point have one element, or one per sample. ``nan`` is None if there was no NaN.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    nan: Tensor | None
 
 
 class _Conv(NamedTuple):
@@ -74,30 +86,57 @@ def forward(
     poison = input.new_zeros((), dtype=torch.float32)
     if input.numel() and input.amax().isnan():
         poison.fill_(torch.nan)
+    integers = Int8Input(q, scale, zero_point, input.isnan() if isnan(poison.item()) else None)
+    y = product(
+        integers, weight, kernel_size, bias, stride, padding, dilation, transposed, output_padding, groups,
+        channels_last,
+    )  # fmt: skip
+    return y, q, poison
+
+
+def product(
+    integers: Int8Input,
+    weight: Int8Weight,
+    kernel_size: Sequence[int],
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """Returns the result of :func:`forward` from the integers of its input."""
+    q, scale, zero_point, nan = integers
     kernel, convolution = _as_plain(
         weight, kernel_size, stride, padding, dilation, transposed, output_padding, groups
     )
 
-    def sums_of(q: Tensor, zero_point: int, input: Tensor) -> Tensor:
-        nan = input.isnan() if bool(poison.isnan()) else None
+    def sums_of(way: Any, q: Tensor, zero_point: int, nan: Tensor | None) -> Tensor:
         if transposed:
             q = _spread(q, stride, zero_point)
             nan = None if nan is None else _spread(nan, stride, 0)
-        if nan is not None:
-            return _by_floats(q, zero_point, kernel, weight, convolution, nan)
-        return _sums(q, zero_point, kernel, weight, convolution)
+        if nan is None:
+            return way(q, zero_point, kernel, weight, convolution)
+        return _by_floats(q, zero_point, kernel, weight, convolution, nan)
 
-    points: Any = zero_point.tolist()
-    if scale.dim() == 0:
-        sums = sums_of(q, points, input)
-    elif points:
-        sums = torch.cat(
-            [sums_of(*sample) for sample in zip(q.split(1), points, input.split(1), strict=True)]
-        )
-    else:
-        sums = sums_of(q, 0, input)
-    y = _scaled(sums, scale, weight.scale, bias)
-    return _channels_last(y) if channels_last else y.contiguous(), q, poison
+    def result(way: Any) -> tuple[Tensor, float]:
+        points: Any = zero_point.tolist()
+        if scale.dim() == 0:
+            sums = sums_of(way, q, points, nan)
+        elif points:
+            nans: Any = (None,) * len(points) if nan is None else nan.split(1)
+            samples = zip(q.split(1), points, nans, strict=True)
+            sums = torch.cat([sums_of(way, *sample) for sample in samples])
+        else:
+            sums = sums_of(way, q, 0, nan)
+        return _scaled(sums, scale, weight.scale, bias)
+
+    y, largest = result(_sums)
+    if largest >= FLOAT_LIMIT:
+        y, _ = result(_by_floats)
+    return _channels_last(y) if channels_last else y.contiguous()
 
 
 def exact_sums(
@@ -120,7 +159,11 @@ def exact_sums(
     """
     kernel, convolution = _as_plain(weight, kernel_size, *geometry)
     q = _spread(q, geometry.stride, zero_point) if geometry.transposed else q
-    return _sums_by_library(q, zero_point, kernel, weight, convolution, reach)
+    sums = _sums_by_library(q, zero_point, kernel, weight, convolution)
+    most = prod(kernel.shape[1:]) * 255 * 128
+    if sums is None or min(most, most if reach is None else reach) < FLOAT_LIMIT:
+        return sums
+    return sums if max(-sums.amin(), sums.amax()) < FLOAT_LIMIT else None
 
 
 def _as_plain(
@@ -143,10 +186,15 @@ def _as_plain(
     return kernel, _Conv((1,) * len(pads), pads, tuple(dilation), groups)
 
 
-def _scaled(sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    shape = (1, -1) + (1,) * (sums.dim() - 2)
-    y = sums.mul_(scale.reshape((-1,) + (1,) * (sums.dim() - 1)) * weight_scale.reshape(shape))
-    return y if bias is None else y.add_(bias.to(y.dtype).reshape(shape))
+def _scaled(sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
+    """Returns ``sums * (scale * weight_scale) + bias`` and the largest magnitude of a sum; overwrites ``sums``."""
+    ops: Any = kernels.extension
+    if bias is not None:
+        bias = bias.to(sums.dtype).contiguous()
+    if not sums.movedim(1, -1).is_contiguous():
+        sums = sums.movedim(1, -1).contiguous().movedim(-1, 1)
+    largest = ops.int8_conv_scale_(sums, scale, weight_scale.contiguous(), bias)
+    return sums, largest.item()
 
 
 def _spread(values: Tensor, stride: Sequence[int], fill: int) -> Tensor:
@@ -191,35 +239,23 @@ def _by_floats(
 
 
 def _sums(q: Tensor, zero_point: int, kernel: Tensor, weight: Int8Weight, convolution: _Conv) -> Tensor:
-    """Returns ``sum((q - zero_point) * (kernel - weight.zero_point))``, exact, rounded once to float32."""
+    """Returns ``sum((q - zero_point) * (kernel - weight.zero_point))``, exact where it is below 2^24."""
     sums = _sums_by_library(q, zero_point, kernel, weight, convolution)
     return _by_floats(q, zero_point, kernel, weight, convolution) if sums is None else sums
 
 
 def _sums_by_library(
-    q: Tensor,
-    zero_point: int,
-    kernel: Tensor,
-    weight: Int8Weight,
-    convolution: _Conv,
-    reach: int | None = None,
+    q: Tensor, zero_point: int, kernel: Tensor, weight: Int8Weight, convolution: _Conv
 ) -> Tensor | None:
-    """The same without a rounding; None if float32 does not hold the sums or no library computes them."""
-    if kernel.dtype != torch.int8 or q.numel() == 0 or kernel.numel() == 0:
+    """The same; None if no library computes them."""
+    reach = prod(kernel.shape[1:]) * 255 * 128  # of the sums, also before the zero point is subtracted
+    if kernel.dtype != torch.int8 or q.numel() == 0 or kernel.numel() == 0 or reach >= _INT_LIMIT:
         return None
-    most = kernel[0].numel() * 255 * 128  # also before the zero point is subtracted
-    if most >= _INT_LIMIT:
-        return None
-    reach = most if reach is None else min(reach, most)
     if _packing_dominates(q, kernel, weight, convolution) and _int_mm_is_exact():
-        sums = _by_matrix(q, zero_point, kernel, convolution)
-    elif _library_is_exact(q.dim() - 2):
-        sums = _by_library(q, zero_point, kernel, weight.packed, convolution)
-    else:
+        return _by_matrix(q, zero_point, kernel, convolution)
+    if not _library_is_exact(q.dim() - 2):
         return None
-    if reach >= FLOAT_LIMIT and max(-sums.amin(), sums.amax()) >= FLOAT_LIMIT:
-        return None
-    return sums
+    return _by_library(q, zero_point, kernel, weight.packed, convolution)
 
 
 def _packing_dominates(q: Tensor, kernel: Tensor, weight: Int8Weight, convolution: _Conv) -> bool:
@@ -252,13 +288,13 @@ def _by_library(
     q = _channels_last(q)
     begins = [before for before, _ in padding]
     channels = kernel.shape[0]
-    ones, zeros = _vectors(channels)
+    one, ones, zeros = _vectors(channels)
     key = (tuple(q.shape), zero_point == 0, convolution)
     ready = None if packed is None else packed.get(key)
     ops: Any = torch.ops.onednn
     if ready is None:
         ready = ops.qconv_prepack(
-            kernel, ones, 1.0, zero_point, stride, begins, dilation, groups, list(q.shape)
+            kernel, one, 1.0, zero_point, stride, begins, dilation, groups, list(q.shape)
         )
         if packed is not None:
             packed.clear()
@@ -271,9 +307,11 @@ def _by_library(
 
 
 @functools.lru_cache(maxsize=64)
-def _vectors(channels: int) -> tuple[Tensor, Tensor]:
+def _vectors(channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns one scale for the packing, which reads scales one by one, and scales and zero points."""
     with torch.inference_mode(False):
-        return torch.ones(channels, device="cpu"), torch.zeros(channels, dtype=torch.int32, device="cpu")
+        ones = torch.ones(channels, device="cpu")
+        return torch.ones(1, device="cpu"), ones, torch.zeros(channels, dtype=torch.int32, device="cpu")
 
 
 def _by_matrix(q: Tensor, zero_point: int, kernel: Tensor, convolution: _Conv) -> Tensor:

@@ -72,6 +72,26 @@ def fake_quantize_observed(
     return y, scale, zero_point
 
 
+def int8_conv_input(input: Tensor, with_mask: bool, spec: QuantSpec, *grid: Tensor) -> tuple[Tensor, ...]:
+    """Returns the integers of a convolution's input, for plain tensors on the CPU.
+
+    Args:
+        input: of any shape.
+        with_mask: whether the mask of the gradient is needed.
+        spec: per tensor.
+        grid: scale and zero point, or running_min, running_max and num_batches, which move, or
+            nothing for a dynamic range.
+
+    Returns:
+        The integers (uint8), the mask, the scale and the zero point that quantize the input, the zero
+        point of the integers, and NaN if the input holds a NaN, else 0.
+    """
+    ops: Any = kernels.extension
+    constant = spec.range.averaging_constant if isinstance(spec.range, MovingAverage) else 0.0
+    given = (None, None, *grid) if len(grid) == 3 else (*(grid or (None, None)), None, None, None)
+    return ops.int8_conv_input(input, *given, constant, spec.code, with_mask)
+
+
 def qparams_of_range(lo: Tensor, hi: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns scale and zero point for blocks with the range ``lo <= 0 <= hi``.
 

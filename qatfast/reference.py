@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -373,36 +373,58 @@ def requantized(
     """
     x_levels, sx = _levels(input.detach(), specs[0], grids["input"])
     w_levels, sw = _levels(weight.detach(), specs[1], grids.get("weight"))
-    w_levels, scale, b32 = fold(w_levels, sw, sx, bias, batch_norm)
+    folded = fold(sw.reshape(-1).expand(weight.shape[0]), sx, bias, batch_norm)
+    w_levels = torch.where(folded.is_nan.unsqueeze(-1), torch.nan, folded.of_rows(w_levels, torch.float64))
     acc = product(x_levels, w_levels, None)
-    return requantize(acc, b32, sx, scale, axis, activation, output, output_spec)
+    return requantize(acc, folded.b32, sx, folded.scale, axis, activation, output, output_spec)
+
+
+class Folded(NamedTuple):
+    """A layer's scales with its BatchNorm, one element per output channel; see :func:`requantized`.
+
+    ``narrow`` is ``sw * |g|``, ``scale`` is ``sw'``; ``b32`` is float64.
+    """
+
+    g: Tensor
+    narrow: Tensor
+    scale: Tensor
+    b32: Tensor
+    is_nan: Tensor
+
+    def of_rows(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the integers of the weight with BatchNorm, from those without it."""
+        widens, flips = self.scale > self.narrow, self.g < 0
+        can_branch = self.g.is_cpu and not (
+            torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        )
+        if not can_branch or widens.any():
+            widened = torch.round(rows.to(self.g.dtype) * (self.narrow / self.scale).unsqueeze(-1)).to(dtype)
+            rows = torch.where(widens.unsqueeze(-1), widened, rows)
+        if not can_branch or flips.any():
+            rows = torch.where(flips.unsqueeze(-1), -rows, rows)
+        return rows
 
 
 def fold(
-    levels: Tensor,
     weight_scale: Tensor,
     input_scale: Tensor,
     bias: Tensor | None,
     batch_norm: tuple[Any, Any, Any, Any, float] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the levels, ``sw'`` and ``b32`` of a layer with its BatchNorm; see :func:`requantized`.
+) -> Folded:
+    """Returns the scales of a layer with its BatchNorm; see :func:`requantized`.
 
     Args:
-        levels: of the weight, in float64, a row per output channel.
-        weight_scale: one element, or one per row.
+        weight_scale: one element per output channel.
         input_scale: one element.
         bias: or None.
         batch_norm: as for :func:`requantized`.
     """
-    sx, sw = input_scale.reshape(()), weight_scale.reshape(-1).expand(levels.shape[0])
+    sx, sw = input_scale.reshape(()), weight_scale
     g, b = _folded(bias, batch_norm, sw)
     narrow = sw * g.abs()
     wide = torch.maximum(narrow, b.abs() / (sx * 2.0**30)).clamp(min=torch.finfo(sw.dtype).tiny)
-    widened = torch.round(levels.to(sw.dtype) * (narrow / wide).unsqueeze(-1)).double()
-    levels = torch.where((wide > narrow).unsqueeze(-1), widened, levels)
-    levels = torch.where((g < 0).unsqueeze(-1), -levels, levels)
-    levels = torch.where((g.isnan() | b.isnan()).unsqueeze(-1), torch.nan, levels)
-    return levels, wide, torch.round(b.double() / _step(sx, wide).double())
+    b32 = torch.round(b.double() / _step(sx, wide).double())
+    return Folded(g, narrow, wide, b32, g.isnan() | b.isnan())
 
 
 def _step(input_scale: Tensor, weight_scale: Tensor) -> Tensor:

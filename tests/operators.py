@@ -167,7 +167,12 @@ OPERATORS = {
             elementwise=True,
             internal=("fake_quantize_learned_backward",),
         ),
-        Operator("quantize", _static_range, elementwise=True),
+        Operator(
+            "quantize",
+            _static_range,
+            elementwise=True,
+            internal_on_cpu=("int8_conv_input", "int8_conv_scale_"),
+        ),
         Operator("dequantize", _integers, elementwise=True),
         Operator(
             "qat_linear",

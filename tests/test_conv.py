@@ -475,3 +475,56 @@ def test_granularities_of_the_float_formula():
     )
     y = nn.functional.conv2d(x_hat, w_hat, fake_quantize(b_hat))
     cases.assert_same(layer(x).detach(), fake_quantize(y, granularity=PerChannel(0)).detach())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(8, range=MovingAverage(0.3)),
+        QuantSpec(8, symmetric=True, range=MinMax(), narrow_range=False),
+        QuantSpec(6, range=Fixed(-1, 0.5)),
+    ],
+    ids=str,
+)
+def test_one_pass_over_the_input_equals_the_reference(spec, dtype, memory_format, monkeypatch):
+    """Results, stored ranges and gradients, with values that the grid clips and lengths that end within a vector."""
+    torch.manual_seed(0)
+    ours = QATConv2d(5, 6, 3, padding=1, dtype=dtype, config=QATConfig(spec, SYMMETRIC, None, None))
+    theirs = copy.deepcopy(ours)
+    for step, factor in enumerate((1.0, 0.5, 2.0, 1.5)):
+        x = cases.normal((2, 5, 31, 37), dtype, seed=step).mul(factor).to(memory_format=memory_format)
+        if step == 2:
+            x[0, 1, 3, 4], x[1, 2, 0, 0] = torch.inf, -torch.inf
+        if step == 3:
+            x[0, 2, 5, 6], x[1, 4, 30, 36] = torch.nan, torch.inf
+        results = []
+        for layer in (ours, theirs):
+            with monkeypatch.context() as patch:
+                if layer is theirs:
+                    patch.setattr(kernels, "route", lambda *tensors: None)
+                leaf = x.clone().requires_grad_()
+                y = layer(leaf)
+                dx, dw = torch.autograd.grad(y.square().float().sum().nan_to_num(), [leaf, layer.weight])
+                results.append((y.detach(), (dx == 0) & leaf.detach().isfinite(), layer.state_dict()))
+                if step == 3:
+                    assert dw[:, 2].isnan().all() and dx.isnan().any()
+        (y, blocked, state), (y_expected, blocked_expected, state_expected) = results
+        cases.assert_same(y, y_expected)
+        assert torch.equal(blocked, blocked_expected)
+        assert blocked.any() or step != 2
+        for key, value in state.items():
+            cases.assert_same(value, state_expected[key])
+
+
+def test_a_nan_reaches_the_gradient_of_its_channel_only():
+    """As with a float convolution."""
+    layer = layer_of(2, False, QATConfig.static(), padding=1)
+    x = cases.normal((2, 4, 6, 6))
+    layer(x)
+    x[1, 2, 3, 3] = torch.nan
+    y = layer(x)
+    (dw,) = torch.autograd.grad(y, layer.weight, torch.ones_like(y))
+    assert dw[:, 2].isnan().all()
+    assert dw[:, [0, 1, 3]].isfinite().all()

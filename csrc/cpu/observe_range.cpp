@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 namespace qatfast::cpu {
@@ -216,6 +217,110 @@ void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at:
     }
     seen.move();
   });
+}
+
+namespace {
+
+// Quantizes a tensor to uint8 with one grid, a piece at a time that stays in cache.
+template <class T>
+class ToIntegers {
+ public:
+  using C = opmath_type<T>;
+
+  ToIntegers(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, const QParams& qparams,
+      const QParams& shifted)
+      : x_(x.const_data_ptr<T>()),
+        values_(values.mutable_data_ptr<uint8_t>()),
+        mask_(mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr),
+        grid_(grids_of<C>(qparams)),
+        shifted_(grids_of<C>(shifted)) {}
+
+  // Widens the range in lo, hi by the finite values and notes whether there is a NaN. Returns whether all are finite.
+  bool run(int64_t begin, int64_t end, C& lo, C& hi, bool& has_nan) const {
+    constexpr int64_t most = 4096; // a whole number of mask bytes
+    bool all_finite = true;
+    for (; begin < end; begin += most) {
+      const auto n = std::min(most, end - begin);
+      C ends[2] = {0, 0};
+      const bool is_finite = loops_.range(x_ + begin, n, &ends[0], &ends[1]);
+      for (int64_t i = begin; i < begin + n && !is_finite && !has_nan; ++i) {
+        has_nan = x_[i] != x_[i];
+      }
+      loops_.template integer<uint8_t>().quantize(x_ + begin, values_ + begin, 1, n, shifted_);
+      if (mask_) {
+        write_mask(begin, n, is_finite && is_inside(ends[0]) && is_inside(ends[1]));
+      }
+      lo = widen_lo(lo, ends[0]);
+      hi = widen_hi(hi, ends[1]);
+      all_finite &= is_finite;
+    }
+    return all_finite;
+  }
+
+ private:
+  bool is_inside(C end) const {
+    uint8_t bit = 0;
+    chosen().loops<C>().inside(&end, &bit, 1, grid_);
+    return bit != 0;
+  }
+
+  void write_mask(int64_t begin, int64_t n, bool are_inside) const {
+    uint8_t* const bits = mask_ + begin / 8;
+    if (are_inside && n % 8 == 0) { // rounding is monotone: what lies between the ends is inside, too
+      std::fill_n(bits, n / 8, uint8_t{0xFF});
+    } else {
+      loops_.inside(x_ + begin, bits, n, grid_);
+    }
+  }
+
+  const Loops<T>& loops_ = chosen().loops<T>();
+  const T* x_;
+  uint8_t* values_;
+  uint8_t* mask_;
+  const Grids<C> grid_;
+  const Grids<C> shifted_; // that of the integers
+};
+
+} // namespace
+
+bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, const QuantSpec& spec,
+    const std::optional<ObservedRange>& range, const QParams& qparams, const at::Tensor& shifted_zero_point) {
+  bool has_nan = false;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "quantize", [&] {
+    using C = opmath_type<scalar_t>;
+    const StandardArithmetic arithmetic;
+    std::optional<Observation<scalar_t>> seen;
+    bool is_seen = false; // whether the range of the batch is known
+    if (range) {
+      seen.emplace(x.const_data_ptr<scalar_t>(), Layout{1, 1, x.numel()}, *range);
+      is_seen = !seen->is_stored();
+      if (is_seen) {
+        seen->find();
+      }
+      seen->choose(spec, qparams.scale.mutable_data_ptr<C>(), qparams.zero_point.mutable_data_ptr<int32_t>());
+    }
+    const auto shift = spec.quant_min() < 0 ? 128 : 0;
+    *shifted_zero_point.mutable_data_ptr<int32_t>() = *qparams.zero_point.const_data_ptr<int32_t>() + shift;
+    const QParams shifted = {qparams.scale, shifted_zero_point, spec.quant_min() + shift, spec.quant_max() + shift};
+    const ToIntegers<scalar_t> integers(x, values, mask, qparams, shifted);
+    std::mutex mutex;
+    parallel_over_memory(x.numel(), [&](int64_t begin, int64_t end) {
+      C lo = 0, hi = 0;
+      bool part_has_nan = false;
+      const bool is_finite = integers.run(begin, end, lo, hi, part_has_nan);
+      const std::lock_guard lock(mutex);
+      has_nan |= part_has_nan;
+      if (range && !is_seen) {
+        seen->note(is_finite);
+        *seen->lo() = widen_lo(*seen->lo(), lo);
+        *seen->hi() = widen_hi(*seen->hi(), hi);
+      }
+    });
+    if (range) {
+      seen->move();
+    }
+  });
+  return has_nan;
 }
 
 void qparams_of_range(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,

@@ -4,6 +4,7 @@
 #include "launchers.h"
 #include "ops/blocks.h"
 #include "ops/mask.h"
+#include "ops/observed.h"
 
 #include <ATen/OpMathType.h>
 
@@ -12,7 +13,6 @@
 #include <utility>
 
 namespace qatfast {
-namespace kernel {
 namespace {
 
 void check_state(const char* op, const char* name, const Tensor& state, at::ScalarType dtype, at::IntArrayRef shape,
@@ -23,12 +23,27 @@ void check_state(const char* op, const char* name, const Tensor& state, at::Scal
       ", got ", name_of(state.scalar_type()), " of shape ", tuple(state.sizes()), " on ", state.device());
 }
 
-// A write that autograd would not see makes a gradient from the old values silently wrong.
-void bump_version(const Tensor& state) {
-  if (!state.is_inference()) {
-    state.unsafeGetTensorImpl()->bump_version();
+} // namespace
+
+ObservedRange checked_range(const char* op, const Tensor& input, const QuantSpec& spec, const Tensor& running_min,
+    const Tensor& running_max, const Tensor& num_batches, double averaging_constant) {
+  const auto shape = qparams_shape(input, spec.granularity);
+  check_state(op, "running_min", running_min, at::kFloat, shape, input.device());
+  check_state(op, "running_max", running_max, at::kFloat, shape, input.device());
+  check_state(op, "num_batches", num_batches, at::kLong, {}, input.device());
+  return {running_min, running_max, num_batches, static_cast<float>(averaging_constant)};
+}
+
+void bump_versions(const ObservedRange& range) {
+  for (const auto& state : {range.running_min, range.running_max, range.num_batches}) {
+    if (!state.is_inference()) {
+      state.unsafeGetTensorImpl()->bump_version();
+    }
   }
 }
+
+namespace kernel {
+namespace {
 
 struct Observed {
   Tensor output; // undefined if it is not wanted, like the mask
@@ -45,10 +60,8 @@ Observed observe(const char* op, Wanted wanted, const Tensor& input, const Tenso
   const auto spec = checked_spec(op, num_bits, symmetric, granularity, narrow_range);
   check_float(op, "input", input.scalar_type());
   check_blocks(op, input, spec.granularity);
+  const auto range = checked_range(op, input, spec, running_min, running_max, num_batches, averaging_constant);
   const auto shape = qparams_shape(input, spec.granularity);
-  check_state(op, "running_min", running_min, at::kFloat, shape, input.device());
-  check_state(op, "running_max", running_max, at::kFloat, shape, input.device());
-  check_state(op, "num_batches", num_batches, at::kLong, {}, input.device());
   // Blocks of rows lie in the order of the state only in a contiguous tensor.
   const bool is_reordered = spec.granularity.by_rows() && !input.is_contiguous();
   const auto x = is_reordered ? contiguous(input) : as_blocks(input, spec.granularity);
@@ -56,16 +69,13 @@ Observed observe(const char* op, Wanted wanted, const Tensor& input, const Tenso
   Observed result = {in_one_pass ? fresh_like(x, x.scalar_type()) : Tensor(),
       in_one_pass && wanted == Wanted::output_and_mask ? fresh_mask(x) : Tensor(),
       fresh(shape, at::toOpMathType(input.scalar_type()), x), fresh(shape, at::kInt, x)};
-  const ObservedRange range = {running_min, running_max, num_batches, static_cast<float>(averaging_constant)};
 #ifdef QATFAST_CUDA
   if (x.is_cuda()) {
     cuda::observe_range(x, spec, range, result.scale, result.zero_point);
   } else
 #endif
     cpu::fake_quantize_observed(x, result.output, result.mask, spec, range, result.scale, result.zero_point);
-  for (const auto& state : {running_min, running_max, num_batches}) {
-    bump_version(state);
-  }
+  bump_versions(range);
   if (!in_one_pass && wanted == Wanted::output) {
     result.output =
         fake_quantize_affine(input, result.scale, result.zero_point, spec.quant_min(), spec.quant_max(), granularity);

@@ -16,7 +16,7 @@ from ..chain import Chain, ChainValue
 from ..config import PerChannel, QATConfig, QuantSpec, describe
 from ..modules.base import QuantizedLayer, TensorSpec
 from ..modules.fake_quantize import QUANTIZE, FakeQuantize
-from . import int8
+from ..requantization import Operands
 
 # The tensors of a layer, in the order of its state_dict. What a layer does not need is None.
 BUFFERS = (
@@ -240,7 +240,7 @@ class IntegerLayer(nn.Module):
     # Requantization
 
     def _takes_int8(self, input: Tensor) -> bool:
-        """Whether the functions of :mod:`.int8` take this input and the weight."""
+        """Whether the functions of :mod:`qatfast.requantization` take this input and the weight."""
         return (
             input.is_cpu
             and input.dtype != torch.float64
@@ -248,7 +248,7 @@ class IntegerLayer(nn.Module):
             and not torch._C._are_functorch_transforms_active()
         )
 
-    def _operands(self) -> int8.Operands:
+    def _operands(self) -> Operands:
         requantization, grid = self.requantization, self._grid("output", torch.float32)
         assert requantization is not None and grid is not None
         assert self.input_scale is not None and self.input_zero_point is not None and self.bias is not None
@@ -257,7 +257,7 @@ class IntegerLayer(nn.Module):
         factor, low, high, y_scale = reference.requantization(
             self.input_scale.float(), scale.float(), requantization.activation, grid, requantization.spec
         )
-        operands = int8.Operands(self.integers().contiguous(), self.bias, factor, low, high, y_scale)
+        operands = Operands(self.integers().contiguous(), self.bias, factor, low, high, y_scale)
         if is_compiling():
             return operands
         return operands.with_sums(self.input_zero_point, (input_spec.quant_min, input_spec.quant_max))
@@ -508,13 +508,14 @@ def _folded(
     spec = config.weight
     assert spec is not None
     scale, zero_point = functional.choose_qparams(weight, **spec.arguments) if grid is None else grid
-    levels = reference.levels(weight, spec, scale, zero_point)
-    levels, scale, b32 = reference.fold(levels, scale, input_scale, bias, chain._statistics())
-    is_nan = levels.isnan().any(1) | b32.isnan()
+    rows = weight.shape[0]
+    folded = reference.fold(scale.reshape(-1).expand(rows), input_scale, bias, chain._statistics())
+    levels = folded.of_rows(reference.levels(weight, spec, scale, zero_point), torch.float64)
+    is_nan = levels.isnan().any(1) | folded.is_nan
     zero_point = zero_point if zero_point.numel() == 1 else zero_point.reshape(-1)
     integers = levels.nan_to_num(0.0) + zero_point.unsqueeze(-1)
     return {
         **stored_integers(integers, zero_point, spec),
-        "weight_scale": torch.where(is_nan, torch.nan, scale),
-        "bias": b32.nan_to_num(0.0).to(torch.int32),
+        "weight_scale": torch.where(is_nan, torch.nan, folded.scale),
+        "bias": folded.b32.nan_to_num(0.0).to(torch.int32),
     }

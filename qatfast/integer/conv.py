@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from .. import checks, functional, int8_convolution, kernels, reference
-from ..convolution import Geometry, _forward, _is_channels_last, of_batch
+from .. import checks, functional, int8_convolution, kernels, reference, requantization
+from ..convolution import Geometry, _forward, is_channels_last, of_batch
 from ..int8_convolution import Int8Weight
 from ..modules import (
     QATConv1d,
@@ -23,7 +23,6 @@ from ..modules import (
     QATConvTranspose3d,
 )
 from ..modules.conv import _QATConvNd, _QATConvTransposeNd
-from . import int8
 from .base import Grid, IntegerLayer, fake_quantized, quantized_tensors
 
 
@@ -119,12 +118,12 @@ class _IntegerConv(IntegerLayer):
         if not self._takes_int8(x):
             return self._requantized(self._sums(x, grid, geometry, pad), 1, x)
         ends, channels_last = (spec.quant_min, spec.quant_max), self._is_channels_last(x)
-        function = int8.traced_conv if is_compiling() else int8.conv
+        function = requantization.traced_conv if is_compiling() else requantization.conv
         operands = self._kept(self._operands)
         return function(pad(x), *grid, ends, operands, self.kernel_size, geometry, channels_last)
 
     def _is_channels_last(self, x: Tensor) -> bool:
-        return _is_channels_last(x) or _is_channels_last(self.weight)
+        return is_channels_last(x) or is_channels_last(self.weight)
 
     def _product(
         self, x: Tensor, grid: Grid | None, geometry: Geometry, pad: Callable[[Tensor], Tensor]

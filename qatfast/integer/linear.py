@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .. import checks, functional, kernels, reference
+from .. import checks, functional, kernels, reference, requantization
 from ..modules import QATLinear
 from ..modules.linear import _forward_nested
-from . import int8
 from .base import Grid, IntegerLayer, fake_quantized, quantized_tensors
 
 
@@ -99,7 +98,7 @@ class IntegerLinear(IntegerLayer):
         assert grid is not None and spec is not None
         if not self._takes_int8(input):
             return self._requantized(self._sums(input, grid), -1, input)
-        function = int8.traced_linear if is_compiling() else int8.linear
+        function = requantization.traced_linear if is_compiling() else requantization.linear
         return function(input, *grid, (spec.quant_min, spec.quant_max), self._kept(self._operands))
 
     def _sums(self, input: Tensor, grid: Grid | None) -> Tensor:

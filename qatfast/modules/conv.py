@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .. import checks, ranges, weight_cache
+from .. import checks, ranges, requantization, weight_cache
 from ..chain import Carrier, Chain
 from ..config import PerChannel, PerGroup, QATConfig
-from ..convolution import Geometry, of_batch, qat_conv
+from ..convolution import (
+    Geometry,
+    is_channels_last,
+    of_batch,
+    qat_conv,
+    qat_conv_in_one_pass,
+    quantizes_in_one_pass,
+)
 from ..functional import fake_quantize
 from ..int8_convolution import Int8Weight
 from .base import (
@@ -26,6 +35,10 @@ from .base import (
     wrong_dimensions,
 )
 from .fake_quantize import QUANTIZE
+
+
+def _unpadded(x: Tensor) -> Tensor:
+    return x
 
 
 class _QATConv(QuantizedLayer, _ConvNd):
@@ -91,7 +104,7 @@ class _QATConv(QuantizedLayer, _ConvNd):
         }
 
     def _apply_to(
-        self, input: Tensor, geometry: Geometry, pad: Callable[[Tensor], Tensor] = lambda x: x
+        self, input: Tensor, geometry: Geometry, pad: Callable[[Tensor], Tensor] = _unpadded
     ) -> Tensor:
         if open_blocks:
             self._record_call()
@@ -146,8 +159,19 @@ class _QATConv(QuantizedLayer, _ConvNd):
         def product(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
             return geometry.convolve(pad(x), geometry.from_rows(rows, weight.shape), bias)
 
-        rows = geometry.to_rows(weight)
-        return chain.run(x, rows, bias, self._chain_specs(), self._grids(x, rows), product, 1)
+        rows, specs = geometry.to_rows(weight), self._chain_specs()
+        ends = (specs[0].quant_min, specs[0].quant_max)
+        channels_last = is_channels_last(x) or is_channels_last(weight)
+        int8_conv = requantization.traced_conv if is_compiling() else requantization.conv
+
+        def int8_product(scale: Tensor, zero_point: Tensor, operands: Any) -> Tensor:
+            return int8_conv(
+                pad(x), scale, zero_point, ends, operands, self.kernel_size, geometry, channels_last
+            )
+
+        slot = weight_cache.slot_of(self)
+        grids = self._grids(x, rows)
+        return chain.run(x, rows, bias, specs, grids, product, 1, int8_product, slot)
 
     def _of_batch(
         self,
@@ -168,12 +192,20 @@ class _QATConv(QuantizedLayer, _ConvNd):
                 of_weight.forward(geometry.to_rows(weight))
             y = geometry.convolve(pad(x), weight, bias)
             return y if of_output is None else of_output.forward(y)
-        grids = {}
-        if of_input is not None:
-            grids["input"] = of_input.grid(x, self)
-        if of_weight is not None:
-            grids["weight"] = of_weight.grid(geometry.to_rows(weight), self)
-        y = qat_conv(x, weight, bias, self.config, grids, geometry, pad, self._kept)
+        config = self.config
+        if pad is _unpadded and quantizes_in_one_pass(x, weight, bias, config, geometry):
+            assert config.input is not None
+            quantize: Any = partial(ranges.int8_conv_input, spec=config.input)
+            if of_input is not None:
+                quantize = partial(of_input.int8_conv_input, reader=self)
+            y = qat_conv_in_one_pass(x, weight, bias, config, quantize, geometry, self._kept)
+        else:
+            grids = {}
+            if of_input is not None:
+                grids["input"] = of_input.grid(x, self)
+            if of_weight is not None:
+                grids["weight"] = of_weight.grid(geometry.to_rows(weight), self)
+            y = qat_conv(x, weight, bias, config, grids, geometry, pad, self._kept)
         if of_output is not None:
             y = of_output.forward(y)
         elif self.config.output is not None:

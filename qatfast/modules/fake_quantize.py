@@ -171,6 +171,19 @@ class FakeQuantize(nn.Module):
         elements, clipped = self._counts
         self._counts = elements + input.numel(), clipped + (~inside & ~input.isnan()).sum()
 
+    def int8_conv_input(
+        self, input: Tensor, with_mask: bool, reader: nn.Module | None = None
+    ) -> tuple[Tensor, ...]:
+        """Returns :func:`ranges.int8_conv_input`; observes the input where forward would, in the same pass."""
+        spec = self.spec
+        if isinstance(spec.range, OBSERVED) and self.observes and not _in_backward():
+            own: dict[str, Any] = self._buffers
+            state = (own["running_min"], own["running_max"], own["num_batches"])
+            integers = ranges.int8_conv_input(input, with_mask, spec, *state)
+            self._remember(reader, *integers[2:4])
+            return integers
+        return ranges.int8_conv_input(input, with_mask, spec, *self.grid(input, reader))
+
     def grid(self, input: Tensor, reader: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Returns the scale and the zero point that quantize ``input``, and observes it where forward would.
 

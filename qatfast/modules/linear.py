@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from .. import checks, ranges, weight_cache
+from .. import checks, ranges, requantization, weight_cache
 from ..chain import Carrier, Chain
 from ..config import PerChannel, PerGroup, QATConfig, QuantSpec
 from ..functional import qat_linear
@@ -161,8 +162,15 @@ bias=affine per tensor, output=affine per tensor)
         """The layer with a chain; ``dtype`` is that of a result that leaves the chain."""
         if chain.acts():
             checks.linear_operands("qat_linear", input, weight, bias)
-            grids = self._grids(input, weight)
-            y = chain.run(input, weight, bias, self._chain_specs(), grids, F.linear, -1)
+            grids, specs = self._grids(input, weight), self._chain_specs()
+            ends = (specs[0].quant_min, specs[0].quant_max)
+            int8_linear = requantization.traced_linear if is_compiling() else requantization.linear
+
+            def int8_product(scale: Tensor, zero_point: Tensor, operands: Any) -> Tensor:
+                return int8_linear(input, scale, zero_point, ends, operands)
+
+            slot = weight_cache.slot_of(self)
+            y = chain.run(input, weight, bias, specs, grids, F.linear, -1, int8_product, slot)
             return chain.carried(y if chain.has_readers else y.to(dtype))
         y = self._of_ranges(input, weight, bias).to(dtype)
         return y if self.config.output is not None else chain.carried(y, is_float=True)

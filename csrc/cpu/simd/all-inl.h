@@ -12,6 +12,7 @@
 #include "fake_quantize-inl.h"
 #include "sum-inl.h"
 #include "integer-inl.h"
+#include "convolution-inl.h"
 #include "mask-inl.h"
 //
 #include "table-inl.h"

@@ -137,6 +137,9 @@ using MaskLoop = void (*)(const U* grad, const uint8_t* mask, U* to, int64_t n);
 template <class To>
 using RoundedLoop = void (*)(const float* x, To* y, int64_t rows, int64_t n, const Grids<float>& grids);
 
+// sums = sums * scale + bias in place, over `rows` runs of n columns. Returns the largest magnitude of a sum.
+using ScaleSumsLoop = float (*)(float* sums, int64_t rows, int64_t n, const float* scale, const float* bias);
+
 struct InstructionSet {
   const char* name;
   Loops<float> f32;
@@ -148,6 +151,7 @@ struct InstructionSet {
   MaskLoop<uint64_t> mask64;
   RoundedLoop<c10::Half> f32_to_f16;
   RoundedLoop<c10::BFloat16> f32_to_bf16;
+  ScaleSumsLoop scale_sums;
 
   template <class T>
   const Loops<T>& loops() const {

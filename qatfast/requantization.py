@@ -1,4 +1,4 @@
-"""Layers that requantize on the CPU: int8 products, and the integers that follow from their sums."""
+"""Layers that requantize: int8 products on the CPU, and the integers that follow from their sums."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import functional, int8_convolution
-from ..convolution import Geometry
-from ..int8_convolution import Int8Weight
-from ..reference import on_grid
+from . import checks, functional, int8_convolution, reference
+from .config import QuantSpec
+from .convolution import Geometry
+from .int8_convolution import Int8Weight
+from .reference import on_grid
 
 
 class Operands(NamedTuple):
@@ -38,6 +39,60 @@ class Operands(NamedTuple):
         sizes = self.weight.double().abs().sum(1) * level + self.b32.abs()
         reach = int(sizes.max()) if len(sizes) else 0
         return self._replace(total=total, reach=reach, packed={})
+
+
+def takes_int8(input: Tensor, weight_spec: QuantSpec) -> bool:
+    """Returns whether :func:`linear` and :func:`conv` take the input and a weight with this spec."""
+    return (
+        input.is_cpu
+        and input.dtype != torch.float64
+        and weight_spec.symmetric
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def operands_of(
+    weight: Tensor,
+    bias: Tensor | None,
+    spec: QuantSpec,
+    weight_grid: tuple[Tensor, Tensor] | None,
+    input_scale: Tensor,
+    batch_norm: tuple[Any, Any, Any, Any, float] | None,
+    activation: str | None,
+    output: tuple[Tensor, Tensor],
+    output_spec: QuantSpec,
+) -> Operands:
+    """Returns the operands of a layer with a float weight; see :func:`qatfast.reference.requantized`.
+
+    Args:
+        weight: a matrix with a row per output channel, not float64.
+        bias: or None.
+        spec: of the weight: symmetric.
+        weight_grid: None if the range is Dynamic.
+        input_scale: one element.
+        batch_norm: as for ``reference.requantized``, as are the others.
+        activation: likewise.
+        output: likewise.
+        output_spec: likewise.
+    """
+    weight = weight.detach()
+    grid = functional.choose_qparams(weight, **spec.arguments) if weight_grid is None else weight_grid
+    scale = positive(grid[0]).reshape(checks.shape_of_qparams(weight.shape, spec.granularity))
+    zero_point = grid[1].reshape(scale.shape)
+    ends = (spec.quant_min, spec.quant_max)
+    rows = functional.quantize(weight, scale, zero_point, *ends, granularity=spec.granularity)
+    folded = reference.fold(scale.reshape(-1).expand(len(rows)), input_scale, bias, batch_norm)
+    is_nan = weight.isnan().any(1) | folded.is_nan
+    factor, low, high, y_scale = reference.requantization(
+        input_scale, torch.where(is_nan, torch.nan, folded.scale), activation, output, output_spec
+    )
+    b32 = folded.b32.nan_to_num(0.0).to(torch.int32)
+    return Operands(folded.of_rows(rows, torch.int8), b32, factor, low, high, y_scale)
+
+
+def positive(scale: Tensor) -> Tensor:
+    """Returns a scale as it quantizes: a learned one may be negative."""
+    return scale.detach().abs().clamp(min=torch.finfo(scale.dtype).tiny)
 
 
 def linear(

@@ -1,0 +1,73 @@
+// What a convolution of integers needs beside the product of a library; the CPU only.
+#include "checks.h"
+#include "common/copy.h"
+#include "launchers.h"
+#include "ops/blocks.h"
+#include "ops/mask.h"
+#include "ops/observed.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/ops/full.h>
+
+#include <limits>
+
+namespace qatfast::kernel {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> int8_conv_input(const Tensor& input,
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point,
+    const std::optional<Tensor>& running_min, const std::optional<Tensor>& running_max,
+    const std::optional<Tensor>& num_batches, double averaging_constant, at::IntArrayRef code, bool with_mask) {
+  constexpr auto op = "int8_conv_input";
+  check_float(op, "input", input.scalar_type());
+  const auto spec = checked_spec(op, code);
+  TORCH_CHECK_VALUE(spec && spec->num_bits <= 8 && spec->granularity.kind == Granularity::per_tensor, op,
+      ": expected an input spec of at most 8 bits per tensor, got ", tuple(code));
+  const auto x = as_blocks(input, spec->granularity);
+  const auto low = spec->quant_min(), high = spec->quant_max();
+  QParams qparams = {Tensor(), Tensor(), low, high};
+  std::optional<ObservedRange> range;
+  if (running_min) {
+    TORCH_CHECK_VALUE(running_max && num_batches, op, ": expected running_max and num_batches with running_min");
+    range = checked_range(op, input, *spec, *running_min, *running_max, *num_batches, averaging_constant);
+    qparams.scale = fresh({}, at::toOpMathType(input.scalar_type()), x);
+    qparams.zero_point = fresh({}, at::kInt, x);
+  } else if (scale) {
+    TORCH_CHECK_VALUE(zero_point, op, ": expected a zero point for the given scale");
+    qparams =
+        checked_qparams(op, input, *scale, *zero_point, low, high, spec->granularity, input.scalar_type(), "input");
+  } else {
+    std::tie(qparams.scale, qparams.zero_point) =
+        choose_qparams(x, spec->num_bits, spec->symmetric, code.slice(2), spec->narrow_range);
+  }
+  const auto values = fresh_like(x, at::kByte);
+  const auto mask = with_mask ? fresh_mask(x) : Tensor();
+  const auto shifted = fresh({}, at::kInt, x);
+  const bool has_nan = cpu::quantize_to_uint8(x, values, mask, *spec, range, qparams, shifted);
+  if (range) {
+    bump_versions(*range);
+  }
+  const auto poison = at::full({}, has_nan ? std::numeric_limits<double>::quiet_NaN() : 0.0, at::kFloat);
+  return {values, with_mask ? mask : fresh({0}, at::kByte, x), qparams.scale.view(at::IntArrayRef()),
+      qparams.zero_point.view(at::IntArrayRef()), shifted, poison};
+}
+
+Tensor int8_conv_scale_(
+    const Tensor& sums, const Tensor& input_scale, const Tensor& weight_scale, const std::optional<Tensor>& bias) {
+  constexpr auto op = "int8_conv_scale_";
+  TORCH_CHECK_VALUE(sums.scalar_type() == at::kFloat && sums.dim() > 2 && sums.movedim(1, -1).is_contiguous(), op,
+      ": expected float32 sums with the channels innermost in memory, got ", name_of(sums.scalar_type()), " of shape ",
+      tuple(sums.sizes()), " and strides ", tuple(sums.strides()));
+  const auto channels = sums.size(1);
+  const auto is_floats = [](const Tensor& x, int64_t size) {
+    return x.scalar_type() == at::kFloat && x.numel() == size && x.is_contiguous();
+  };
+  TORCH_CHECK_VALUE(is_floats(input_scale, 1) || is_floats(input_scale, sums.size(0)), op,
+      ": expected one float32 scale of the input, or one per sample, got ", tuple(input_scale.sizes()));
+  TORCH_CHECK_VALUE(is_floats(weight_scale, channels) && (!bias || is_floats(*bias, channels)), op,
+      ": expected one float32 weight scale and bias per channel, got ", tuple(weight_scale.sizes()));
+  const float most = sums.numel() == 0 ? 0 : cpu::scale_sums(sums, input_scale, weight_scale, bias.value_or(Tensor()));
+  sums.unsafeGetTensorImpl()->is_inference() ? void() : sums.unsafeGetTensorImpl()->bump_version();
+  return at::full({}, most, at::kFloat);
+}
+
+} // namespace qatfast::kernel

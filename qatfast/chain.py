@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import ranges, reference, requantization
+from . import ranges, reference, requantization, weight_cache
 from .config import QuantSpec
 from .reference import StaticGrids
 from .requantization import Operands
@@ -180,60 +180,76 @@ class Chain:
 
     def run(
         self,
+        head: Any,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        specs: tuple[QuantSpec, QuantSpec],
-        grids: StaticGrids,
         product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         axis: int,
         int8_product: Callable[[Tensor, Tensor, Operands], Tensor],
-        slot: Any,
     ) -> Tensor:
         """Returns the values of the reader's integers, of which the steps change nothing.
 
         Args:
+            head: the layer.
             input: of the head.
             weight: a matrix with a row per output channel.
             bias: or None.
-            specs: of input and weight.
-            grids: scale and zero point of each of input and weight.
             product: the head's product; it takes the weight as a matrix.
             axis: of the output channels in the product.
             int8_product: the result, of the grid of the input and the integers of the weight.
-            slot: of ``cached_weights``, or None.
         """
-        grid, spec, statistics = self.quantizer.grid(input), self.quantizer.spec, self._statistics()
+        grids, grid = head._grids(input, weight), self.quantizer.grid(input)
+        specs = (head.config.input, head.config.weight)
         if requantization.takes_int8(input, specs[1]):
-            scale, zero_point = (
-                requantization.positive(grids["input"][0]).reshape(()),
-                grids["input"][1].reshape(()),
-            )
-
-            def operands_of() -> Operands:
-                return requantization.operands_of(
-                    weight,
-                    bias,
-                    specs[1],
-                    grids.get("weight"),
-                    scale,
-                    statistics,
-                    self.activation,
-                    grid,
-                    spec,
-                )
-
-            operands = operands_of()
-            value = int8_product(scale, zero_point, operands)
+            scale, zero_point = requantization.positive(grids["input"][0]), grids["input"][1]
+            x_grid = scale.reshape(()), zero_point.reshape(())
+            operands = self._operands(head, weight, bias, x_grid, grids.get("weight"), grid)
+            value = int8_product(*x_grid, operands)
         else:
             value = reference.requantized(
-                input, weight, bias, specs, grids, product, axis, statistics, self.activation, grid, spec
-            )
+                input, weight, bias, specs, grids, product, axis, self._statistics(), self.activation, grid,
+                self.quantizer.spec,
+            )  # fmt: skip
         tensors = [input, weight, *([] if bias is None else [bias]), *self._parameters(), grid[0]]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             y = self._float(input, weight, bias, specs, grids, product)
             value = reference._straight_through(self._fake_quantized(y, grid), value)
         return value
+
+    def _operands(
+        self,
+        head: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        x_grid: tuple[Tensor, Tensor],
+        w_grid: tuple[Tensor, Tensor] | None,
+        y_grid: tuple[Tensor, Tensor],
+    ) -> Operands:
+        """Returns the integers of the weight, in a block of ``cached_weights`` those of the call before."""
+        statistics, spec, x_spec = self._statistics(), head.config.weight, head.config.input
+
+        def operands() -> Operands:
+            return requantization.operands_of(
+                weight,
+                bias,
+                spec,
+                w_grid,
+                x_grid[0],
+                statistics,
+                self.activation,
+                y_grid,
+                self.quantizer.spec,
+            )
+
+        slot = None if is_compiling() else weight_cache.slot_of(head)
+        if slot is None:
+            return operands()
+        others = [bias, *x_grid, *(w_grid or ()), *y_grid, *(statistics or ())[:4]]
+        ends = x_spec.quant_min, x_spec.quant_max
+        return weight_cache.kept_for(
+            slot.of_chain, head.weight, head.config, others, lambda: operands().with_sums(x_grid[1], ends)
+        )
 
     def carried(self, y: Tensor, is_float: bool = False) -> Any:
         """Returns the head's result on its way.

@@ -91,7 +91,7 @@ def cached_weights(module: nn.Module) -> Iterator[nn.Module]:
 class _Slot:
     """The cache entry of a layer in the open blocks."""
 
-    __slots__ = ("entry", "layer", "not_gathered")
+    __slots__ = ("_of_chain", "entry", "layer", "not_gathered")
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -100,6 +100,14 @@ class _Slot:
         # is a single tuple so that other threads read a consistent entry.
         self.entry: tuple[Tensor, Any, object, QATConfig, Any, QATConfig | None, Any] | None = None
         self.not_gathered: Tensor | None = None  # the last weight known not to be gathered by FSDP2
+        self._of_chain: _Slot | None = None
+
+    @property
+    def of_chain(self) -> _Slot:
+        """The slot of the layer as the head of a chain, which keeps something else."""
+        if self._of_chain is None:
+            self._of_chain = _Slot(self.layer)
+        return self._of_chain
 
 
 _Block = dict[nn.Module, _Slot]
@@ -176,6 +184,26 @@ def kept(slot: _Slot, weight: Tensor, config: QATConfig, quantize: Callable[[], 
     if not _running_steps:
         slot.entry = (weight, state, generation, config, quantized, None, weight.untyped_storage())
     return quantized
+
+
+def kept_for(
+    slot: _Slot, weight: Tensor, config: QATConfig, others: list[Tensor | None], make: Callable[[], Any]
+) -> Any:
+    """Returns what ``make`` returned for this weight and equal ``others``; calls it if that is not known."""
+    holder = kept(slot, weight, config, dict)
+    known = holder.get("known")
+    if known is not None and all(map(_equal, known[0], others)):
+        return known[1]
+    with torch.inference_mode(False), torch.no_grad():
+        made = make()
+        holder["known"] = ([None if tensor is None else tensor.detach().clone() for tensor in others], made)
+    return made
+
+
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
 
 
 def _current_state(weight: Tensor) -> Any:

@@ -14,6 +14,7 @@ from qatfast import (
     Fixed,
     QATConfig,
     QuantSpec,
+    cached_weights,
     calibrate,
     convert,
     fake_quantize_affine,
@@ -278,3 +279,23 @@ def test_a_model_that_takes_another_way_is_not_converted():
     model.joins = lambda y, x: y * 2 + x
     with pytest.raises(ValueError, match="in which 'b' goes batch_norm -> output_quantizer, got another way"):
         convert(model, example_inputs=x)
+
+
+def test_cached_chains_follow_all_that_they_depend_on():
+    model, x = prepared()
+    model.eval()
+    with torch.no_grad(), cached_weights(model):
+        for change in (
+            lambda: None,
+            lambda: model.stem.weight.mul_(1.5),
+            lambda: model.stem.bias.add_(0.5),
+            lambda: model.norm.running_mean.add_(0.5),
+            lambda: model.norm.weight.mul_(-1),
+            lambda: model.stem.output_quantizer.running_max.mul_(0.5),
+            lambda: model.stem.input_quantizer.running_min.mul_(0.5),
+            lambda: model.norm.running_var.mul_(2.0),
+        ):
+            change()
+            for _ in range(2):
+                y = model(x)
+            cases.assert_same(y, copy.deepcopy(model)(x))

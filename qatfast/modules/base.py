@@ -252,9 +252,6 @@ class QuantizedLayer(nn.Module):
             return self.forward(*args, **kwargs)
         return super()._call_impl(*args, **kwargs)
 
-    def _chain_specs(self) -> Any:
-        return self.config.input, self.config.weight
-
     def _grids(self, input: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
         """Returns the grids of input and weight, the latter unless it is Dynamic; see ``Chain.run``."""
         quantizers: dict[str, Any] = {

@@ -159,19 +159,17 @@ class _QATConv(QuantizedLayer, _ConvNd):
         def product(x: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
             return geometry.convolve(pad(x), geometry.from_rows(rows, weight.shape), bias)
 
-        rows, specs = geometry.to_rows(weight), self._chain_specs()
-        ends = (specs[0].quant_min, specs[0].quant_max)
+        spec: Any = self.config.input
         channels_last = is_channels_last(x) or is_channels_last(weight)
         int8_conv = requantization.traced_conv if is_compiling() else requantization.conv
 
         def int8_product(scale: Tensor, zero_point: Tensor, operands: Any) -> Tensor:
+            ends = (spec.quant_min, spec.quant_max)
             return int8_conv(
                 pad(x), scale, zero_point, ends, operands, self.kernel_size, geometry, channels_last
             )
 
-        slot = weight_cache.slot_of(self)
-        grids = self._grids(x, rows)
-        return chain.run(x, rows, bias, specs, grids, product, 1, int8_product, slot)
+        return chain.run(self, x, geometry.to_rows(weight), bias, product, 1, int8_product)
 
     def _of_batch(
         self,

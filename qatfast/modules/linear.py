@@ -162,15 +162,13 @@ bias=affine per tensor, output=affine per tensor)
         """The layer with a chain; ``dtype`` is that of a result that leaves the chain."""
         if chain.acts():
             checks.linear_operands("qat_linear", input, weight, bias)
-            grids, specs = self._grids(input, weight), self._chain_specs()
-            ends = (specs[0].quant_min, specs[0].quant_max)
+            spec: Any = self.config.input
             int8_linear = requantization.traced_linear if is_compiling() else requantization.linear
 
             def int8_product(scale: Tensor, zero_point: Tensor, operands: Any) -> Tensor:
-                return int8_linear(input, scale, zero_point, ends, operands)
+                return int8_linear(input, scale, zero_point, (spec.quant_min, spec.quant_max), operands)
 
-            slot = weight_cache.slot_of(self)
-            y = chain.run(input, weight, bias, specs, grids, F.linear, -1, int8_product, slot)
+            y = chain.run(self, input, weight, bias, F.linear, -1, int8_product)
             return chain.carried(y if chain.has_readers else y.to(dtype))
         y = self._of_ranges(input, weight, bias).to(dtype)
         return y if self.config.output is not None else chain.carried(y, is_float=True)

@@ -458,13 +458,16 @@ def requantization(
     return factor, low, high, y_scale
 
 
-def on_grid(total: Tensor, factor: Tensor, low: Tensor, high: Tensor, y_scale: Tensor) -> Tensor:
+def on_grid(
+    total: Tensor, factor: Tensor, low: Tensor | float, high: Tensor | float, y_scale: Tensor
+) -> Tensor:
     """Returns ``clamp(round(total * factor), low, high) * y_scale``; writes into ``total``.
 
     The clamp comes after the zero point in the formula, which is the same: sums that the dtype does not hold are
     clamped.
     """
-    return total.mul_(factor).round_().clamp_(low, high).mul_(y_scale).add_(0.0)
+    bounds: Any = (low, high)
+    return total.mul_(factor).round_().clamp_(*bounds).mul_(y_scale).add_(0.0)
 
 
 def _folded(

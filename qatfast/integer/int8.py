@@ -13,7 +13,7 @@ from ..convolution import Geometry
 from ..int8_convolution import Int8Weight
 from ..reference import on_grid
 
-_PART = 2**16  # the elements that several functions in a row find in the cache
+_PART = 2**16  # the elements per thread that several functions in a row find in the cache
 
 
 class Operands(NamedTuple):
@@ -129,7 +129,7 @@ def _requantized(sums: Tensor, offset: Tensor, operands: Operands) -> Tensor:
         operands: of the layer.
     """
     y = sums if sums.dtype == torch.float32 else torch.empty_like(sums, dtype=torch.float32)
-    count = max(1, _PART // max(1, sums.shape[1]))
+    count = max(1, _PART * torch.get_num_threads() // max(1, sums.shape[1]))
     for begin in range(0, len(sums), count):
         total, part = sums[begin : begin + count].add_(offset), y[begin : begin + count]
         if part.dtype != total.dtype:

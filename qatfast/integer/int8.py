@@ -26,7 +26,7 @@ class Operands(NamedTuple):
     weight: Tensor
     b32: Tensor
     factor: Tensor
-    low: Tensor | float
+    low: Tensor | float  # functions take numbers, operators tensors
     high: Tensor | float
     y_scale: Tensor
     total: Tensor | None = None
@@ -39,7 +39,7 @@ class Operands(NamedTuple):
         total = self.weight.sum(1, dtype=torch.int32)
         sizes = self.weight.double().abs().sum(1) * level + self.b32.abs()
         reach = int(sizes.max()) if len(sizes) else 0
-        low, high = float(self.low), float(self.high)  # clamp is ten times as fast with numbers
+        low, high = float(self.low), float(self.high)
         return self._replace(low=low, high=high, total=total, reach=reach, packed={})
 
 
@@ -164,7 +164,7 @@ def _linear_operator(
     y_scale: Tensor,
 ) -> Tensor:
     """:func:`linear`."""
-    operands = Operands(weight, b32, factor, low, high, y_scale)
+    operands = Operands(weight, b32, factor, float(low), float(high), y_scale)
     return linear(input, scale, zero_point, (quant_min, quant_max), operands)
 
 
@@ -196,7 +196,7 @@ def _conv_operator(
     channels_last: bool,
 ) -> Tensor:
     """:func:`conv`."""
-    operands = Operands(weight, b32, factor, low, high, y_scale)
+    operands = Operands(weight, b32, factor, float(low), float(high), y_scale)
     geometry = Geometry(
         tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
     )

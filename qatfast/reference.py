@@ -480,13 +480,19 @@ def requantization(
     return factor, low, high, y_scale
 
 
-def on_grid(total: Tensor, factor: Tensor, low: Tensor, high: Tensor, y_scale: Tensor) -> Tensor:
-    """Returns ``clamp(round(total * factor), low, high) * y_scale``; writes into ``total``.
+def on_grid(
+    total: Tensor, factor: Tensor, low: Tensor | float, high: Tensor | float, y_scale: Tensor
+) -> Tensor:
+    """Returns ``clamp(round(total * factor), low, high) * y_scale``.
 
-    The clamp comes after the zero point in the formula, which is the same: sums that the dtype does not hold are
+    It writes into ``total``; the result is ``total`` if the bounds are numbers, with which clamp is ten times as fast.
+    In the formula the clamp comes after the zero point, which is the same: sums that the dtype does not hold are
     clamped.
     """
-    return total.mul_(factor).round_().clamp_(low, high).mul_(y_scale).add_(0.0)
+    bounds: Any = (low, high)
+    levels = total.mul_(factor).round_()
+    levels = levels.clamp_(*bounds) if isinstance(low, float) else levels.clamp(*bounds)
+    return levels.mul_(y_scale).add_(0.0)
 
 
 def _folded(

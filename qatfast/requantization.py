@@ -14,6 +14,8 @@ from .convolution import Geometry
 from .int8_convolution import Int8Weight
 from .reference import on_grid
 
+_PART = 2**16  # the elements per thread that several functions in a row find in the cache
+
 
 class Operands(NamedTuple):
     """What a layer knows before its input: its weight's integers (int8), and what turns sums into integers.
@@ -25,8 +27,8 @@ class Operands(NamedTuple):
     weight: Tensor
     b32: Tensor
     factor: Tensor
-    low: Tensor
-    high: Tensor
+    low: Tensor | float  # functions take numbers, operators tensors
+    high: Tensor | float
     y_scale: Tensor
     total: Tensor | None = None
     reach: int | None = None
@@ -38,7 +40,8 @@ class Operands(NamedTuple):
         total = self.weight.sum(1, dtype=torch.int32)
         sizes = self.weight.double().abs().sum(1) * level + self.b32.abs()
         reach = int(sizes.max()) if len(sizes) else 0
-        return self._replace(total=total, reach=reach, packed={})
+        low, high = float(self.low), float(self.high)
+        return self._replace(low=low, high=high, total=total, reach=reach, packed={})
 
 
 def takes_int8(input: Tensor, weight_spec: QuantSpec) -> bool:
@@ -113,8 +116,8 @@ def linear(
     zero_point = zero_point - shift
     q = functional.quantize(rows, scale, zero_point, ends[0] - shift, ends[1] - shift)
     sums = _int_mm(q, weight)
-    sums += operands.b32 - zero_point * (weight.sum(1, dtype=torch.int32) if total is None else total)
-    y = on_grid(sums.float(), operands.factor, operands.low, operands.high, operands.y_scale)
+    offset = operands.b32 - zero_point * (weight.sum(1, dtype=torch.int32) if total is None else total)
+    y = _requantized(sums, offset, operands)
     if rows.numel() and rows.amax().isnan():
         y.masked_fill_(rows.isnan().any(1, keepdim=True), torch.nan)
     return y.view(*input.shape[:-1], len(weight))
@@ -155,7 +158,7 @@ def conv(
     has_nan = bool(input.numel() and input.amax().isnan())
     sums = None
     if not has_nan:
-        weight = Int8Weight(operands.weight, operands.factor, operands.low, operands.packed)
+        weight = Int8Weight(operands.weight, operands.factor, operands.b32, operands.packed)
         sums = int8_convolution.exact_sums(q, int(zero_point), weight, kernel_size, geometry, operands.reach)
     if sums is None:
         levels = q.double() - zero_point
@@ -164,15 +167,30 @@ def conv(
         sums = geometry.convolve(
             levels, _kernel(operands.weight.double(), input, kernel_size, geometry), None
         )
-    b32 = operands.b32.view(1, -1, *(1 for _ in kernel_size))
-    if sums.dtype == torch.float64:
-        total = sums.add_(b32).float()
-    elif operands.reach is not None and operands.reach <= int8_convolution.FLOAT_LIMIT:
-        total = sums.add_(b32)
-    else:
-        total = sums.to(torch.int32).add_(b32).float()
-    y = on_grid(total, operands.factor.view_as(b32), operands.low, operands.high, operands.y_scale)
+    matrix = sums.movedim(1, -1).reshape(-1, sums.shape[1])  # a view of sums in channels-last format
+    is_small = operands.reach is not None and operands.reach <= int8_convolution.FLOAT_LIMIT
+    if sums.dtype == torch.float32 and not is_small:
+        matrix = matrix.to(torch.int32)
+    y = _requantized(matrix, operands.b32, operands).view(len(sums), *sums.shape[2:], -1).movedim(-1, 1)
     return int8_convolution._channels_last(y) if channels_last else y.contiguous()
+
+
+def _requantized(sums: Tensor, offset: Tensor, operands: Operands) -> Tensor:
+    """Returns the values of the integers that follow from ``sums + offset``; writes into ``sums``.
+
+    Args:
+        sums: ``(rows, outputs)``, int32, float32 or float64; of a dtype that holds ``sums + offset``.
+        offset: one element per output.
+        operands: of the layer.
+    """
+    y = sums if sums.dtype == torch.float32 else torch.empty_like(sums, dtype=torch.float32)
+    count = max(1, _PART * torch.get_num_threads() // max(1, sums.shape[1]))
+    for begin in range(0, len(sums), count):
+        total, part = sums[begin : begin + count].add_(offset), y[begin : begin + count]
+        if part.dtype != total.dtype:
+            part.copy_(total)
+        on_grid(part, operands.factor, operands.low, operands.high, operands.y_scale)
+    return y
 
 
 def _kernel(rows: Tensor, input: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> Tensor:
@@ -201,7 +219,7 @@ def _linear_operator(
     y_scale: Tensor,
 ) -> Tensor:
     """:func:`linear`."""
-    operands = Operands(weight, b32, factor, low, high, y_scale)
+    operands = Operands(weight, b32, factor, float(low), float(high), y_scale)
     return linear(input, scale, zero_point, (quant_min, quant_max), operands)
 
 
@@ -233,7 +251,7 @@ def _conv_operator(
     channels_last: bool,
 ) -> Tensor:
     """:func:`conv`."""
-    operands = Operands(weight, b32, factor, low, high, y_scale)
+    operands = Operands(weight, b32, factor, float(low), float(high), y_scale)
     geometry = Geometry(
         tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
     )

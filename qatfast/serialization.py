@@ -353,7 +353,7 @@ class _Builder:
                 raise ValueError(
                     f"load: expected {name!r} to have {key}={_tupled(value)}, as in the file, got {actual[key]}"
                 )
-        dtype = next(module.parameters(recurse=False)).dtype
+        dtype = next(module.parameters()).dtype
         if record.get("dtype", dtype_name(dtype)) != dtype_name(dtype):
             raise ValueError(
                 f"load: expected {name!r} to be {record['dtype']}, as in the file, got {dtype_name(dtype)}; call "

@@ -132,9 +132,10 @@ def trained(model, x, config=None, steps=3, **kwargs):
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 @pytest.mark.filterwarnings("ignore:prepare")
-def test_the_integer_model_gives_the_same_bits(build, config, with_flow):
+def test_the_integer_model_gives_the_same_bits(build, config, with_flow, device):
     torch.manual_seed(0)
     model, x = build()
+    model, x = model.to(device), x.to(device)
     model = trained(model, x, config, example_inputs=x if with_flow else None)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     converted = convert(model)
@@ -210,6 +211,57 @@ def test_autocast_and_what_is_not_finite(build, config):
                 weight.view(-1)[3] = torch.nan
         expected = model(x)
         assert expected.isnan().any() and same(convert(model)(x), expected)
+
+
+class Joined(nn.Module):
+    """Results that add reads: they have quantizers of their own behind BatchNorm and activation."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 8, 1, bias=False), nn.Conv2d(8, 8, 3, padding=1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8)])
+        self.activation, self.last = activation, nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.activation(self.norms[0](self.first(x)))
+        return self.last(y + self.activation(self.norms[1](self.second(y))))
+
+
+@pytest.mark.parametrize("outputs", [None, False])
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU6(), nn.functional.relu6, lambda y: nn.functional.relu6(y, inplace=True), torch.relu],
+)
+def test_results_that_are_added(activation, outputs):
+    torch.manual_seed(1)
+    x = torch.randn(2, 4, 6, 6) * 8  # so that the activation is at 6
+    model = trained(Joined(activation), x, example_inputs=x, outputs=outputs)
+    converted = convert(model, example_inputs=x)
+    assert (converted.first.requantization is None) == (outputs is False)
+    with torch.no_grad():
+        assert torch.equal(converted(x), model.eval()(x))
+
+
+def test_weights_that_are_computed():
+    layer = QATLinear(8, 4, bias=False, config=QATConfig.static())
+    nn.utils.parametrizations.weight_norm(layer)
+    x = torch.randn(3, 8)
+    layer(x)
+    assert torch.equal(convert(layer)(x), layer.eval()(x))
+    embedding = QATEmbedding(6, 4, max_norm=0.5)
+    index = torch.tensor([1, 3])
+    assert torch.equal(convert(embedding)(index), embedding.eval()(index))
+
+
+@pytest.mark.parametrize("config", ["static", "int8", "output"])
+def test_a_call_under_vmap_equals_the_loop(config):
+    torch.manual_seed(0)
+    model, x = cnn()
+    converted = convert(trained(model, x, CONFIGS[config], example_inputs=x))
+    batches = torch.stack([x, -x])
+    expected = torch.stack([converted(batch) for batch in batches])
+    with torch.no_grad():
+        assert torch.equal(torch.func.vmap(converted)(batches), expected)
 
 
 def test_rows_of_an_embedding_that_hold_a_nan():

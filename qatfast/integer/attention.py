@@ -14,7 +14,6 @@ from .. import checks, functional, reference
 from ..config import PerChannel, PerTensor, QATConfig, QuantSpec
 from ..modules import FakeQuantize, QATMultiheadAttention
 from ..modules.attention import _OPERANDS
-from ..modules.base import TensorSpec
 from ..modules.fake_quantize import QUANTIZE
 from .base import Grid, fake_quantized, grid_of, static_grid, stored_weight
 from .linear import IntegerLinear
@@ -172,7 +171,7 @@ class IntegerMultiheadAttention(nn.Module):
 
 def _projections(layer: Any) -> list[IntegerLinear]:
     """Returns those of query, key and value."""
-    own, tensors = layer._modules, layer._tensors()
+    own = layer._modules
     config = replace(layer.config, output=None)
     if layer._qkv_same_embed_dim:
         names = ("weight_quantizer",) * 3
@@ -193,7 +192,7 @@ def _projections(layer: Any) -> list[IntegerLinear]:
         key = name if name in own else "input_quantizer"
         weight, bias = weights[i], biases[i]
         buffers = stored_weight(weight, config.weight, grids[i])
-        x_grid = _input_grid(layer, key, tensors[name])
+        x_grid = _input_grid(layer, key, weight)
         if x_grid is not None:
             buffers["input_scale"], buffers["input_zero_point"] = x_grid
         if bias is not None:
@@ -203,11 +202,11 @@ def _projections(layer: Any) -> list[IntegerLinear]:
     return result
 
 
-def _input_grid(layer: Any, key: str, tensor: TensorSpec) -> Grid | None:
+def _input_grid(layer: Any, key: str, weight: Tensor) -> Grid | None:
     """Returns the grid of query, key or value. In self-attention that of the query serves for all."""
     quantizer = layer._modules.get(key)
     is_unused = key != "input_quantizer" and quantizer.spec.has_state and not quantizer._has_observed()
-    return None if is_unused else grid_of(layer, key, tensor)
+    return None if is_unused else grid_of(layer, key, weight)
 
 
 def _rows(grid: Grid, spec: QuantSpec, index: int) -> Grid:

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from .. import checks, functional, packing, ranges, reference
 from ..chain import Chain, ChainValue
 from ..config import PerChannel, QATConfig, QuantSpec, describe
-from ..modules.base import QuantizedLayer, TensorSpec
+from ..modules.base import QuantizedLayer
 from ..modules.fake_quantize import QUANTIZE, FakeQuantize
 from ..requantization import Operands
 
@@ -420,13 +420,18 @@ def static_grid(quantizer: FakeQuantize, tensor: Tensor) -> Grid:
     return scale.reshape(shape).clone(), zero_point.reshape(shape).clone()
 
 
-def grid_of(layer: QuantizedLayer, key: str, tensor: TensorSpec) -> Grid | None:
-    """Returns the grid of a layer's input or output; None if there is none or the range is dynamic."""
+def grid_of(layer: QuantizedLayer, key: str, weight: Tensor) -> Grid | None:
+    """Returns the grid of a layer's input or output; None if there is none or the range is dynamic.
+
+    Args:
+        layer: with the quantizers.
+        key: the name of the quantizer.
+        weight: of the dtype and on the device of the input.
+    """
     quantizer = layer._modules.get(key)
     if not isinstance(quantizer, FakeQuantize):
         return None
-    weight = next(layer.parameters(recurse=False))
-    return static_grid(quantizer, weight.new_empty(tensor.shape))
+    return static_grid(quantizer, weight.new_empty(layer._tensors()[key].shape))
 
 
 def stored_weight(rows: Tensor, spec: QuantSpec | None, grid: Grid | None) -> dict[str, Tensor]:
@@ -471,7 +476,7 @@ def quantized_tensors(layer: Any, to_rows: Callable[[Tensor], Tensor]) -> tuple[
 
     ``weight`` is a matrix.
     """
-    config, chain, tensors = layer.config, layer._chain, layer._tensors()
+    config, chain = layer.config, layer._chain
     weight, bias = to_rows(layer.weight.detach()), layer.bias
     compute = checks.compute_dtype(weight.dtype)
     of_weight = layer._modules.get("weight_quantizer")
@@ -482,14 +487,14 @@ def quantized_tensors(layer: Any, to_rows: Callable[[Tensor], Tensor]) -> tuple[
         if grid is not None:
             buffers[f"{name}_scale"], buffers[f"{name}_zero_point"] = grid
 
-    add("input", grid_of(layer, "input_quantizer", tensors["input_quantizer"]))
+    add("input", grid_of(layer, "input_quantizer", weight))
     if chain is not None and chain.acts():
         add("output", static_grid(chain.quantizer, weight.new_empty(())))
         requantization = Requantization(chain.quantizer.spec, chain.activation, bool(chain.readers))
         return buffers | _folded(
             weight, bias, config, buffers["input_scale"], weight_grid, chain
         ), requantization
-    add("output", grid_of(layer, "output_quantizer", tensors["output_quantizer"]))
+    add("output", grid_of(layer, "output_quantizer", weight))
     buffers |= stored_weight(weight, config.weight, weight_grid)
     if bias is not None:
         bias = bias.detach().to(compute)

@@ -42,7 +42,7 @@ class IntegerEmbedding(IntegerLayer):
         of_weight = layer._modules.get("weight_quantizer")
         grid = None if of_weight is None else static_grid(of_weight, weight)
         buffers = stored_weight(weight, layer.config.weight, grid)
-        output = grid_of(layer, "output_quantizer", layer._tensors()["output_quantizer"])
+        output = grid_of(layer, "output_quantizer", weight)
         if output is not None:
             buffers["output_scale"], buffers["output_zero_point"] = output
         arguments = {"num_embeddings": layer.num_embeddings, "embedding_dim": layer.embedding_dim}

@@ -13,7 +13,7 @@ from ..config import QuantSpec
 from ..convolution import Geometry
 from ..integer import IntegerEmbedding, IntegerLinear
 from ..qdq import Grid
-from .nodes import Constant, DynamicQuantizer, Quantizer, node
+from .nodes import Constant, DynamicQuantizer, Quantizer, barrier, node
 
 
 class _Layer(nn.Module):
@@ -28,6 +28,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.name, self.dtype = name, layer.dtype
         self.requantizes = layer.requantization is not None
+        self.multiplies_integers = layer.config.uses_int8_gemm(layer.rows[1])
         input, output = qdq.input_grid(layer), qdq.output_grid(layer)
         activation = layer.requantization.activation if self.requantizes else None
         self.input = quantizer(of_batch(layer, layer.config.input), input, name)
@@ -39,7 +40,10 @@ class _Layer(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         x = x.float()
-        return x if self.input is None else self.input(x)
+        if self.input is None:
+            return x
+        x = self.input(x)
+        return x if self.multiplies_integers else barrier(x, self.name)
 
     def quantized_output(self, y: Tensor) -> Tensor:
         y = y if self.output is None else self.output(y)
@@ -72,8 +76,9 @@ def _grid_of_sums(layer: Any) -> Grid:
 
 
 def _role_of_weight(layer: Any) -> str:
-    """Weights are stored in 4 bits where the input stays in float: kernels on integers take int8."""
-    return "4 bits" if layer.config.input is None and layer.config.weight.num_bits <= 4 else ""
+    """Weights are stored in 4 bits where the layer multiplies floats: kernels on integers take int8."""
+    multiplies_integers = layer.config.uses_int8_gemm(layer.rows[1])
+    return "4 bits" if layer.config.weight.num_bits <= 4 and not multiplies_integers else ""
 
 
 class Linear(_Layer):

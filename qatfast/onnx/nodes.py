@@ -131,11 +131,12 @@ class DynamicQuantizer(nn.Module):
         """Returns the integers, scale and zero point; the last two broadcast with ``x`` unless they are scalars."""
         spec = self.spec
         if spec.granularity == PerTensor() and not spec.symmetric and spec.num_bits == 8:
-            kinds = {"dtypes": [torch.uint8, torch.float32, torch.uint8], "shapes": [x.shape, (), ()]}
-            tags = {LAYER: self.layer}
-            return tuple(
-                torch.onnx.ops.symbolic_multi_out("DynamicQuantizeLinear", [x], metadata_props=tags, **kinds)
+            shapes: Any = [x.shape, (), ()]
+            dtypes = [torch.uint8, torch.float32, torch.uint8]
+            q, scale, zero_point = torch.onnx.ops.symbolic_multi_out(
+                "DynamicQuantizeLinear", [x], dtypes=dtypes, shapes=shapes, metadata_props={LAYER: self.layer}
             )
+            return q, scale, zero_point
         dims = _dims_within_block(x, spec.granularity)
         lo, hi = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
         tiny = torch.finfo(torch.float32).tiny

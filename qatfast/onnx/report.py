@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import functional, qdq
+from ..integer import IntegerMultiheadAttention
 from ..qdq import Grid
 from .graph import MOVERS, Quantization, role
 from .nodes import LAYER
@@ -147,7 +148,7 @@ def verify(
         arrays = _arrays(args, kwargs)
         found = observed.run(arrays) | file.run(arrays)
         comparison = _Comparison(layers, {key: found[value.name] for key, value in integers.items()})
-        with comparison.forced(), torch.no_grad():
+        with comparison.forced(integer_model), torch.no_grad():
             results = _tensors(integer_model(*args, **kwargs))
         by_value = {integers[key]: counts for key, counts in comparison.counts.items()}
         for value, counts in by_value.items():
@@ -285,7 +286,7 @@ class _Comparison:
         self.counts: dict[Quantization, tuple[int, int]] = {}
 
     @contextmanager
-    def forced(self) -> Iterator[None]:
+    def forced(self, model: nn.Module) -> Iterator[None]:
         """Replaces the values of integers in the block by those of onnxruntime."""
         handles = []
         for name, layer in self.layers.items():
@@ -294,11 +295,31 @@ class _Comparison:
                 handles.append(layer.register_forward_pre_hook(self._before(name, input)))
             if output is not None:
                 handles.append(layer.register_forward_hook(self._after(name, output)))
+        attentions = [module for module in model.modules() if isinstance(module, IntegerMultiheadAttention)]
+        for attention in attentions:
+            vars(attention)["_projected"] = self._projected(attention)
         try:
             yield
         finally:
+            for attention in attentions:
+                del vars(attention)["_projected"]
             for handle in handles:
                 handle.remove()
+
+    def _projected(self, attention: Any) -> Any:
+        """The projections of query, key and value are not called: their inputs are replaced before."""
+        names = {layer: name for name, layer in self.layers.items()}
+        projected = attention._projected
+
+        def forced(*inputs: Tensor) -> list[Tensor]:
+            values: dict[int, Tensor] = {}
+            for x, layer in zip(inputs, (attention.q_proj, attention.k_proj, attention.v_proj), strict=True):
+                grid = qdq.input_grid(layer)
+                if id(x) not in values:
+                    values[id(x)] = x if grid is None else self._compared(names[layer], x, grid)
+            return projected(*(values[id(x)] for x in inputs))
+
+        return forced
 
     def _before(self, name: str, grid: Grid) -> Any:
         return lambda layer, args: (self._compared(name, args[0], grid), *args[1:])

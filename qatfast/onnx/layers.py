@@ -34,7 +34,7 @@ class _Layer(nn.Module):
         self.input = quantizer(of_batch(layer, layer.config.input), input, name)
         self.output = quantizer(of_batch(layer, layer.config.output), output, name, activation)
         if self.requantizes:
-            self.bias = Constant(layer.bias, _grid_of_sums(layer), name)
+            self.bias = Constant(layer.bias, qdq.grid_of_sums(layer), name)
         else:
             self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
 
@@ -67,12 +67,6 @@ def quantizer(spec: QuantSpec | None, grid: Grid | None, name: str, activation: 
 def of_batch(layer: Any, spec: QuantSpec | None) -> QuantSpec | None:
     """Returns the spec of a layer's input or output: per token of a convolution is one scale per sample."""
     return spec if isinstance(layer, (IntegerLinear, IntegerEmbedding)) else convolution.of_batch(spec)
-
-
-def _grid_of_sums(layer: Any) -> Grid:
-    scale = (layer.input_scale * layer.weight_scale).clamp(min=torch.finfo(torch.float32).tiny)
-    ends = torch.iinfo(torch.int32)
-    return Grid(scale, torch.zeros_like(scale, dtype=torch.int32), ends.min, ends.max, 0)
 
 
 def _role_of_weight(layer: Any) -> str:
@@ -204,13 +198,8 @@ class Conv(_Layer):
         if layer.config.weight is None:
             self.register_buffer("weight", layer.weight.detach().float())
             return
-        rows, grid = qdq.weight_rows(layer)
-        is_per_channel = grid.axis == 0 and (not layer.transposed or layer.groups == 1)
-        if grid.axis is None or is_per_channel:
-            axis = None if grid.axis is None else int(layer.transposed)
-            rows, grid = layer.from_rows(rows), grid._replace(axis=axis)
-        # otherwise a matrix: the blocks of the scales are not on an axis of the weight
-        self.weight = Constant(rows.contiguous(), grid, name, _role_of_weight(layer))
+        integers, grid = qdq.weight_of_convolution(layer)
+        self.weight = Constant(integers, grid, name, _role_of_weight(layer))
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         windows = self.windows

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.ao.quantization.fx import _decomposed  # noqa: F401  defines torch.ops.quantized_decomposed
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from . import reference
 from .config import Granularity, PerChannel, PerGroup, PerTensor, QuantSpec
+from .convolution import Geometry, of_batch
+from .integer import IntegerEmbedding, IntegerLayer, IntegerLinear, IntegerMultiheadAttention
+from .modules import FakeQuantize
+from .modules.conv import _QATConvNd, _QATConvTransposeNd
 
 
 class Grid(NamedTuple):
@@ -82,3 +91,265 @@ def weight_rows(layer: Any) -> tuple[Tensor, Grid]:
     if not spec.symmetric and spec.num_bits in (8, 16):
         grid = grid._replace(quant_min=ends.min, quant_max=ends.max)
     return integers, grid._replace(axis=None if grid.axis is None else grid.axis % 2)
+
+
+def grid_of_sums(layer: Any) -> Grid:
+    """Returns the grid of the sums of a layer that requantizes, which is that of its bias."""
+    scale = (layer.input_scale * layer.weight_scale).clamp(min=torch.finfo(torch.float32).tiny)
+    ends = torch.iinfo(torch.int32)
+    return Grid(scale, torch.zeros_like(scale, dtype=torch.int32), ends.min, ends.max, 0)
+
+
+def weight_of_convolution(layer: Any) -> tuple[Tensor, Grid]:
+    """Returns the integers of a weight in the shape of the float layer, and their grid.
+
+    Where the blocks of the scales are not on an axis of that shape, it is :func:`weight_rows`.
+    """
+    rows, grid = weight_rows(layer)
+    is_per_channel = grid.axis == 0 and (not layer.transposed or layer.groups == 1)
+    if grid.axis is not None and not is_per_channel:
+        return rows, grid
+    axis = None if grid.axis is None else int(layer.transposed)
+    return layer.from_rows(rows).contiguous(), grid._replace(axis=axis)
+
+
+def grid_of_quantizer(quantizer: FakeQuantize) -> Grid | None:
+    """Returns the grid of a FakeQuantize in evaluation; None if its range is dynamic."""
+    if quantizer.spec.is_dynamic:
+        return None
+    scale, zero_point = quantizer.grid(torch.empty(0))
+    scale = scale.detach().abs().clamp(min=torch.finfo(torch.float32).tiny)
+    return Grid.of(quantizer.spec, scale, zero_point.detach())
+
+
+def with_layers(model: nn.Module, made: Callable[[nn.Module, str], nn.Module]) -> nn.Module:
+    """Returns a copy of an integer model with other layers.
+
+    Args:
+        model: whose integer layers and FakeQuantize modules are replaced.
+        made: returns the new module for one of them and its name. One for an IntegerLinear has the methods
+            ``quantized_input`` and ``product``, of which attention takes the projections.
+    """
+    replacements: dict[int, Any] = {
+        id(module): made(module, name)
+        for name, module in model.named_modules()
+        if isinstance(module, (IntegerLayer, FakeQuantize))
+    }
+    result = copy.deepcopy(model, dict(replacements))
+    for module in result.modules():
+        if isinstance(module, IntegerMultiheadAttention):
+            vars(module)["_projected"] = _Projections(module)
+    return result.eval()
+
+
+class _Projections:
+    """The projections of query, key and value of an IntegerMultiheadAttention with other layers."""
+
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Tensors that are the same object are quantized once, by the first of their quantizers."""
+        quantized: dict[int, Tensor] = {}
+        results = []
+        for x, name in zip((query, key, value), ("q_proj", "k_proj", "v_proj"), strict=True):
+            layer = getattr(self.attention, name)
+            if id(x) not in quantized:
+                quantized[id(x)] = layer.quantized_input(x)
+            results.append(layer.product(quantized[id(x)]))
+        return results
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns ``x.to(dtype)``, without a node in traced graphs where that is ``x``."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+# PyTorch's own operators
+
+_ops = torch.ops.quantized_decomposed
+
+
+def decomposed(model: nn.Module) -> nn.Module:
+    """Returns a copy of an integer model with the operators of ``torch.ops.quantized_decomposed``.
+
+    Each quantized tensor is quantized and dequantized around float operators, a pattern that ExecuTorch, Inductor and
+    torchao replace by integer kernels. Biases are in float, as these expect them.
+    """
+
+    def made(module: nn.Module, name: str) -> nn.Module:
+        if isinstance(module, FakeQuantize):
+            return _FakeQuantizer(module)
+        if isinstance(module, IntegerEmbedding):
+            return _Embedding(module)
+        if isinstance(module, IntegerLinear):
+            return _Linear(module)
+        return _ConvTranspose(module) if module.transposed else _Conv(module)
+
+    return with_layers(model, made)
+
+
+class _Quantizer(nn.Module):
+    """Quantizes and dequantizes a tensor."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, spec: QuantSpec, grid: Grid | None) -> None:
+        super().__init__()
+        self.spec, self.grid = spec, grid
+        self.ends = (
+            spec.quant_min,
+            spec.quant_max,
+            reference.quantized_dtype(spec.quant_min, spec.quant_max),
+        )
+        if grid is not None and grid.axis is not None:
+            self.register_buffer("scale", grid.scale.clone())
+            self.register_buffer("zero_point", grid.zero_point.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid, granularity = self.grid, self.spec.granularity
+        if grid is None:
+            return self._dynamic(x, granularity)
+        if grid.axis is None:
+            arguments = (float(grid.scale), int(grid.zero_point), *self.ends)
+            return _ops.dequantize_per_tensor(_ops.quantize_per_tensor(x, *arguments), *arguments)
+        blocks = (self.scale, self.zero_point, grid.axis % x.dim(), *self.ends)
+        return _ops.dequantize_per_channel(_ops.quantize_per_channel(x, *blocks), *blocks)
+
+    def _dynamic(self, x: Tensor, granularity: Granularity) -> Tensor:
+        spec, dtype = self.spec, self.ends[2]
+        if granularity == PerTensor():
+            choose = _ops.choose_qparams_symmetric if spec.symmetric else _ops.choose_qparams
+            grid = choose.tensor(x, spec.quant_min, spec.quant_max, torch.finfo(torch.float32).tiny, dtype)
+            arguments = (*grid, *self.ends)
+            return _ops.dequantize_per_tensor.tensor(
+                _ops.quantize_per_tensor.tensor(x, *arguments), *arguments
+            )
+        # its operators per token have 8 bits only, and there is none per channel or group: plain arithmetic
+        return reference.fake_quantize(x, **spec.arguments)
+
+
+class _Weight(nn.Module):
+    """Dequantizes the weight."""
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, layer: Any, stored: Callable[[Any], tuple[Tensor, Grid]]) -> None:
+        super().__init__()
+        self.grid: Grid | None = None
+        if layer.config.weight is None:
+            self.register_buffer("values", layer.weight.detach().float())
+            return
+        integers, grid = stored(layer)
+        self.grid = grid
+        self.register_buffer("values", integers.to(grid.dtype).clone())
+        self.register_buffer("scale", grid.scale.clone())
+        self.register_buffer("zero_point", grid.zero_point.clone())
+
+    def forward(self) -> Tensor:
+        grid = self.grid
+        if grid is None:
+            return self.values
+        ends = (grid.quant_min, grid.quant_max, grid.dtype)
+        if grid.axis is None:
+            return _ops.dequantize_per_tensor(self.values, float(grid.scale), int(grid.zero_point), *ends)
+        if grid.group_size is None:
+            return _ops.dequantize_per_channel(self.values, self.scale, self.zero_point, grid.axis, *ends)
+        return _ops.dequantize_per_channel_group(
+            self.values, self.scale, self.zero_point, *ends, grid.group_size, torch.float32
+        )
+
+
+class _Layer(nn.Module):
+    """What linear layers and convolutions share."""
+
+    bias: Tensor | None
+
+    def __init__(self, layer: Any, specs: list[QuantSpec | None], stored: Any) -> None:
+        super().__init__()
+        self.dtype = layer.dtype
+        self.input = _quantizer(specs[0], input_grid(layer))
+        output = output_grid(layer)
+        self.activation = None
+        if layer.requantization is not None:
+            specs[1], self.activation = layer.requantization.spec, layer.requantization.activation
+        self.output = _quantizer(specs[1], output)
+        self.weight = _Weight(layer, stored)
+        bias = layer.bias
+        if bias is not None and layer.requantization is not None:
+            bias = (bias.double() * grid_of_sums(layer).scale.double()).float()
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        x = as_dtype(x, torch.float32)
+        return x if self.input is None else self.input(x)
+
+    def quantized_output(self, y: Tensor) -> Tensor:
+        if self.activation is not None:
+            y = F.relu6(y) if self.activation == "relu6" else F.relu(y)
+        return as_dtype(y if self.output is None else self.output(y), self.dtype)
+
+
+class _Linear(_Layer):
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer, [layer.config.input, layer.config.output], weight_rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quantized_output(self.product(self.quantized_input(x)))
+
+    def product(self, x: Tensor) -> Tensor:
+        """Returns the layer of a quantized input, before the quantizer of its output."""
+        return F.linear(x, self.weight(), self.bias)
+
+
+class _Conv(_Layer):
+    weight_shape: torch.Size
+    forward = _QATConvNd.forward
+
+    def __init__(self, layer: Any) -> None:
+        specs = [of_batch(layer.config.input), of_batch(layer.config.output)]
+        super().__init__(layer, specs, weight_of_convolution)
+        vars(self).update(layer.arguments, weight_shape=torch.Size(layer.weight_shape))
+        if not layer.transposed:
+            self._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
+
+    def _apply_to(
+        self, x: Tensor, geometry: Geometry, pad: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> Tensor:
+        weight = self.weight()
+        if weight.shape != self.weight_shape:
+            weight = geometry.from_rows(weight, self.weight_shape)
+        return self.quantized_output(geometry.convolve(pad(self.quantized_input(x)), weight, self.bias))
+
+
+class _ConvTranspose(_Conv):
+    forward = _QATConvTransposeNd.forward
+    _output_padding = _ConvTransposeNd._output_padding
+
+
+class _Embedding(nn.Module):
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.dtype = layer.dtype
+        self.weight = _Weight(layer, weight_rows)
+        self.output = _quantizer(layer.config.output, output_grid(layer))
+
+    def forward(self, index: Tensor) -> Tensor:
+        y = F.embedding(index, self.weight())
+        return as_dtype(y if self.output is None else self.output(y), self.dtype)
+
+
+class _FakeQuantizer(nn.Module):
+    def __init__(self, module: FakeQuantize) -> None:
+        super().__init__()
+        self.quantizer = _Quantizer(module.spec, grid_of_quantizer(module))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return as_dtype(self.quantizer(as_dtype(x, torch.float32)), x.dtype)
+
+
+def _quantizer(spec: QuantSpec | None, grid: Grid | None) -> _Quantizer | None:
+    return None if spec is None else _Quantizer(spec, grid)

@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from .. import qdq
 from ..integer import IntegerEmbedding, IntegerLayer, IntegerLinear, IntegerMultiheadAttention
 from ..modules import FakeQuantize
-from ..qdq import Grid
 from . import integer_layers, layers
-
-
-class _Projections:
-    """What projects query, key and value of an IntegerMultiheadAttention whose layers are those of this module."""
-
-    def __init__(self, attention: Any) -> None:
-        self.attention = attention
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Tensors that are the same object are quantized once, by the first of their quantizers."""
-        quantized: dict[int, Tensor] = {}
-        results = []
-        for x, name in zip((query, key, value), ("q_proj", "k_proj", "v_proj"), strict=True):
-            layer = getattr(self.attention, name)
-            if id(x) not in quantized:
-                quantized[id(x)] = layer.quantized_input(x)
-            results.append(layer.product(quantized[id(x)]))
-        return results
 
 
 def deployed(model: nn.Module, form: str) -> nn.Module:
     """Returns a copy of an integer model whose layers write the nodes of a form."""
-    replacements: dict[int, nn.Module] = {}
-    for name, module in model.named_modules():
+
+    def made(module: nn.Module, name: str) -> nn.Module:
         if isinstance(module, FakeQuantize):
-            replacements[id(module)] = _FakeQuantizer(module, name)
-        elif isinstance(module, IntegerLayer):
-            replacements[id(module)] = _layer_class(module, form)(module, name)
-    result = copy.deepcopy(model, dict(replacements))
-    for module in result.modules():
-        if isinstance(module, IntegerMultiheadAttention):
-            vars(module)["_projected"] = _Projections(module)
-    return result.eval()
+            return _FakeQuantizer(module, name)
+        return _layer_class(module, form)(module, name)
+
+    return qdq.with_layers(model, made)
 
 
 def check_static(model: nn.Module) -> None:
@@ -80,11 +56,7 @@ class _FakeQuantizer(nn.Module):
 
     def __init__(self, module: FakeQuantize, name: str) -> None:
         super().__init__()
-        grid = None
-        if not module.spec.is_dynamic:
-            scale, zero_point = module.grid(torch.empty(0))
-            scale = scale.detach().abs().clamp(min=torch.finfo(torch.float32).tiny)
-            grid = Grid.of(module.spec, scale, zero_point)
+        grid = qdq.grid_of_quantizer(module)
         self.quantizer = layers.quantizer(module.spec, grid, name)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from onnxscript import ir
-from onnxscript.optimizer import fold_constants, optimize_ir
+from onnxscript.optimizer import fold_constants
 
 from .nodes import LAYER, ROLE
 
@@ -19,7 +19,7 @@ MOVERS = frozenset(
 _REPLACED = frozenset(
     ["AveragePool", "GlobalAveragePool", "LeakyRelu", "Mul", "Resize", "Sigmoid", "Softmax", "Where"]
 )
-_ON_GRID = ("QuantizeLinear", "DequantizeLinear", "Clip")
+_OF_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear", "Clip", "Max", "Min")
 
 
 class Quantization(NamedTuple):
@@ -43,10 +43,11 @@ def tidy(model: ir.Model) -> dict[Quantization, ir.Value]:
     for node in list(graph):
         _remove_repeated(node, integers)
         _keep_in_float(node, graph)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
-    optimize_ir(model)
     _narrow_weights(graph)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    # Not onnxscript's optimize: its rewriting of Relu before Min and Max leaves an invalid graph.
+    common = ir.passes.common
+    lift = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+    ir.passes.Sequential(common.RemoveUnusedNodesPass(), lift, common.NameFixPass())(model)
     _name_nodes(graph)
     _remove_metadata(model)
     return integers.values
@@ -141,7 +142,7 @@ def _is_relu6(clip: ir.Node) -> bool:
 
 def _remove_repeated(node: ir.Node, integers: _Integers) -> None:
     """Removes a node that repeats another, and a quantization of values that are on its grid."""
-    if node.op_type not in _ON_GRID or node.inputs[0] is None:
+    if node.op_type not in _OF_QUANTIZERS or node.inputs[0] is None:
         return
     for other in consumers(node.inputs[0]):
         if other is not node and _are_equal(node, other) and _is_before(other, node):

@@ -49,7 +49,7 @@ class _Layer(nn.Module):
         self.register_buffer("weight_scale", grid.scale.reshape(self.shape).clone())
         bias = layer.bias
         self.register_buffer("bias", None if bias is None else bias.detach().reshape(self.shape).clone())
-        if self.requantizes:
+        if output is not None and self.requantizes:
             tiny, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
             factor = (layer.input_scale * self.weight_scale).clamp(min=tiny) / output.scale.clamp(min=tiny)
             self.register_buffer("factor", factor.clamp(max=largest))
@@ -67,6 +67,7 @@ class _Layer(nn.Module):
     def result(self, acc: Tensor, input_scale: Tensor) -> Tensor:
         """Returns the float result of int32 sums, before the quantizer of the output."""
         if self.requantizes:
+            assert self.bias is not None
             return (acc + self.bias).float() * self.factor
         scale = input_scale * self.weight_scale
         y = acc.float() * scale
@@ -133,8 +134,7 @@ class Conv(_Layer):
         self.windows = Windows(layer)
 
     def _set_weight(self, layer: Any, rows: Tensor, grid: Grid) -> None:
-        granularity = of_batch(layer, layer.config.input).granularity
-        self.uses_levels = layer.transposed or granularity != PerTensor()
+        self.uses_levels = layer.transposed or layer.config.input.granularity != PerTensor()
         zero_point = grid.zero_point
         if self.uses_levels:
             levels = rows.to(torch.int32) - zero_point.reshape(-1, 1)

@@ -13,7 +13,7 @@ from ..config import QuantSpec
 from ..convolution import Geometry
 from ..integer import IntegerEmbedding, IntegerLinear
 from ..qdq import Grid
-from .nodes import Constant, DynamicQuantizer, Quantizer, node
+from .nodes import Constant, DynamicQuantizer, Quantizer, barrier, node
 
 
 class _Layer(nn.Module):
@@ -28,18 +28,22 @@ class _Layer(nn.Module):
         super().__init__()
         self.name, self.dtype = name, layer.dtype
         self.requantizes = layer.requantization is not None
+        self.multiplies_integers = layer.config.uses_int8_gemm(layer.rows[1])
         input, output = qdq.input_grid(layer), qdq.output_grid(layer)
         activation = layer.requantization.activation if self.requantizes else None
         self.input = quantizer(of_batch(layer, layer.config.input), input, name)
         self.output = quantizer(of_batch(layer, layer.config.output), output, name, activation)
         if self.requantizes:
-            self.bias = Constant(layer.bias, _grid_of_sums(layer), name)
+            self.bias = Constant(layer.bias, qdq.grid_of_sums(layer), name)
         else:
             self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
 
     def quantized_input(self, x: Tensor) -> Tensor:
         x = x.float()
-        return x if self.input is None else self.input(x)
+        if self.input is None:
+            return x
+        x = self.input(x)
+        return x if self.multiplies_integers else barrier(x, self.name)
 
     def quantized_output(self, y: Tensor) -> Tensor:
         y = y if self.output is None else self.output(y)
@@ -65,15 +69,10 @@ def of_batch(layer: Any, spec: QuantSpec | None) -> QuantSpec | None:
     return spec if isinstance(layer, (IntegerLinear, IntegerEmbedding)) else convolution.of_batch(spec)
 
 
-def _grid_of_sums(layer: Any) -> Grid:
-    scale = (layer.input_scale * layer.weight_scale).clamp(min=torch.finfo(torch.float32).tiny)
-    ends = torch.iinfo(torch.int32)
-    return Grid(scale, torch.zeros_like(scale, dtype=torch.int32), ends.min, ends.max, 0)
-
-
 def _role_of_weight(layer: Any) -> str:
-    """Weights are stored in 4 bits where the input stays in float: kernels on integers take int8."""
-    return "4 bits" if layer.config.input is None and layer.config.weight.num_bits <= 4 else ""
+    """Weights are stored in 4 bits where the layer multiplies floats: kernels on integers take int8."""
+    multiplies_integers = layer.config.uses_int8_gemm(layer.rows[1])
+    return "4 bits" if layer.config.weight.num_bits <= 4 and not multiplies_integers else ""
 
 
 class Linear(_Layer):
@@ -199,13 +198,8 @@ class Conv(_Layer):
         if layer.config.weight is None:
             self.register_buffer("weight", layer.weight.detach().float())
             return
-        rows, grid = qdq.weight_rows(layer)
-        is_per_channel = grid.axis == 0 and (not layer.transposed or layer.groups == 1)
-        if grid.axis is None or is_per_channel:
-            axis = None if grid.axis is None else int(layer.transposed)
-            rows, grid = layer.from_rows(rows), grid._replace(axis=axis)
-        # otherwise a matrix: the blocks of the scales are not on an axis of the weight
-        self.weight = Constant(rows.contiguous(), grid, name, _role_of_weight(layer))
+        integers, grid = qdq.weight_of_convolution(layer)
+        self.weight = Constant(integers, grid, name, _role_of_weight(layer))
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         windows = self.windows

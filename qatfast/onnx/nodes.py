@@ -35,6 +35,11 @@ def node(
     return torch.onnx.ops.symbolic(op_type, inputs, attributes, dtype=dtype, shape=shape, metadata_props=tags)
 
 
+def barrier(x: Tensor, layer: str) -> Tensor:
+    """Returns ``x`` by a Sum of one tensor: onnxruntime replaces no operators across it."""
+    return node("Sum", [x], x.shape, x.dtype, layer)
+
+
 class _OnGrid(nn.Module):
     """Scale and zero point as initializers; the zero point has the dtype of the integers."""
 
@@ -81,17 +86,34 @@ class Quantizer(_OnGrid):
         low, high = integers_after(activation, grid)
         info = torch.iinfo(grid.dtype)
         self.is_clipped = (low, high) != (info.min, info.max)
-        self.register_buffer("low", torch.tensor(low, dtype=grid.dtype))
-        self.register_buffer("high", torch.tensor(high, dtype=grid.dtype))
+        self.clips_floats = info.bits > 8  # runtimes have no Clip of integers of 16 bits
+        for name, end in (("low", low), ("high", high)):
+            value = (
+                (end - grid.zero_point) * grid.scale
+                if self.clips_floats
+                else torch.tensor(end).to(grid.dtype)
+            )
+            self.register_buffer(name, value)
 
     def quantized(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Returns the integers of ``x``; with a scale of 1, of a multiple of the scale."""
         operands = [x, self.scale if scale is None else scale, self.zero_point]
         kind = (x.shape, self.dtype, self.layer)
-        if not self.is_clipped:
+        if self.is_clipped and self.clips_floats:
+            operands[0] = torch.minimum(torch.maximum(x, self._along(x, self.low)), self._along(x, self.high))
+        if not self.is_clipped or self.clips_floats:
             return node("QuantizeLinear", operands, *kind, "integers", **self.attributes)
         q = node("QuantizeLinear", operands, *kind, **self.attributes)
         return node("Clip", [q, self.low, self.high], *kind, "integers")
+
+    def _along(self, x: Tensor, value: Tensor) -> Tensor:
+        """Returns a number, or one per channel, in a shape that broadcasts with ``x``."""
+        axis = self.attributes.get("axis")
+        return (
+            value
+            if axis is None
+            else value.reshape([-1 if dim == axis % x.dim() else 1 for dim in range(x.dim())])
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dequantized(self.quantized(x), self.activation)
@@ -109,11 +131,12 @@ class DynamicQuantizer(nn.Module):
         """Returns the integers, scale and zero point; the last two broadcast with ``x`` unless they are scalars."""
         spec = self.spec
         if spec.granularity == PerTensor() and not spec.symmetric and spec.num_bits == 8:
-            kinds = {"dtypes": [torch.uint8, torch.float32, torch.uint8], "shapes": [x.shape, (), ()]}
-            tags = {LAYER: self.layer}
-            return tuple(
-                torch.onnx.ops.symbolic_multi_out("DynamicQuantizeLinear", [x], metadata_props=tags, **kinds)
+            shapes: Any = [x.shape, (), ()]
+            dtypes = [torch.uint8, torch.float32, torch.uint8]
+            q, scale, zero_point = torch.onnx.ops.symbolic_multi_out(
+                "DynamicQuantizeLinear", [x], dtypes=dtypes, shapes=shapes, metadata_props={LAYER: self.layer}
             )
+            return q, scale, zero_point
         dims = _dims_within_block(x, spec.granularity)
         lo, hi = x.amin(dims, keepdim=True).clamp(max=0), x.amax(dims, keepdim=True).clamp(min=0)
         tiny = torch.finfo(torch.float32).tiny

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import functional, qdq
+from ..integer import IntegerMultiheadAttention
 from ..qdq import Grid
 from .graph import MOVERS, Quantization, role
 from .nodes import LAYER
@@ -38,10 +39,7 @@ _INTEGER_KERNELS = frozenset(
 )
 _INT4_KERNEL = "MatMulNBits"
 _INT4_OPTION = ("session.qdq_matmulnbits_accuracy_level", "1")
-_INT4_NOTE = (
-    f"layers with MatMulNBits: set the session option {'='.join(_INT4_OPTION)}, without which onnxruntime quantizes "
-    "their activations too"
-)
+_INT8_OPTION = ("session.qdqisint8allowed", "1")
 # Operators with one rounding per element at most: the same in every runtime.
 _EXACT = MOVERS | {
     *(
@@ -131,23 +129,26 @@ def verify(
         args: positional arguments.
         kwargs: keyword arguments.
     """
-    fused = _fused(path, model)
-    with tempfile.TemporaryDirectory() as folder:
-        session = _with_integers(model, integers, Path(folder) / "model.onnx")
-    is_exact = _Exactness(model.graph, fused, integers)
-    names = [value.name for value in session.get_inputs()]
+    options = [_INT4_OPTION]
+    if any(value.dtype == ir.DataType.INT8 for value in integers.values()):
+        options.append(_INT8_OPTION)
+    file = _Session(path, options)
+    with tempfile.TemporaryDirectory() as folder, _with_outputs(model, integers.values()):
+        ir.save(model, Path(folder) / "model.onnx", external_data="model.data")
+        observed = _Session(Path(folder) / "model.onnx", options)
+    fused = file.products(model)
+    is_exact = _Exactness(model.graph, observed.products(model), integers)
+    has_exact_result = _Exactness(model.graph, fused, integers)
     totals: Counter[str] = Counter()
     error = 0.0
     generator = torch.Generator().manual_seed(0)
     for run in range(_RUNS):
         if run > 0:
             args, kwargs = tree_map(lambda leaf: _similar(leaf, generator), (args, kwargs))
-        feeds = dict(zip(names, _arrays(args, kwargs), strict=True))
-        found = dict(
-            zip((value.name for value in session.get_outputs()), session.run(None, feeds), strict=True)
-        )
+        arrays = _arrays(args, kwargs)
+        found = observed.run(arrays) | file.run(arrays)
         comparison = _Comparison(layers, {key: found[value.name] for key, value in integers.items()})
-        with comparison.forced(), torch.no_grad():
+        with comparison.forced(integer_model), torch.no_grad():
             results = _tensors(integer_model(*args, **kwargs))
         by_value = {integers[key]: counts for key, counts in comparison.counts.items()}
         for value, counts in by_value.items():
@@ -155,15 +156,28 @@ def verify(
             totals.update({f"{prefix}compared": counts[0], f"{prefix}differing": counts[1]})
         for value, result in zip(model.graph.outputs, results, strict=True):
             expected, actual = result.numpy(), found[value.name]
-            if is_exact(value):
+            if has_exact_result(value):
                 totals.update(compared=expected.size, differing=int((expected != actual).sum()))
             elif result.is_floating_point() and result.numel() > 0:
                 largest = max(float(np.abs(expected).max()), np.finfo(np.float32).tiny)
                 error = max(error, float(np.abs(expected - actual).max()) / largest)
         if totals["compared"] + totals["float_compared"] >= _INTEGERS:
             break
-    notes = (_INT4_NOTE,) if _INT4_KERNEL in fused.values() else ()
-    return {"fused": fused, "error": error, "notes": notes, **totals}
+    return {"fused": fused, "error": error, "notes": _notes(options, fused), **totals}
+
+
+def _notes(options: list[tuple[str, str]], fused: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns why the session options that matter for the file have to be set."""
+    reasons = {
+        _INT4_OPTION: "quantizes the activations of layers whose weights alone are quantized",
+        _INT8_OPTION: "computes layers with symmetric activations in float on x86",
+    }
+    if _INT4_KERNEL not in fused.values():
+        options = options[1:]
+    return tuple(
+        f"Set the session option {key}={value}: without it, onnxruntime {reasons[key, value]}."
+        for key, value in options
+    )
 
 
 def _quantized(integers: ir.Value) -> ir.Value | None:
@@ -174,47 +188,51 @@ def _quantized(integers: ir.Value) -> ir.Value | None:
     return node.inputs[0]
 
 
-def _fused(path: str | os.PathLike[str], model: ir.Model) -> dict[str, str]:
-    """Returns by layer what onnxruntime computes its product with."""
-    import onnx
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
-        _session(path, options)
-        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
-    kinds = {re.sub(r"_token_\d+$", "", node.name): node.op_type for node in optimized.graph.node}
-    fused: dict[str, str] = {}
-    for node in model.graph:
-        if role(node) in ("product", "levels"):
-            kind = kinds.get(node.name or "", FLOAT)
-            layer = node.metadata_props[LAYER]
-            is_known = kind in _INTEGER_KERNELS or kind == _INT4_KERNEL
-            fused[layer] = kind if is_known and fused.get(layer) != FLOAT else FLOAT
-    return fused
-
-
-def _with_integers(model: ir.Model, integers: Mapping[Quantization, ir.Value], path: Path) -> Any:
-    """Returns a session that also gives the integers."""
+@contextmanager
+def _with_outputs(model: ir.Model, values: Iterable[ir.Value]) -> Iterator[None]:
+    """Adds values to the outputs in the block."""
     outputs = model.graph.outputs
     count = len(outputs)
-    outputs.extend(value for value in dict.fromkeys(integers.values()) if value not in outputs)
+    outputs.extend(value for value in dict.fromkeys(values) if value not in outputs)
     try:
-        ir.save(model, path, external_data="model.data")
+        yield
     finally:
         del outputs[count:]
-    return _session(path)
 
 
-def _session(path: str | os.PathLike[str], options: Any = None) -> Any:
-    import onnxruntime
+class _Session:
+    """onnxruntime with all optimizations, and the names and operators of the nodes that it runs."""
 
-    options = options or onnxruntime.SessionOptions()
-    options.add_session_config_entry(*_INT4_OPTION)
-    options.log_severity_level = 3  # the optimized model is for this machine: that is what is asked for
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    def __init__(self, path: str | os.PathLike[str], config: Iterable[tuple[str, str]]) -> None:
+        import onnx
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # the optimized model is for this machine, as is asked for
+        options.intra_op_num_threads = torch.get_num_threads()
+        for option in config:
+            options.add_session_config_entry(*option)
+        with tempfile.TemporaryDirectory() as folder:
+            options.optimized_model_filepath = os.path.join(folder, "optimized.onnx")
+            providers = ["CPUExecutionProvider"]
+            self.session = onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
+            optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+        self.kinds = {re.sub(r"_token_\d+$", "", node.name): node.op_type for node in optimized.graph.node}
+
+    def products(self, model: ir.Model) -> dict[str, str]:
+        """Returns by layer the kernel of its product if that multiplies integers, or else "float"."""
+        products: dict[str, str] = {}
+        for node in model.graph:
+            if role(node) in ("product", "levels"):
+                kind, layer = self.kinds.get(node.name, FLOAT), node.metadata_props[LAYER]
+                is_known = kind in _INTEGER_KERNELS or kind == _INT4_KERNEL
+                products[layer] = kind if is_known and products.get(layer) != FLOAT else FLOAT
+        return products
+
+    def run(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
+        feeds = {value.name: array for value, array in zip(self.session.get_inputs(), arrays, strict=True)}
+        names = [value.name for value in self.session.get_outputs()]
+        return dict(zip(names, self.session.run(names, feeds), strict=True))
 
 
 class _Exactness:
@@ -268,7 +286,7 @@ class _Comparison:
         self.counts: dict[Quantization, tuple[int, int]] = {}
 
     @contextmanager
-    def forced(self) -> Iterator[None]:
+    def forced(self, model: nn.Module) -> Iterator[None]:
         """Replaces the values of integers in the block by those of onnxruntime."""
         handles = []
         for name, layer in self.layers.items():
@@ -277,11 +295,31 @@ class _Comparison:
                 handles.append(layer.register_forward_pre_hook(self._before(name, input)))
             if output is not None:
                 handles.append(layer.register_forward_hook(self._after(name, output)))
+        attentions = [module for module in model.modules() if isinstance(module, IntegerMultiheadAttention)]
+        for attention in attentions:
+            vars(attention)["_projected"] = self._projected(attention)
         try:
             yield
         finally:
+            for attention in attentions:
+                del vars(attention)["_projected"]
             for handle in handles:
                 handle.remove()
+
+    def _projected(self, attention: Any) -> Any:
+        """The projections of query, key and value are not called: their inputs are replaced before."""
+        names = {layer: name for name, layer in self.layers.items()}
+        projected = attention._projected
+
+        def forced(*inputs: Tensor) -> list[Tensor]:
+            values: dict[int, Tensor] = {}
+            for x, layer in zip(inputs, (attention.q_proj, attention.k_proj, attention.v_proj), strict=True):
+                grid = qdq.input_grid(layer)
+                if id(x) not in values:
+                    values[id(x)] = x if grid is None else self._compared(names[layer], x, grid)
+            return projected(*(values[id(x)] for x in inputs))
+
+        return forced
 
     def _before(self, name: str, grid: Grid) -> Any:
         return lambda layer, args: (self._compared(name, args[0], grid), *args[1:])

@@ -42,6 +42,7 @@ COMPARE_EXAMPLES = """examples:
   qatfast compare                                       handwritten digits, 8 4 3 2 bits, 7 seeds
   qatfast compare --bits 4 --epochs 2 --seeds 1         a short run
   qatfast compare --data mnist1d --seeds 5              signals that are hard to classify (pip install mnist1d)
+  qatfast compare --data mnist1d --network cnn          convolutions with BatchNorm instead of linear layers
   qatfast compare --all                                 also PTQ min-max, QAT as in tutorials, QAT moving average
   qatfast compare --data iris.csv --target species      your table: a header row, numbers, one label column;
                                                         commas, semicolons or tabs between the cells
@@ -176,6 +177,12 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of repetitions; a single seed shows no significant difference (default: 7)",
     )
     parser.add_argument("--seed", type=_seed, default=42, help="the first seed (default: 42)")
+    parser.add_argument(
+        "--network",
+        choices=["mlp", "cnn"],
+        default="mlp",
+        help="three linear layers, or two convolutions with BatchNorm, for digits and mnist1d (default: mlp)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
     parser.add_argument(
         "--out", type=Path, default=Path("report"), help="folder of the report (default: report)"
@@ -235,6 +242,7 @@ def _compare(options: argparse.Namespace) -> int:
             seeds=options.seeds,
             seed=options.seed,
             device=options.device,
+            network=options.network,
             every_model=options.all,
         )
         return run_compare(settings, options.out, verbose=options.verbose)

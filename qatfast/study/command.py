@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qatfast import kernels
 
-from .data import load_samples, plural
+from .data import DataError, load_samples, plural
 from .experiments import Settings, Study, count_trainings, run_study
 from .insights import best, definition, find_insights, time_insights
 from .networks import EDGE_BITS, config_code
@@ -52,6 +52,11 @@ def run_compare(settings: Settings, out: str | Path, *, verbose: bool = False) -
         OSError: A file of the report cannot be written.
     """
     samples = load_samples(settings.data, settings.target, seed=settings.seed)
+    if settings.network == "cnn" and not samples.shape:
+        raise DataError(
+            f"--network cnn: expected images or signals (--data digits or mnist1d), got {samples.name}; "
+            "write --network mlp"
+        )
     study = Study(settings, samples)
     start = time.monotonic()
     with ReportFolder(out) as folder, warnings.catch_warnings():
@@ -79,14 +84,16 @@ def run_compare(settings: Settings, out: str | Path, *, verbose: bool = False) -
 
 def _announcement(study: Study) -> Iterator[str]:
     samples, settings = study.samples, study.settings
-    features, classes, hidden = samples.inputs.shape[1], len(samples.class_names), settings.hidden_features
+    features, classes = samples.inputs.shape[1], len(samples.class_names)
     note = f" ({samples.note})" if samples.note else ""
     yield (
         f"{samples.name}{note}: {plural(len(samples.labels), 'sample')}, {plural(features, 'feature')}, "
         f"{plural(classes, 'class', 'classes')}"
     )
+    layers = " → ".join(map(str, study.float_network().sizes))
+    kind = {"mlp": "Network", "cnn": "Convolutional network"}[settings.network]
     yield (
-        f"Network {features} → {hidden} → {hidden} → {classes}; {plural(count_trainings(settings), 'training')} of "
+        f"{kind} {layers}; {plural(count_trainings(settings), 'training')} of "
         f"{plural(settings.epochs, 'epoch')}: {plural(settings.seeds, 'seed')}"
     )
     if kernels.reason():

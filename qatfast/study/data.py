@@ -43,6 +43,7 @@ class Samples:
         class_names: Name of each label.
         standardize: Whether a split scales each feature to mean 0 and standard deviation 1 of its training samples.
         note: How the file was read, if its format had to be guessed.
+        shape: Height and width of images, length of signals; () if the order of the features means nothing.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Samples:
     class_names: tuple[str, ...]
     standardize: bool = False
     note: str = ""
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def digits_samples() -> Samples:
     """
     digits = sklearn_digits()
     names = tuple(str(name) for name in digits.target_names)
-    return Samples("handwritten digits", digits.data / 16.0, digits.target.astype(np.int64), names)
+    labels = digits.target.astype(np.int64)
+    return Samples("handwritten digits", digits.data / 16.0, labels, names, shape=(8, 8))
 
 
 def mnist1d_samples(num_samples: int = 4000) -> Samples:
@@ -154,7 +157,8 @@ def mnist1d_samples(num_samples: int = 4000) -> Samples:
         generated = make_dataset(arguments)
     inputs = np.concatenate([generated["x"], generated["x_test"]]).astype(np.float64)
     labels = np.concatenate([generated["y"], generated["y_test"]]).astype(np.int64)
-    return Samples("MNIST-1D", inputs, labels, tuple(str(digit) for digit in range(10)))
+    names = tuple(str(digit) for digit in range(10))
+    return Samples("MNIST-1D", inputs, labels, names, shape=inputs.shape[1:])
 
 
 @contextmanager

@@ -14,7 +14,16 @@ from qatfast.bench.timer import one_thread
 
 from .data import Dataset, Samples, split
 from .deployment import Deployment, deploy
-from .networks import COMPARED, FLOAT_BITS, TITLES, ThreeLayerNet, count_parameters, quantize_layers
+from .networks import (
+    COMPARED,
+    FLOAT_BITS,
+    TITLES,
+    SmallConvNet,
+    ThreeLayerNet,
+    count_parameters,
+    float_network,
+    quantize_layers,
+)
 from .ptq import LayerError, layer_errors
 from .size import save_float, save_quantized
 from .timing import StepTime, time_training_steps
@@ -46,7 +55,10 @@ class Settings:
         device: Device of the networks.
         batch_size: Samples per training step.
         learning_rate: Learning rate of Adam at the start of each training. It falls to 0 along half a cosine.
-        hidden_features: Outputs of the first and the second layer of the networks.
+        network: ``mlp`` (three linear layers) or ``cnn`` (two convolutions with BatchNorm and a linear layer, for
+            images and signals).
+        hidden_features: Outputs of the first and the second layer of ``mlp``.
+        channels: Outputs of the first and the second layer of ``cnn``.
         timing_repetitions: Number of timings of a training step. 0 means that no times are taken.
         every_model: Whether to train all models, or those that a verdict compares only.
     """
@@ -60,9 +72,16 @@ class Settings:
     device: str = "cpu"
     batch_size: int = 32
     learning_rate: float = 2e-3
+    network: str = "mlp"
     hidden_features: int = 128
+    channels: int = 32
     timing_repetitions: int = 30
     every_model: bool = False
+
+    @property
+    def hidden(self) -> int:
+        """Outputs of the first and the second layer."""
+        return self.hidden_features if self.network == "mlp" else self.channels
 
     @property
     def quantized_models(self) -> tuple[str, ...]:
@@ -145,6 +164,13 @@ class Study:
     step_times: list[StepTime] = field(default_factory=list)
     weights: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
     complete: bool = False
+
+    def float_network(self) -> ThreeLayerNet | SmallConvNet:
+        """Returns a new float network for the samples."""
+        shape = self.samples.shape or self.samples.inputs.shape[1:]
+        return float_network(
+            self.settings.network, shape, self.settings.hidden, len(self.samples.class_names)
+        )
 
     def accuracies(self, model: str, bits: int, figure: str = "accuracy") -> dict[int, float]:
         """Returns one figure of a model by seed, without the seeds that do not have it."""
@@ -232,15 +258,14 @@ class _SeedStudy:
     def __init__(self, study: Study, seed: int, data: Dataset, folder: Path, on_training: OnTraining) -> None:
         self.study, self.seed, self.data, self.on_training = study, seed, data, on_training
         self.settings = study.settings
-        self.sizes = (data.in_features, self.settings.hidden_features, data.num_classes)
         self.first = seed == self.settings.seed
         self.folder, self.models = folder, folder / "models"
         self.diverged: dict[tuple[str, int], str] = {}
 
-    def network(self) -> ThreeLayerNet:
+    def network(self) -> nn.Module:
         """Returns a float network with the seed's first weights."""
         with seeded(self.seed):
-            return ThreeLayerNet(*self.sizes).to(self.settings.device)
+            return self.study.float_network().to(self.settings.device)
 
     def train(self, name: str, bits: int, network: nn.Module) -> None:
         settings = self.settings
@@ -303,11 +328,20 @@ class _SeedStudy:
 def _time_steps(study: Study) -> None:
     """Times a training step of the study's network, and of a wide network whose arithmetic outweighs the calls."""
     settings, samples = study.settings, study.samples
-    own = (samples.inputs.shape[1], settings.hidden_features, len(samples.class_names))
     repetitions, device = settings.timing_repetitions, settings.device
+    shape, classes = samples.shape or samples.inputs.shape[1:], len(samples.class_names)
     with one_thread():
         study.step_times += time_training_steps(
-            *own, batch_size=settings.batch_size, repetitions=repetitions, device=device
+            shape,
+            settings.hidden,
+            classes,
+            network=settings.network,
+            batch_size=settings.batch_size,
+            repetitions=repetitions,
+            device=device,
         )
     fewer = max(1, repetitions // 3)  # a step takes about a hundred times as long
-    study.step_times += time_training_steps(1024, 1024, 10, batch_size=256, repetitions=fewer, device=device)
+    wide = ((1024,), 1024, 10) if settings.network == "mlp" else (shape, 128, classes)
+    study.step_times += time_training_steps(
+        *wide, network=settings.network, batch_size=256, repetitions=fewer, device=device
+    )

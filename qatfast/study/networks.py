@@ -1,13 +1,15 @@
-"""The networks of the study: three layers in float, on the recommended grids, and on the grids of tutorials."""
+"""The networks of the study: in float, on the recommended grids, and on the grids of tutorials."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import TypeVar, cast
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from qatfast import (
     Dynamic,
@@ -63,6 +65,10 @@ EDGE_BITS = 8
 Model = TypeVar("Model", bound=nn.Module)
 
 
+LAYERS = (nn.Linear, _ConvNd)
+"""The layers with weights that the study quantizes."""
+
+
 class ThreeLayerNet(nn.Module):
     """Three linear layers with ReLU between them, in float.
 
@@ -82,10 +88,71 @@ class ThreeLayerNet(nn.Module):
         self.fc2 = nn.Linear(hidden_features, hidden_features)
         self.fc3 = nn.Linear(hidden_features, num_classes)
 
+    description = "three linear layers with ReLU between them"
+
+    @property
+    def sizes(self) -> list[int]:
+        """Features of a sample, then the outputs of each layer."""
+        return [self.fc1.in_features, *(layer.out_features for layer in (self.fc1, self.fc2, self.fc3))]
+
     def forward(self, input: Tensor) -> Tensor:
         hidden = torch.relu(self.fc1(input))
         hidden = torch.relu(self.fc2(hidden))
         return self.fc3(hidden)
+
+
+class SmallConvNet(nn.Module):
+    """Two convolutions of stride 2 with BatchNorm and ReLU, and a linear layer, in float.
+
+    Args:
+        shape: Height and width of the images, or the length of the signals, which have one channel.
+        channels: Outputs of the first and the second layer.
+        num_classes: Outputs of the third layer, one score per class.
+
+    Example:
+        >>> SmallConvNet((8, 8))(torch.zeros(5, 64)).shape
+        torch.Size([5, 2])
+    """
+
+    description = "two convolutions of stride 2 with BatchNorm and ReLU, and a linear layer"
+
+    def __init__(self, shape: Sequence[int], channels: int = 32, num_classes: int = 2) -> None:
+        super().__init__()
+        convolution: Any = nn.Conv1d if len(shape) == 1 else nn.Conv2d
+        norm: Any = nn.BatchNorm1d if len(shape) == 1 else nn.BatchNorm2d
+        arguments = {"kernel_size": 3, "stride": 2, "padding": 1, "bias": False}
+        self.shape = tuple(shape)
+        self.conv1, self.norm1 = convolution(1, channels, **arguments), norm(channels)
+        self.conv2, self.norm2 = convolution(channels, channels, **arguments), norm(channels)
+        self.fc = nn.Linear(channels * prod(-(-size // 4) for size in shape), num_classes)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Features of a sample, then the outputs of each layer."""
+        return [
+            prod(self.shape),
+            self.conv1.out_channels,
+            self.conv2.out_channels,
+            self.fc.out_features,
+        ]
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = input.unflatten(1, (1, *self.shape))
+        hidden = torch.relu(self.norm1(self._layer(self.conv1, hidden)))
+        hidden = torch.relu(self.norm2(self._layer(self.conv2, hidden)))
+        return self._layer(self.fc, hidden.flatten(1))
+
+    def _layer(self, layer: nn.Module, input: Tensor) -> Tensor:
+        return layer(input)
+
+
+def float_network(
+    kind: str, shape: Sequence[int], hidden: int, num_classes: int
+) -> ThreeLayerNet | SmallConvNet:
+    """Returns the network that ``--network`` names, for samples of this shape."""
+    if kind == "mlp":
+        return ThreeLayerNet(prod(shape), hidden, num_classes)
+    return SmallConvNet(shape, hidden, num_classes)
 
 
 class ThreeLayerNetQAT(nn.Module):
@@ -163,8 +230,32 @@ class FunctionalQATNet(ThreeLayerNet):
         return self._layer(self.fc3, hidden)
 
     def _layer(self, layer: nn.Linear, input: Tensor) -> Tensor:
-        weight, bias = self.fake_quantize(layer.weight), self.fake_quantize(layer.bias)
-        return self.fake_quantize(nn.functional.linear(input, weight, bias))
+        return _quantized_layer(self.fake_quantize, layer, input)
+
+
+class FunctionalQATConvNet(SmallConvNet):
+    """Quantizes SmallConvNet as tutorials do, with any function that fake-quantizes a tensor.
+
+    Args:
+        fake_quantize: Maps a tensor to its fake-quantized form.
+        arguments: Those of SmallConvNet.
+    """
+
+    def __init__(self, fake_quantize: Callable[[Tensor], Tensor], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.fake_quantize = fake_quantize
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self.fake_quantize(input))
+
+    def _layer(self, layer: nn.Module, input: Tensor) -> Tensor:
+        return _quantized_layer(self.fake_quantize, layer, input)
+
+
+def _quantized_layer(fake_quantize: Callable[[Tensor], Tensor], layer: Any, input: Tensor) -> Tensor:
+    weight, bias = fake_quantize(layer.weight), None if layer.bias is None else fake_quantize(layer.bias)
+    function = nn.functional.linear if isinstance(layer, nn.Linear) else layer._conv_forward
+    return fake_quantize(function(input, weight, bias))
 
 
 def model_config(name: str, num_bits: int) -> QATConfig:
@@ -203,12 +294,12 @@ def quantize_layers(
     name: str = "qat_learned",
     edge_bits: int = EDGE_BITS,
 ) -> Model:
-    """Copies a float model, quantizes the linear layers of the copy, and observes their ranges on ``inputs``.
+    """Copies a float model, quantizes the layers of the copy, and observes their ranges on ``inputs``.
 
     Without further training the copy is a model after PTQ. With further training it is a model after QAT.
 
     Args:
-        model: A float model, which does not change. Its linear layers may be in submodules.
+        model: A float model, which does not change. Its layers may be in submodules.
         num_bits: Bits of the layers, 2 to 16.
         inputs: (samples, features), training samples that set the ranges. If None, the first batch in training does.
         name: Key of the quantized model, which decides the config: see :func:`model_config`.

@@ -18,11 +18,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor, nn
 
-from qatfast import PerTensor, QATLinear, QuantSpec, choose_qparams, fake_quantize_affine, search_qparams
+from qatfast import PerTensor, QuantSpec, choose_qparams, fake_quantize_affine, search_qparams
+from qatfast.modules.base import QuantizedLayer
 
 from .data import plural
 from .insights import Spread
-from .networks import COMPARED, TITLES
+from .networks import COMPARED, LAYERS, TITLES
 from .ptq import LayerError, weight_qparams
 from .training import History
 
@@ -169,19 +170,19 @@ def plot_training_history(histories: History | Mapping[str, History]) -> Figure:
 
 
 def visualize_weight_distributions(model: nn.Module, qat_model: nn.Module, num_bits: int) -> list[Figure]:
-    """Draws the weights of each linear layer in FP32, after PTQ, and of a QAT model on its grid.
+    """Draws the weights of each layer in FP32, after PTQ, and of a QAT model on its grid.
 
     Args:
         model: A model trained in FP32.
-        qat_model: The same layers after QAT, with raw weights. The config of a QATLinear describes the grids of its
-            layer, also for PTQ, which searches the scales that QAT learns. All other layers have one grid of
+        qat_model: The same layers after QAT, with raw weights. The config of a quantized layer describes its
+            grids, also for PTQ, which searches the scales that QAT learns. All other layers have one grid of
             ``num_bits`` bits.
         num_bits: Bits of the grid, 2 to 16. If a layer has one grid of at most 16 levels, these are drawn as lines.
 
     Returns:
-        One figure per linear layer, of three panels with the same x axis.
+        One figure per layer, of three panels with the same x axis.
     """
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
     figures = []
     for layer in layers:
         qat_layer = qat_model.get_submodule(layer)
@@ -189,7 +190,7 @@ def visualize_weight_distributions(model: nn.Module, qat_model: nn.Module, num_b
         float_weight, qat_weight = _weight(model, layer), _weight(qat_model, layer)
         searched = _ptq_qparams(float_weight, spec)
         of_qat_weight = _ptq_qparams(qat_weight, spec)
-        if isinstance(qat_layer, QATLinear) and qat_layer.config.weight is not None:
+        if isinstance(qat_layer, QuantizedLayer) and qat_layer.config.weight is not None:
             of_qat_weight = weight_qparams(qat_layer)
         panels = {
             "fp32_longer": (float_weight.flatten(), None),
@@ -366,7 +367,7 @@ def _draw_levels(axes: Axes, weights: Tensor, levels: Tensor, color: str) -> Non
 
 
 def _weight_spec(layer: nn.Module, num_bits: int) -> QuantSpec:
-    spec = layer.config.weight if isinstance(layer, QATLinear) else None
+    spec = layer.config.weight if isinstance(layer, QuantizedLayer) else None
     return QuantSpec(num_bits) if spec is None else spec
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qatfast import QATLinear, QuantSpec, choose_qparams, fake_quantize, fake_quantize_affine
+from qatfast import QuantSpec, choose_qparams, fake_quantize, fake_quantize_affine
+from qatfast.modules.base import QuantizedLayer
+
+from .networks import LAYERS
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -105,7 +108,7 @@ def quantize_model(
 
 @torch.no_grad()
 def linear_outputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """Returns the output of each linear layer for ``inputs``, in the order in which the layers run."""
+    """Returns the output of each linear layer and convolution for ``inputs``, in the order in which the layers run."""
     outputs: dict[str, Tensor] = {}
 
     def watch(name: str, module: nn.Module) -> RemovableHandle:
@@ -114,7 +117,7 @@ def linear_outputs(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 
         return module.register_forward_hook(hook)
 
-    handles = [watch(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    handles = [watch(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
     try:
         model(inputs)
     finally:
@@ -146,7 +149,7 @@ class LayerError:
 def layer_errors(
     name: str, num_bits: int, model: nn.Module, quantized: nn.Module, inputs: Tensor
 ) -> list[LayerError]:
-    """Compares each linear layer of ``model`` with the same layer of its quantized form.
+    """Compares each layer of ``model`` with the same layer of its quantized form.
 
     Args:
         name: Key of the model, for the result.
@@ -156,7 +159,7 @@ def layer_errors(
         inputs: (samples, features), for which the outputs are compared.
 
     Returns:
-        One error per linear layer, in the order of the model.
+        One error per layer, in the order of the model.
     """
     outputs = linear_outputs(quantized, inputs)
     errors = []
@@ -168,13 +171,13 @@ def layer_errors(
 
 
 @torch.no_grad()
-def weight_qparams(layer: QATLinear) -> tuple[Tensor, Tensor]:
+def weight_qparams(layer: Any) -> tuple[Tensor, Tensor]:
     """Returns scale and zero point of the weight of a layer, whose config quantizes the weight."""
     spec: QuantSpec | None = layer.config.weight
     assert spec is not None
     if spec.is_dynamic:
         return choose_qparams(layer.weight, **spec.arguments)
-    scale, zero_point = layer.get_submodule("weight_quantizer").grid(layer.weight)  # type: ignore[operator]
+    scale, zero_point = layer.get_submodule("weight_quantizer").grid(layer.weight)
     # A learned scale may be negative or 0.
     return scale.abs().clamp(min=torch.finfo(scale.dtype).tiny), zero_point
 
@@ -182,13 +185,12 @@ def weight_qparams(layer: QATLinear) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def quantized_weight(layer: nn.Module) -> Tensor:
     """Returns the weight that a layer multiplies with, which is on the grid of its config if it has one."""
-    assert isinstance(layer, nn.Linear)
-    spec: QuantSpec | None = layer.config.weight if isinstance(layer, QATLinear) else None
+    weight: Any = layer.weight
+    spec: QuantSpec | None = layer.config.weight if isinstance(layer, QuantizedLayer) else None
     if spec is None:
-        return layer.weight.detach()
-    assert isinstance(layer, QATLinear)
+        return weight.detach()
     return fake_quantize_affine(
-        layer.weight, *weight_qparams(layer), spec.quant_min, spec.quant_max, granularity=spec.granularity
+        weight, *weight_qparams(layer), spec.quant_min, spec.quant_max, granularity=spec.granularity
     )
 
 

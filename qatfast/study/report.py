@@ -17,7 +17,7 @@ from . import page
 from .data import plural
 from .experiments import CALIBRATION_SAMPLES, Study
 from .insights import Spread, best, definition
-from .networks import EDGE_BITS, EXPLANATIONS, FLOAT_BITS, TITLES, config_code
+from .networks import EDGE_BITS, EXPLANATIONS, FLOAT_BITS, LAYERS, TITLES, config_code
 from .plots import (
     PNG_DPI,
     plot_accuracy_over_bits,
@@ -177,7 +177,7 @@ def _code(study: Study) -> str:
     which = (
         f"The config at {bits} bits, the lowest without a loss" if winner else f"The config at {bits} bits"
     )
-    text = f"{which}, for any model with nn.Linear layers ({TITLES[model]})."
+    text = f"{which}, for any model ({TITLES[model]})."
     code = page.code(config_code(bits, model))
     return page.section("code", "Code to paste", page.paragraph(text), code)
 
@@ -234,7 +234,7 @@ def _facts(study: Study, results: dict[str, Any]) -> dict[str, str]:
     epochs = plural(settings.epochs, "epoch")
     note = f" ({study.samples.note})" if study.samples.note else ""
     return {
-        "Network": f"three linear layers with ReLU between them, {layers}, {study.parameters:,} parameters.",
+        "Network": f"{study.float_network().description}, {layers}, {study.parameters:,} parameters.",
         "Training": f"{epochs} of FP32, then {epochs} of FP32 or QAT; Adam, learning rate from "
         f"{settings.learning_rate:g} to 0 along half a cosine in each half; batch {settings.batch_size}, cross "
         "entropy.",
@@ -337,7 +337,7 @@ def _weight_plots(study: Study) -> Iterator[Plot]:
     fp32, qat = study.weights.get(("fp32_longer", FLOAT_BITS)), study.weights.get(("qat_learned", bits))
     if fp32 is None or qat is None:
         return
-    layers = [name for name, _ in fp32.named_children()]
+    layers = [name for name, module in fp32.named_children() if isinstance(module, LAYERS)]
     for layer, figure in zip(layers, visualize_weight_distributions(fp32, qat, bits), strict=True):
         yield Plot(
             f"weights_{layer}_{bits}bit",

@@ -6,7 +6,7 @@ not finite is null. The same settings on the same machine give the same file, ap
 
     program           "qatfast compare"
     complete          false if the study was interrupted; what is missing was not measured then
-    settings          settings of the study: data, target, bits, epochs, seeds, seed, device, batch_size, ...
+    settings          settings of the study: data, target, network, bits, epochs, seeds, seed, device, ...
     data              {name, features, classes, train_samples, test_samples}
     network           {layers: [in, hidden, hidden, out], parameters}
     models            {model: {title, explanation}}
@@ -80,20 +80,18 @@ def as_json(study: Study, signals: list[SignalError], *, seconds: float) -> dict
         A dict that ``json.dumps`` accepts with ``allow_nan=False``.
     """
     samples, settings = study.samples, study.settings
-    features, classes = samples.inputs.shape[1], len(samples.class_names)
-    hidden = settings.hidden_features
     results = {
         "program": PROGRAM,
         "complete": study.complete,
         "settings": {**asdict(settings), "bits": list(settings.bits)},
         "data": {
             "name": samples.name,
-            "features": features,
+            "features": samples.inputs.shape[1],
             "classes": list(samples.class_names),
             "train_samples": study.train_samples,
             "test_samples": study.test_samples,
         },
-        "network": {"layers": [features, hidden, hidden, classes], "parameters": study.parameters},
+        "network": {"layers": study.float_network().sizes, "parameters": study.parameters},
         "models": {model: {"title": TITLES[model], "explanation": EXPLANATIONS[model]} for model in TITLES},
         "verdict": _verdict(study),
         "accuracy": _accuracy(study),

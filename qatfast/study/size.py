@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qatfast import (
     FakeQuantize,
     PerChannel,
     PerTensor,
-    QATLinear,
     QuantSpec,
     choose_qparams,
     dequantize,
     quantize,
 )
+from qatfast.modules.base import QuantizedLayer
 from qatfast.packing import pack, unpack
 
 from .ptq import FixedFakeQuantize, weight_qparams
@@ -70,9 +71,9 @@ def save_quantized(
 ) -> None:
     """Writes each parameter as packed integers with its scales and zero points.
 
-    The weight and the bias of a QATLinear are stored as its config says, and as float32 if that says float. A learned
-    scale is stored as the scale of its tensor, and so is the range of an input. All other parameters have ``num_bits``
-    bits per tensor, as in :func:`quantize_model_weights`.
+    The weight and the bias of a quantized layer are stored as its config says, and as float32 if that says float. A
+    learned scale is stored as the scale of its tensor, and so is the range of an input. BatchNorm is stored as float32.
+    All other parameters have ``num_bits`` bits per tensor, as in :func:`quantize_model_weights`.
 
     Args:
         model: A model with float parameters, whose ranges are observed.
@@ -83,13 +84,22 @@ def save_quantized(
     Raises:
         ValueError: ``num_bits`` is not from 2 to 16.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QATLinear)}
-    parameters: dict[str, Tensor | dict[str, Any]] = {}
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)
+    }
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    parameters: dict[str, Tensor | dict[str, Any]] = {
+        f"{name}.{key}": _stored(value, None)
+        for name, norm in norms.items()
+        for key, value in norm.state_dict().items()
+    }
     for name, parameter in model.named_parameters():
         owner, _, kind = name.rpartition(".")
         layer, values = layers.get(owner), parameter.detach()
         if owner.endswith("_quantizer"):
             continue  # a learned scale: it is stored with its tensor
+        if owner in norms:
+            continue
         if layer is None:
             parameters[name] = _stored(values, QuantSpec(num_bits))
         elif kind == "weight" and layer.config.weight is not None:

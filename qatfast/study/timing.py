@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from qatfast.bench.results import spread
 from qatfast.bench.timer import time_in_turns, turn_of
 
 from .data import plural
-from .networks import FunctionalQATNet, ThreeLayerNet, quantize_layers
+from .networks import FunctionalQATConvNet, FunctionalQATNet, float_network, quantize_layers
 from .training import seeded
 
 REPETITIONS = 30
@@ -41,10 +42,11 @@ class StepTime:
 
 
 def time_training_steps(
-    in_features: int,
+    in_features: int | Sequence[int],
     hidden_features: int,
     num_classes: int,
     *,
+    network: str = "mlp",
     batch_size: int = 32,
     repetitions: int = REPETITIONS,
     device: str | torch.device = "cpu",
@@ -54,9 +56,10 @@ def time_training_steps(
     The networks are timed in turns, so that other programs slow down all of them alike.
 
     Args:
-        in_features: Features of one sample.
+        in_features: Features of one sample, or their shape.
         hidden_features: Outputs of the first and the second layer.
         num_classes: Outputs of the third layer.
+        network: ``mlp`` or ``cnn``.
         batch_size: Samples per step.
         repetitions: Number of timings of each network.
         device: Device of the networks.
@@ -64,21 +67,24 @@ def time_training_steps(
     Returns:
         The times of ``fp32``, ``tutorial`` and ``qatfast``, in this order.
     """
-    sizes = (in_features, hidden_features, num_classes)
+    shape = (in_features,) if isinstance(in_features, int) else tuple(in_features)
+    sizes = (shape, hidden_features, num_classes)
     with seeded(0):
         networks: dict[str, nn.Module] = {
-            "fp32": ThreeLayerNet(*sizes),
-            "tutorial": FunctionalQATNet(tutorial.FakeQuantize.apply, *sizes),
-            "qatfast": quantize_layers(ThreeLayerNet(*sizes), 8),
+            "fp32": float_network(network, *sizes),
+            "tutorial": FunctionalQATNet(tutorial.FakeQuantize.apply, prod(shape), *sizes[1:])
+            if network == "mlp"
+            else FunctionalQATConvNet(tutorial.FakeQuantize.apply, *sizes),
+            "qatfast": quantize_layers(float_network(network, *sizes), 8),
         }
-        inputs = torch.randn(batch_size, in_features).to(device)
+        inputs = torch.randn(batch_size, prod(shape)).to(device)
         labels = torch.randint(num_classes, (batch_size,)).to(device)
+    label = " → ".join(map(str, float_network(network, *sizes).sizes))
     turns = {
-        name: turn_of(training_step(network.to(device), inputs, labels), str(device))
-        for name, network in networks.items()
+        name: turn_of(training_step(model.to(device), inputs, labels), str(device))
+        for name, model in networks.items()
     }
     seconds = time_in_turns(turns, seconds=0, min_rounds=repetitions)
-    label = " → ".join(str(size) for size in (in_features, hidden_features, hidden_features, num_classes))
     label += f", batch {batch_size}, {plural(torch.get_num_threads(), 'thread')}"
     times = []
     for name, values in seconds.items():

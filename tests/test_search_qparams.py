@@ -51,6 +51,33 @@ def test_kernels_give_the_bits_of_the_reference(kernels, device, case, dtype, sy
             cases.assert_same(result, value)
 
 
+# What a search that excludes grids by bounds may get wrong: many equal or nearly equal sums, no reciprocal of a scale,
+# a best range that is far from all guesses.
+HARD = {
+    "normal": lambda x: x,
+    "two values": lambda x: x.sign(),
+    "levels of the largest grid": lambda x: (x * 40).round().clamp(-100, 155) * 0.25,
+    "one sign": lambda x: x.abs() + 3,
+    "sparse": lambda x: torch.where(x > 2, x, 0.0),
+    "an outlier": lambda x: torch.where(torch.arange(len(x)) == 7, 1e4, x),
+    "heavy tails": lambda x: x**9,
+    "without a reciprocal": lambda x: x * 1e-37,
+    "close to overflow": lambda x: x / x.abs().max() * 3e38,
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("values", HARD)
+def test_hard_values(device, values, dtype):
+    for size in (257, 5000):
+        x = HARD[values](cases.normal((size,))).to(dtype)
+        for bits, symmetric in ((2, True), (4, False), (8, False), (8, True), (16, False)):
+            ours = qatfast.search_qparams(x.to(device), bits, symmetric=symmetric)
+            expected = reference.search_qparams(x, bits, symmetric=symmetric)
+            for result, value in zip(ours, expected, strict=True):
+                cases.assert_same(result, value)
+
+
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))
 def test_no_shrunk_range_has_a_smaller_error(bits):
     x = cases.normal((2000,))

@@ -1,81 +1,240 @@
 #include "cpu/launch.h"
 #include "cpu/sum.h"
 
+#include <c10/util/SmallVector.h>
+
+#include <array>
+#include <cmath>
+#include <limits>
+#include <mutex>
+
 namespace qatfast::cpu {
 namespace {
 
 constexpr int64_t factors = 80;
-constexpr int64_t piece = sum_chunk * sum_chunk; // elements whose chunks' sums form one chunk
 
-// The errors of all grids over a piece of a block.
+// The search in one block. Its grids are numbered from the largest factor on.
+//
+// The sum of one grid, a good guess, is computed first. Most others are then excluded by a lower bound: that of their
+// approximate errors over a part of the values, since a sum grows with each value.
 template <class T>
-void errors_of_piece(const T* x, int64_t n, const Grids<opmath_type<T>>& grids, double* errors, int64_t stride) {
-  std::vector<double> sums(factors * sum_chunk);
-  const auto chunks = chunks_of(n);
-  chosen().loops<T>().squared_errors(x, n, grids, factors, sums.data(), chunks);
-  for (int64_t i = 0; i < factors; ++i) {
-    errors[i * stride] = ordered_sum(sums.data() + i * chunks, chunks);
+class Search {
+ public:
+  using C = opmath_type<T>;
+
+  Search(const T* x, int64_t n, const QuantRange<C>& range) : x_(x), n_(n), range_(range) {
+    find_extremes();
+    C los[factors], his[factors];
+    for (int64_t i = 0; i < factors; ++i) {
+      const C factor = static_cast<C>(factors - i) / factors;
+      los[i] = lo_ * factor;
+      his[i] = hi_ * factor;
+    }
+    loops_.choose(los, his, factors, range, scale_.data(), zero_point_.data());
   }
-}
+
+  C scale(int64_t i) const {
+    return scale_[i];
+  }
+  int32_t zero_point(int64_t i) const {
+    return zero_point_[i];
+  }
+
+  // The grid with the least sum; of equal ones, the first.
+  int64_t best() {
+    if (lo_ == hi_) { // zeros, which every grid holds
+      return 0;
+    }
+    const bool can_exclude = std::all_of(scale_.begin(), scale_.end(), [](C scale) {
+      return has_reciprocal(scale);
+    });
+    if (can_exclude) {
+      start();
+      for (int64_t round = 0; round < rounds; ++round) {
+        add_units(round);
+        exclude();
+      }
+    } else {
+      left_.resize(factors);
+      std::iota(left_.begin(), left_.end(), 0);
+    }
+    std::sort(left_.begin(), left_.end(), [&](int64_t a, int64_t b) {
+      return bound_[a] < bound_[b];
+    });
+    for (const auto i : left_) {
+      compare(i);
+    }
+    return best_;
+  }
+
+ private:
+  static constexpr int64_t rounds = 8;
+
+  // The ends of the ranges of short segments, which hold most of what a small grid clips.
+  void find_extremes() {
+    const auto size = std::clamp<int64_t>(n_ / 16 / 32 * 32, 32, 1024), segments = n_ / size;
+    extremes_.resize(2 * (segments + 1));
+    C *lo = extremes_.data(), *hi = lo + segments + 1;
+    lo[segments] = hi[segments] = 0;
+    parallel_for(0, segments, std::max<int64_t>(16, grain / size), [&](int64_t begin, int64_t end) {
+      loops_.range_of_rows(x_ + begin * size, end - begin, size, lo + begin, hi + begin);
+    });
+    loops_.range(x_ + segments * size, n_ - segments * size, lo + segments, hi + segments);
+    lo_ = *std::min_element(lo, hi);
+    hi_ = *std::max_element(hi, hi + segments + 1);
+  }
+
+  // Guesses that errors within the grid are evenly distributed, and excludes what clips too much.
+  void start() {
+    std::array<ApproximateGrid<C>, factors> grids;
+    std::array<double, factors> clipped{};
+    const auto largest = std::max(-lo_, hi_);
+    for (int64_t i = 0; i < factors; ++i) {
+      const C least = range_.quant_min - zero_point_[i], most = range_.quant_max - zero_point_[i];
+      grids[i] = {1 / scale_[i], least * scale_[i], most * scale_[i]};
+      slack_[i] = 2.0 * std::numeric_limits<C>::epsilon() *
+          std::max<double>(std::max(-least, most), static_cast<double>(largest) / scale_[i]);
+    }
+    const auto count = static_cast<int64_t>(extremes_.size());
+    chosen().loops<C>().approximate_errors(extremes_.data(), count, grids.data(), factors, clipped.data());
+    double least_guess = std::numeric_limits<double>::infinity();
+    int64_t guess = 0;
+    for (int64_t i = 0; i < factors; ++i) {
+      const double error = (clipped[i] + n_ / 12.0) * scale_[i] * scale_[i];
+      if (error < least_guess) {
+        least_guess = error;
+        guess = i;
+      }
+      bound_[i] = bound(i, clipped[i], count);
+    }
+    compare(guess);
+    for (int64_t i = 0; i < factors; ++i) {
+      if (i != guess) {
+        left_.push_back(i);
+        grids_.push_back(grids[i]);
+      }
+    }
+    sums_.resize(left_.size(), 0.0);
+    keep_possible();
+  }
+
+  // Adds the approximate errors of every eighth unit of memory.
+  void add_units(int64_t round) {
+    const auto size = std::clamp<int64_t>(n_ / rounds, 256, 2048), units = (n_ + size - 1) / size;
+    const auto count = static_cast<int64_t>(left_.size());
+    if (count == 0 || round >= units) {
+      return;
+    }
+    std::mutex mutex;
+    const auto of_round = (units - round + rounds - 1) / rounds;
+    parallel_for(0, of_round, std::max<int64_t>(1, grain / (size * count)), [&](int64_t begin, int64_t end) {
+      std::array<double, factors> sums{};
+      int64_t values = 0;
+      for (; begin < end; ++begin) {
+        const auto first = (begin * rounds + round) * size, m = std::min(size, n_ - first);
+        loops_.approximate_errors(x_ + first, m, grids_.data(), count, sums.data());
+        values += m;
+      }
+      const std::lock_guard lock(mutex);
+      values_ += values;
+      for (int64_t i = 0; i < count; ++i) {
+        sums_[i] += sums[i];
+      }
+    });
+  }
+
+  void exclude() {
+    for (size_t i = 0; i < left_.size(); ++i) {
+      bound_[left_[i]] = std::max(bound_[left_[i]], bound(left_[i], sums_[i], values_));
+    }
+    keep_possible();
+  }
+
+  void keep_possible() {
+    size_t kept = 0;
+    for (size_t i = 0; i < left_.size(); ++i) {
+      if (bound_[left_[i]] <= least_) {
+        left_[kept] = left_[i];
+        grids_[kept] = grids_[i];
+        sums_[kept++] = sums_[i];
+      }
+    }
+    left_.resize(kept);
+    grids_.resize(kept);
+    sums_.resize(kept);
+  }
+
+  // A lower bound of the sum of grid i from the sum of the squares of approximate offsets of `count` values. In
+  // intervals, an exact error is at least the distance of x / scale from the nearest level, less the rounding of its
+  // product with the scale; the approximate offset is at most that distance and the rounding of x times 1 / scale:
+  // slack_ is twice both. So are the lengths of the vectors of all errors (triangle inequality). The factor covers the
+  // roundings of both sums.
+  double bound(int64_t i, double approximate, int64_t count) const {
+    static_assert(4 * approximate_roundings <= 0x1p24 * 0x1p-11);
+    const double length = std::sqrt(approximate * (1 - 0x1p-11)) - slack_[i] * std::sqrt(static_cast<double>(count));
+    const double distance = length > 0 ? length * scale_[i] : 0;
+    return distance * distance;
+  }
+
+  // Computes the sum of grid i, unless it is excluded.
+  void compare(int64_t i) {
+    if (bound_[i] > least_) {
+      return;
+    }
+    std::vector<double> sums(chunks_of(n_));
+    const Grids<C> grid = {scale_.data() + i, zero_point_.data() + i, range_.quant_min, range_.quant_max};
+    parallel_for(0, static_cast<int64_t>(sums.size()), grain / sum_chunk, [&](int64_t begin, int64_t end) {
+      const auto first = begin * sum_chunk, last = std::min(n_, end * sum_chunk);
+      loops_.squared_errors(x_ + first, last - first, grid, sums.data() + begin);
+    });
+    const auto sum = ordered_sum(sums.data(), static_cast<int64_t>(sums.size()));
+    if (sum < least_ || (sum == least_ && i < best_)) {
+      least_ = sum;
+      best_ = i;
+    }
+  }
+
+  const Loops<T>& loops_ = chosen().loops<T>();
+  const T* x_;
+  const int64_t n_;
+  const QuantRange<C> range_;
+  C lo_ = 0, hi_ = 0;
+  std::vector<C> extremes_;
+  std::array<C, factors> scale_;
+  std::array<int32_t, factors> zero_point_;
+  std::array<double, factors> slack_, bound_{};
+  int64_t best_ = factors;
+  double least_ = std::numeric_limits<double>::infinity();
+  // Of the grids that are left: their numbers, themselves, their approximate errors over `values_` values.
+  c10::SmallVector<int64_t, factors> left_;
+  c10::SmallVector<ApproximateGrid<C>, factors> grids_;
+  c10::SmallVector<double, factors> sums_;
+  int64_t values_ = 0;
+};
 
 } // namespace
 
 void search_qparams(const at::Tensor& x, const QuantSpec& spec, const at::Tensor& scale, const at::Tensor& zero_point) {
-  const auto rows = x.size(0), n = x.size(1), pieces = (n + piece - 1) / piece;
+  const auto rows = x.size(0), n = x.size(1);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "search_qparams", [&] {
     using C = opmath_type<scalar_t>;
-    const auto& loops = chosen().loops<scalar_t>();
     const auto range = spec.quant_range<C>();
     const auto* from = x.const_data_ptr<scalar_t>();
     auto* best_scale = scale.mutable_data_ptr<C>();
     auto* best_zero_point = zero_point.mutable_data_ptr<int32_t>();
-    const auto candidates_of = [&](int64_t row, C* scales, int32_t* zero_points) {
-      C lo = 0, hi = 0, los[factors], his[factors];
-      loops.range(from + row * n, n, &lo, &hi);
-      for (int64_t i = 0; i < factors; ++i) { // the largest factor first
-        const C factor = static_cast<C>(factors - i) / factors;
-        los[i] = lo * factor;
-        his[i] = hi * factor;
+    const auto search = [&](int64_t begin, int64_t end) {
+      const StandardArithmetic arithmetic;
+      for (; begin < end; ++begin) {
+        Search<scalar_t> search(from + begin * n, n, range);
+        const auto best = search.best();
+        best_scale[begin] = search.scale(best);
+        best_zero_point[begin] = search.zero_point(best);
       }
-      loops.choose(los, his, factors, range, scales, zero_points);
     };
-    const auto take_best = [&](int64_t row, const C* scales, const int32_t* zero_points, const double* errors) {
-      const auto best = std::min_element(errors, errors + factors) - errors;
-      best_scale[row] = scales[best];
-      best_zero_point[row] = zero_points[best];
-    };
-    if (pieces <= 1) {
-      parallel_for(
-          0, rows, std::max<int64_t>(1, grain / (factors * std::max<int64_t>(n, 1))), [&](int64_t begin, int64_t end) {
-            for (; begin < end; ++begin) {
-              C scales[factors];
-              int32_t zero_points[factors];
-              double errors[factors];
-              candidates_of(begin, scales, zero_points);
-              errors_of_piece(from + begin * n, n, {scales, zero_points, range.quant_min, range.quant_max}, errors, 1);
-              take_best(begin, scales, zero_points, errors);
-            }
-          });
-      return;
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-      C scales[factors];
-      int32_t zero_points[factors];
-      std::vector<double> errors(factors * pieces);
-      parallel_for(0, 1, 1, [&](int64_t, int64_t) {
-        candidates_of(row, scales, zero_points);
-      });
-      parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-        for (; begin < end; ++begin) {
-          errors_of_piece(from + row * n + begin * piece, std::min(piece, n - begin * piece),
-              {scales, zero_points, range.quant_min, range.quant_max}, errors.data() + begin, pieces);
-        }
-      });
-      double totals[factors];
-      for (int64_t i = 0; i < factors; ++i) {
-        totals[i] = ordered_sum(errors.data() + i * pieces, pieces);
-      }
-      take_best(row, scales, zero_points, totals);
+    if (rows >= 2 * at::get_num_threads()) {
+      parallel_for(0, rows, std::max<int64_t>(1, grain / (16 * std::max<int64_t>(n, 1))), search);
+    } else {
+      search(0, rows); // the loops over a block are parallel
     }
   });
 }

@@ -11,6 +11,16 @@ inline int64_t chunks_of(int64_t n) {
   return std::max<int64_t>(1, (n + sum_chunk - 1) / sum_chunk);
 }
 
+// The sum of the lanes of a chunk, which are overwritten.
+inline double sum_of_lanes(double* lanes) {
+  for (int64_t half = sum_lanes / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) {
+      lanes[l] += lanes[l + half];
+    }
+  }
+  return lanes[0];
+}
+
 // The sum of `values`, which are overwritten. The chunks' sums of a block are values whose sum is that of the block.
 inline double ordered_sum(double* values, int64_t n) {
   while (n > 1) {

@@ -65,6 +65,8 @@ struct FloatLoops {
   using C = opmath_type<T>;
   // Widens the range in lo[0], hi[0] by the finite values. Returns whether all are finite.
   bool (*range)(const T* x, int64_t n, C* lo, C* hi);
+  // The range of the finite values of each row. Returns whether all are finite.
+  bool (*range_of_rows)(const T* x, int64_t rows, int64_t n, C* lo, C* hi);
   // The range of the finite values of each column: lo[j], hi[j]. Returns whether all are finite.
   bool (*range_of_columns)(const T* x, int64_t rows, int64_t stride, int64_t n, C* lo, C* hi);
   // Scale and zero point of n ranges. Returns whether no value in a range is clamped and all results are normal or 0.
@@ -85,15 +87,13 @@ struct FloatLoops {
 // one after the other, then the halves of the lanes. The sums of chunks are added the same way (ordered_sum).
 constexpr int64_t sum_lanes = 32, sum_chunk = 512;
 
-// The sum of the lanes of a chunk, which are overwritten.
-inline double sum_of_lanes(double* lanes) {
-  for (int64_t half = sum_lanes / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) {
-      lanes[l] += lanes[l + half];
-    }
-  }
-  return lanes[0];
-}
+// What an approximate error takes of a grid: 1 / scale and the ends in real units.
+template <class C>
+struct ApproximateGrid {
+  C reciprocal;
+  C least;
+  C most;
+};
 
 // The loops over one block of n values that sum in this order.
 template <class T>
@@ -101,9 +101,13 @@ struct SumLoops {
   using C = opmath_type<T>;
   // The gradient of the input of fake_quantize_learned; the chunks' sums of that of the scale.
   void (*learned_gradients)(const T* x, const T* grad, T* grad_x, int64_t n, const Grids<C>& grid, double* sums);
-  // The chunks' sums of the squared errors of `count` grids, `stride` apart per grid.
-  void (*squared_errors)(const T* x, int64_t n, const Grids<C>& grids, int64_t count, double* sums, int64_t stride);
+  // The chunks' sums of the squared errors of a grid over the finite values.
+  void (*squared_errors)(const T* x, int64_t n, const Grids<C>& grid, double* sums);
+  // Adds those of each of `count` grids to sums[i], in units of the scale's square and in any order. Each is rounded at
+  // most approximate_roundings times.
+  void (*approximate_errors)(const T* x, int64_t n, const ApproximateGrid<C>* grids, int64_t count, double* sums);
 };
+constexpr int64_t approximate_roundings = 2048;
 
 // What the int8 GEMM needs beside the product.
 template <class T>

@@ -313,6 +313,11 @@ bool range_of_columns(const T* x, int64_t rows, int64_t stride, int64_t n, opmat
 }
 
 template <class T>
+bool range_of_rows_loop(const T* x, int64_t rows, int64_t n, opmath_type<T>* lo, opmath_type<T>* hi) {
+  return range_of_rows(x, rows, n, lo, hi);
+}
+
+template <class T>
 bool widen_loop(const T* x, int64_t n, opmath_type<T>* lo, opmath_type<T>* hi) {
   opmath_type<T> least, most;
   const bool is_finite = range_of_run(x, n, &least, &most);

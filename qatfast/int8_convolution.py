@@ -109,6 +109,12 @@ def product(
 ) -> Tensor:
     """Returns the result of :func:`forward` from the integers of its input."""
     q, scale, zero_point, nan = integers
+    ops: Any = kernels.extension
+    if nan is None and scale.dim() == 0 and not transposed and _is_depthwise(q, weight, kernel_size, groups):
+        sizes = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
+        floats = None if bias is None else bias.to(torch.float32).contiguous()
+        y = ops.int8_conv_depthwise(q, scale, zero_point, weight.values, weight.scale, floats, *sizes)
+        return y if channels_last else y.contiguous()
     channels = weight.values.shape[0]
     kernel = weight.values.view(channels, -1, *kernel_size)
     convolution = _Conv(tuple(stride), tuple((p, p) for p in padding), tuple(dilation), groups)
@@ -142,6 +148,13 @@ def product(
     if largest >= _FLOAT_LIMIT:
         y, _ = result(_by_floats)
     return _channels_last(y) if channels_last else y.contiguous()
+
+
+def _is_depthwise(q: Tensor, weight: Int8Weight, kernel_size: Sequence[int], groups: int) -> bool:
+    """Whether each channel of an image is its own group, with sums below 2^24."""
+    if q.dim() != 4 or not groups == q.shape[1] == weight.values.shape[0]:
+        return False
+    return weight.values.dtype == torch.int8 and 0 < prod(kernel_size) <= 512
 
 
 def _scaled(sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:

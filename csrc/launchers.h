@@ -125,6 +125,22 @@ bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::
 float scale_sums(
     const at::Tensor& sums, const at::Tensor& input_scale, const at::Tensor& weight_scale, const at::Tensor& bias);
 
+// A depthwise convolution in two dimensions of uint8 values (batch, channels, height, width), channels-last.
+struct DepthwiseTask {
+  at::Tensor values;
+  int32_t zero_point;
+  at::Tensor weight; // (channels, height * width of the kernel) int8
+  at::IntArrayRef kernel_size;
+  at::IntArrayRef stride;
+  at::IntArrayRef padding;
+  at::IntArrayRef dilation;
+  float input_scale;
+  at::Tensor weight_scale; // one per channel
+  at::Tensor bias;         // likewise, or undefined
+  at::Tensor y;            // float32, channels-last
+};
+void depthwise(const DepthwiseTask& task);
+
 // Scale and zero point of blocks with the ranges lo, hi of the opmath type.
 void qparams_of_range(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,
     const at::Tensor& zero_point);

@@ -177,6 +177,12 @@ QATFAST_OPERATOR(int8_conv_scale_,
     Tensor(
         const Tensor& sums, const Tensor& input_scale, const Tensor& weight_scale, const std::optional<Tensor>& bias))
 
+// The result of a depthwise convolution in two dimensions, from the integers of the input.
+QATFAST_OPERATOR(int8_conv_depthwise,
+    Tensor(const Tensor& values, const Tensor& scale, const Tensor& shifted_zero_point, const Tensor& weight,
+        const Tensor& weight_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
+        at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation))
+
 #undef QATFAST_OPERATOR
 
 // What runs on the autocast keys.

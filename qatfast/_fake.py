@@ -239,6 +239,24 @@ def _register_fakes() -> None:
     def _(sums: Tensor, *_: Any) -> Tensor:
         return sums.new_empty(())
 
+    @fake("qatfast::int8_conv_depthwise")
+    def _(
+        values: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+    ) -> Tensor:
+        tuples = zip(values.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in tuples]
+        y = values.new_empty((*values.shape[:2], *size), dtype=torch.float32)
+        return y.contiguous(memory_format=torch.channels_last)
+
     @fake("qatfast::qat_linear_grad_weight")
     def _(grad: Tensor, input: Tensor) -> Tensor:
         return grad.new_empty((grad.shape[1], input.shape[1]))

@@ -109,6 +109,12 @@ def product(
 ) -> Tensor:
     """Returns the result of :func:`forward` from the integers of its input."""
     q, scale, zero_point, nan = integers
+    ops: Any = kernels.extension
+    if nan is None and scale.dim() == 0 and not transposed and _is_depthwise(q, weight, kernel_size, groups):
+        sizes = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
+        floats = None if bias is None else bias.to(torch.float32).contiguous()
+        y = ops.int8_conv_depthwise(q, scale, zero_point, weight.values, weight.scale, floats, *sizes)
+        return y if channels_last else y.contiguous()
     kernel, convolution = _as_plain(
         weight, kernel_size, stride, padding, dilation, transposed, output_padding, groups
     )
@@ -184,6 +190,11 @@ def _as_plain(
     pads = tuple((s, s + o) for s, o in zip(spread, output_padding, strict=True))
     kernel = kernel.flip(tuple(range(2, kernel.dim())))
     return kernel, _Conv((1,) * len(pads), pads, tuple(dilation), groups)
+def _is_depthwise(q: Tensor, weight: Int8Weight, kernel_size: Sequence[int], groups: int) -> bool:
+    """Whether each channel of an image is its own group, with sums below 2^24."""
+    if q.dim() != 4 or not groups == q.shape[1] == weight.values.shape[0]:
+        return False
+    return weight.values.dtype == torch.int8 and 0 < prod(kernel_size) <= 512
 
 
 def _scaled(sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:

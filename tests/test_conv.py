@@ -528,3 +528,31 @@ def test_a_nan_reaches_the_gradient_of_its_channel_only():
     (dw,) = torch.autograd.grad(y, layer.weight, torch.ones_like(y))
     assert dw[:, 2].isnan().all()
     assert dw[:, [0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [1, 5, 16, 40])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 5, "stride": 2, "padding": 3},
+        {"kernel_size": (2, 3), "stride": (1, 3), "padding": (0, 2), "dilation": (3, 1)},
+        {"kernel_size": 3, "padding": 5},
+    ],
+    ids=str,
+)
+def test_depthwise(arguments, channels, monkeypatch):
+    """The sums of levels in float64, for zero points at both ends and rows beyond the input."""
+    torch.manual_seed(0)
+    for symmetric, shift in itertools.product((False, True), (-9, 0, 9)):
+        config = QATConfig(QuantSpec(8, symmetric), SYMMETRIC, None, None)
+        layer = QATConv2d(channels, channels, groups=channels, **arguments, config=config)
+        x = cases.normal((2, channels, 9, 11)) + shift
+        y = layer(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "route", lambda *tensors: None)
+            expected = layer(x)
+        cases.assert_same(y.detach(), expected.detach())
+        channels_last = layer(x.to(memory_format=torch.channels_last))
+        assert channels_last.is_contiguous(memory_format=torch.channels_last)
+        cases.assert_same(channels_last.detach(), expected.detach())

@@ -35,4 +35,79 @@ float scale_sums(
   return most;
 }
 
+namespace {
+
+// The levels of the rows of an input that a row of outputs reads, with zeros beyond its ends.
+class LevelRows {
+ public:
+  explicit LevelRows(const DepthwiseTask& task)
+      : task_(task),
+        columns_(task.values.size(3) * task.values.size(1)),
+        padding_(task.padding[1] * task.values.size(1)),
+        width_(columns_ + 2 * padding_),
+        span_((task.kernel_size[0] - 1) * task.dilation[0] + 1),
+        levels_((span_ + 1) * width_, 0.0F), // the last row stays 0
+        held_(span_, -1) {}
+
+  // The first element, beyond the padding, of row `row` of a sample.
+  const float* row(int64_t sample, int64_t row) {
+    const auto rows = task_.values.size(2);
+    if (row < 0 || row >= rows) {
+      return levels_.data() + span_ * width_;
+    }
+    const auto slot = row % span_, index = sample * rows + row;
+    auto* const to = levels_.data() + slot * width_;
+    if (held_[slot] != index) {
+      held_[slot] = index;
+      const float one = 1;
+      chosen().loops<float>().integer<uint8_t>().dequantize(task_.values.const_data_ptr<uint8_t>() + index * columns_,
+          to + padding_, 1, columns_, {&one, &task_.zero_point, 0, 255});
+    }
+    return to;
+  }
+
+ private:
+  const DepthwiseTask& task_;
+  const int64_t columns_, padding_, width_, span_;
+  std::vector<float> levels_;
+  std::vector<int64_t> held_;
+};
+
+} // namespace
+
+void depthwise(const DepthwiseTask& task) {
+  const auto channels = task.y.size(1), height = task.y.size(2), width = task.y.size(3);
+  const auto taps = task.weight.size(1);
+  std::vector<float> weight(taps * channels), scale(channels), bias(channels, -0.0F); // adding -0.0 changes nothing
+  {
+    const StandardArithmetic arithmetic;
+    const auto* integers = task.weight.const_data_ptr<int8_t>();
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t t = 0; t < taps; ++t) {
+        weight[t * channels + c] = static_cast<float>(integers[c * taps + t]);
+      }
+      scale[c] = task.input_scale * task.weight_scale.const_data_ptr<float>()[c];
+    }
+  }
+  if (task.bias.defined()) {
+    std::copy_n(task.bias.const_data_ptr<float>(), channels, bias.data());
+  }
+  auto* const y = task.y.mutable_data_ptr<float>();
+  const auto row_size = width * channels;
+  const auto rows = task.y.size(0) * height;
+  parallel_for(0, rows, std::max<int64_t>(1, grain / std::max<int64_t>(1, row_size)), [&](int64_t begin, int64_t end) {
+    LevelRows levels(task);
+    std::vector<const float*> tap(taps);
+    for (auto row = begin; row < end; ++row) {
+      const auto sample = row / height, top = row % height * task.stride[0] - task.padding[0];
+      for (int64_t t = 0; t < taps; ++t) {
+        const auto i = t / task.kernel_size[1], j = t % task.kernel_size[1];
+        tap[t] = levels.row(sample, top + i * task.dilation[0]) + j * task.dilation[1] * channels;
+      }
+      chosen().depthwise({tap.data(), taps, width, channels, task.stride[1] * channels, weight.data(), scale.data(),
+          bias.data(), y + row * row_size});
+    }
+  });
+}
+
 } // namespace qatfast::cpu

@@ -70,4 +70,40 @@ Tensor int8_conv_scale_(
   return at::full({}, most, at::kFloat);
 }
 
+Tensor int8_conv_depthwise(const Tensor& values, const Tensor& scale, const Tensor& shifted_zero_point,
+    const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  constexpr auto op = "int8_conv_depthwise";
+  constexpr int64_t most_taps = 512; // sums of 255 * 128 stay below 2^24
+  const bool are_pairs = kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2;
+  TORCH_CHECK_VALUE(values.scalar_type() == at::kByte && values.dim() == 4 && are_pairs, op,
+      ": expected uint8 values of 4 dimensions and the arguments of a convolution in two dimensions, got ",
+      name_of(values.scalar_type()), " of shape ", tuple(values.sizes()));
+  const auto channels = values.size(1), taps = kernel_size[0] * kernel_size[1];
+  TORCH_CHECK_VALUE(weight.scalar_type() == at::kChar && weight.is_contiguous() && taps > 0 && taps <= most_taps &&
+          weight.sizes() == at::IntArrayRef({channels, taps}),
+      op, ": expected an int8 weight of shape ", tuple({channels, taps}), " of at most 512 columns, got ",
+      name_of(weight.scalar_type()), " of shape ", tuple(weight.sizes()));
+  const auto is_of = [](const Tensor& x, at::ScalarType dtype, int64_t size) {
+    return x.scalar_type() == dtype && x.numel() == size && x.is_contiguous();
+  };
+  TORCH_CHECK_VALUE(is_of(scale, at::kFloat, 1) && is_of(shifted_zero_point, at::kInt, 1) &&
+          is_of(weight_scale, at::kFloat, channels) && (!bias || is_of(*bias, at::kFloat, channels)),
+      op, ": expected one scale and zero point of the input, and a float32 weight scale and bias per channel");
+  at::DimVector shape = {values.size(0), channels};
+  for (const size_t d : {0, 1}) {
+    const auto reach = values.size(d + 2) + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1;
+    TORCH_CHECK_VALUE(stride[d] > 0 && padding[d] >= 0 && dilation[d] > 0 && reach >= 0, op,
+        ": expected an input that is at least as large as the kernel, got ", tuple(values.sizes()));
+    shape.push_back(reach / stride[d] + 1);
+  }
+  const auto y = with_large_pages(at::empty(shape, values.options().dtype(at::kFloat), at::MemoryFormat::ChannelsLast));
+  if (y.numel() > 0) {
+    cpu::depthwise({values.contiguous(at::MemoryFormat::ChannelsLast), *shifted_zero_point.const_data_ptr<int32_t>(),
+        weight, kernel_size, stride, padding, dilation, *scale.const_data_ptr<float>(), weight_scale,
+        bias.value_or(Tensor()), y});
+  }
+  return y;
+}
+
 } // namespace qatfast::kernel

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from . import layers, providers
+from . import convolutions, layers, providers
 from .results import Memory, Result, Timing
 from .timer import Run, Turn, one_thread, time_in_turns, turn_of
 from .workloads import (
@@ -91,6 +91,7 @@ def _printed_seconds(code: str) -> float:
 _ELEMENTWISE = _Kind(providers.names, providers.runs)
 _KINDS = {
     "qat_linear": _Kind(layers.names, layers.runs),
+    "qat_conv2d": _Kind(convolutions.names, convolutions.runs),
     "network": _Kind(layers.network_names, layers.network_runs),
     "import": _Kind(_import_names, _import_runs),
 }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,10 +46,15 @@ ELEMENTWISE_OPS = (
     "dequantize",
 )
 OPS = (*ELEMENTWISE_OPS, "qat_linear")
-SUBJECTS = (*OPS, "network", "import")
+SUBJECTS = (*OPS, "qat_conv2d", "network", "import")
 # Subjects that are measured without --op and --full.
 SHORT_SUBJECTS = ("fake_quantize", "qat_linear")
-BASELINES = {"qat_linear": "nn.Linear", "network": "ThreeLayerNet", "import": "import torch"}
+BASELINES = {
+    "qat_linear": "nn.Linear",
+    "qat_conv2d": "nn.Conv2d",
+    "network": "ThreeLayerNet",
+    "import": "import torch",
+}
 QUANT_MIN, QUANT_MAX = 0, 255
 
 KI, MI = 2**10, 2**20
@@ -114,7 +119,8 @@ class Workload:
         op: Name of the operator, or another one of ``SUBJECTS``.
         table: Title of the table that the results belong to: the passes and the sizes.
         column: Title of the column in that table.
-        shape: Shape of the input. For ``qat_linear`` (batch, in_features, out_features).
+        shape: Shape of the input. For ``qat_linear`` (batch, in_features, out_features), for ``qat_conv2d`` a
+            ConvolutionShape.
         backward: Whether the gradients are computed.
         granularity: Which elements share a scale.
         dtype: Type of the float tensors.
@@ -378,6 +384,51 @@ def _layer(config: str, table: str, shape: tuple[int, ...], *targets: Target, **
     )
 
 
+class ConvolutionShape(NamedTuple):
+    """The shape of a workload of ``qat_conv2d``, whose images are squares."""
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    size: int
+    kernel_size: int
+    stride: int = 1
+    groups: int = 1
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int]:
+        """The arguments of nn.Conv2d from ``in_channels`` to ``stride``."""
+        return self.in_channels, self.out_channels, self.kernel_size, self.stride
+
+
+# Limits as shares of nn.Conv2d: time of a step and of inference with cached weights
+CONVOLUTIONS = {
+    "64 channels, 56x56, 3x3": (ConvolutionShape(8, 64, 64, 56, 3), 0.88, 0.38),
+    "256 channels, 14x14, 3x3": (ConvolutionShape(8, 256, 256, 14, 3), 0.90, 0.38),
+    "256 to 64 channels, 56x56, 1x1": (ConvolutionShape(8, 256, 64, 56, 1), 1.05, 0.38),
+    "128 channels, 28x28, depthwise 3x3": (ConvolutionShape(8, 128, 128, 28, 3, groups=128), 1.10, 0.65),
+    "3 to 64 channels, 224x224, 7x7": (ConvolutionShape(8, 3, 64, 224, 7, stride=2), None, 0.55),
+}
+
+
+def _qat_conv2d() -> Iterator[Workload]:
+    for table in (STEP, "inference"):
+        for column, (shape, step, cached) in CONVOLUTIONS.items():
+            is_step = table == STEP
+            targets = [Target(cached, provider=CACHED)]
+            if is_step:
+                targets = [] if step is None else [Target(step)]
+            yield Workload(
+                "qat_conv2d",
+                f"static config, {table}",
+                column,
+                tuple(shape),
+                backward=is_step,
+                channels_last=True,
+                targets=tuple(targets),
+            )
+
+
 def _network() -> Iterator[Workload]:
     yield Workload("network", f"{STEP} with Adam", "batch 32", (32,), True, targets=(Target(1.10),))
 
@@ -395,6 +446,7 @@ _ALL: dict[str, Callable[[], Iterator[Workload]]] = {
     "quantize": partial(_one_pass, "quantize", 0.9),
     "dequantize": partial(_one_pass, "dequantize", 0.9),
     "qat_linear": _qat_linear,
+    "qat_conv2d": _qat_conv2d,
     "network": _network,
     "import": _import,
 }

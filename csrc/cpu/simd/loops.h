@@ -144,6 +144,21 @@ using RoundedLoop = void (*)(const float* x, To* y, int64_t rows, int64_t n, con
 // sums = sums * scale + bias in place, over `rows` runs of n columns. Returns the largest magnitude of a sum.
 using ScaleSumsLoop = float (*)(float* sums, int64_t rows, int64_t n, const float* scale, const float* bias);
 
+// A row of outputs of a depthwise convolution: output i of channel c is the sum of tap[t][i * step + c] * weight[t][c],
+// times scale[c], plus bias[c]. Levels and weights are integers whose sums stay below 2^24.
+struct DepthwiseRow {
+  const float* const* tap;
+  int64_t taps;
+  int64_t outputs;
+  int64_t channels;
+  int64_t step;
+  const float* weight;
+  const float* scale;
+  const float* bias;
+  float* y;
+};
+using DepthwiseLoop = void (*)(const DepthwiseRow& row);
+
 struct InstructionSet {
   const char* name;
   Loops<float> f32;
@@ -156,6 +171,7 @@ struct InstructionSet {
   RoundedLoop<c10::Half> f32_to_f16;
   RoundedLoop<c10::BFloat16> f32_to_bf16;
   ScaleSumsLoop scale_sums;
+  DepthwiseLoop depthwise;
 
   template <class T>
   const Loops<T>& loops() const {

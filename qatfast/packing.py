@@ -130,12 +130,17 @@ def unpack_rows(packed: Tensor, num_bits: int, columns: int, is_signed: bool) ->
     """
     count = values_per_byte(num_bits)
     width = 8 // count
-    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-    values = ((packed.unsqueeze(-1) >> shifts) & (2**width - 1)).to(torch.int8)
+    # a wide integer per byte, whose bytes become the integers: they are in little-endian order
+    wide = packed.to(torch.int16 if count == 2 else torch.int32)
+    spread = wide
+    for i in range(1, count):
+        spread = spread | wide << i * (8 - width)
+    mask = 2**width - 1
+    values = (spread & sum(mask << 8 * i for i in range(count))).contiguous().view(torch.int8)
     if is_signed:
         half = 2 ** (width - 1)
-        values = (values ^ half) - half
-    return values.flatten(-2)[..., :columns]
+        values = values.bitwise_xor_(half).sub_(half)
+    return values[..., :columns]
 
 
 def _checked_bits(function: str, num_bits: int) -> int:

@@ -483,16 +483,18 @@ def requantization(
 def on_grid(
     total: Tensor, factor: Tensor, low: Tensor | float, high: Tensor | float, y_scale: Tensor
 ) -> Tensor:
-    """Returns ``clamp(round(total * factor), low, high) * y_scale``.
+    """Returns ``clamp(round(total * factor), low, high) * y_scale`` in ``total``.
 
-    It writes into ``total``; the result is ``total`` if the bounds are numbers, with which clamp is ten times as fast.
-    In the formula the clamp comes after the zero point, which is the same: sums that the dtype does not hold are
-    clamped.
+    Numbers as bounds are ten times as fast as tensors. In the formula the clamp comes after the zero point, which is
+    the same: sums that the dtype does not hold are clamped.
     """
     bounds: Any = (low, high)
-    levels = total.mul_(factor).round_()
-    levels = levels.clamp_(*bounds) if isinstance(low, float) else levels.clamp(*bounds)
-    return levels.mul_(y_scale).add_(0.0)
+    total.mul_(factor).round_()
+    if isinstance(low, float):
+        total.clamp_(*bounds)
+    else:
+        total.copy_(total.clamp(*bounds))  # vmap has no rule for clamp_ by tensors
+    return total.mul_(y_scale).add_(0.0)
 
 
 def _folded(

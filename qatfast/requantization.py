@@ -27,8 +27,8 @@ class Operands(NamedTuple):
     weight: Tensor
     b32: Tensor
     factor: Tensor
-    low: Tensor | float  # functions take numbers, operators tensors
-    high: Tensor | float
+    low: Tensor
+    high: Tensor
     y_scale: Tensor
     total: Tensor | None = None
     reach: int | None = None
@@ -40,8 +40,7 @@ class Operands(NamedTuple):
         total = self.weight.sum(1, dtype=torch.int32)
         sizes = self.weight.double().abs().sum(1) * level + self.b32.abs()
         reach = int(sizes.max()) if len(sizes) else 0
-        low, high = float(self.low), float(self.high)
-        return self._replace(low=low, high=high, total=total, reach=reach, packed={})
+        return self._replace(total=total, reach=reach, packed={})
 
 
 def takes_int8(input: Tensor, weight_spec: QuantSpec) -> bool:
@@ -184,12 +183,13 @@ def _requantized(sums: Tensor, offset: Tensor, operands: Operands) -> Tensor:
         operands: of the layer.
     """
     y = sums if sums.dtype == torch.float32 else torch.empty_like(sums, dtype=torch.float32)
+    bounds = float(operands.low), float(operands.high)
     count = max(1, _PART * torch.get_num_threads() // max(1, sums.shape[1]))
     for begin in range(0, len(sums), count):
         total, part = sums[begin : begin + count].add_(offset), y[begin : begin + count]
         if part.dtype != total.dtype:
             part.copy_(total)
-        on_grid(part, operands.factor, operands.low, operands.high, operands.y_scale)
+        on_grid(part, operands.factor, *bounds, operands.y_scale)
     return y
 
 
@@ -219,7 +219,7 @@ def _linear_operator(
     y_scale: Tensor,
 ) -> Tensor:
     """:func:`linear`."""
-    operands = Operands(weight, b32, factor, float(low), float(high), y_scale)
+    operands = Operands(weight, b32, factor, low, high, y_scale)
     return linear(input, scale, zero_point, (quant_min, quant_max), operands)
 
 
@@ -251,7 +251,7 @@ def _conv_operator(
     channels_last: bool,
 ) -> Tensor:
     """:func:`conv`."""
-    operands = Operands(weight, b32, factor, float(low), float(high), y_scale)
+    operands = Operands(weight, b32, factor, low, high, y_scale)
     geometry = Geometry(
         tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
     )

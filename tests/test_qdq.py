@@ -6,4 +6,3 @@ from torch import nn
 
 import qatfast
 from qatfast import QATConfig, QuantSpec
-

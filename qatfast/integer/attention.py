@@ -15,7 +15,8 @@ from ..config import PerChannel, PerTensor, QATConfig, QuantSpec
 from ..modules import FakeQuantize, QATMultiheadAttention
 from ..modules.attention import _OPERANDS
 from ..modules.fake_quantize import QUANTIZE
-from .base import Grid, fake_quantized, grid_of, static_grid, stored_weight
+from .base import Grid, fake_quantized
+from .buffers import grid_of, static_grid, stored_weight
 from .linear import IntegerLinear
 
 

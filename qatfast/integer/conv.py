@@ -23,7 +23,8 @@ from ..modules import (
     QATConvTranspose3d,
 )
 from ..modules.conv import _QATConvNd, _QATConvTransposeNd
-from .base import Grid, IntegerLayer, fake_quantized, quantized_tensors
+from .base import Grid, IntegerLayer, fake_quantized
+from .buffers import quantized_tensors
 
 
 class _IntegerConv(IntegerLayer):

@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import checks, functional, packing
 from ..config import PerChannel, PerGroup, PerTensor, PerToken
 from ..modules import QATEmbedding
-from .base import IntegerLayer, grid_of, static_grid, stored_weight
+from .base import IntegerLayer
+from .buffers import grid_of, static_grid, stored_weight
 
 
 class IntegerEmbedding(IntegerLayer):

@@ -12,7 +12,8 @@ from torch.compiler import is_compiling
 from .. import checks, functional, kernels, reference, requantization
 from ..modules import QATLinear
 from ..modules.linear import _forward_nested
-from .base import Grid, IntegerLayer, fake_quantized, quantized_tensors
+from .base import Grid, IntegerLayer, fake_quantized
+from .buffers import quantized_tensors
 
 
 class IntegerLinear(IntegerLayer):

@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
-from .export import export
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["export"]
+from .export import export
+from .translations import translations
+
+if TYPE_CHECKING:
+    from .report import Report
+
+__all__ = ["Report", "export", "translations"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Report":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .report import Report  # needs the extra
+
+    return Report

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import functional, qdq
+from ..chain import ChainValue
 from ..integer import IntegerMultiheadAttention
 from ..qdq import Grid
 from .graph import MOVERS, Quantization, role
@@ -328,6 +329,10 @@ class _Comparison:
         return lambda layer, args, result: self._compared(name, result, grid)
 
     def _compared(self, name: str, values: Tensor, grid: Grid) -> Tensor:
+        if isinstance(values, ChainValue):  # on its way through the modules of a chain
+            with torch._C.DisableTorchFunctionSubclass():
+                plain = values.as_subclass(Tensor)
+            return ChainValue.of(self._compared(name, plain, grid), values._chain, values._positions[-1])
         key = Quantization(name, self.calls[name])
         self.calls[name] += 1
         scale, zero_point, *ends = grid.scale, grid.zero_point, grid.quant_min, grid.quant_max

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch._inductor
+from torch._dynamo.utils import counters
 
 import qatfast
 from qatfast import MinMax, PerChannel, QATConfig, QuantSpec
@@ -52,3 +54,28 @@ def test_the_exported_program_has_pytorchs_operators_only(network):
     if isinstance(result, dict):
         result, expected = result["result"], expected["result"]
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_replaces_the_patterns_by_kernels_on_integers():
+    model, x = mlp()
+    converted = qatfast.convert(model, form="quantized_decomposed")
+    counters.clear()
+    with torch._inductor.config.patch(freezing=True):
+        y = torch.compile(torch.export.export(converted, (x,)).module())(x)
+    torch.testing.assert_close(y, converted(x), rtol=1e-5, atol=1e-6)
+    if torch.cpu._is_avx512_supported():
+        assert counters["inductor"]["qlinear_weight_prepack_matcher_count"] == 3
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_aotinductor_packages_the_model(tmp_path):
+    model, x = mlp()
+    converted = qatfast.convert(model, form="quantized_decomposed")
+    program = torch.export.export(converted, (x,))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    torch.testing.assert_close(
+        torch._inductor.aoti_load_package(package)(x), converted(x), rtol=1e-5, atol=1e-6
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  defines torch.ops.quantized_decomposed
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from . import reference
-from .config import Granularity, PerChannel, PerGroup, PerTensor, QuantSpec
+from . import ranges, reference
+from .config import Fixed, Granularity, PerChannel, PerGroup, PerTensor, QuantSpec
 from .convolution import Geometry, of_batch
 from .integer import IntegerEmbedding, IntegerLayer, IntegerLinear, IntegerMultiheadAttention
 from .modules import FakeQuantize
@@ -44,7 +45,7 @@ class Grid(NamedTuple):
         """Returns the grid with the scale and the zero point that a layer keeps; None is the zero point 0."""
         if zero_point is None:
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        zero_point = zero_point.expand_as(scale)
+        zero_point = zero_point.to(torch.int32).expand_as(scale)
         granularity, ends = spec.granularity, (spec.quant_min, spec.quant_max)
         if isinstance(granularity, PerTensor) and scale.numel() == 1:
             return cls(scale.reshape(()), zero_point.reshape(()), *ends)
@@ -115,11 +116,16 @@ def weight_of_convolution(layer: Any) -> tuple[Tensor, Grid]:
 
 def grid_of_quantizer(quantizer: FakeQuantize) -> Grid | None:
     """Returns the grid of a FakeQuantize in evaluation; None if its range is dynamic."""
-    if quantizer.spec.is_dynamic:
+    spec = quantizer.spec
+    if spec.is_dynamic:
         return None
-    scale, zero_point = quantizer.grid(torch.empty(0))
+    if isinstance(spec.range, Fixed):  # the same for all channels
+        spec = replace(spec, granularity=PerTensor())
+        scale, zero_point = ranges.fixed_grid(torch.empty(0), spec)
+    else:
+        scale, zero_point = quantizer.grid(torch.empty(0))
     scale = scale.detach().abs().clamp(min=torch.finfo(torch.float32).tiny)
-    return Grid.of(quantizer.spec, scale, zero_point.detach())
+    return Grid.of(spec, scale, zero_point.detach())
 
 
 def with_layers(model: nn.Module, made: Callable[[nn.Module, str], nn.Module]) -> nn.Module:

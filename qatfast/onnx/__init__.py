@@ -1,7 +1,7 @@
 """Deployed models as ONNX files: what was trained is what onnxruntime computes."""
 
-from __future__ import annotations
-
 from .export import export
+from .report import Report
+from .translations import translations
 
-__all__ = ["export"]
+__all__ = ["Report", "export", "translations"]

@@ -249,6 +249,6 @@ def _name_nodes(graph: ir.Graph) -> None:
 def _remove_metadata(model: ir.Model) -> None:
     """Removes what the exporter writes about the source: stack traces with paths, and names of torch."""
     for holder in (model.graph, *model.graph, *(value for node in model.graph for value in node.outputs)):
-        kept = {name: text for name, text in holder.metadata_props.items() if name in (LAYER, ROLE) and text}
+        kept = {name: holder.metadata_props[name] for name in (LAYER, ROLE) if name in holder.metadata_props}
         holder.metadata_props.clear()
         holder.metadata_props.update(kept)

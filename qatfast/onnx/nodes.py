@@ -31,7 +31,7 @@ def node(
     **attributes: Any,
 ) -> Tensor:
     """Returns the result of an ONNX operator."""
-    tags = {LAYER: layer, ROLE: role}
+    tags = {LAYER: layer, ROLE: role} if role else {LAYER: layer}
     return torch.onnx.ops.symbolic(op_type, inputs, attributes, dtype=dtype, shape=shape, metadata_props=tags)
 
 

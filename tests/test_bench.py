@@ -509,6 +509,29 @@ def loaded(name):
     return module
 
 
+def test_the_steps_of_whole_models_are_timed_against_float(monkeypatch):
+    script = loaded("models")
+
+    def missing(model, x):
+        raise ImportError("no such package")
+
+    wanted = ("float32", "qatfast, static()", "qatfast, dynamic()")
+    providers = {name: script.PROVIDERS[name] for name in wanted} | {"other": missing}
+    monkeypatch.setattr(script, "PROVIDERS", providers)
+    encoder = script.Subject("encoder", lambda: script.encoder(16, 1), lambda: torch.randn(4, 6, 16), 2.0)
+    cnn = script.Subject("cnn", script.resnet18, lambda: torch.randn(2, 3, 32, 32), 2.0)
+    monkeypatch.setattr(script, "SUBJECTS", {"encoder": encoder, "cnn": cnn})
+    rows, skipped = script.measure(encoder, seconds=0)
+    assert tuple(row.provider for row in rows) == wanted
+    assert rows[0].ratio == (1.0, 1.0, 1.0) and all(row.seconds > 0 for row in rows)
+    # the gradients are allocated in the step, and the parameters are not
+    parameters = sum(4 * parameter.numel() for parameter in encoder.model().parameters())
+    assert all(parameters < row.peak < 3 * parameters for row in rows)
+    assert skipped == {"other": "ImportError: no such package"}
+    text = script.report(0, ["cnn"])
+    assert "## cnn" in text and "| qatfast, static() |" in text and "Without other: ImportError" in text
+
+
 @pytest.fixture
 def results_script():
     """Returns the module benchmarks/results.py."""

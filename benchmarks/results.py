@@ -59,10 +59,11 @@ WHO = """- **clone**, **nn.Linear**: the baselines, a copy of the float tensor a
 - **aten ops**: `torch.aminmax` and `torch.fake_quantize_per_tensor_affine` or `per_channel_affine`,
   `torch.quantize_per_tensor` or `per_channel`; per token and per group as channels of a two-dimensional view.
 - **torch.ao**: `FakeQuantize` with `MovingAverageMinMaxObserver`, its fused op
-  `torch.fused_moving_avg_obs_fake_quant`, `MinMaxObserver`; `nn.qat.Linear` with the output (int8 config: the input)
-  quantized too, the bias not.
-- **Brevitas**: `QuantLinear`. Tutorial config: weight, bias and output per tensor; int8 config: input per tensor,
-  weight per output channel.
+  `torch.fused_moving_avg_obs_fake_quant`, `MinMaxObserver`; `nn.qat.Linear` with the output (other configs than
+  tutorial: the input) quantized too, the bias not. **aten learnable op**:
+  `torch._fake_quantize_learnable_per_tensor_affine` or `per_channel_affine`.
+- **Brevitas**: `QuantLinear`. Tutorial config: weight, bias and output per tensor; other configs: input per tensor,
+  weight per output channel. Both have 8 bits in the learned config too, where qatfast has 4.
 - int8 config only: **torchao** `FakeQuantizedLinear` (input per token), **NNCF** `nncf.quantize`, **ModelOpt**
   `INT8_DEFAULT_CFG` (needs `pip install nvidia-modelopt requests huggingface_hub`: it does not name the last two), all
   with the with the weight per output channel. The ranges

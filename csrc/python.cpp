@@ -1,5 +1,7 @@
 // The Python module: direct entry points, which go through the dispatcher but save eager callers the overhead of
 // torch.ops (and, as METH_FASTCALL, that of pybind11), and what the kernels run on.
+#include "checks.h"
+#include "common/qparams.h"
 #include "cuda/plan.h"
 #include "launchers.h"
 #include "operators.h"
@@ -67,23 +69,27 @@ struct Argument<at::TensorList> {
   }
 };
 
-template <class Name, class Result, class... Args, size_t... I>
-PyObject* call(
-    qatfast::Operator<Name, Result(Args...)> op, PyObject* const* args, Py_ssize_t count, std::index_sequence<I...>) {
+template <class... Args, class Function, size_t... I>
+PyObject* call_with(Function function, PyObject* const* args, Py_ssize_t count, std::index_sequence<I...>) {
   const auto given = [&](size_t i) {
     return static_cast<Py_ssize_t>(i) < count ? args[i] : Py_None;
   };
   std::tuple<Argument<Args>...> arguments{given(I)...};
   auto result = [&] {
     pybind11::gil_scoped_release no_gil;
-    return op(static_cast<Args>(std::get<I>(arguments))...);
+    return function(static_cast<Args>(std::get<I>(arguments))...);
   }();
   return pybind11::cast(std::move(result)).release().ptr();
 }
 
 template <class Name, class Result, class... Args>
 PyObject* call(qatfast::Operator<Name, Result(Args...)> op, PyObject* const* args, Py_ssize_t count) {
-  return call(op, args, count, std::index_sequence_for<Args...>{});
+  return call_with<Args...>(op, args, count, std::index_sequence_for<Args...>{});
+}
+
+template <class Result, class... Args>
+PyObject* call(Result (*function)(Args...), PyObject* const* args, Py_ssize_t count) {
+  return call_with<Args...>(function, args, count, std::index_sequence_for<Args...>{});
 }
 
 // The GIL is released while the operator runs; C++ errors arrive as their Python types.
@@ -117,6 +123,25 @@ PyObject* takes(PyObject*, PyObject* const* args, Py_ssize_t count) {
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
   return PyBool_FromLong(!watched);
 }
+
+// observe_range and qat_linear_int8_static in one call: two from Python take longer than the loops of a small layer.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> qat_linear_int8_observed(const at::Tensor& input,
+    const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::TensorList int8_weight,
+    const at::Tensor& running_min, const at::Tensor& running_max, const at::Tensor& num_batches,
+    double averaging_constant, at::IntArrayRef codes) {
+  using qatfast::LinearSpecs;
+  constexpr auto op = "qat_linear";
+  qatfast::check_linear(op, input, weight, bias, /*mixed_dtypes=*/false); // before the range moves
+  const auto spec = qatfast::checked_specs(op, codes).input;
+  TORCH_CHECK_VALUE(spec, op, ": expected an input spec for an observed input, got none");
+  auto [scale, zero_point] =
+      qatfast::op::observe_range(input, running_min, running_max, num_batches, averaging_constant, spec->num_bits,
+          spec->symmetric, LinearSpecs::code_of(codes, LinearSpecs::input_role).slice(2), spec->narrow_range);
+  auto y = qatfast::op::qat_linear_int8_static(
+      input, weight, bias, int8_weight, scale, zero_point, std::nullopt, std::nullopt, codes);
+  return {std::move(y), std::move(scale), std::move(zero_point)};
+}
+constexpr auto observed_layer = &qat_linear_int8_observed;
 
 // What weight_cache._state tells of a weight, as bytes: they are the same only while it is as it was. None where the
 // weight is no plain parameter on a device with kernels, or something else than autograd takes part in the call: _state
@@ -187,6 +212,7 @@ PyMethodDef methods[] = {
     method("qat_linear_int8_weight", direct<op::qat_linear_int8_weight>),
     method("qat_linear_int8", direct<op::qat_linear_int8>),
     method("qat_linear_int8_static", direct<op::qat_linear_int8_static>),
+    method("qat_linear_int8_observed", direct<observed_layer>),
     method("int8_conv_input", direct<op::int8_conv_input>),
     method("int8_conv_scale_", direct<op::int8_conv_scale_>),
     method("int8_conv_depthwise", direct<op::int8_conv_depthwise>),

@@ -32,7 +32,7 @@ def observe_range(
         The scale and the zero point that quantize ``input``: those of the stored range before it
         moves, or of the range of ``input`` if there was none.
     """
-    constant = spec.range.averaging_constant if isinstance(spec.range, MovingAverage) else 0.0
+    constant = averaging_constant(spec)
     state = (running_min, running_max, num_batches)
     ops = kernels.route(input, *state)
     if ops is not None:
@@ -61,7 +61,7 @@ def fake_quantize_observed(
     state = (running_min, running_max, num_batches)
     ops = kernels.route(input, *state)
     if ops is not None:
-        constant = spec.range.averaging_constant if isinstance(spec.range, MovingAverage) else 0.0
+        constant = averaging_constant(spec)
         granularity = spec.granularity.code
         return ops.fake_quantize_observed(
             input, *state, constant, spec.num_bits, spec.symmetric, granularity, spec.narrow_range
@@ -127,7 +127,7 @@ def qat_linear(
     grids: reference.StaticGrids,
     int8_weight: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """Returns :func:`qatfast.qat_linear` with static ranges.
+    """Returns :func:`qatfast.qat_linear` with static ranges, for operands that the caller has checked.
 
     Args:
         input: ``(..., in_features)``.
@@ -139,7 +139,6 @@ def qat_linear(
         int8_weight: what qat_linear_int8_weight returns for ``weight``, or nothing. It is used if
             :func:`takes_int8_weight`.
     """
-    checks.linear_operands("qat_linear", input, weight, bias)
     if torch._C._are_functorch_transforms_active():  # they take neither the operators nor _LinearGradients
         return reference.qat_linear_static(input, weight, bias, config, grids)
     if takes_int8_weight(config) and config.uses_int8_gemm(weight.shape[-1]) and weight.dtype == input.dtype:
@@ -151,7 +150,8 @@ def qat_linear(
             )
             if config.output is not None:
                 y = fake_quantized("output", y, config.output, grids)
-            return y.to(product_dtype(input))
+            dtype = product_dtype(input)
+            return y if y.dtype == dtype else y.to(dtype)  # a conversion that does nothing takes 1 us
     x_hat = fake_quantized("input", input, config.input, grids)
     w_hat = fake_quantized("weight", weight, config.weight, grids)
     b_hat = bias_hat(input, weight, bias, config, grids)
@@ -172,6 +172,44 @@ def qat_linear_fixed(input: Tensor, weight: Tensor, bias: Tensor | None, config:
     """
     checks.linear_operands("qat_linear", input, weight, bias)
     return qat_linear(input, weight, bias, config, reference.fixed_grids(input, weight, config, fixed_grid))
+
+
+def qat_linear_observed(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    config: QATConfig,
+    state: tuple[Tensor, Tensor, Tensor],
+    int8_weight: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Returns :func:`observe_range` and :func:`qat_linear` of an input in one call.
+
+    Args:
+        input: as for :func:`qat_linear`, as are the others; they are checked here.
+        weight: ``(out_features, in_features)``.
+        bias: ``(out_features,)`` or None.
+        config: with an int8 GEMM, as :func:`takes_int8_weight` requires, an observed input, and
+            bias and output in float.
+        state: running_min, running_max and num_batches of the input.
+        int8_weight: as for :func:`qat_linear`.
+
+    Returns:
+        The result, and scale and zero point of the input. None if this call takes the two
+        operators one after the other, as under torch.compile and autocast.
+    """
+    tensors = (input, weight, *state) if bias is None else (input, weight, bias, *state)
+    ops = kernels.route(*tensors)
+    if ops is None or ops is torch.ops.qatfast or not input.is_cpu or torch.is_autocast_enabled("cpu"):
+        return None
+    assert config.input is not None
+    constant = averaging_constant(config.input)
+    y, *grid = ops.qat_linear_int8_observed(input, weight, bias, int8_weight, *state, constant, config.codes)
+    return y if y.dtype == input.dtype else y.to(input.dtype), *grid
+
+
+def averaging_constant(spec: QuantSpec) -> float:
+    """Returns that of the operators: 0 for MinMax."""
+    return spec.range.averaging_constant if isinstance(spec.range, MovingAverage) else 0.0
 
 
 def takes_int8_weight(config: QATConfig) -> bool:

@@ -28,6 +28,7 @@ from qatfast.bench.workloads import (
     ELEMENTWISE_OPS,
     GRANULARITIES,
     KI,
+    OBSERVED,
     ONE_THREAD,
     OPS,
     OURS,
@@ -126,6 +127,15 @@ def test_providers_agree_with_the_reference(device, op, granularity, backward):
     assert all(error is None or error <= ONE_STEP for error in prepared.errors.values()), prepared.errors
     # The fused op of torch has channels along the first axis only.
     assert set(prepared.skipped) <= {"torch.ao fused op"} and all(prepared.skipped.values())
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_providers_of_an_observed_range_agree(device, backward):
+    workload = small(OBSERVED, backward=backward, device=device)
+    prepared = bench.prepare(workload, eager(workload))
+    assert prepared.errors[OURS] == prepared.errors[REFERENCE] == 0
+    assert all(error is None or error <= ONE_STEP for error in prepared.errors.values()), prepared.errors
+    assert {"torch.ao FakeQuantize", "torch.ao fused op"} <= set(prepared.runs)
 
 
 def test_providers_take_images(device):

@@ -1157,3 +1157,32 @@ def test_an_int32_bias_is_a_multiple_of_the_steps_of_the_product(config, layer):
 def test_an_int32_bias_needs_an_int8_gemm_with_one_input_scale(error, arguments):
     with pytest.raises(error, match="int32"):
         QATConfig(**arguments)
+
+
+@observed
+@pytest.mark.parametrize("bias", (True, False))
+def test_a_layer_that_observes_in_one_call_gives_the_bits_of_two(monkeypatch, range, bias):
+    config = QATConfig.static()
+    config = replace(config, input=replace(config.input, range=range))
+    made = QATLinear(8, 4, bias, config=config)
+    results = []
+    for layer in (made, copy.deepcopy(made)):
+        x = cases.normal((3, 5, 8)).requires_grad_()
+        outputs = [layer(x * scale) for scale in (1.0, 0.5, 3.0)]
+        sum(y.square().sum() for y in outputs).backward()
+        gradients = [tensor.grad for tensor in (x, *layer.parameters())]
+        results.append((*outputs, *gradients, *state_of(layer).values(), *layer.input_quantizer._latest[id(layer)]))
+        monkeypatch.setattr(ranges, "qat_linear_observed", lambda *arguments: None)
+    cases.assert_all_same(*results)
+
+
+@pytest.mark.parametrize(
+    "bad", (torch.ones(2, 7), torch.ones(2, 8, dtype=torch.float64), torch.ones(2, 8, dtype=torch.int64))
+)
+def test_a_bad_input_of_a_layer_moves_no_range(kernels, bad):
+    layer = QATLinear(8, 4, config=QATConfig.static())
+    layer(torch.ones(2, 8))
+    before = state_of(layer)
+    with pytest.raises((TypeError, ValueError), match="qat_linear: expected"):
+        layer(bad)
+    assert_same_state(state_of(layer), before)

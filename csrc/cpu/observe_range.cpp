@@ -123,7 +123,7 @@ class Observation {
   std::atomic<bool> all_finite_{true};
 };
 
-// Quantizes runs of one grid each and finds their ranges while they are in L1.
+// Quantizes runs of one grid each and finds their ranges in the same pass.
 template <class T>
 class QuantizeAndFind {
  public:
@@ -132,16 +132,11 @@ class QuantizeAndFind {
   QuantizeAndFind(const T* x, T* y, uint8_t* mask) : x_(x), y_(y), mask_(mask) {}
 
   bool operator()(int64_t begin, int64_t n, const Grids<C>& grids, C* lo, C* hi) const {
-    constexpr int64_t piece = 4096;
+    constexpr int64_t piece = 4096; // stays in L1 where a loop passes twice
     bool is_finite = true;
     for (const auto end = begin + n; begin < end; begin += piece) {
       const auto count = std::min(piece, end - begin);
-      is_finite &= loops_.range(x_ + begin, count, lo, hi);
-      if (mask_) {
-        loops_.fake_quantize_mask(x_ + begin, y_ + begin, mask_, begin, 1, count, grids);
-      } else {
-        loops_.fake_quantize(x_ + begin, y_ + begin, 1, count, grids);
-      }
+      is_finite &= loops_.fake_quantize_range(x_ + begin, y_ + begin, mask_, begin, count, grids, lo, hi);
     }
     return is_finite;
   }

@@ -45,29 +45,31 @@ class Search {
     if (lo_ == hi_) { // zeros, which every grid holds
       return 0;
     }
-    const bool can_exclude = std::all_of(scale_.begin(), scale_.end(), [](C scale) {
+    const bool has_bounds = std::all_of(scale_.begin(), scale_.end(), [](C scale) {
       return has_reciprocal(scale);
     });
-    if (can_exclude) {
-      start();
-      for (int64_t round = 0; round < rounds; ++round) {
-        add_units(round);
-        exclude();
+    if (!has_bounds) {
+      for (int64_t i = 0; i < factors; ++i) {
+        compare(i);
       }
-    } else {
-      left_.resize(factors);
-      std::iota(left_.begin(), left_.end(), 0);
+      return best_;
     }
-    std::sort(left_.begin(), left_.end(), [&](int64_t a, int64_t b) {
-      return bound_[a] < bound_[b];
-    });
-    for (const auto i : left_) {
-      compare(i);
+    start();
+    for (int64_t round = 0; round < rounds; ++round) {
+      add_units(round);
+      exclude(sums_, values_);
+    }
+    while (!left_.empty()) {
+      const auto next = most_promising(sums_);
+      compare(left_[next]);
+      sums_[next] = std::numeric_limits<double>::infinity(); // excludes it too
+      exclude(sums_, values_);
     }
     return best_;
   }
 
  private:
+  using Sums = c10::SmallVector<double, factors>;
   static constexpr int64_t rounds = 8;
 
   // The ends of the ranges of short segments, which hold most of what a small grid clips.
@@ -84,38 +86,40 @@ class Search {
     hi_ = *std::max_element(hi, hi + segments + 1);
   }
 
-  // Guesses that errors within the grid are evenly distributed, and excludes what clips too much.
+  // Guesses the best grid: errors within a grid are evenly distributed. Excludes what clips too much.
   void start() {
-    std::array<ApproximateGrid<C>, factors> grids;
-    std::array<double, factors> clipped{};
+    left_.resize(factors);
+    grids_.resize(factors);
+    sums_.resize(factors, 0.0);
     const auto largest = std::max(-lo_, hi_);
     for (int64_t i = 0; i < factors; ++i) {
       const C least = range_.quant_min - zero_point_[i], most = range_.quant_max - zero_point_[i];
-      grids[i] = {1 / scale_[i], least * scale_[i], most * scale_[i]};
-      slack_[i] = 2.0 * std::numeric_limits<C>::epsilon() *
-          std::max<double>(std::max(-least, most), static_cast<double>(largest) / scale_[i]);
+      const C reciprocal = 1 / scale_[i];
+      left_[i] = i;
+      grids_[i] = {reciprocal, least * scale_[i], most * scale_[i]};
+      slack_[i] = 2 * std::numeric_limits<C>::epsilon() * std::max({-least, most, largest * reciprocal});
     }
+    Sums clipped(factors, 0.0);
     const auto count = static_cast<int64_t>(extremes_.size());
-    chosen().loops<C>().approximate_errors(extremes_.data(), count, grids.data(), factors, clipped.data());
-    double least_guess = std::numeric_limits<double>::infinity();
-    int64_t guess = 0;
-    for (int64_t i = 0; i < factors; ++i) {
-      const double error = (clipped[i] + n_ / 12.0) * scale_[i] * scale_[i];
-      if (error < least_guess) {
-        least_guess = error;
-        guess = i;
-      }
-      bound_[i] = bound(i, clipped[i], count);
-    }
+    chosen().loops<C>().approximate_errors(extremes_.data(), count, grids_.data(), factors, clipped.data());
+    const auto guess = most_promising(clipped, static_cast<double>(n_) / 12);
     compare(guess);
-    for (int64_t i = 0; i < factors; ++i) {
-      if (i != guess) {
-        left_.push_back(i);
-        grids_.push_back(grids[i]);
+    clipped[guess] = std::numeric_limits<double>::infinity();
+    exclude(clipped, count);
+  }
+
+  // The position in left_ of the grid with the least error: the sum and `more` squares of intervals.
+  int64_t most_promising(const Sums& sums, double more = 0) const {
+    int64_t best = 0;
+    double least = std::numeric_limits<double>::infinity();
+    for (size_t i = 0; i < left_.size(); ++i) {
+      const double scale = scale_[left_[i]], error = (sums[i] + more) * scale * scale;
+      if (error < least) {
+        least = error;
+        best = static_cast<int64_t>(i);
       }
     }
-    sums_.resize(left_.size(), 0.0);
-    keep_possible();
+    return best;
   }
 
   // Adds the approximate errors of every eighth unit of memory.
@@ -143,17 +147,18 @@ class Search {
     });
   }
 
-  void exclude() {
-    for (size_t i = 0; i < left_.size(); ++i) {
-      bound_[left_[i]] = std::max(bound_[left_[i]], bound(left_[i], sums_[i], values_));
-    }
-    keep_possible();
-  }
-
-  void keep_possible() {
+  // Excludes the grids whose sum must be greater than the least one, given those of the squares of approximate offsets
+  // of `count` values. In intervals, an exact error is at least the distance of x / scale from the nearest level, less
+  // the rounding of level times scale. The approximate offset is at most that distance and the rounding of x times
+  // 1 / scale; slack_ is more than both. So are the lengths of the vectors of all errors (triangle inequality). The
+  // factor covers the roundings of the two sums and of this comparison.
+  void exclude(const Sums& sums, int64_t count) {
+    static_assert(4 * approximate_roundings <= 0x1p24 * 0x1p-11);
+    const double least_length = std::sqrt(least_), root = std::sqrt(static_cast<double>(count));
     size_t kept = 0;
     for (size_t i = 0; i < left_.size(); ++i) {
-      if (bound_[left_[i]] <= least_) {
+      const double length = least_length * grids_[i].reciprocal + slack_[left_[i]] * root;
+      if (sums[i] * (1 - 0x1p-11) <= length * length) {
         left_[kept] = left_[i];
         grids_[kept] = grids_[i];
         sums_[kept++] = sums_[i];
@@ -164,23 +169,8 @@ class Search {
     sums_.resize(kept);
   }
 
-  // A lower bound of the sum of grid i from the sum of the squares of approximate offsets of `count` values. In
-  // intervals, an exact error is at least the distance of x / scale from the nearest level, less the rounding of its
-  // product with the scale; the approximate offset is at most that distance and the rounding of x times 1 / scale:
-  // slack_ is twice both. So are the lengths of the vectors of all errors (triangle inequality). The factor covers the
-  // roundings of both sums.
-  double bound(int64_t i, double approximate, int64_t count) const {
-    static_assert(4 * approximate_roundings <= 0x1p24 * 0x1p-11);
-    const double length = std::sqrt(approximate * (1 - 0x1p-11)) - slack_[i] * std::sqrt(static_cast<double>(count));
-    const double distance = length > 0 ? length * scale_[i] : 0;
-    return distance * distance;
-  }
-
-  // Computes the sum of grid i, unless it is excluded.
+  // Computes the sum of grid i.
   void compare(int64_t i) {
-    if (bound_[i] > least_) {
-      return;
-    }
     std::vector<double> sums(chunks_of(n_));
     const Grids<C> grid = {scale_.data() + i, zero_point_.data() + i, range_.quant_min, range_.quant_max};
     parallel_for(0, static_cast<int64_t>(sums.size()), grain / sum_chunk, [&](int64_t begin, int64_t end) {
@@ -202,13 +192,13 @@ class Search {
   std::vector<C> extremes_;
   std::array<C, factors> scale_;
   std::array<int32_t, factors> zero_point_;
-  std::array<double, factors> slack_, bound_{};
+  std::array<double, factors> slack_;
   int64_t best_ = factors;
   double least_ = std::numeric_limits<double>::infinity();
-  // Of the grids that are left: their numbers, themselves, their approximate errors over `values_` values.
+  // The grids that are left: their numbers, themselves, their approximate errors over `values_` values.
   c10::SmallVector<int64_t, factors> left_;
   c10::SmallVector<ApproximateGrid<C>, factors> grids_;
-  c10::SmallVector<double, factors> sums_;
+  Sums sums_;
   int64_t values_ = 0;
 };
 

@@ -69,9 +69,11 @@ def inputs(workload: Workload) -> LayerInputs:
 def names(workload: Workload) -> list[str]:
     """Returns the names of the providers of a workload, the baseline first."""
     found = dict.fromkeys([*ALWAYS, *OF_CONFIG[workload.config]])
+    if not CONFIGS[workload.config].is_dynamic:
+        del found[COMPILED]
     if not workload.backward:
         found[CACHED] = None
-        if workload.config == "int8 config":
+        if CONFIGS[workload.config].uses_int8_gemm(workload.shape[1]):
             found[INT8_GEMM] = None
     return list(found)
 
@@ -124,15 +126,31 @@ def _module(module: Callable[..., Any], inputs: LayerInputs, **options: Any) -> 
     return layer
 
 
-def _qatfast(inputs: LayerInputs) -> Function:
-    return _module(QATLinear, inputs, config=CONFIGS[inputs.workload.config])
+def _qatfast(inputs: LayerInputs) -> QATLinear:
+    layer: QATLinear = _module(QATLinear, inputs, config=CONFIGS[inputs.workload.config])
+    if not layer.config.is_dynamic:
+        layer(inputs.x.detach())  # sets the ranges
+    return layer.train(inputs.workload.backward)
 
 
 def _reference(inputs: LayerInputs, *, compiled: bool = False) -> Function:
+    if not CONFIGS[inputs.workload.config].is_dynamic:
+        return _reference_of_ranges(inputs)
     function = reference.qat_linear
     if compiled:
         function = torch.compile(function, dynamic=False)
     return lambda x: function(x, inputs.weight, inputs.bias, config=CONFIGS[inputs.workload.config])
+
+
+def _reference_of_ranges(inputs: LayerInputs) -> Function:
+    """The arithmetic of a layer in plain PyTorch, on ranges that a layer of qatfast keeps."""
+    layer = _qatfast(inputs)
+
+    def call(x: Tensor) -> Tensor:
+        grids = layer._grids(x, inputs.weight)
+        return reference.qat_linear_static(x, inputs.weight, inputs.bias, layer.config, grids)
+
+    return call
 
 
 def _tutorial(inputs: LayerInputs, module: Callable[..., Any], *, compiled: bool = False) -> Function:
@@ -141,30 +159,34 @@ def _tutorial(inputs: LayerInputs, module: Callable[..., Any], *, compiled: bool
 
 
 def _torch_ao(inputs: LayerInputs) -> Function:
-    """nn.qat.Linear with a fake quantizer at its input or output, as prepare_qat makes it. The bias stays in float."""
+    """nn.qat.Linear with a fake quantizer at its input or output, as prepare_qat makes it, of 8 bits.
+
+    The bias stays in float.
+    """
     from torch.ao import quantization as ao
     from torch.ao.nn import qat
 
     def fused(factory_kwargs: Any = None) -> Any:
         return ao_fake_quantize(fused=True, device=inputs.workload.device)
 
-    int8 = inputs.workload.config == "int8 config"
+    int8 = inputs.workload.config != "tutorial config"
     weight = ao.default_per_channel_weight_fake_quant if int8 else fused
     layer = _module(qat.Linear, inputs, qconfig=ao.QConfig(activation=fused, weight=weight))
     return nn.Sequential(fused(), layer) if int8 else nn.Sequential(layer, fused())
 
 
 def _brevitas(inputs: LayerInputs) -> Function:
-    """QuantLinear with weight and output affine and bias symmetric, or with input affine and weight per output channel.
+    """QuantLinear of 8 bits. The range of the input or output is a parameter.
 
-    The range of the input or output is a parameter. Its first value is collected in one step, which is slower.
+    Weight and output are affine and the bias symmetric, or the input affine and the weight per output channel. The
+    first value of the range is collected in one step, which is slower.
     """
     with _quiet():
         from brevitas import nn as brevitas
         from brevitas import quant
 
         activation = quant.ShiftedUint8ActPerTensorFloat.let(collect_stats_steps=1)
-        if inputs.workload.config == "int8 config":
+        if inputs.workload.config != "tutorial config":
             options = {"weight_quant": quant.Int8WeightPerChannelFloat, "input_quant": activation}
         else:
             options = {
@@ -255,6 +277,8 @@ OF_CONFIG: dict[str, dict[str, Provider]] = {
         "NNCF": _nncf,
         "ModelOpt": _modelopt,
     },
+    "static config": {},
+    "learned config": {},
 }
 INFERENCE: dict[str, Provider] = {CACHED: _qatfast, INT8_GEMM: _int8_gemm}
 

@@ -10,7 +10,6 @@ from ..study.plots import INK, MUTED, PAPER, PTQ, QAT, new_figure, styled
 from .results import Result, duration, ratio
 from .workloads import (
     COMPILED,
-    CONFIGS,
     FORWARD,
     MIDDLE_LAYER,
     ONE_THREAD,
@@ -35,8 +34,11 @@ PROVIDERS = {
     REFERENCE: (MUTED, "x"),
 }
 SIZES = [f"fake_quantize, {FORWARD}, per tensor{part}" for part in (", small", "", ", large")]
-STEPS = [f"qat_linear, {config}, {STEP}" for config in CONFIGS]
-TITLES = dict(zip(CONFIGS, ("weight, bias and output quantized", "input and weight quantized"), strict=True))
+TITLES = {
+    "tutorial config": "weight, bias and output quantized",
+    "int8 config": "input and weight quantized",
+}
+STEPS = [f"qat_linear, {config}, {STEP}" for config in TITLES]
 
 
 def fake_quantize_over_size(results: Iterable[Result]) -> Figure:

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional, reference
-from ..config import Granularity, PerChannel, PerGroup, PerTensor
+from .. import functional, ranges, reference
+from ..config import Granularity, MovingAverage, PerChannel, PerGroup, PerTensor, QuantSpec
 from . import tutorial
 from .timer import Run
 from .workloads import (
     COMPILED,
     KI,
+    OBSERVED,
     OURS,
     QUANT_MAX,
     QUANT_MIN,
@@ -69,15 +70,17 @@ def runs(workload: Workload, resources: ExitStack) -> Callable[[str], Run]:
 
 def providers(op: str) -> dict[str, Provider]:
     """Returns the providers of an operator by name, the baseline first."""
+    own = _OBSERVED if op == OBSERVED else _of_operator(op)
+    return {"clone": _clone, **own, **OTHERS.get(op, {}), TRIAD: _triad}
+
+
+def _of_operator(op: str) -> dict[str, Provider]:
     return {
-        "clone": _clone,
         OURS: lambda inputs: partial(getattr(functional, op), **inputs.arguments),
         REFERENCE: lambda inputs: partial(getattr(reference, op), **inputs.arguments),
         COMPILED: lambda inputs: partial(
             torch.compile(getattr(reference, op), dynamic=False), **inputs.arguments
         ),
-        **OTHERS.get(op, {}),
-        TRIAD: _triad,
     }
 
 
@@ -210,6 +213,33 @@ def _ao_fused_op(inputs: Inputs) -> Function:
     return lambda x: op(_rows(x, granularity)[0], *state).reshape(x.shape)
 
 
+# fake_quantize_observed
+
+
+def _reference_observed(
+    x: Tensor, running_min: Tensor, running_max: Tensor, num_batches: Tensor, spec: QuantSpec
+) -> tuple[Tensor]:
+    constant = ranges.averaging_constant(spec)
+    grid = reference.observe_range(x, running_min, running_max, num_batches, constant, **spec.arguments)
+    return (reference.fake_quantize_affine(x, *grid, QUANT_MIN, QUANT_MAX),)
+
+
+def _observed(inputs: Inputs, function: Callable[..., tuple[Tensor, ...]]) -> Function:
+    """Keeps the range, which the first call sets."""
+    device = inputs.workload.device
+    running = (torch.zeros((), device=device), torch.zeros((), device=device))
+    state = (*running, torch.zeros((), dtype=torch.int64, device=device))
+    spec = QuantSpec(range=MovingAverage())
+    return lambda x: function(x, *state, spec=spec)[0]
+
+
+_OBSERVED: dict[str, Provider] = {
+    OURS: partial(_observed, function=ranges.fake_quantize_observed),
+    REFERENCE: partial(_observed, function=_reference_observed),
+    COMPILED: lambda inputs: _observed(inputs, torch.compile(_reference_observed, dynamic=False)),
+}
+
+
 # fake_quantize_affine
 
 
@@ -232,6 +262,26 @@ def _ao_fake_quantize_affine(inputs: Inputs) -> Function:
     if isinstance(granularity, PerTensor):
         return module
     return lambda x: module(_rows(x, granularity)[0]).reshape(x.shape)
+
+
+# fake_quantize_learned
+
+
+def _aten_learnable(inputs: Inputs) -> Function:
+    """The learnable op of torch.ao, which also computes the gradient of the zero point."""
+    granularity = inputs.workload.granularity
+    scale = inputs.arguments["scale"].reshape(-1)
+    zero_point = inputs.zero_point.to(scale.dtype).reshape(-1)
+    if isinstance(granularity, PerTensor):
+        op = torch._fake_quantize_learnable_per_tensor_affine
+        return lambda x: op(x, scale, zero_point, QUANT_MIN, QUANT_MAX, 1.0)
+
+    def call(x: Tensor) -> Tensor:
+        rows, axis = _rows(x, granularity)
+        op = torch._fake_quantize_learnable_per_channel_affine
+        return op(rows, scale, zero_point, axis, QUANT_MIN, QUANT_MAX, 1.0).reshape(x.shape)
+
+    return call
 
 
 # choose_qparams
@@ -305,6 +355,8 @@ OTHERS: dict[str, dict[str, Provider]] = {
         "aten op": _aten_fake_quantize_affine,
         "torch.ao FakeQuantize": _ao_fake_quantize_affine,
     },
+    OBSERVED: {"torch.ao FakeQuantize": _ao_fake_quantize, "torch.ao fused op": _ao_fused_op},
+    "fake_quantize_learned": {"aten learnable op": _aten_learnable},
     "choose_qparams": {
         TUTORIAL: _tutorial_choose_qparams,
         "aten ops": _aten_choose_qparams,

@@ -46,7 +46,8 @@ ELEMENTWISE_OPS = (
     "dequantize",
 )
 OPS = (*ELEMENTWISE_OPS, "qat_linear")
-SUBJECTS = (*OPS, "qat_conv2d", "network", "import")
+OBSERVED = "fake_quantize_observed"  # what FakeQuantize calls if its range is a moving average
+SUBJECTS = (*OPS, OBSERVED, "qat_conv2d", "network", "import")
 # Subjects that are measured without --op and --full.
 SHORT_SUBJECTS = ("fake_quantize", "qat_linear")
 BASELINES = {
@@ -87,7 +88,20 @@ INT8_LIMITS = {
     BROAD_LAYER: (0.78, 0.28, 0.22, 0.27),
     LONG_LAYER: (0.80, 0.33, 0.30, 0.27),
 }
-CONFIGS = {"tutorial config": QATConfig(), "int8 config": QATConfig.int8()}
+# The same for ranges that the layer keeps: time of a step, and of inference with cached weights as a share of the
+# int8 GEMM alone
+STATIC_LIMITS: dict[tuple[int, ...], tuple[float, float | None]] = {
+    SMALL_LAYER: (1.2, None),
+    MIDDLE_LAYER: (0.80, 1.35),
+    BROAD_LAYER: (0.76, 1.08),
+    LONG_LAYER: (0.78, 0.85),
+}
+CONFIGS = {
+    "tutorial config": QATConfig(),
+    "int8 config": QATConfig.int8(),
+    "static config": QATConfig.static(),
+    "learned config": QATConfig.static(4),
+}
 
 LARGE_SIZE = "left out of the large sizes, where its calls take long"
 OTHER_DTYPE = "left out of the other types"
@@ -317,6 +331,14 @@ def _search_qparams() -> Iterator[Workload]:
     yield from _granularities(op, (KI, KI), limit)
 
 
+def _fake_quantize_observed() -> Iterator[Workload]:
+    for size, limit in ((64 * KI, 1.5), (MI, 1.15), (16 * MI, 1.0)):
+        yield from _sizes(
+            OBSERVED, "per tensor", (size,), Target(limit), reduced=LARGE_SIZE if size > MI else ""
+        )
+    yield from _sizes(OBSERVED, "per tensor", (MI,), Target(1.6), backward=True)
+
+
 def _one_pass(op: str, limit: float) -> Iterator[Workload]:
     yield from _sizes(op, "per tensor", (256 * KI, 4 * MI), Target(limit))
     yield from _granularities(op, MATRICES[-1], Target(limit))
@@ -344,12 +366,12 @@ def _passes(workload: Workload) -> str:
 
 
 def _qat_linear() -> Iterator[Workload]:
-    tutorial, int8 = CONFIGS
+    tutorial, int8, static, learned = CONFIGS
     for shape in TUTORIAL_LAYERS:
         yield _layer(tutorial, STEP, shape, Target(1.05), backward=True)
     for shape in TUTORIAL_LAYERS[1:]:
         yield _layer(tutorial, "inference", shape)
-    for config in CONFIGS:
+    for config in (tutorial, int8):
         yield _layer(config, BACKWARD, MIDDLE_LAYER, backward=True, forward=False)
     for shape, (step, _, _, kept) in INT8_LIMITS.items():
         yield _layer(int8, STEP, shape, Target(step), Target(kept, "kept"), backward=True)
@@ -365,6 +387,11 @@ def _qat_linear() -> Iterator[Workload]:
             backward=True,
             autocast=True,
         )
+    for size, (of_step, of_gemm) in STATIC_LIMITS.items():
+        yield _layer(static, STEP, size, Target(of_step), backward=True)
+        if of_gemm is not None:
+            yield _layer(static, "inference", size, Target(of_gemm, provider=CACHED, of=INT8_GEMM))
+    yield _layer(learned, STEP, MIDDLE_LAYER, Target(0.95), backward=True)
 
 
 def _layer(config: str, table: str, shape: tuple[int, ...], *targets: Target, **options: Any) -> Workload:
@@ -446,6 +473,7 @@ _ALL: dict[str, Callable[[], Iterator[Workload]]] = {
     "quantize": partial(_one_pass, "quantize", 0.9),
     "dequantize": partial(_one_pass, "dequantize", 0.9),
     "qat_linear": _qat_linear,
+    OBSERVED: _fake_quantize_observed,
     "qat_conv2d": _qat_conv2d,
     "network": _network,
     "import": _import,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .. import ranges
+from .. import checks, ranges
 from ..config import PerChannel, PerGroup, PerTensor, QATConfig, QuantSpec
 from ..functional import fake_quantize, qat_linear
 from .base import (
@@ -244,6 +244,7 @@ class QATMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         config = replace(self.config, output=None)
         if config.is_dynamic:
             return qat_linear(x, weight, bias, config=config)
+        checks.linear_operands("qat_linear", x, weight, bias)
         grids = {"input": x_grid, "weight": w_grid}
         kept = {name: grid for name, grid in grids.items() if grid is not None}
         return ranges.qat_linear(x, weight, bias, config, kept)

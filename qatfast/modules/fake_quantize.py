@@ -135,18 +135,12 @@ class FakeQuantize(nn.Module):
             return input
         if spec.is_dynamic:
             return input if self._mode == OBSERVE else fake_quantize(input, **spec.arguments)
-        if (
-            self._mode == QUANTIZE
-            and isinstance(spec.range, OBSERVED)
-            and self.observes
-            and not _in_backward()
-        ):
-            own: dict[str, Any] = self._buffers  # nn.Module.__getattr__ takes 0.5 us each
-            y, *grid = ranges.fake_quantize_observed(
-                input, own["running_min"], own["running_max"], own["num_batches"], spec
-            )
-            self._remember(None, *grid)
-            return y
+        if self._mode == QUANTIZE and isinstance(spec.range, OBSERVED):
+            state = self.state_to_move()
+            if state is not None:
+                y, *grid = ranges.fake_quantize_observed(input, *state, spec)
+                self.remember(None, *grid)
+                return y
         scale, zero_point = self.grid(input)
         if self._mode == OBSERVE:
             self._count(input.detach(), scale.detach(), zero_point)
@@ -176,11 +170,10 @@ class FakeQuantize(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Returns :func:`ranges.int8_conv_input`; observes the input where forward would, in the same pass."""
         spec = self.spec
-        if isinstance(spec.range, OBSERVED) and self.observes and not _in_backward():
-            own: dict[str, Any] = self._buffers
-            state = (own["running_min"], own["running_max"], own["num_batches"])
+        state = self.state_to_move() if isinstance(spec.range, OBSERVED) else None
+        if state is not None:
             integers = ranges.int8_conv_input(input, with_mask, spec, *state)
-            self._remember(reader, *integers[2:4])
+            self.remember(reader, *integers[2:4])
             return integers
         return ranges.int8_conv_input(input, with_mask, spec, *self.grid(input, reader))
 
@@ -199,7 +192,17 @@ class FakeQuantize(nn.Module):
         """Whether the range depends on the inputs of now."""
         return self.spec.has_state and not self.frozen and (self.training or self._mode == OBSERVE)
 
-    def _remember(self, reader: nn.Module | None, scale: Tensor, zero_point: Tensor) -> None:
+    def state_to_move(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Returns what an input moves now: running_min, running_max and num_batches; None if it moves nothing.
+
+        The range is observed.
+        """
+        if not self.observes or _in_backward():
+            return None
+        own: dict[str, Any] = self._buffers  # nn.Module.__getattr__ takes 0.5 us each
+        return own["running_min"], own["running_max"], own["num_batches"]
+
+    def remember(self, reader: nn.Module | None, scale: Tensor, zero_point: Tensor) -> None:
         """Keeps the grid for a recomputed forward, as of activation checkpointing."""
         if not is_compiling():
             self._latest[id(reader)] = (scale, zero_point)
@@ -207,21 +210,19 @@ class FakeQuantize(nn.Module):
     def _stored(self, input: Tensor, reader: nn.Module | None) -> tuple[Tensor, Tensor]:
         """Of a range that is observed."""
         spec = self.spec
-        if self.observes:
-            if not _in_backward():
-                if self._mode == OBSERVE and isinstance(spec.range, MovingAverage):  # the mean of the batches
-                    spec = replace(spec, range=MovingAverage(1 / (int(self.num_batches) + 1)))
-                grid = ranges.observe_range(
-                    input.detach(), self.running_min, self.running_max, self.num_batches, spec
-                )
-                self._remember(reader, *grid)
-                return grid
-            if id(reader) in self._latest:
-                return self._latest[id(reader)]
+        state = self.state_to_move()
+        if state is not None:
+            if self._mode == OBSERVE and isinstance(spec.range, MovingAverage):  # the mean of the batches
+                spec = replace(spec, range=MovingAverage(1 / (int(self.num_batches) + 1)))
+            grid = ranges.observe_range(input.detach(), *state, spec)
+            self.remember(reader, *grid)
+            return grid
+        if self.observes and id(reader) in self._latest:
+            return self._latest[id(reader)]
         if not self._has_observed():
             raise self._unobserved()
-        own, compute = self._buffers, checks.compute_dtype(input.dtype)
-        return ranges.qparams_of_range(own["running_min"], own["running_max"], spec, compute)  # type: ignore[arg-type]
+        compute = checks.compute_dtype(input.dtype)
+        return ranges.qparams_of_range(self.running_min, self.running_max, spec, compute)
 
     def _learned(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Of a range that is learned."""

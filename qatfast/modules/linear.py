@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from .. import checks, ranges, requantization, weight_cache
 from ..chain import Carrier, Chain
-from ..config import PerChannel, PerGroup, QATConfig, QuantSpec
+from ..config import OBSERVED, PerChannel, PerGroup, QATConfig, QuantSpec
 from ..functional import qat_linear
 from .base import Obstacle, QuantizedLayer, TensorSpec, open_blocks, wrong_dimensions
 from .fake_quantize import QUANTIZE
@@ -55,6 +55,7 @@ bias=affine per tensor, output=affine per tensor)
     _float_class = nn.Linear
     _argument = "linear"
     _caches_weight: ClassVar[bool] = True  # cached_weights selects layers by this attribute
+    _observes_int8: bool = False  # whether an input may be observed and multiplied in one call
 
     def __init__(
         self,
@@ -126,6 +127,15 @@ bias=affine per tensor, output=affine per tensor)
             "output_quantizer": TensorSpec(config.output, (self.out_features,)),
         }
 
+    def _set_mode(self, mode: str) -> None:
+        super()._set_mode(mode)
+        config = self.config
+        takes_both = mode == QUANTIZE and config.uses_int8_gemm(self.in_features)
+        is_plain = takes_both and config.bias is None and config.output is None
+        vars(self)["_observes_int8"] = (
+            is_plain and ranges.takes_int8_weight(config) and isinstance(config.input.range, OBSERVED)  # type: ignore[union-attr]
+        )
+
     def forward(self, input: Tensor) -> Tensor:
         if open_blocks:
             self._record_call()
@@ -175,6 +185,17 @@ bias=affine per tensor, output=affine per tensor)
 
     def _of_ranges(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer with ranges that its quantizers keep, or in another mode."""
+        if self._observes_int8:
+            quantizer: Any = self._modules["input_quantizer"]
+            state = quantizer.state_to_move()
+            if state is not None:
+                slot = weight_cache.slot_of(self)
+                int8_weight = () if slot is None else weight_cache.int8_weight(slot, weight, self.config)
+                found = ranges.qat_linear_observed(input, weight, bias, self.config, state, int8_weight)
+                if found is not None:
+                    y, *grid = found
+                    quantizer.remember(self, *grid)
+                    return y
         checks.linear_operands("qat_linear", input, weight, bias)
         own: dict[str, Any] = self._modules
         quantizers = {name: own[quantizer_name(name)] for name in QUANTIZED if quantizer_name(name) in own}

@@ -79,6 +79,10 @@ struct FloatLoops {
   // Also sets the mask's bits from `first` on, which are 0 before, if the gradient passes.
   void (*fake_quantize_mask)(
       const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids);
+  // The same for n values with one grid, with the mask or without (null). Also widens the range in lo[0], hi[0] by the
+  // finite values of x; returns whether all are finite.
+  bool (*fake_quantize_range)(
+      const T* x, T* y, uint8_t* mask, int64_t first, int64_t n, const Grids<C>& grid, C* lo, C* hi);
   // The bits alone, of n values with one grid, from the first bit on.
   void (*inside)(const T* x, uint8_t* mask, int64_t n, const Grids<C>& grid);
 };

@@ -152,11 +152,10 @@ QATFAST_INLINE RangeBits<T> bits_of_run(const T* x, int64_t n) {
   return a;
 }
 
-// Stores the range of the finite values. Returns whether all are finite.
+// Stores the range of the finite values of a run with these bits. Returns whether all are finite.
 template <class T>
-QATFAST_INLINE bool range_of_run(const T* x, int64_t n, opmath_type<T>* lo, opmath_type<T>* hi) {
+QATFAST_INLINE bool range_of_bits(RangeBits<T> bits, const T* x, int64_t n, opmath_type<T>* lo, opmath_type<T>* hi) {
   using Bits = RangeBits<T>;
-  auto bits = bits_of_run(x, n);
   bits.below[0] = reduce<typename Bits::U, Bits::N>(bits.below, Larger{});
   bits.above[0] = reduce<typename Bits::I, Bits::N>(bits.above, Larger{});
   const bool is_finite = bits.to_floats(1, lo, hi);
@@ -164,6 +163,11 @@ QATFAST_INLINE bool range_of_run(const T* x, int64_t n, opmath_type<T>* lo, opma
     filtered_range(x, n, lo, hi);
   }
   return is_finite;
+}
+
+template <class T>
+QATFAST_INLINE bool range_of_run(const T* x, int64_t n, opmath_type<T>* lo, opmath_type<T>* hi) {
+  return range_of_bits(bits_of_run(x, n), x, n, lo, hi);
 }
 
 // The ranges of up to `rows` rows, N / rows lanes each. Reducing rows together takes few operations per row.

@@ -11,7 +11,8 @@ constexpr IntegerLoops<T, Q> integer_loops() {
 template <class T>
 constexpr Loops<T> all_loops() {
   return {{widen_loop<T>, range_of_rows_loop<T>, range_of_columns<T>, choose_loop<T>, factor_loop<T>,
-              choose_qparams_loop<T>, fake_quantize_loop<T>, fake_quantize_mask_loop<T>, inside_loop<T>},
+              choose_qparams_loop<T>, fake_quantize_loop<T>, fake_quantize_mask_loop<T>, fake_quantize_range_loop<T>,
+              inside_loop<T>},
       {learned_gradients_loop<T>, squared_errors_loop<T>, approximate_errors_loop<T>},
       {quantize_rows_loop<T>, epilogue_loop<T>}, integer_loops<T, int8_t>(), integer_loops<T, uint8_t>(),
       integer_loops<T, int16_t>(), integer_loops<T, uint16_t>()};

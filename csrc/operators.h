@@ -183,6 +183,9 @@ QATFAST_OPERATOR(int8_conv_depthwise,
         const Tensor& weight_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation))
 
+// Sets the gradient of the input to 0, in place, where the mask is not set. `values` has the mask's order.
+QATFAST_OPERATOR(int8_conv_mask_, Tensor(const Tensor& grad, const Tensor& mask, const Tensor& values))
+
 #undef QATFAST_OPERATOR
 
 // What runs on the autocast keys.

@@ -43,6 +43,13 @@ class Geometry(NamedTuple):
             return [(i - 1) * s - 2 * p + d * (k - 1) + o + 1 for i, k, s, p, d, o in sizes]
         return [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d, _ in sizes]
 
+    def is_pointwise(self, weight: Tensor) -> bool:
+        """Returns whether the convolution is a matrix product at each position."""
+        ones, zeros = (1,) * len(self.stride), (0,) * len(self.stride)
+        if self.transposed or self.groups != 1 or weight.shape[2:] != ones:
+            return False
+        return tuple(self.stride) == ones and tuple(self.padding) == zeros
+
     def fan_in(self, weight: Tensor) -> int:
         """Returns the number of products in a sum."""
         inputs = weight.shape[0] // self.groups if self.transposed else weight.shape[1]
@@ -297,6 +304,45 @@ class _Link(torch.autograd.Function):
         return grad
 
 
+_CHUNK = 2**20  # elements that stay in cache; a whole number of mask bytes for each row
+
+
+def _pointwise_gradients(
+    dy: Tensor,
+    w_rows: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    mask: Tensor | None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns the gradients of input, weight and bias where the convolution is a matrix product.
+
+    x_hat is made a chunk of rows at a time: fresh memory for all of it takes longer than the product saves.
+    """
+    ops = torch.ops.qatfast
+    size, channels = q.shape, q.shape[1]
+    rows = dy.to(scale.dtype).movedim(1, -1).reshape(-1, dy.shape[1])
+    w_rows = w_rows.to(scale.dtype)
+    q = q.movedim(1, -1).reshape(-1, channels)
+    dx = rows.new_empty(q.shape) if needed[0] else None
+    dw = rows.new_zeros(w_rows.shape) if needed[1] else None
+    step = max(8, _CHUNK // channels // 8 * 8)
+    for begin in range(0, q.shape[0], step):
+        part, values = rows[begin : begin + step], q[begin : begin + step]
+        if dw is not None:
+            dw.addmm_(part.t(), ops.dequantize(values, scale, zero_point, (0, 0)))
+        if dx is not None:
+            of_part = dx[begin : begin + step]
+            torch.mm(part, w_rows, out=of_part)
+            if mask is not None:
+                first = begin * channels // 8
+                ops.int8_conv_mask_(of_part, mask[first : first + (of_part.numel() + 7) // 8], values)
+    if dx is not None:
+        dx = dx.view(size[0], *size[2:], channels).movedim(-1, 1)
+    return dx, dw, rows.sum(0) if needed[2] else None
+
+
 class _Gradients(torch.autograd.Function):
     """A result ``value`` with the gradients of the convolution of x_hat, w_hat and b_hat.
 
@@ -337,6 +383,26 @@ class _Gradients(torch.autograd.Function):
         *_, shifted = int8_convolution.unsigned(x_spec.quant_min, x_spec.quant_max, zero_point)
         granularity = PerChannel(0) if scale.dim() else PerTensor()
         ops = torch.ops.qatfast  # there are kernels, or this node would not run
+        is_plain = (  # nothing else sees the tensors made here
+            not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(dy) is Tensor
+        )
+        is_matrix = (
+            is_plain
+            and poison is None
+            and scale.dim() == 0
+            and w_scale is None
+            and _is_channels_last(q)
+            and geometry.is_pointwise(w)
+        )
+        if is_matrix:
+            w_rows = functional.fake_quantize(w.detach().flatten(1), **w_spec.arguments)
+            dx, dw, db = _pointwise_gradients(dy, w_rows, q, scale, shifted, mask, ctx.needs_input_grad[:3])
+            return (
+                None if dx is None else dx.to(x.dtype),
+                None if dw is None else dw.view(w.shape).to(w.dtype),
+                None if db is None or ctx.bias is None else db.to(ctx.bias[1]),
+                *(None,) * 12,
+            )
         x_hat = ops.dequantize(q, scale, shifted, granularity.code)
         if poison is not None:
             x_hat = x_hat.add_(poison) if poison.dim() == 0 else x_hat.masked_fill_(poison, torch.nan)
@@ -364,7 +430,11 @@ class _Gradients(torch.autograd.Function):
             dy.to(x_hat.dtype), x_hat, w_hat.to(x_hat.dtype), sizes, *geometry, needed
         )
         if dx is not None and mask is not None:
-            dx = ops.fake_quantize_affine_backward(dx, mask, q.stride())
+            dx = (
+                ops.int8_conv_mask_(dx, mask, q)
+                if is_plain
+                else ops.fake_quantize_affine_backward(dx, mask, q.stride())
+            )
         return (
             None if dx is None else dx.to(x.dtype),
             None if dw is None else dw.to(w.dtype),

@@ -171,7 +171,7 @@ OPERATORS = {
             "quantize",
             _static_range,
             elementwise=True,
-            internal_on_cpu=("int8_conv_input", "int8_conv_scale_", "int8_conv_depthwise"),
+            internal_on_cpu=("int8_conv_input", "int8_conv_scale_", "int8_conv_depthwise", "int8_conv_mask_"),
         ),
         Operator("dequantize", _integers, elementwise=True),
         Operator(

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import cases
 import qatfast
 from qatfast import (
+    Dynamic,
     Fixed,
     Learned,
     MinMax,
@@ -29,6 +30,7 @@ from qatfast import (
     QuantSpec,
     cached_weights,
     calibrate,
+    convolution,
     fake_quantize,
     int8_convolution,
     kernels,
@@ -556,3 +558,25 @@ def test_depthwise(arguments, channels, monkeypatch):
         channels_last = layer(x.to(memory_format=torch.channels_last))
         assert channels_last.is_contiguous(memory_format=torch.channels_last)
         cases.assert_same(channels_last.detach(), expected.detach())
+
+
+@pytest.mark.parametrize("range", [Fixed(-1, 1), Dynamic()], ids=str)
+@pytest.mark.parametrize("channels", [3, 16])
+def test_gradients_of_a_pointwise_convolution_in_chunks(channels, range, monkeypatch):
+    """Those of the convolution of all rows at once, which an input in another layout takes."""
+    monkeypatch.setattr(convolution, "_CHUNK", 50 * channels)
+    torch.manual_seed(0)
+    layer = QATConv2d(channels, 6, 1, config=QATConfig(QuantSpec(8, range=range), SYMMETRIC, None, None))
+    x = cases.normal((3, channels, 7, 9), requires_grad=True)
+    grad = cases.normal((3, 6, 7, 9), seed=1)
+    leaves = [x, layer.weight, layer.bias]
+    expected = torch.autograd.grad(layer(x), leaves, grad)
+    channels_last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    leaves[0] = channels_last
+    actual = torch.autograd.grad(layer(channels_last), leaves, grad)
+    assert actual[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, check_stride=False)
+    assert torch.equal(actual[0] == 0, expected[0] == 0)
+    for position, leaf in enumerate(leaves):  # one gradient alone
+        (alone,) = torch.autograd.grad(layer(channels_last), [leaf], grad)
+        torch.testing.assert_close(alone, actual[position], rtol=1e-5, atol=1e-5)

@@ -66,8 +66,24 @@ Tensor int8_conv_scale_(
   TORCH_CHECK_VALUE(is_floats(weight_scale, channels) && (!bias || is_floats(*bias, channels)), op,
       ": expected one float32 weight scale and bias per channel, got ", tuple(weight_scale.sizes()));
   const float most = sums.numel() == 0 ? 0 : cpu::scale_sums(sums, input_scale, weight_scale, bias.value_or(Tensor()));
-  sums.unsafeGetTensorImpl()->is_inference() ? void() : sums.unsafeGetTensorImpl()->bump_version();
+  bump_version(sums);
   return at::full({}, most, at::kFloat);
+}
+
+Tensor int8_conv_mask_(const Tensor& grad, const Tensor& mask, const Tensor& values) {
+  constexpr auto op = "int8_conv_mask_";
+  check_float(op, "grad", grad.scalar_type());
+  TORCH_CHECK_VALUE(grad.sizes() == values.sizes() && mask.scalar_type() == at::kByte && mask.is_contiguous() &&
+          mask.sizes() == at::IntArrayRef({mask_bytes(grad)}),
+      op, ": expected the gradient, the mask and the integers of one input, got ", tuple(grad.sizes()), ", ",
+      tuple(mask.sizes()), " and ", tuple(values.sizes()));
+  if (grad.strides() == values.strides() && grad.is_non_overlapping_and_dense()) {
+    cpu::fake_quantize_affine_backward(grad, mask, grad);
+  } else {
+    grad.copy_(fake_quantize_affine_backward(grad, mask, c10::fromIntArrayRefSlow(values.strides())));
+  }
+  bump_version(grad);
+  return grad;
 }
 
 Tensor int8_conv_depthwise(const Tensor& values, const Tensor& scale, const Tensor& shifted_zero_point,

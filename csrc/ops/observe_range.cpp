@@ -34,12 +34,16 @@ ObservedRange checked_range(const char* op, const Tensor& input, const QuantSpec
   return {running_min, running_max, num_batches, static_cast<float>(averaging_constant)};
 }
 
-void bump_versions(const ObservedRange& range) {
-  for (const auto& state : {range.running_min, range.running_max, range.num_batches}) {
-    if (!state.is_inference()) {
-      state.unsafeGetTensorImpl()->bump_version();
-    }
+void bump_version(const Tensor& written) {
+  if (!written.is_inference()) {
+    written.unsafeGetTensorImpl()->bump_version();
   }
+}
+
+void bump_versions(const ObservedRange& range) {
+  bump_version(range.running_min);
+  bump_version(range.running_max);
+  bump_version(range.num_batches);
 }
 
 namespace kernel {

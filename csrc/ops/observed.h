@@ -11,6 +11,7 @@ ObservedRange checked_range(const char* op, const at::Tensor& input, const Quant
     double averaging_constant);
 
 // After a write: one that autograd would not see makes a gradient from the old values silently wrong.
+void bump_version(const at::Tensor& written);
 void bump_versions(const ObservedRange& range);
 
 } // namespace qatfast

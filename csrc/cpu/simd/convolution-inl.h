@@ -27,44 +27,44 @@ inline float scale_sums_loop(float* sums, int64_t rows, int64_t n, const float* 
   });
 }
 
-// Taps as a template argument stay in registers, if there are so many of them.
-template <int taps>
-QATFAST_INLINE void depthwise_lanes(const DepthwiseRow& row, int64_t c, int64_t m) {
-  const auto lanes_of = [m](const float* from) {
-    return load_first<float, float>(from, m);
-  };
-  const auto count = taps > 0 ? taps : row.taps;
-  V<float> weight[taps > 0 ? taps : 1];
-  for (int t = 0; t < taps; ++t) {
-    weight[t] = lanes_of(row.weight + t * row.channels + c);
-  }
-  const auto scale = lanes_of(row.scale + c), bias = lanes_of(row.bias + c);
-  for (int64_t i = 0; i < row.outputs; ++i) {
-    V<float> sum = {}; // of integers below 2^24, so that no operation rounds
-    for (int64_t t = 0; t < count; ++t) {
-      const auto level = lanes_of(row.tap[t] + i * row.step + c);
-      const auto w = taps > 0 ? weight[t] : lanes_of(row.weight + t * row.channels + c);
+// Outputs i to i + count - 1 of m channels: a weight is loaded once for all of them.
+template <int count>
+QATFAST_INLINE void depthwise_outputs(const DepthwiseRow& row, int64_t i, int64_t c, int64_t m) {
+  V<float> sums[count] = {}; // of integers below 2^24, so that no operation rounds
+  for (int64_t t = 0; t < row.taps; ++t) {
+    const auto weight = load_first<float, float>(row.weight + t * row.channels + c, m);
+    const float* levels = row.tap[t] + i * row.step + c;
+    for (int k = 0; k < count; ++k, levels += row.step) {
 #if QATFAST_VECTOR_BYTES >= 32
-      sum = fused_multiply_add(level, w, sum);
+      sums[k] = fused_multiply_add(load_first<float, float>(levels, m), weight, sums[k]);
 #else
-      sum += level * w;
+      sums[k] += load_first<float, float>(levels, m) * weight;
 #endif
     }
-    store_first<float, float, Result::any>(row.y + i * row.channels + c, int8_output(sum, scale, bias), m);
+  }
+  const auto scale = load_first<float, float>(row.scale + c, m), bias = load_first<float, float>(row.bias + c, m);
+  for (int k = 0; k < count; ++k) {
+    store_first<float, float, Result::any>(row.y + (i + k) * row.channels + c, int8_output(sums[k], scale, bias), m);
   }
 }
 
 inline void depthwise_loop(const DepthwiseRow& row) {
-  constexpr int64_t N = lanes<float>;
-  for (int64_t c = 0; c < row.channels; c += N) {
-    const auto m = row.channels - c < N ? row.channels - c : N;
-    if (row.taps == 9 && m == N) {
-      depthwise_lanes<9>(row, c, N);
-    } else if (row.taps == 25 && m == N && QATFAST_VECTOR_BYTES == 64) {
-      depthwise_lanes<25>(row, c, N);
-    } else {
-      depthwise_lanes<0>(row, c, m);
+  constexpr int64_t N = lanes<float>, count = 4;
+  const auto channels_of = [&](auto outputs, int64_t i) __attribute__((always_inline)) {
+    int64_t c = 0;
+    for (; c + N <= row.channels; c += N) {
+      depthwise_outputs<outputs>(row, i, c, N);
     }
+    if (c < row.channels) {
+      depthwise_outputs<outputs>(row, i, c, row.channels - c);
+    }
+  };
+  int64_t i = 0;
+  for (; i + count <= row.outputs; i += count) {
+    channels_of(std::integral_constant<int, count>{}, i);
+  }
+  for (; i < row.outputs; ++i) {
+    channels_of(std::integral_constant<int, 1>{}, i);
   }
 }
 

@@ -391,7 +391,7 @@ class _Gradients(torch.autograd.Function):
             and poison is None
             and scale.dim() == 0
             and w_scale is None
-            and _is_channels_last(q)
+            and is_channels_last(q)
             and geometry.is_pointwise(w)
         )
         if is_matrix:

@@ -190,6 +190,8 @@ def _as_plain(
     pads = tuple((s, s + o) for s, o in zip(spread, output_padding, strict=True))
     kernel = kernel.flip(tuple(range(2, kernel.dim())))
     return kernel, _Conv((1,) * len(pads), pads, tuple(dilation), groups)
+
+
 def _is_depthwise(q: Tensor, weight: Int8Weight, kernel_size: Sequence[int], groups: int) -> bool:
     """Whether each channel of an image is its own group, with sums below 2^24."""
     if q.dim() != 4 or not groups == q.shape[1] == weight.values.shape[0]:

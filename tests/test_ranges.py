@@ -1171,7 +1171,9 @@ def test_a_layer_that_observes_in_one_call_gives_the_bits_of_two(monkeypatch, ra
         outputs = [layer(x * scale) for scale in (1.0, 0.5, 3.0)]
         sum(y.square().sum() for y in outputs).backward()
         gradients = [tensor.grad for tensor in (x, *layer.parameters())]
-        results.append((*outputs, *gradients, *state_of(layer).values(), *layer.input_quantizer._latest[id(layer)]))
+        results.append(
+            (*outputs, *gradients, *state_of(layer).values(), *layer.input_quantizer._latest[id(layer)])
+        )
         monkeypatch.setattr(ranges, "qat_linear_observed", lambda *arguments: None)
     cases.assert_all_same(*results)
 

@@ -29,7 +29,7 @@ _RELU6 = Chain(None, "relu6", None, ("relu6",), ())
 
 @dataclass(frozen=True)
 class Requantization:
-    """Says that a layer computes the integers of its result from its sums; see :func:`qatfast.reference.requantized`.
+    """Says that a layer computes the integers of its result from its sums; see ``qatfast.reference.requantized``.
 
     Attributes:
         spec: of the integers, whose grid is ``output_scale`` and ``output_zero_point``.
@@ -49,7 +49,7 @@ class IntegerLayer(nn.Module):
     Buffers, of which a layer has those that it needs:
 
     - ``weight``: int8, or int16 above 8 bits, in the shape of the float layer. Up to 4 bits it is uint8, with the
-      rows of :meth:`integers` packed by :func:`qatfast.packing.pack_rows`. Affine integers are stored from 0 on, those
+      rows of :meth:`integers` packed by ``qatfast.packing.pack_rows``. Affine integers are stored from 0 on, those
       of 8 and 16 bits less 128 and 32768. A weight that stays in float is the float weight.
     - ``weight_scale``, ``weight_zero_point`` (int8 or int16, only of affine weights): those of
       :func:`qatfast.choose_qparams` for the matrix with a row per output channel;

@@ -22,7 +22,7 @@ class IntegerEmbedding(IntegerLayer):
 
         y = (weight[input] - weight_zero_point) * weight_scale
 
-    The buffers are those of :class:`IntegerLayer`.
+    The buffers are those of :class:`qatfast.integer.IntegerLayer`.
 
     Shape:
         That of ``nn.Embedding``.

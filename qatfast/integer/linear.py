@@ -26,7 +26,7 @@ class IntegerLinear(IntegerLayer):
         q = clamp(round((acc + bias) * (input_scale * weight_scale / output_scale)) + output_zero_point, low, high)
         y = (q - output_zero_point) * output_scale
 
-    The buffers are those of :class:`IntegerLayer`.
+    The buffers are those of :class:`qatfast.integer.IntegerLayer`.
 
     Shape:
         That of ``nn.Linear``.

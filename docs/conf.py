@@ -15,7 +15,10 @@ nitpicky = True
 # Types of torch and of Python cannot be resolved without a network; ours are in private modules.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn\.|collections|typing|os\.|tuple|Any|Tensor|Iterator|Mapping).*"),
-    ("py:.*", r"qatfast\.(config\.(Granularity|Range)|model\.Summary(Row)?|calibration\.Model|integer\.Integer.*)"),
+    (
+        "py:.*",
+        r"qatfast\.(config\.(Granularity|Range)|model\.Summary(Row)?|calibration\.Model|integer\.Integer.*)",
+    ),
 ]
 
 autodoc_typehints = "signature"

@@ -125,6 +125,11 @@ bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::
 float scale_sums(
     const at::Tensor& sums, const at::Tensor& input_scale, const at::Tensor& weight_scale, const at::Tensor& bias);
 
+// Overwrites sums (rows, outputs), int32 or integers in float32, by the float32 values of the integers that follow from
+// sums + offset; see requantized in quant_math.h.
+void requantize(
+    const at::Tensor& sums, const at::Tensor& offset, const at::Tensor& factor, float low, float high, float scale);
+
 // A depthwise convolution in two dimensions of uint8 values (batch, channels, height, width), channels-last.
 struct DepthwiseTask {
   at::Tensor values;

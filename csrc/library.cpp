@@ -131,6 +131,10 @@ TORCH_LIBRARY(qatfast, m) {
       tags);
   m.def("int8_conv_scale_(Tensor(a!) sums, Tensor input_scale, Tensor weight_scale, Tensor? bias) -> Tensor largest",
       tags);
+  m.def(
+      "int8_requantize_(Tensor(a!) sums, Tensor offset, Tensor factor, float low, float high, float scale) "
+      "-> Tensor(a!)",
+      tags);
   m.def("int8_conv_mask_(Tensor(a!) grad, Tensor mask, Tensor values) -> Tensor(a!)", tags);
   m.def(
       "int8_conv_depthwise(Tensor values, Tensor scale, Tensor shifted_zero_point, Tensor weight, "
@@ -180,6 +184,7 @@ TORCH_LIBRARY_IMPL(qatfast, CPU, m) {
   m.impl("qat_linear_int8_static_backward", kernel::qat_linear_int8_static_backward);
   m.impl("int8_conv_input", kernel::int8_conv_input);
   m.impl("int8_conv_scale_", kernel::int8_conv_scale_);
+  m.impl("int8_requantize_", kernel::int8_requantize_);
   m.impl("int8_conv_mask_", kernel::int8_conv_mask_);
   m.impl("int8_conv_depthwise", kernel::int8_conv_depthwise);
 }
@@ -220,7 +225,7 @@ TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
            "fake_quantize_learned_backward", "qat_linear_forward", "qat_linear_grad_weight",
            "qat_linear_int8_static_forward", "qat_linear_int8_static_backward", "qat_linear_int8_forward",
            "qat_linear_int8_input", "qat_linear_int8_backward", "int8_conv_input", "int8_conv_scale_",
-           "int8_conv_depthwise", "int8_conv_mask_"}) {
+           "int8_requantize_", "int8_conv_depthwise", "int8_conv_mask_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

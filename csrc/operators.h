@@ -177,6 +177,10 @@ QATFAST_OPERATOR(int8_conv_scale_,
     Tensor(
         const Tensor& sums, const Tensor& input_scale, const Tensor& weight_scale, const std::optional<Tensor>& bias))
 
+// Overwrites sums (int32, or integers in float32) by the float32 values of the integers that follow from sums + offset.
+QATFAST_OPERATOR(int8_requantize_,
+    Tensor(const Tensor& sums, const Tensor& offset, const Tensor& factor, double low, double high, double scale))
+
 // The result of a depthwise convolution in two dimensions, from the integers of the input.
 QATFAST_OPERATOR(int8_conv_depthwise,
     Tensor(const Tensor& values, const Tensor& scale, const Tensor& shifted_zero_point, const Tensor& weight,

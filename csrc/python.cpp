@@ -215,6 +215,7 @@ PyMethodDef methods[] = {
     method("qat_linear_int8_observed", direct<observed_layer>),
     method("int8_conv_input", direct<op::int8_conv_input>),
     method("int8_conv_scale_", direct<op::int8_conv_scale_>),
+    method("int8_requantize_", direct<op::int8_requantize_>),
     method("int8_conv_mask_", direct<op::int8_conv_mask_>),
     method("int8_conv_depthwise", direct<op::int8_conv_depthwise>),
     {nullptr, nullptr, 0, nullptr},

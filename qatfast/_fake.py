@@ -239,6 +239,10 @@ def _register_fakes() -> None:
     def _(sums: Tensor, *_: Any) -> Tensor:
         return sums.new_empty(())
 
+    @fake("qatfast::int8_requantize_")
+    def _(sums: Tensor, *_: Any) -> Tensor:
+        return sums
+
     @fake("qatfast::int8_conv_mask_")
     def _(grad: Tensor, *_: Any) -> Tensor:
         return grad

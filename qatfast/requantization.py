@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, functional, int8_convolution, reference
+from . import checks, functional, int8_convolution, kernels, reference
 from .config import QuantSpec
 from .convolution import Geometry
 from .int8_convolution import Int8Weight
@@ -167,9 +167,6 @@ def conv(
             levels, _kernel(operands.weight.double(), input, kernel_size, geometry), None
         )
     matrix = sums.movedim(1, -1).reshape(-1, sums.shape[1])  # a view of sums in channels-last format
-    is_small = operands.reach is not None and operands.reach <= int8_convolution.FLOAT_LIMIT
-    if sums.dtype == torch.float32 and not is_small:
-        matrix = matrix.to(torch.int32)
     y = _requantized(matrix, operands.b32, operands).view(len(sums), *sums.shape[2:], -1).movedim(-1, 1)
     return int8_convolution._channels_last(y) if channels_last else y.contiguous()
 
@@ -178,12 +175,19 @@ def _requantized(sums: Tensor, offset: Tensor, operands: Operands) -> Tensor:
     """Returns the values of the integers that follow from ``sums + offset``; writes into ``sums``.
 
     Args:
-        sums: ``(rows, outputs)``, int32, float32 or float64; of a dtype that holds ``sums + offset``.
+        sums: ``(rows, outputs)``, int32, float32 or float64.
         offset: one element per output.
         operands: of the layer.
     """
-    y = sums if sums.dtype == torch.float32 else torch.empty_like(sums, dtype=torch.float32)
     bounds = float(operands.low), float(operands.high)
+    ops = None if sums.dtype == torch.float64 else kernels.extension
+    if ops is not None:
+        ops.int8_requantize_(sums, offset, operands.factor, *bounds, float(operands.y_scale))
+        return sums.view(torch.float32)
+    is_small = operands.reach is not None and operands.reach <= int8_convolution.FLOAT_LIMIT
+    if sums.dtype == torch.float32 and not is_small:  # the dtype holds sums + offset
+        sums = sums.to(torch.int32)
+    y = sums if sums.dtype == torch.float32 else torch.empty_like(sums, dtype=torch.float32)
     count = max(1, _PART * torch.get_num_threads() // max(1, sums.shape[1]))
     for begin in range(0, len(sums), count):
         total, part = sums[begin : begin + count].add_(offset), y[begin : begin + count]

@@ -171,7 +171,10 @@ OPERATORS = {
             "quantize",
             _static_range,
             elementwise=True,
-            internal_on_cpu=("int8_conv_input", "int8_conv_scale_", "int8_conv_depthwise", "int8_conv_mask_"),
+            internal_on_cpu=(
+                *("int8_conv_input", "int8_conv_scale_", "int8_conv_depthwise", "int8_conv_mask_"),
+                "int8_requantize_",
+            ),
         ),
         Operator("dequantize", _integers, elementwise=True),
         Operator(

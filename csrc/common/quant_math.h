@@ -264,4 +264,10 @@ QATFAST_FORMULA T int8_output(T sum, T scale, T bias) {
   return sum * scale + bias;
 }
 
+// The value of the integer that follows from a sum with its bias, rounded to T. `factor` is the scale of the sums by
+// that of the integers, `low` and `high` are integers less the zero point.
+QATFAST_FORMULA T requantized(T sum, T factor, T low, T high, T scale) {
+  return round_half_even(clamp(sum * factor, low, high)) * scale;
+}
+
 } // namespace qatfast

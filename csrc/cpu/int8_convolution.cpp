@@ -35,6 +35,32 @@ float scale_sums(
   return most;
 }
 
+void requantize(
+    const at::Tensor& sums, const at::Tensor& offset, const at::Tensor& factor, float low, float high, float scale) {
+  const auto rows = sums.size(0), outputs = sums.size(1);
+  const auto joined = rows_to_join(outputs, rows), width = joined * outputs;
+  std::vector<int32_t> offsets(width);
+  std::vector<float> factors(width);
+  for (int64_t j = 0; j < width; ++j) {
+    offsets[j] = offset.const_data_ptr<int32_t>()[j % outputs];
+    factors[j] = factor.const_data_ptr<float>()[j % outputs];
+  }
+  const Requantization by = {offsets.data(), factors.data(), low, high, scale};
+  auto* const data = static_cast<char*>(sums.mutable_data_ptr());
+  const bool are_floats = sums.scalar_type() == at::kFloat;
+  const int64_t size = sums.numel();
+  parallel_for(0, (size + width - 1) / width, std::max<int64_t>(1, grain / width), [&](int64_t row, int64_t end) {
+    const StandardArithmetic arithmetic;
+    const auto loop = are_floats ? chosen().requantize_float32 : chosen().requantize_int32;
+    const auto begin = row * width, n = std::min(end * width, size) - begin, whole = n / width;
+    char* const at = data + begin * sizeof(float);
+    loop(at, whole, width, by);
+    if (n % width > 0) {
+      loop(at + whole * width * sizeof(float), 1, n % width, by);
+    }
+  });
+}
+
 namespace {
 
 // The levels of the rows of an input that a row of outputs reads, with zeros beyond its ends.

@@ -70,6 +70,26 @@ Tensor int8_conv_scale_(
   return at::full({}, most, at::kFloat);
 }
 
+Tensor int8_requantize_(
+    const Tensor& sums, const Tensor& offset, const Tensor& factor, double low, double high, double scale) {
+  constexpr auto op = "int8_requantize_";
+  const auto is_row = [&](const Tensor& x, at::ScalarType type) {
+    return x.scalar_type() == type && x.is_contiguous() && x.numel() == sums.size(1);
+  };
+  TORCH_CHECK_VALUE(
+      sums.dim() == 2 && sums.is_contiguous() && (sums.scalar_type() == at::kInt || sums.scalar_type() == at::kFloat),
+      op, ": expected a contiguous matrix of int32 or float32, got ", name_of(sums.scalar_type()), " of shape ",
+      tuple(sums.sizes()));
+  TORCH_CHECK_VALUE(is_row(offset, at::kInt) && is_row(factor, at::kFloat), op,
+      ": expected one int32 offset and one float32 factor per column, got ", tuple(offset.sizes()), " and ",
+      tuple(factor.sizes()));
+  if (sums.numel() > 0) {
+    cpu::requantize(sums, offset, factor, static_cast<float>(low), static_cast<float>(high), static_cast<float>(scale));
+  }
+  bump_version(sums);
+  return sums;
+}
+
 Tensor int8_conv_mask_(const Tensor& grad, const Tensor& mask, const Tensor& values) {
   constexpr auto op = "int8_conv_mask_";
   check_float(op, "grad", grad.scalar_type());

@@ -27,6 +27,32 @@ inline float scale_sums_loop(float* sums, int64_t rows, int64_t n, const float* 
   });
 }
 
+template <class E>
+void requantize_loop(void* sums, int64_t rows, int64_t n, const Requantization& by) {
+  constexpr int64_t N = lanes<float>;
+  using Unsigned = Vec<uint32_t, N>; // sums wrap around on their way
+  const V<float> low = V<float>{} + by.low, high = V<float>{} + by.high, scale = V<float>{} + by.scale;
+  auto* at = static_cast<float*>(sums);
+  const auto requantize_vector = [&](int64_t j, int64_t m) {
+    const auto loaded = first_of<E, N>(at + j, m);
+    const auto sum = __builtin_convertvector(loaded, Vec<int32_t, N>);
+    const auto offset = first_of<int32_t, N>(by.offset + j, m);
+    const auto total = bits_as<Unsigned>(&sum) + bits_as<Unsigned>(&offset);
+    const auto value = __builtin_convertvector(bits_as<Vec<int32_t, N>>(&total), V<float>);
+    const auto y = requantized(value, load_first<float, float>(by.factor + j, m), low, high, scale);
+    store_first<float, float, Result::any>(at + j, y, m);
+  };
+  for (int64_t row = 0; row < rows; ++row, at += n) {
+    int64_t j = 0;
+    for (; j + N <= n; j += N) {
+      requantize_vector(j, N);
+    }
+    if (j < n) {
+      requantize_vector(j, n - j);
+    }
+  }
+}
+
 // Outputs i to i + count - 1 of m channels: a weight is loaded once for all of them.
 template <int count>
 QATFAST_INLINE void depthwise_outputs(const DepthwiseRow& row, int64_t i, int64_t c, int64_t m) {

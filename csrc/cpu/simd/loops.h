@@ -148,6 +148,18 @@ using RoundedLoop = void (*)(const float* x, To* y, int64_t rows, int64_t n, con
 // sums = sums * scale + bias in place, over `rows` runs of n columns. Returns the largest magnitude of a sum.
 using ScaleSumsLoop = float (*)(float* sums, int64_t rows, int64_t n, const float* scale, const float* bias);
 
+// What turns the sums of n outputs into the values of integers; see requantized in quant_math.h.
+struct Requantization {
+  const int32_t* offset; // added to each sum, n of them
+  const float* factor;   // n
+  float low;
+  float high;
+  float scale;
+};
+
+// Overwrites `rows` runs of n sums, int32 or integers in float32, by float32 values.
+using RequantizeLoop = void (*)(void* sums, int64_t rows, int64_t n, const Requantization& requantization);
+
 // A row of outputs of a depthwise convolution: output i of channel c is the sum of tap[t][i * step + c] * weight[t][c],
 // times scale[c], plus bias[c]. Levels and weights are integers whose sums stay below 2^24.
 struct DepthwiseRow {
@@ -175,6 +187,8 @@ struct InstructionSet {
   RoundedLoop<c10::Half> f32_to_f16;
   RoundedLoop<c10::BFloat16> f32_to_bf16;
   ScaleSumsLoop scale_sums;
+  RequantizeLoop requantize_int32;
+  RequantizeLoop requantize_float32;
   DepthwiseLoop depthwise;
 
   template <class T>

@@ -65,7 +65,8 @@ def test_inductor_replaces_the_patterns_by_kernels_on_integers():
     with torch._inductor.config.patch(freezing=True):
         y = torch.compile(torch.export.export(converted, (x,)).module())(x)
     torch.testing.assert_close(y, converted(x), rtol=1e-5, atol=1e-6)
-    if torch.cpu._is_avx512_supported():
+    has_patterns = torch.__version__ < (2, 14)  # torchao has them since
+    if has_patterns and torch.cpu._is_avx512_supported():
         assert counters["inductor"]["qlinear_weight_prepack_matcher_count"] == 3
 
 

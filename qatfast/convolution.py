@@ -69,6 +69,21 @@ class Geometry(NamedTuple):
         rows = rows.view(self.groups, shape[1], shape[0] // self.groups, *shape[2:])
         return rows.transpose(1, 2).reshape(shape)
 
+    def memory_rows(self, weight: Tensor) -> Tensor:
+        """Returns ``to_rows`` with columns in the order of memory, for grids that a row's order does not change.
+
+        A weight in channels-last format is not copied.
+        """
+        if self.transposed or not is_channels_last(weight):
+            return self.to_rows(weight)
+        return weight.movedim(1, -1).flatten(1)
+
+    def from_memory_rows(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Returns the matrix of ``memory_rows`` in the shape of ``weight``."""
+        if self.transposed or not is_channels_last(weight):
+            return self.from_rows(rows, weight.shape)
+        return rows.view(weight.shape[0], *weight.shape[2:], weight.shape[1]).movedim(-1, 1)
+
 
 def of_batch(spec: QuantSpec | None) -> QuantSpec | None:
     """Returns the spec for a tensor (batch, channels, ...): per token means one scale per sample."""
@@ -206,9 +221,8 @@ def qat_conv_in_one_pass(
     """
     x_spec, w_spec = config.input, config.weight
     assert x_spec is not None and w_spec is not None
-    rows = geometry.to_rows(weight)
-    b_hat = ranges.bias_hat(input, rows, bias, config, {})
-    w = kept(lambda: _int8_weight_of_rows(rows.detach(), w_spec))
+    b_hat = ranges.bias_hat(input, weight, bias, config, {})
+    w = kept(lambda: _symmetric_int8_weight(weight.detach(), w_spec, geometry))
     tensors = (input, weight) if bias is None else (input, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     needs_mask = needs_grad and input.requires_grad and not x_spec.is_dynamic
@@ -231,11 +245,13 @@ def qat_conv_in_one_pass(
     )  # fmt: skip
 
 
-def _int8_weight_of_rows(rows: Tensor, spec: QuantSpec) -> Int8Weight:
-    """Returns a weight with a symmetric dynamic range."""
+def _symmetric_int8_weight(weight: Tensor, spec: QuantSpec, geometry: Geometry) -> Int8Weight:
+    """Returns a weight with a symmetric dynamic range, in its memory format."""
     ops: Any = kernels.extension
-    values, scale, zero_point, _ = ops.qat_linear_int8_weight(rows, spec.code)
-    return Int8Weight(values, scale, zero_point)
+    values, scale, zero_point, total = ops.qat_linear_int8_weight(geometry.memory_rows(weight), spec.code)
+    if not geometry.transposed:
+        values = geometry.from_memory_rows(values, weight)
+    return Int8Weight(values, scale, zero_point, total=total)
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -407,14 +423,14 @@ class _Gradients(torch.autograd.Function):
         if poison is not None:
             x_hat = x_hat.add_(poison) if poison.dim() == 0 else x_hat.masked_fill_(poison, torch.nan)
         weight = w if weight is None else weight
-        rows = geometry.to_rows(weight.detach())
+        rows = geometry.memory_rows(weight.detach())
         if w_scale is None:
             arguments = (w_spec.num_bits, w_spec.symmetric, w_spec.granularity.code, w_spec.narrow_range)
             w_rows = ops.fake_quantize(rows, *arguments)
         else:
             ends = (w_spec.quant_min, w_spec.quant_max, w_spec.granularity.code)
             w_rows = ops.fake_quantize_affine(rows, w_scale, w_zero_point, *ends)
-        w_hat = geometry.from_rows(w_rows, weight.shape)
+        w_hat = geometry.from_memory_rows(w_rows, weight)
         if torch.is_grad_enabled():
             if mask is not None:
                 x = ops.fake_quantize_affine_backward(x, mask, q.stride())
@@ -483,5 +499,5 @@ def _(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *first, int8_weight, kernel_size = arguments[:7]
-    values, scale, zero_point, _ = int8_weight
+    values, scale, zero_point = int8_weight[:3]
     return torch.ops.qatfast.qat_conv_int8(*first, values, scale, zero_point, kernel_size, *arguments[7:])

@@ -23,13 +23,14 @@ class Int8Weight(NamedTuple):
     """A quantized weight: integers and, for each output channel, the scale and the zero point.
 
     The scale is NaN if the channel holds a NaN. ``packed`` keeps what a library makes of the
-    integers, or is None if they are used once.
+    integers, or is None if they are used once. ``total`` is the sum of each channel's integers, if known.
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor
     packed: dict[Any, Tensor] | None = None
+    total: Tensor | None = None
 
 
 class Int8Input(NamedTuple):
@@ -113,7 +114,9 @@ def product(
     if nan is None and scale.dim() == 0 and not transposed and _is_depthwise(q, weight, kernel_size, groups):
         sizes = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
         floats = None if bias is None else bias.to(torch.float32).contiguous()
-        y = ops.int8_conv_depthwise(q, scale, zero_point, weight.values, weight.scale, floats, *sizes)
+        y = ops.int8_conv_depthwise(
+            q, scale, zero_point, weight.values.flatten(1), weight.scale, floats, *sizes
+        )
         return y if channels_last else y.contiguous()
     kernel, convolution = _as_plain(
         weight, kernel_size, stride, padding, dilation, transposed, output_padding, groups
@@ -183,7 +186,9 @@ def _as_plain(
     groups: int,
 ) -> tuple[Tensor, _Conv]:
     """Returns the kernel and the arguments of the convolution that is not transposed, of the spread input."""
-    kernel = weight.values.view(weight.values.shape[0], -1, *kernel_size)
+    kernel = weight.values
+    if kernel.dim() == 2:
+        kernel = kernel.view(len(kernel), -1, *kernel_size)
     if not transposed:
         return kernel, _Conv(tuple(stride), tuple((p, p) for p in padding), tuple(dilation), groups)
     spread = tuple((d * (k - 1) - p) for d, k, p in zip(dilation, kernel_size, padding, strict=True))
@@ -265,7 +270,7 @@ def _sums_by_library(
     if kernel.dtype != torch.int8 or q.numel() == 0 or kernel.numel() == 0 or reach >= _INT_LIMIT:
         return None
     if _packing_dominates(q, kernel, weight, convolution) and _int_mm_is_exact():
-        return _by_matrix(q, zero_point, kernel, convolution)
+        return _by_matrix(q, zero_point, kernel, convolution, weight.total)
     if not _library_is_exact(q.dim() - 2):
         return None
     return _by_library(q, zero_point, kernel, weight.packed, convolution)
@@ -327,7 +332,9 @@ def _vectors(channels: int) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ones(1, device="cpu"), ones, torch.zeros(channels, dtype=torch.int32, device="cpu")
 
 
-def _by_matrix(q: Tensor, zero_point: int, kernel: Tensor, convolution: _Conv) -> Tensor:
+def _by_matrix(
+    q: Tensor, zero_point: int, kernel: Tensor, convolution: _Conv, total: Tensor | None = None
+) -> Tensor:
     """By a matrix product of all windows of the input (im2col)."""
     dims = q.dim() - 2
     last = q.movedim(1, -1).contiguous()
@@ -353,7 +360,8 @@ def _by_matrix(q: Tensor, zero_point: int, kernel: Tensor, convolution: _Conv) -
     )  # a view may overlap
     matrix = kernel.movedim(1, -1).reshape(kernel.shape[0], -1)
     sums = torch._int_mm(windows, matrix.t())
-    sums -= zero_point * matrix.sum(1, dtype=torch.int32)
+    total = matrix.sum(1, dtype=torch.int32) if total is None else total
+    sums -= (zero_point * total).to(torch.int32)
     return sums.float().view(q.shape[0], *sizes, -1).movedim(-1, 1) if dims else sums.float()
 
 

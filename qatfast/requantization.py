@@ -157,7 +157,7 @@ def conv(
     has_nan = bool(input.numel() and input.amax().isnan())
     sums = None
     if not has_nan:
-        weight = Int8Weight(operands.weight, operands.factor, operands.b32, operands.packed)
+        weight = Int8Weight(operands.weight, operands.factor, operands.b32, operands.packed, operands.total)
         sums = int8_convolution.exact_sums(q, int(zero_point), weight, kernel_size, geometry, operands.reach)
     if sums is None:
         levels = q.double() - zero_point

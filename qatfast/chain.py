@@ -12,25 +12,21 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import ranges, reference, requantization, weight_cache
+from . import checks, ranges, reference, requantization, weight_cache
 from .config import QuantSpec
 from .reference import StaticGrids
 from .requantization import Operands
 
 BATCH_NORM = "batch_norm"
 RELUS = {"relu": "relu", "relu_": "relu", "relu6": "relu6"}
+MAX_POOLS = tuple(f"{name}{dims}d" for name in ("max_pool", "adaptive_max_pool") for dims in (1, 2, 3))
 MOVERS = frozenset(
     [
         "dropout",
         "dropout1d",
         "dropout2d",
         "dropout3d",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
+        *MAX_POOLS,
         "flatten",
         "unflatten",
         "reshape",
@@ -57,18 +53,8 @@ JOINS = frozenset(
         "concat",
         "concatenate",
         "mean",
-        "max_pool1d",
-        "max_pool2d",
-        "max_pool3d",
-        "adaptive_max_pool1d",
-        "adaptive_max_pool2d",
-        "adaptive_max_pool3d",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
+        *MAX_POOLS,
+        *(f"{name}{dims}d" for name in ("avg_pool", "adaptive_avg_pool") for dims in (1, 2, 3)),
     ]
 )
 # Functions and attributes that read no value of a tensor.
@@ -201,9 +187,9 @@ class Chain:
         """
         grids, grid = head._grids(input, weight), self.quantizer.grid(input)
         specs = (head.config.input, head.config.weight)
-        if requantization.takes_int8(input, specs[1]):
-            scale, zero_point = requantization.positive(grids["input"][0]), grids["input"][1]
-            x_grid = scale.reshape(()), zero_point.reshape(())
+        if requantization.takes_int8(input, specs[1].symmetric):
+            scale, zero_point = grids["input"]
+            x_grid = checks.positive_scale(scale).reshape(()), zero_point.reshape(())
             operands = self._operands(head, weight, bias, x_grid, grids.get("weight"), grid)
             value = int8_product(*x_grid, operands)
         else:

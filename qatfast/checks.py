@@ -233,9 +233,15 @@ def learned_qparams(
         )
     if not isinstance(zero_point, Tensor):
         zero_point = filled_zero_point(op, scale, zero_point)
-    positive = scale.detach().abs().clamp(min=torch.finfo(scale.dtype).tiny)
-    _, zero_point = qparams(op, input, positive, zero_point, quant_min, quant_max, granularity, input.dtype)
+    _, zero_point = qparams(
+        op, input, positive_scale(scale), zero_point, quant_min, quant_max, granularity, input.dtype
+    )
     return zero_point
+
+
+def positive_scale(scale: Tensor) -> Tensor:
+    """Returns a scale as it quantizes: ``max(|scale|, tiny)``, as a learned one may be negative or 0."""
+    return scale.detach().abs().clamp(min=torch.finfo(scale.dtype).tiny)
 
 
 def fixed_scale(op: str, scale: Any) -> None:

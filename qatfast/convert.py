@@ -12,36 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import flow as flows
-from .integer import (
-    IntegerConv1d,
-    IntegerConv2d,
-    IntegerConv3d,
-    IntegerConvTranspose1d,
-    IntegerConvTranspose2d,
-    IntegerConvTranspose3d,
-    IntegerEmbedding,
-    IntegerLayer,
-    IntegerLinear,
-    IntegerMultiheadAttention,
-)
+from .integer import INTEGER_LAYERS, IntegerLayer
 from .modules import FakeQuantize, QuantizedLayer
 from .modules.base import kind_name
 
 FORMS = ("integer", "quantized_decomposed")
-INTEGER_LAYERS: dict[type[nn.Module], Any] = {
-    cls._source: cls
-    for cls in (
-        IntegerConv1d,
-        IntegerConv2d,
-        IntegerConv3d,
-        IntegerConvTranspose1d,
-        IntegerConvTranspose2d,
-        IntegerConvTranspose3d,
-        IntegerEmbedding,
-        IntegerLinear,
-        IntegerMultiheadAttention,
-    )
-}
 
 
 def convert(model: nn.Module, *, form: str = "integer", example_inputs: Any = None) -> nn.Module:

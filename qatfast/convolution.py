@@ -3,86 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import isnan, prod
-from typing import Any, NamedTuple
+from math import isnan
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, functional, int8_convolution, kernels, ranges, reference
 from .config import Learned, PerChannel, PerTensor, PerToken, QATConfig, QuantSpec
+from .geometry import Geometry, is_channels_last
 from .int8_convolution import Int8Input, Int8Weight
-
-
-class Geometry(NamedTuple):
-    """The arguments of a convolution; the tuples have a number per spatial dimension."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    transposed: bool
-    output_padding: tuple[int, ...]
-    groups: int
-
-    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Returns the convolution as torch.nn.functional computes it, also under autocast."""
-        dims = len(self.stride)
-        function: Any
-        if self.transposed:
-            function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-            rest = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
-            return function(input, weight, bias, *rest)
-        function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-        return function(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def output_size(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> list[int]:
-        tuples = (self.stride, self.padding, self.dilation, self.output_padding)
-        sizes = zip(input_size, kernel_size, *tuples, strict=True)
-        if self.transposed:
-            return [(i - 1) * s - 2 * p + d * (k - 1) + o + 1 for i, k, s, p, d, o in sizes]
-        return [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d, _ in sizes]
-
-    def is_pointwise(self, weight: Tensor) -> bool:
-        """Returns whether the convolution is a matrix product at each position."""
-        ones, zeros = (1,) * len(self.stride), (0,) * len(self.stride)
-        if self.transposed or self.groups != 1 or weight.shape[2:] != ones:
-            return False
-        return tuple(self.stride) == ones and tuple(self.padding) == zeros
-
-    def fan_in(self, weight: Tensor) -> int:
-        """Returns the number of products in a sum."""
-        inputs = weight.shape[0] // self.groups if self.transposed else weight.shape[1]
-        return inputs * prod(weight.shape[2:])
-
-    def to_rows(self, weight: Tensor) -> Tensor:
-        """Returns the weight as a matrix with a row per output channel, like that of a linear layer."""
-        if self.transposed:
-            sizes = (self.groups, weight.shape[0] // self.groups)
-            weight = weight.unflatten(0, sizes).transpose(1, 2).flatten(0, 1)
-        return weight.flatten(1)
-
-    def from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """Returns the matrix of ``to_rows`` as a weight of this shape."""
-        if not self.transposed:
-            return rows.view(shape)
-        rows = rows.view(self.groups, shape[1], shape[0] // self.groups, *shape[2:])
-        return rows.transpose(1, 2).reshape(shape)
-
-    def memory_rows(self, weight: Tensor) -> Tensor:
-        """Returns ``to_rows`` with columns in the order of memory, for grids that a row's order does not change.
-
-        A weight in channels-last format is not copied.
-        """
-        if self.transposed or not is_channels_last(weight):
-            return self.to_rows(weight)
-        return weight.movedim(1, -1).flatten(1)
-
-    def from_memory_rows(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """Returns the matrix of ``memory_rows`` in the shape of ``weight``."""
-        if self.transposed or not is_channels_last(weight):
-            return self.from_rows(rows, weight.shape)
-        return rows.view(weight.shape[0], *weight.shape[2:], weight.shape[1]).movedim(-1, 1)
 
 
 def of_batch(spec: QuantSpec | None) -> QuantSpec | None:
@@ -149,7 +79,7 @@ def qat_conv(
         return reference._straight_through(product.to(value.dtype), value)
 
     w = kept(lambda: _int8_weight(geometry.to_rows(weight.detach()), w_spec, grids.get("weight")))
-    call: Any = int8_convolution.forward if ops is kernels.extension else _forward
+    call: Any = int8_convolution.forward if ops is kernels.extension else traced_forward
     value, q, poison = call(
         pad(input.detach()),
         *x_grid,
@@ -158,7 +88,7 @@ def qat_conv(
         w,
         list(weight.shape[2:]),
         None if b_hat is None else b_hat.detach(),
-        *geometry,
+        geometry,
         is_channels_last(input) or is_channels_last(weight),
     )
     learned = [scale for scale, _ in grids.values()]
@@ -168,7 +98,11 @@ def qat_conv(
     w_link: Any = weight
     of_weight: Any = (None, None, None)  # where the weight itself stands in the graph
     if "weight" in grids:
-        w_link, of_weight = _Link.apply(fake_quantized_weight()), (weight, *_detached(grids["weight"]))
+        scale, zero_point = grids["weight"]
+        w_link, of_weight = (
+            _Link.apply(fake_quantized_weight()),
+            (weight, checks.positive_scale(scale), zero_point),
+        )
     return _Gradients.apply(
         _Link.apply(x_link),
         w_link,
@@ -233,7 +167,7 @@ def qat_conv_in_one_pass(
         w,
         weight.shape[2:],
         None if b_hat is None else b_hat.detach(),
-        *geometry,
+        geometry,
         is_channels_last(input) or is_channels_last(weight),
     )
     if not needs_grad:
@@ -254,25 +188,12 @@ def _symmetric_int8_weight(weight: Tensor, spec: QuantSpec, geometry: Geometry) 
     return Int8Weight(values, scale, zero_point, total=total)
 
 
-def is_channels_last(x: Tensor) -> bool:
-    if x.dim() not in (4, 5) or x.is_contiguous():
-        return False
-    return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-
-
-def _detached(grid: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns a static grid; a learned scale may be negative."""
-    scale, zero_point = grid
-    return scale.detach().abs().clamp(min=torch.finfo(scale.dtype).tiny), zero_point
-
-
 def _grid(x: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Returns the scale and the zero point that quantize ``x``, in the shape of its blocks."""
     if grid is None:
         return functional.choose_qparams(x.detach(), **spec.arguments)
     shape = checks.shape_of_qparams(x.shape, spec.granularity)
-    scale, zero_point = _detached(grid)
-    return scale.reshape(shape), zero_point.reshape(shape)
+    return checks.positive_scale(grid[0]).reshape(shape), grid[1].reshape(shape)
 
 
 def _int8_weight(rows: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> Int8Weight:
@@ -480,9 +401,10 @@ def _operator(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`int8_convolution.forward` as an operator, which tracers take as it is."""
+    geometry = Geometry.of_operator(stride, padding, dilation, transposed, output_padding, groups)
     return int8_convolution.forward(
         input, scale, zero_point, quant_min, quant_max, Int8Weight(weight, weight_scale, weight_zero_point),
-        kernel_size, bias, stride, padding, dilation, transposed, output_padding, groups, channels_last,
+        kernel_size, bias, geometry, channels_last,
     )  # fmt: skip
 
 
@@ -497,7 +419,28 @@ def _(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return y, torch.empty_like(input, dtype=torch.uint8), input.new_empty((), dtype=torch.float32)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *first, int8_weight, kernel_size = arguments[:7]
-    values, scale, zero_point = int8_weight[:3]
-    return torch.ops.qatfast.qat_conv_int8(*first, values, scale, zero_point, kernel_size, *arguments[7:])
+def traced_forward(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    weight: Int8Weight,
+    kernel_size: Sequence[int],
+    bias: Tensor | None,
+    geometry: Geometry,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`int8_convolution.forward` as an operator."""
+    return torch.ops.qatfast.qat_conv_int8(
+        input,
+        scale,
+        zero_point,
+        quant_min,
+        quant_max,
+        *weight[:3],
+        list(kernel_size),
+        bias,
+        *geometry,
+        channels_last,
+    )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import functional, kernels
 from .config import PerChannel, PerTensor
+from .geometry import Geometry
 
 _SHIFT = 128  # between uint8 and int8
 FLOAT_LIMIT = 2**24  # float32 holds all integers up to it
@@ -69,12 +70,7 @@ def forward(
     weight: Int8Weight,
     kernel_size: Sequence[int],
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    geometry: Geometry,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the result in float32, the input's integers (uint8), and NaN if the input holds a NaN, else 0.
@@ -88,11 +84,7 @@ def forward(
     if input.numel() and input.amax().isnan():
         poison.fill_(torch.nan)
     integers = Int8Input(q, scale, zero_point, input.isnan() if isnan(poison.item()) else None)
-    y = product(
-        integers, weight, kernel_size, bias, stride, padding, dilation, transposed, output_padding, groups,
-        channels_last,
-    )  # fmt: skip
-    return y, q, poison
+    return product(integers, weight, kernel_size, bias, geometry, channels_last), q, poison
 
 
 def product(
@@ -100,32 +92,26 @@ def product(
     weight: Int8Weight,
     kernel_size: Sequence[int],
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    geometry: Geometry,
     channels_last: bool,
 ) -> Tensor:
     """Returns the result of :func:`forward` from the integers of its input."""
     q, scale, zero_point, nan = integers
     ops: Any = kernels.extension
-    if nan is None and scale.dim() == 0 and not transposed and _is_depthwise(q, weight, kernel_size, groups):
-        sizes = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
+    if nan is None and scale.dim() == 0 and _is_depthwise(q, weight, kernel_size, geometry):
+        # 128 channels of 28x28, batch 8, two threads: 0.89 of the library's time with cached weights, 1.06 of its step
+        sizes = (tuple(kernel_size), *geometry[:3])
         floats = None if bias is None else bias.to(torch.float32).contiguous()
         y = ops.int8_conv_depthwise(
             q, scale, zero_point, weight.values.flatten(1), weight.scale, floats, *sizes
         )
         return y if channels_last else y.contiguous()
-    kernel, convolution = _as_plain(
-        weight, kernel_size, stride, padding, dilation, transposed, output_padding, groups
-    )
+    kernel, convolution = _as_plain(weight, kernel_size, geometry)
 
     def sums_of(way: Any, q: Tensor, zero_point: int, nan: Tensor | None) -> Tensor:
-        if transposed:
-            q = _spread(q, stride, zero_point)
-            nan = None if nan is None else _spread(nan, stride, 0)
+        if geometry.transposed:
+            q = _spread(q, geometry.stride, zero_point)
+            nan = None if nan is None else _spread(nan, geometry.stride, 0)
         if nan is None:
             return way(q, zero_point, kernel, weight, convolution)
         return _by_floats(q, zero_point, kernel, weight, convolution, nan)
@@ -153,7 +139,7 @@ def exact_sums(
     zero_point: int,
     weight: Int8Weight,
     kernel_size: Sequence[int],
-    geometry: Any,
+    geometry: Geometry,
     reach: int | None,
 ) -> Tensor | None:
     """Returns the sums of a convolution in float32, or None if it does not hold them or no library computes them.
@@ -166,7 +152,7 @@ def exact_sums(
         geometry: its Geometry.
         reach: which no sum exceeds, or None.
     """
-    kernel, convolution = _as_plain(weight, kernel_size, *geometry)
+    kernel, convolution = _as_plain(weight, kernel_size, geometry)
     q = _spread(q, geometry.stride, zero_point) if geometry.transposed else q
     sums = _sums_by_library(q, zero_point, kernel, weight, convolution)
     most = prod(kernel.shape[1:]) * 255 * 128
@@ -178,28 +164,24 @@ def exact_sums(
 def _as_plain(
     weight: Int8Weight,
     kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
+    geometry: Geometry,
 ) -> tuple[Tensor, _Conv]:
     """Returns the kernel and the arguments of the convolution that is not transposed, of the spread input."""
     kernel = weight.values
     if kernel.dim() == 2:
         kernel = kernel.view(len(kernel), -1, *kernel_size)
+    stride, padding, dilation, transposed, output_padding, groups = geometry
     if not transposed:
-        return kernel, _Conv(tuple(stride), tuple((p, p) for p in padding), tuple(dilation), groups)
+        return kernel, _Conv(stride, tuple((p, p) for p in padding), dilation, groups)
     spread = tuple((d * (k - 1) - p) for d, k, p in zip(dilation, kernel_size, padding, strict=True))
     pads = tuple((s, s + o) for s, o in zip(spread, output_padding, strict=True))
     kernel = kernel.flip(tuple(range(2, kernel.dim())))
-    return kernel, _Conv((1,) * len(pads), pads, tuple(dilation), groups)
+    return kernel, _Conv((1,) * len(pads), pads, dilation, groups)
 
 
-def _is_depthwise(q: Tensor, weight: Int8Weight, kernel_size: Sequence[int], groups: int) -> bool:
+def _is_depthwise(q: Tensor, weight: Int8Weight, kernel_size: Sequence[int], geometry: Geometry) -> bool:
     """Whether each channel of an image is its own group, with sums below 2^24."""
-    if q.dim() != 4 or not groups == q.shape[1] == weight.values.shape[0]:
+    if geometry.transposed or q.dim() != 4 or not geometry.groups == q.shape[1] == weight.values.shape[0]:
         return False
     return weight.values.dtype == torch.int8 and 0 < prod(kernel_size) <= 512
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  defines torch.ops.quantized_decomposed
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from . import ranges, reference
+from . import checks, ranges, reference
 from .config import Fixed, Granularity, PerChannel, PerGroup, PerTensor, QuantSpec
-from .convolution import Geometry, of_batch
+from .convolution import of_batch
+from .geometry import Geometry
 from .integer import IntegerEmbedding, IntegerLayer, IntegerLinear, IntegerMultiheadAttention
 from .modules import FakeQuantize
 from .modules.conv import _QATConvNd, _QATConvTransposeNd
@@ -124,8 +125,7 @@ def grid_of_quantizer(quantizer: FakeQuantize) -> Grid | None:
         scale, zero_point = ranges.fixed_grid(torch.empty(0), spec)
     else:
         scale, zero_point = quantizer.grid(torch.empty(0))
-    scale = scale.detach().abs().clamp(min=torch.finfo(torch.float32).tiny)
-    return Grid.of(spec, scale, zero_point.detach())
+    return Grid.of(spec, checks.positive_scale(scale), zero_point.detach())
 
 
 def with_layers(model: nn.Module, made: Callable[[nn.Module, str], nn.Module]) -> nn.Module:

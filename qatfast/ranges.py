@@ -278,7 +278,7 @@ def _grid(grid: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | N
     if grid is None:
         return None, None
     scale, zero_point = grid
-    return scale.detach().abs().clamp(min=torch.finfo(scale.dtype).tiny), zero_point
+    return checks.positive_scale(scale), zero_point
 
 
 class _LinearGradients(torch.autograd.Function):

@@ -469,7 +469,7 @@ def requantization(
     """Returns the factor of each output channel, the least and the greatest level, and the scale of the integers."""
     dtype = weight_scale.dtype
     y_scale, y_zero_point = (value.detach().reshape(()) for value in output)
-    y_scale = y_scale.abs().clamp(min=torch.finfo(dtype).tiny)
+    y_scale = checks.positive_scale(y_scale)
     factor = (_step(input_scale, weight_scale) / y_scale).clamp(max=torch.finfo(dtype).max)
     z = y_zero_point.to(dtype)
     low, high = output_spec.quant_min - z, output_spec.quant_max - z
@@ -552,7 +552,7 @@ def _levels(x: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> t
     else:
         shape = checks.shape_of_qparams(x.shape, granularity)
         scale, zero_point = (value.detach().reshape(shape) for value in grid)
-        scale = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny)
+        scale = checks.positive_scale(scale)
     column = scale.reshape(1) if isinstance(granularity, PerTensor) else scale.reshape(*x.shape[:-1], 1)
     return levels(x, spec, scale, zero_point), column
 
@@ -780,7 +780,7 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         granularity: Granularity,
     ) -> Tensor:
         shape = checks.shape_of_qparams(input.shape, granularity)
-        positive = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny).reshape(shape)
+        positive = checks.positive_scale(scale).reshape(shape)
         return _fake_quantize(input, positive, zero_point.reshape(shape), quant_min, quant_max, granularity)[
             0
         ]
@@ -836,7 +836,7 @@ def _learned_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of input and scale of :func:`fake_quantize_learned`."""
     shape = checks.shape_of_qparams(input.shape, granularity)
-    positive = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny).reshape(shape)
+    positive = checks.positive_scale(scale).reshape(shape)
     zero_point = zero_point.reshape(shape)
     compute = checks.compute_dtype(input.dtype)
     x = _to_blocks(input.to(compute), granularity)

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from . import checks, functional, int8_convolution, kernels, reference
 from .config import QuantSpec
-from .convolution import Geometry
+from .geometry import Geometry
 from .int8_convolution import Int8Weight
 from .reference import on_grid
-
-_PART = 2**16  # the elements per thread that several functions in a row find in the cache
 
 
 class Operands(NamedTuple):
@@ -43,12 +41,12 @@ class Operands(NamedTuple):
         return self._replace(total=total, reach=reach, packed={})
 
 
-def takes_int8(input: Tensor, weight_spec: QuantSpec) -> bool:
-    """Returns whether :func:`linear` and :func:`conv` take the input and a weight with this spec."""
+def takes_int8(input: Tensor, is_symmetric: bool) -> bool:
+    """Returns whether :func:`linear` and :func:`conv` take the input, and a weight that is symmetric or not."""
     return (
         input.is_cpu
         and input.dtype != torch.float64
-        and weight_spec.symmetric
+        and is_symmetric
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -79,7 +77,7 @@ def operands_of(
     """
     weight = weight.detach()
     grid = functional.choose_qparams(weight, **spec.arguments) if weight_grid is None else weight_grid
-    scale = positive(grid[0]).reshape(checks.shape_of_qparams(weight.shape, spec.granularity))
+    scale = checks.positive_scale(grid[0]).reshape(checks.shape_of_qparams(weight.shape, spec.granularity))
     zero_point = grid[1].reshape(scale.shape)
     ends = (spec.quant_min, spec.quant_max)
     rows = functional.quantize(weight, scale, zero_point, *ends, granularity=spec.granularity)
@@ -90,11 +88,6 @@ def operands_of(
     )
     b32 = folded.b32.nan_to_num(0.0).to(torch.int32)
     return Operands(folded.of_rows(rows, torch.int8), b32, factor, low, high, y_scale)
-
-
-def positive(scale: Tensor) -> Tensor:
-    """Returns a scale as it quantizes: a learned one may be negative."""
-    return scale.detach().abs().clamp(min=torch.finfo(scale.dtype).tiny)
 
 
 def linear(
@@ -157,7 +150,8 @@ def conv(
     has_nan = bool(input.numel() and input.amax().isnan())
     sums = None
     if not has_nan:
-        weight = Int8Weight(operands.weight, operands.factor, operands.b32, operands.packed, operands.total)
+        zeros = torch.zeros_like(operands.b32)
+        weight = Int8Weight(operands.weight, operands.factor, zeros, operands.packed, operands.total)
         sums = int8_convolution.exact_sums(q, int(zero_point), weight, kernel_size, geometry, operands.reach)
     if sums is None:
         levels = q.double() - zero_point
@@ -172,7 +166,7 @@ def conv(
 
 
 def _requantized(sums: Tensor, offset: Tensor, operands: Operands) -> Tensor:
-    """Returns the values of the integers that follow from ``sums + offset``; writes into ``sums``.
+    """Returns the values of the integers that follow from ``sums + offset``; may write into ``sums``.
 
     Args:
         sums: ``(rows, outputs)``, int32, float32 or float64.
@@ -184,17 +178,9 @@ def _requantized(sums: Tensor, offset: Tensor, operands: Operands) -> Tensor:
     if ops is not None:
         ops.int8_requantize_(sums, offset, operands.factor, *bounds, float(operands.y_scale))
         return sums.view(torch.float32)
-    is_small = operands.reach is not None and operands.reach <= int8_convolution.FLOAT_LIMIT
-    if sums.dtype == torch.float32 and not is_small:  # the dtype holds sums + offset
+    if sums.dtype == torch.float32:  # which does not hold sums + offset
         sums = sums.to(torch.int32)
-    y = sums if sums.dtype == torch.float32 else torch.empty_like(sums, dtype=torch.float32)
-    count = max(1, _PART * torch.get_num_threads() // max(1, sums.shape[1]))
-    for begin in range(0, len(sums), count):
-        total, part = sums[begin : begin + count].add_(offset), y[begin : begin + count]
-        if part.dtype != total.dtype:
-            part.copy_(total)
-        on_grid(part, operands.factor, *bounds, operands.y_scale)
-    return y
+    return on_grid((sums + offset).float(), operands.factor, *bounds, operands.y_scale)
 
 
 def _kernel(rows: Tensor, input: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> Tensor:
@@ -256,9 +242,7 @@ def _conv_operator(
 ) -> Tensor:
     """:func:`conv`."""
     operands = Operands(weight, b32, factor, low, high, y_scale)
-    geometry = Geometry(
-        tuple(stride), tuple(padding), tuple(dilation), transposed, tuple(output_padding), groups
-    )
+    geometry = Geometry.of_operator(stride, padding, dilation, transposed, output_padding, groups)
     return conv(
         input, scale, zero_point, (quant_min, quant_max), operands, kernel_size, geometry, channels_last
     )

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from . import config as configs
 from .checks import dtype_name
 from .config import QATConfig, QuantSpec
-from .convert import INTEGER_LAYERS, convert
-from .integer import IntegerLayer, IntegerMultiheadAttention, Requantization
+from .convert import convert
+from .integer import INTEGER_LAYERS, IntegerLayer, IntegerMultiheadAttention, Requantization
 from .integer.base import BUFFERS
 from .model import _replace_in
 from .modules import FakeQuantize, QuantizedLayer

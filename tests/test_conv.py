@@ -36,7 +36,8 @@ from qatfast import (
     kernels,
     quantization_disabled,
 )
-from qatfast.convolution import Geometry, of_batch
+from qatfast.convolution import of_batch
+from qatfast.geometry import Geometry
 
 EXAMPLES = json.loads(Path(__file__).with_name("worked_examples.json").read_text())
 SYMMETRIC = QuantSpec(8, symmetric=True, granularity=PerChannel(0))

@@ -237,15 +237,6 @@ class IntegerLayer(nn.Module):
 
     # Requantization
 
-    def _takes_int8(self, input: Tensor) -> bool:
-        """Whether the functions of :mod:`qatfast.requantization` take this input and the weight."""
-        return (
-            input.is_cpu
-            and input.dtype != torch.float64
-            and self.weight_zero_point is None
-            and not torch._C._are_functorch_transforms_active()
-        )
-
     def _operands(self) -> Operands:
         requantization, grid = self.requantization, self._grid("output", torch.float32)
         assert requantization is not None and grid is not None

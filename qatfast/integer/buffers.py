@@ -26,7 +26,7 @@ def static_grid(quantizer: FakeQuantize, tensor: Tensor) -> Grid:
     quantizer._set_mode(QUANTIZE)
     scale, zero_point = quantizer.grid(tensor)
     shape = checks.shape_of_qparams(tensor.shape, quantizer.spec.granularity)
-    scale = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny)
+    scale = checks.positive_scale(scale)
     return scale.reshape(shape).clone(), zero_point.reshape(shape).clone()
 
 

@@ -12,7 +12,8 @@ from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from .. import checks, functional, int8_convolution, kernels, reference, requantization
-from ..convolution import Geometry, _forward, is_channels_last, of_batch
+from ..convolution import of_batch, traced_forward
+from ..geometry import Geometry, as_batch, is_channels_last
 from ..int8_convolution import Int8Weight
 from ..modules import (
     QATConv1d,
@@ -86,29 +87,15 @@ class _IntegerConv(IntegerLayer):
     def _apply_to(
         self, input: Tensor, geometry: Geometry, pad: Callable[[Tensor], Tensor] = lambda x: x
     ) -> Tensor:
-        name = type(self).__name__
         self._check_input(input)
-        dims = len(self.kernel_size)
-        if input.dim() not in (dims + 1, dims + 2) or input.shape[-dims - 1] != self.in_channels:
-            sizes = ", ".join("DHW"[-dims:])
-            raise ValueError(
-                f"{name}: expected input to have shape (N, {self.in_channels}, {sizes}) or "
-                f"({self.in_channels}, {sizes}), got {tuple(input.shape)}"
-            )
-        is_batch = input.dim() == dims + 2
-        x = (input if is_batch else input.unsqueeze(0)).detach()
-        size = geometry.output_size(pad(x).shape[2:], self.kernel_size)
-        if min(size) < 1:
-            raise ValueError(
-                f"{name}: expected an input that is at least as large as the kernel, got {tuple(input.shape)}, whose "
-                f"output would have the size {tuple(size)}"
-            )
+        name = type(self).__name__
+        x = as_batch(name, input, self.in_channels, self.kernel_size, geometry, pad).detach()
         grid = self._input_grid(checks.compute_dtype(x.dtype))
         if self.requantization is not None:
             y = self._passed_on(self._of_integers(x, grid, geometry, pad), x)
         else:
             y = self._output(self._product(x, grid, geometry, pad), x)
-        return y if is_batch else y.squeeze(0)
+        return y if x.dim() == input.dim() else y.squeeze(0)
 
     def _of_integers(
         self, x: Tensor, grid: Grid | None, geometry: Geometry, pad: Callable[[Tensor], Tensor]
@@ -116,7 +103,7 @@ class _IntegerConv(IntegerLayer):
         """Returns the values of the integers that the layer gives."""
         spec = self.config.input
         assert grid is not None and spec is not None
-        if not self._takes_int8(x):
+        if not requantization.takes_int8(x, self.weight_zero_point is None):
             return self._requantized(self._sums(x, grid, geometry, pad), 1, x)
         ends, channels_last = (spec.quant_min, spec.quant_max), self._is_channels_last(x)
         function = requantization.traced_conv if is_compiling() else requantization.conv
@@ -140,10 +127,10 @@ class _IntegerConv(IntegerLayer):
         ops = kernels.route(x)
         if ops is None or not x.is_cpu or x.dtype == torch.float64:
             return self._exact_result(x, (scale, zero_point), b_hat, geometry, pad)
-        call: Any = int8_convolution.forward if ops is kernels.extension else _forward
+        call: Any = int8_convolution.forward if ops is kernels.extension else traced_forward
         value, _, _ = call(
             pad(x), scale, zero_point, x_spec.quant_min, x_spec.quant_max, self._kept(self._int8_weight),
-            list(self.kernel_size), b_hat, *geometry, self._is_channels_last(x),
+            list(self.kernel_size), b_hat, geometry, self._is_channels_last(x),
         )  # fmt: skip
         return value
 

@@ -97,7 +97,7 @@ class IntegerLinear(IntegerLayer):
         """Returns the values of the integers that the layer gives."""
         spec = self.config.input
         assert grid is not None and spec is not None
-        if not self._takes_int8(input):
+        if not requantization.takes_int8(input, self.weight_zero_point is None):
             return self._requantized(self._sums(input, grid), -1, input)
         function = requantization.traced_linear if is_compiling() else requantization.linear
         return function(input, *grid, (spec.quant_min, spec.quant_max), self._kept(self._operands))

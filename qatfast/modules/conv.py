@@ -15,15 +15,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .. import checks, ranges, requantization, weight_cache
 from ..chain import Carrier, Chain
 from ..config import PerChannel, PerGroup, QATConfig
-from ..convolution import (
-    Geometry,
-    is_channels_last,
-    of_batch,
-    qat_conv,
-    qat_conv_in_one_pass,
-    quantizes_in_one_pass,
-)
+from ..convolution import of_batch, qat_conv, qat_conv_in_one_pass, quantizes_in_one_pass
 from ..functional import fake_quantize
+from ..geometry import Geometry, as_batch, is_channels_last
 from ..int8_convolution import Int8Weight
 from .base import (
     Obstacle,
@@ -119,28 +113,14 @@ class _QATConv(QuantizedLayer, _ConvNd):
             weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
         name = kind_name(type(self))
         checks.operands(name, input, weight, bias)
-        dims = len(geometry.stride)
-        if input.dim() not in (dims + 1, dims + 2) or input.shape[-dims - 1] != self.in_channels:
-            sizes = ", ".join("DHW"[-dims:])
-            raise ValueError(
-                f"{name}: expected input to have shape (N, {self.in_channels}, {sizes}) or "
-                f"({self.in_channels}, {sizes}), got {tuple(input.shape)}"
-            )
-        is_batch = input.dim() == dims + 2
-        x = input if is_batch else input.unsqueeze(0)
-        size = geometry.output_size(pad(x).shape[2:], self.kernel_size)
-        if min(size) < 1:
-            raise ValueError(
-                f"{name}: expected an input that is at least as large as the kernel, got {tuple(input.shape)}, whose "
-                f"output would have the size {tuple(size)}"
-            )
+        x = as_batch(name, input, self.in_channels, self.kernel_size, geometry, pad)
         chain = self._chain
         acts = chain is not None and chain.acts()
         if acts:
             y = self._head_of_chain(chain, x, weight, bias, geometry, pad)  # type: ignore[arg-type]
         else:
             y = self._of_batch(x, weight, bias, geometry, pad)
-        y = y if is_batch else y.squeeze(0)
+        y = y if x.dim() == input.dim() else y.squeeze(0)
         if not (acts and chain.has_readers):  # type: ignore[union-attr]
             y = y.to(dtype)
         if chain is None or not (acts or self.config.output is None):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import convolution, qdq
 from ..config import QuantSpec
-from ..convolution import Geometry
+from ..geometry import Geometry
 from ..integer import IntegerEmbedding, IntegerLinear
 from ..qdq import Grid
 from .nodes import Constant, DynamicQuantizer, Quantizer, barrier, node

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qatfast import QuantSpec, choose_qparams, fake_quantize, fake_quantize_affine
+from qatfast.checks import positive_scale
 from qatfast.modules.base import QuantizedLayer
 
 from .networks import LAYERS
@@ -179,7 +180,7 @@ def weight_qparams(layer: Any) -> tuple[Tensor, Tensor]:
         return choose_qparams(layer.weight, **spec.arguments)
     scale, zero_point = layer.get_submodule("weight_quantizer").grid(layer.weight)
     # A learned scale may be negative or 0.
-    return scale.abs().clamp(min=torch.finfo(scale.dtype).tiny), zero_point
+    return positive_scale(scale), zero_point
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from qatfast import (
     dequantize,
     quantize,
 )
+from qatfast.checks import positive_scale
 from qatfast.modules.base import QuantizedLayer
 from qatfast.packing import pack, unpack
 
@@ -124,7 +125,7 @@ def _activation_qparams(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
             found[name] = module.scale, module.zero_point
         elif isinstance(module, FakeQuantize) and name.endswith(("input_quantizer", "output_quantizer")):
             scale, zero_point = copy.deepcopy(module).eval().grid(torch.zeros(1))
-            found[name] = scale.abs().clamp(min=torch.finfo(scale.dtype).tiny), zero_point
+            found[name] = positive_scale(scale), zero_point
     return found
 
 

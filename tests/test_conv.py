@@ -581,3 +581,30 @@ def test_gradients_of_a_pointwise_convolution_in_chunks(channels, range, monkeyp
     for position, leaf in enumerate(leaves):  # one gradient alone
         (alone,) = torch.autograd.grad(layer(channels_last), [leaf], grad)
         torch.testing.assert_close(alone, actual[position], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config", [QATConfig.static(), QATConfig.static(4), QATConfig.int8()], ids=["static", "static4", "int8"]
+)
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("channels", [3, 24], ids=["library", "matrix"])
+def test_a_weight_in_channels_last_format_gives_the_same(config, dims, channels):
+    torch.manual_seed(0)
+    plain = getattr(qatfast, f"QATConv{dims}d")(channels, 2 * channels, 3, padding=1, config=config)
+    twin = copy.deepcopy(plain).to(memory_format={2: torch.channels_last, 3: torch.channels_last_3d}[dims])
+    assert not twin.weight.is_contiguous()
+    x = cases.normal((2, channels, *(4,) * dims))
+    found = []
+    for module in (plain, twin):
+        given = x.clone().requires_grad_()
+        y = module(given)
+        y.square().sum().backward()
+        found.append((y.detach(), given.grad, module.weight.grad, module.bias.grad))
+    cases.assert_same(found[1][0], found[0][0])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    plain.eval()
+    twin.eval()
+    with torch.no_grad(), qatfast.cached_weights(twin):
+        cases.assert_same(twin(x), plain(x))
+        cases.assert_same(twin(x), plain(x))

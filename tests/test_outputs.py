@@ -183,6 +183,7 @@ def test_outputs_selects_the_layers():
         model = prepare(Joins(), example_inputs=cases.normal((2, 4, 4)), **kwargs)
         model(cases.normal((2, 4, 4)))
         names = [name for name, _ in model.named_modules() if name.endswith("output_quantizer")]
+        assert all(model.get_submodule(name).num_batches == 1 for name in names)
         chains = {row.name: row.chain for row in summary(model).rows if row.chain}
         assert chains == {name.partition(".")[0]: "output_quantizer" for name in names}
         return [name.partition(".")[0] for name in names]

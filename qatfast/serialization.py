@@ -31,8 +31,8 @@ _CLASSES: dict[str, Any] = {cls.__name__: cls for cls in INTEGER_LAYERS.values()
 _GRANULARITIES = ("PerTensor", "PerChannel", "PerGroup", "PerToken")
 _RANGES = ("Dynamic", "MovingAverage", "MinMax", "Learned", "Fixed")
 _FLOATS = {dtype_name(t): t for t in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
-# What a folded BatchNorm or a ReLU6 became.
-_REPLACED_BY_IDENTITY = (nn.Identity, nn.modules.batchnorm._BatchNorm, nn.ReLU6)
+# What nn.Identity stands for in a file: itself, or a folded BatchNorm.
+_REPLACED_BY_IDENTITY = (nn.Identity, nn.modules.batchnorm._BatchNorm)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -80,7 +80,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata)
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -129,7 +129,8 @@ def _version() -> str:
     return __version__
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Returns the permissions that new files do not get; those that tempfile makes have fewer."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
@@ -299,7 +300,7 @@ class _Builder:
             module = self._named(name)
             if not isinstance(module, _REPLACED_BY_IDENTITY):
                 raise ValueError(
-                    f"load: expected {name!r} to be a BatchNorm, ReLU6 or Identity, as in the file, got "
+                    f"load: expected {name!r} to be a BatchNorm or Identity, as in the file, got "
                     f"{type(module).__name__}"
                 )
             if type(module) is not nn.Identity:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from qatfast.serialization import umask
 
 from . import page
 from .data import plural
@@ -382,7 +383,7 @@ class ReportFolder:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.path = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.parent))
-            self.path.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the report from a web server
+            self.path.chmod(0o777 & ~umask())  # mkdtemp's 0700 would hide the report from a web server
         except OSError as error:
             raise FolderError(f"{out}: cannot be written: {error.strerror or error}") from error
 
@@ -460,9 +461,3 @@ def _report(folder: Path) -> dict[str, Any]:
         and isinstance(results.get("files"), list)
     )
     return results if ours else {}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

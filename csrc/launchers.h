@@ -81,27 +81,17 @@ using Int8EpilogueLauncher = void(const Int8EpilogueTask& task);
 // The weight and the bias of one layer before its product, together, so that a device can share one launch.
 using QATLinearLauncher = void(c10::ArrayRef<FakeQuantizeTask> weight_and_bias);
 
-#define QATFAST_LAUNCHERS(device)                                     \
-  namespace device {                                                  \
-  FakeQuantizeLauncher fake_quantize;                                 \
-  FakeQuantizeAffineLauncher fake_quantize_affine;                    \
-  FakeQuantizeAffineBackwardLauncher fake_quantize_affine_backward;   \
-  ChooseQParamsLauncher choose_qparams;                               \
-  ConvertLauncher quantize;                                           \
-  ConvertLauncher dequantize;                                         \
-  ConvertLauncher fake_quantize_learned;                              \
-  FakeQuantizeLearnedBackwardLauncher fake_quantize_learned_backward; \
-  SearchQParamsLauncher search_qparams;                               \
-  QuantizeRowsStaticLauncher quantize_rows_static;                    \
-  QATLinearLauncher qat_linear;                                       \
-  QuantizeRowsLauncher quantize_rows;                                 \
-  Int8EpilogueLauncher int8_epilogue;                                 \
+#define QATFAST_OPERATOR(...)
+#define QATFAST_LAUNCHER(name, ...) \
+  namespace cpu {                   \
+  __VA_ARGS__ name;                 \
+  }                                 \
+  namespace cuda {                  \
+  __VA_ARGS__ name;                 \
   }
-
-QATFAST_LAUNCHERS(cpu)
-QATFAST_LAUNCHERS(cuda)
-
-#undef QATFAST_LAUNCHERS
+#include "operator_list.h"
+#undef QATFAST_OPERATOR
+#undef QATFAST_LAUNCHER
 
 // What observes a range, which each device divides in its own way.
 namespace cpu {

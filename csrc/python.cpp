@@ -198,26 +198,12 @@ namespace op = qatfast::op;
 PyMethodDef methods[] = {
     method("takes", takes),
     method("weight_state", weight_state),
-    method("fake_quantize", direct<op::fake_quantize>),
-    method("fake_quantize_affine", direct<op::fake_quantize_affine>),
-    method("choose_qparams", direct<op::choose_qparams>),
-    method("fake_quantize_learned", direct<op::fake_quantize_learned>),
-    method("search_qparams", direct<op::search_qparams>),
-    method("observe_range", direct<op::observe_range>),
-    method("fake_quantize_observed", direct<op::fake_quantize_observed>),
-    method("qparams_of_range", direct<op::qparams_of_range>),
-    method("quantize", direct<op::quantize>),
-    method("dequantize", direct<op::dequantize>),
-    method("qat_linear", direct<op::qat_linear>),
-    method("qat_linear_int8_weight", direct<op::qat_linear_int8_weight>),
-    method("qat_linear_int8", direct<op::qat_linear_int8>),
-    method("qat_linear_int8_static", direct<op::qat_linear_int8_static>),
     method("qat_linear_int8_observed", direct<observed_layer>),
-    method("int8_conv_input", direct<op::int8_conv_input>),
-    method("int8_conv_scale_", direct<op::int8_conv_scale_>),
-    method("int8_requantize_", direct<op::int8_requantize_>),
-    method("int8_conv_mask_", direct<op::int8_conv_mask_>),
-    method("int8_conv_depthwise", direct<op::int8_conv_depthwise>),
+#define QATFAST_OPERATOR(name, ...) method(#name, direct<op::name>),
+#define QATFAST_LAUNCHER(...)
+#include "operator_list.h"
+#undef QATFAST_OPERATOR
+#undef QATFAST_LAUNCHER
     {nullptr, nullptr, 0, nullptr},
 };
 

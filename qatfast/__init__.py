@@ -18,16 +18,7 @@ from .config import (
     QuantSpec,
 )
 from .convert import convert
-from .functional import (
-    choose_qparams,
-    dequantize,
-    fake_quantize,
-    fake_quantize_affine,
-    fake_quantize_learned,
-    qat_linear,
-    quantize,
-    search_qparams,
-)
+from .functional import *  # noqa: F403
 from .integer import (
     IntegerConv1d,
     IntegerConv2d,
@@ -129,25 +120,18 @@ __all__ = [
     "Summary",
     "cached_weights",
     "calibrate",
-    "choose_qparams",
     "convert",
-    "dequantize",
-    "fake_quantize",
-    "fake_quantize_affine",
-    "fake_quantize_learned",
     "freeze",
     "functional",
     "load",
     "onnx",
     "prepare",
-    "qat_linear",
     "quantization_disabled",
-    "quantize",
     "reference",
     "save",
-    "search_qparams",
     "summary",
     "sync_ranges",
     "unfreeze",
     "unused_layers",
+    *functional.__all__,
 ]

@@ -6,7 +6,7 @@ The strides must be those that the operators in ``csrc/ops/`` return: compiled g
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,22 @@ from . import checks, reference
 from .config import PerGroup, PerToken, granularity_from_code
 
 
-def register() -> None:
-    """Registers the fake kernels and the FLOP formulas. The extension must be loaded."""
-    _register_fakes()
+def register(functions: Sequence[str]) -> None:
+    """Registers the fake kernels and the FLOP formulas. The extension must be loaded.
+
+    Args:
+        functions: the public functions; one without a fake kernel here returns a tensor like its input.
+    """
+    _register_fakes(functions)
     _register_flops()
 
 
-def _register_fakes() -> None:
-    fake = torch.library.register_fake
+def _register_fakes(functions: Sequence[str]) -> None:
+    own = set()
+
+    def fake(op: str) -> Any:
+        own.add(op)
+        return torch.library.register_fake(f"qatfast::{op}")
 
     def same_device(op: str, input: Tensor, **others: Tensor | None) -> None:
         for name, other in others.items():
@@ -34,21 +42,12 @@ def _register_fakes() -> None:
     def mask_of(input: Tensor) -> Tensor:
         return input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
 
-    @fake("qatfast::fake_quantize")
-    def _(input: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.empty_like(input)
-
-    @fake("qatfast::fake_quantize_affine")
-    def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> Tensor:
-        same_device("fake_quantize_affine", input, scale=scale, zero_point=zero_point)
-        return torch.empty_like(input)
-
-    @fake("qatfast::fake_quantize_affine_forward")
+    @fake("fake_quantize_affine_forward")
     def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         same_device("fake_quantize_affine", input, scale=scale, zero_point=zero_point)
         return torch.empty_like(input), mask_of(input)
 
-    @fake("qatfast::fake_quantize_affine_backward")
+    @fake("fake_quantize_affine_backward")
     def _(grad: Tensor, mask: Tensor, stride: Sequence[int]) -> Tensor:
         same_device("fake_quantize_affine_backward", grad, mask=mask)
         return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device)
@@ -58,7 +57,7 @@ def _register_fakes() -> None:
         dtype = checks.compute_dtype(input.dtype)
         return input.new_empty(shape, dtype=dtype), input.new_empty(shape, dtype=torch.int32)
 
-    @fake("qatfast::choose_qparams")
+    @fake("choose_qparams")
     def _(
         input: Tensor,
         num_bits: int = 8,
@@ -69,7 +68,7 @@ def _register_fakes() -> None:
     ) -> tuple[Tensor, Tensor]:
         return qparams(input, granularity)
 
-    @fake("qatfast::search_qparams")
+    @fake("search_qparams")
     def _(
         input: Tensor,
         num_bits: int = 8,
@@ -80,7 +79,7 @@ def _register_fakes() -> None:
     ) -> tuple[Tensor, Tensor]:
         return qparams(input, granularity)
 
-    @fake("qatfast::observe_range")
+    @fake("observe_range")
     def _(
         input: Tensor,
         running_min: Tensor,
@@ -94,40 +93,35 @@ def _register_fakes() -> None:
     ) -> tuple[Tensor, Tensor]:
         return qparams(input, granularity)
 
-    @fake("qatfast::fake_quantize_observed")
+    @fake("fake_quantize_observed")
     def _(
         input: Tensor, running_min: Tensor, running_max: Tensor, num_batches: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(input), *qparams(input, rest[3])
 
-    @fake("qatfast::fake_quantize_observed_forward")
+    @fake("fake_quantize_observed_forward")
     def _(
         input: Tensor, running_min: Tensor, running_max: Tensor, num_batches: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.empty_like(input), mask_of(input), *qparams(input, rest[3])
 
-    @fake("qatfast::qparams_of_range")
+    @fake("qparams_of_range")
     def _(lo: Tensor, hi: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         same_device("qparams_of_range", lo, hi=hi)
         return lo.new_empty(lo.shape, dtype=rest[3]), lo.new_empty(lo.shape, dtype=torch.int32)
 
-    @fake("qatfast::fake_quantize_learned")
-    def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> Tensor:
-        same_device("fake_quantize_learned", input, scale=scale, zero_point=zero_point)
-        return torch.empty_like(input)
-
-    @fake("qatfast::fake_quantize_learned_backward")
+    @fake("fake_quantize_learned_backward")
     def _(grad: Tensor, input: Tensor, scale: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return torch.empty_like(input), torch.empty_like(scale, memory_format=torch.contiguous_format)
 
-    @fake("qatfast::quantize")
+    @fake("quantize")
     def _(
         input: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, *_: Any, **__: Any
     ) -> Tensor:
         same_device("quantize", input, scale=scale, zero_point=zero_point)
         return torch.empty_like(input, dtype=reference.quantized_dtype(quant_min, quant_max))
 
-    @fake("qatfast::dequantize")
+    @fake("dequantize")
     def _(
         input: Tensor,
         scale: Tensor,
@@ -144,7 +138,7 @@ def _register_fakes() -> None:
         same_device("qat_linear", input, weight=weight, bias=bias)
         return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype or input.dtype)
 
-    fake("qatfast::qat_linear", layer_output)
+    fake("qat_linear")(layer_output)
 
     def weight_hat(weight: Tensor, code: Sequence[int], dtype: torch.dtype) -> Tensor:
         if code[0] == 0:
@@ -153,7 +147,7 @@ def _register_fakes() -> None:
         contiguous = by_rows and weight.device.type != "cpu"
         return torch.empty_like(weight.contiguous() if contiguous else weight, dtype=dtype)
 
-    @fake("qatfast::qat_linear_forward")
+    @fake("qat_linear_forward")
     def _(
         input: Tensor,
         weight: Tensor,
@@ -172,42 +166,42 @@ def _register_fakes() -> None:
             matrix.new_empty((rows,), dtype=torch.int32),
         )
 
-    @fake("qatfast::qat_linear_int8_weight")
+    @fake("qat_linear_int8_weight")
     def _(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = weight.shape[0]
         return *rows_of(weight, rows), weight.new_empty((rows,), dtype=torch.int64)
 
-    fake("qatfast::qat_linear_int8", layer_output)
+    fake("qat_linear_int8")(layer_output)
 
-    @fake("qatfast::qat_linear_int8_static")
+    @fake("qat_linear_int8_static")
     def _(input: Tensor, weight: Tensor, bias_hat: Tensor | None, *_: Any) -> Tensor:
         return layer_output(input, weight, bias_hat, dtype=checks.compute_dtype(input.dtype))
 
-    @fake("qatfast::qat_linear_int8_static_forward")
+    @fake("qat_linear_int8_static_forward")
     def _(
         input: Tensor, weight: Tensor, bias_hat: Tensor | None, *_: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         output = layer_output(input, weight, bias_hat, dtype=checks.compute_dtype(input.dtype))
         return output, mask_of(input), *rows_of(input, math.prod(input.shape[:-1]))
 
-    @fake("qatfast::qat_linear_int8_static_backward")
+    @fake("qat_linear_int8_static_backward")
     def _(
         grad: Tensor, mask: Tensor, values: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, *_: Any
     ) -> tuple[Tensor, Tensor]:
         return grad.new_empty(values.shape), grad.new_empty(weight.shape)
 
-    @fake("qatfast::qat_linear_int8_forward")
+    @fake("qat_linear_int8_forward")
     def _(
         input: Tensor, weight: Tensor, bias: Tensor | None, *_: Any, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         output = layer_output(input, weight, bias, dtype=dtype)
         return output, *rows_of(input, math.prod(input.shape[:-1]))
 
-    @fake("qatfast::qat_linear_int8_input")
+    @fake("qat_linear_int8_input")
     def _(values: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
         return values.new_empty(values.shape, dtype=dtype)
 
-    @fake("qatfast::qat_linear_int8_backward")
+    @fake("qat_linear_int8_backward")
     def _(
         grad: Tensor,
         values: Tensor,
@@ -218,7 +212,7 @@ def _register_fakes() -> None:
     ) -> tuple[Tensor, Tensor]:
         return grad.new_empty(values.shape), grad.new_empty(weight.shape)
 
-    @fake("qatfast::int8_conv_input")
+    @fake("int8_conv_input")
     def _(
         input: Tensor,
         scale: Tensor | None,
@@ -235,19 +229,19 @@ def _register_fakes() -> None:
         poison = input.new_empty((), dtype=torch.float32)
         return torch.empty_like(input, dtype=torch.uint8), mask, *grid, torch.empty_like(grid[1]), poison
 
-    @fake("qatfast::int8_conv_scale_")
+    @fake("int8_conv_scale_")
     def _(sums: Tensor, *_: Any) -> Tensor:
         return sums.new_empty(())
 
-    @fake("qatfast::int8_requantize_")
+    @fake("int8_requantize_")
     def _(sums: Tensor, *_: Any) -> Tensor:
         return sums
 
-    @fake("qatfast::int8_conv_mask_")
+    @fake("int8_conv_mask_")
     def _(grad: Tensor, *_: Any) -> Tensor:
         return grad
 
-    @fake("qatfast::int8_conv_depthwise")
+    @fake("int8_conv_depthwise")
     def _(
         values: Tensor,
         scale: Tensor,
@@ -265,9 +259,22 @@ def _register_fakes() -> None:
         y = values.new_empty((*values.shape[:2], *size), dtype=torch.float32)
         return y.contiguous(memory_format=torch.channels_last)
 
-    @fake("qatfast::qat_linear_grad_weight")
+    @fake("qat_linear_grad_weight")
     def _(grad: Tensor, input: Tensor) -> Tensor:
         return grad.new_empty((grad.shape[1], input.shape[1]))
+
+    def like_input(op: str) -> Callable[..., Tensor]:
+        names = [argument.name for argument in getattr(torch.ops.qatfast, op).default._schema.arguments]
+
+        def fake_kernel(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            others = {**dict(zip(names[1:], args, strict=False)), **kwargs}
+            same_device(op, input, **{name: x for name, x in others.items() if isinstance(x, Tensor)})
+            return torch.empty_like(input)
+
+        return fake_kernel
+
+    for op in set(functions) - own:
+        fake(op)(like_input(op))
 
 
 def _register_flops() -> None:

@@ -8,6 +8,17 @@ from torch import Tensor
 from . import _fake, arguments, checks, kernels, reference
 from .config import Granularity, PerTensor, QATConfig, checked_granularity
 
+__all__ = [
+    "choose_qparams",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_affine",
+    "fake_quantize_learned",
+    "qat_linear",
+    "quantize",
+    "search_qparams",
+]
+
 _PER_TENSOR = PerTensor()
 _DEFAULT_CONFIG = QATConfig()
 
@@ -468,4 +479,4 @@ def qat_linear(
 
 
 if kernels.extension is not None:
-    _fake.register()
+    _fake.register(__all__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import functional, reference
 from ..checks import dtype_name
 from ..config import Granularity, PerChannel, PerGroup, PerTensor, PerToken, QATConfig
 
@@ -36,16 +37,8 @@ EXACT = (OURS, CACHED)
 BOUNDS = (TRIAD, INT8_GEMM)
 """Providers that do only the part of the work that bounds its time. Their results are not compared."""
 
-ELEMENTWISE_OPS = (
-    "fake_quantize",
-    "fake_quantize_affine",
-    "fake_quantize_learned",
-    "choose_qparams",
-    "search_qparams",
-    "quantize",
-    "dequantize",
-)
-OPS = (*ELEMENTWISE_OPS, "qat_linear")
+OPS = (*functional.__all__,)
+ELEMENTWISE_OPS = tuple(op for op in OPS if op != "qat_linear")
 OBSERVED = "fake_quantize_observed"  # what FakeQuantize calls if its range is a moving average
 SUBJECTS = (*OPS, OBSERVED, "qat_conv2d", "network", "import")
 # Subjects that are measured without --op and --full.
@@ -232,17 +225,19 @@ def inputs(workload: Workload) -> Inputs:
     real = normal(workload, *workload.shape)
     x = real
     scale, zero_point = reference.choose_qparams(real * 0.75, **granularity)
-    arguments: dict[str, Any] = {}
-    if workload.op in ("fake_quantize_affine", "fake_quantize_learned", "quantize", "dequantize"):
-        arguments.update(scale=scale, zero_point=zero_point)
     if workload.op == "fake_quantize_learned" and workload.backward:
-        arguments.update(scale=scale.requires_grad_())  # its backward computes both gradients
+        scale.requires_grad_()  # its backward computes both gradients
     if workload.op == "dequantize":
         x = reference.quantize(real, scale, zero_point, QUANT_MIN, QUANT_MAX, **granularity)
-        if workload.dtype != torch.float32:
-            arguments.update(dtype=workload.dtype)
-    elif arguments:
-        arguments.update(quant_min=QUANT_MIN, quant_max=QUANT_MAX)
+    available = {
+        "scale": scale,
+        "zero_point": zero_point,
+        "quant_min": QUANT_MIN,
+        "quant_max": QUANT_MAX,
+        "dtype": workload.dtype,
+    }
+    parameters = inspect.signature(getattr(reference, workload.op, reference.fake_quantize)).parameters
+    arguments = {name: value for name, value in available.items() if name in parameters}
     if workload.backward:
         x = x.detach().requires_grad_()
     return Inputs(
@@ -268,13 +263,19 @@ def workloads_of(
         device: Device of the tensors.
     """
     chosen = [
-        replace(workload, device=device) for workload in _ALL[subject]() if not short or _is_short(workload)
+        replace(workload, device=device)
+        for workload in _workloads(subject)
+        if not short or _is_short(workload)
     ]
     if dtype == torch.float32:
         return chosen
     return [
         replace(workload, dtype=dtype, targets=()) for workload in chosen if workload.dtype == torch.float32
     ]
+
+
+def _workloads(subject: str) -> Iterator[Workload]:
+    return _ALL[subject]() if subject in _ALL else _one_pass(subject)
 
 
 def _is_short(workload: Workload) -> bool:
@@ -339,9 +340,9 @@ def _fake_quantize_observed() -> Iterator[Workload]:
     yield from _sizes(OBSERVED, "per tensor", (MI,), Target(1.6), backward=True)
 
 
-def _one_pass(op: str, limit: float) -> Iterator[Workload]:
-    yield from _sizes(op, "per tensor", (256 * KI, 4 * MI), Target(limit))
-    yield from _granularities(op, MATRICES[-1], Target(limit))
+def _one_pass(op: str, *targets: Target) -> Iterator[Workload]:
+    yield from _sizes(op, "per tensor", (256 * KI, 4 * MI), *targets)
+    yield from _granularities(op, MATRICES[-1], *targets)
 
 
 def _sizes(
@@ -469,9 +470,9 @@ _ALL: dict[str, Callable[[], Iterator[Workload]]] = {
     "fake_quantize_affine": _fake_quantize_affine,
     "fake_quantize_learned": _fake_quantize_learned,
     "search_qparams": _search_qparams,
-    "choose_qparams": partial(_one_pass, "choose_qparams", 0.6),
-    "quantize": partial(_one_pass, "quantize", 0.9),
-    "dequantize": partial(_one_pass, "dequantize", 0.9),
+    "choose_qparams": partial(_one_pass, "choose_qparams", Target(0.6)),
+    "quantize": partial(_one_pass, "quantize", Target(0.9)),
+    "dequantize": partial(_one_pass, "dequantize", Target(0.9)),
     "qat_linear": _qat_linear,
     OBSERVED: _fake_quantize_observed,
     "qat_conv2d": _qat_conv2d,

@@ -72,7 +72,7 @@ bool fake_quantize_range_loop(const T* x, T* y, uint8_t* mask, int64_t first, in
   using C = opmath_type<T>;
   constexpr int64_t N = lanes<C>;
   if constexpr (!std::is_same_v<T, C>) { // the range of 16-bit types needs no conversion
-    const bool is_finite = widen_loop(x, n, lo, hi);
+    const bool is_finite = range_loop(x, n, lo, hi);
     mask ? fake_quantize_mask_loop(x, y, mask, first, 1, n, grid) : fake_quantize_loop<T>(x, y, 1, n, grid);
     return is_finite;
   } else {

@@ -50,43 +50,6 @@ struct EpilogueRow {
   const C* bias;                    // null if there is none
 };
 
-// All loops below take a matrix of `rows` rows of n values that follow each other in memory or begin `stride` apart.
-
-// Conversions to and from one 8 or 16-bit integer type Q.
-template <class T, class Q>
-struct IntegerLoops {
-  using C = opmath_type<T>;
-  void (*quantize)(const T* x, Q* q, int64_t rows, int64_t n, const Grids<C>& grids);
-  void (*dequantize)(const Q* q, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
-};
-
-template <class T>
-struct FloatLoops {
-  using C = opmath_type<T>;
-  // Widens the range in lo[0], hi[0] by the finite values. Returns whether all are finite.
-  bool (*range)(const T* x, int64_t n, C* lo, C* hi);
-  // The range of the finite values of each row. Returns whether all are finite.
-  bool (*range_of_rows)(const T* x, int64_t rows, int64_t n, C* lo, C* hi);
-  // The range of the finite values of each column: lo[j], hi[j]. Returns whether all are finite.
-  bool (*range_of_columns)(const T* x, int64_t rows, int64_t stride, int64_t n, C* lo, C* hi);
-  // Scale and zero point of n ranges. Returns whether no value in a range is clamped and all results are normal or 0.
-  bool (*choose)(const C* lo, const C* hi, int64_t n, const QuantRange<C>& spec, C* scale, int32_t* zero_point);
-  // The factor of the ProductGrid of an unclamped grid for values from -most to most. Returns 0 if none is found.
-  C (*factor)(C most, C scale);
-  // choose() for the range of each row.
-  bool (*choose_qparams)(const T* x, int64_t rows, int64_t n, const QuantRange<C>& spec, C* scale, int32_t* zero_point);
-  void (*fake_quantize)(const T* x, T* y, int64_t rows, int64_t n, const Grids<C>& grids);
-  // Also sets the mask's bits from `first` on, which are 0 before, if the gradient passes.
-  void (*fake_quantize_mask)(
-      const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids);
-  // The same for n values with one grid, with the mask or without (null). Also widens the range in lo[0], hi[0] by the
-  // finite values of x; returns whether all are finite.
-  bool (*fake_quantize_range)(
-      const T* x, T* y, uint8_t* mask, int64_t first, int64_t n, const Grids<C>& grid, C* lo, C* hi);
-  // The bits alone, of n values with one grid, from the first bit on.
-  void (*inside)(const T* x, uint8_t* mask, int64_t n, const Grids<C>& grid);
-};
-
 // A sum's order depends on its length only: elements form chunks of 16 rows of 32 lanes. The rows of a chunk are added
 // one after the other, then the halves of the lanes. The sums of chunks are added the same way (ordered_sum).
 constexpr int64_t sum_lanes = 32, sum_chunk = 512;
@@ -98,44 +61,32 @@ struct ApproximateGrid {
   C least;
   C most;
 };
-
-// The loops over one block of n values that sum in this order.
-template <class T>
-struct SumLoops {
-  using C = opmath_type<T>;
-  // The gradient of the input of fake_quantize_learned; the chunks' sums of that of the scale.
-  void (*learned_gradients)(const T* x, const T* grad, T* grad_x, int64_t n, const Grids<C>& grid, double* sums);
-  // The chunks' sums of the squared errors of a grid over the finite values.
-  void (*squared_errors)(const T* x, int64_t n, const Grids<C>& grid, double* sums);
-  // Adds those of each of `count` grids to sums[i], in units of the scale's square and in any order. Each is rounded at
-  // most approximate_roundings times.
-  void (*approximate_errors)(const T* x, int64_t n, const ApproximateGrid<C>* grids, int64_t count, double* sums);
-};
 constexpr int64_t approximate_roundings = 2048;
 
-// What the int8 GEMM needs beside the product.
-template <class T>
-struct Int8Loops {
+#define QATFAST_LOOP(name, ...)
+#define QATFAST_INTEGER_LOOP(name, ...) std::add_pointer_t<__VA_ARGS__> name;
+template <class T, class Q>
+struct IntegerLoops {
   using C = opmath_type<T>;
-  // Rows as int8, with the sum of each row's levels (q - zero_point). The scale of a row that holds a NaN is NaN.
-  void (*quantize_rows)(
-      const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<C>& grids, C* scale, int64_t* level_sums);
-  void (*epilogue)(const int32_t* products, T* y, int64_t n, const EpilogueRow<C>& row);
+#include "loop_list.h"
 };
+#undef QATFAST_LOOP
+#undef QATFAST_INTEGER_LOOP
 
+#define QATFAST_LOOP(name, ...) std::add_pointer_t<__VA_ARGS__> name;
+#define QATFAST_INTEGER_LOOP(name, ...)
 template <class T>
-struct Loops : FloatLoops<T>,
-               SumLoops<T>,
-               Int8Loops<T>,
-               IntegerLoops<T, int8_t>,
-               IntegerLoops<T, uint8_t>,
-               IntegerLoops<T, int16_t>,
-               IntegerLoops<T, uint16_t> {
+struct Loops : IntegerLoops<T, int8_t>, IntegerLoops<T, uint8_t>, IntegerLoops<T, int16_t>, IntegerLoops<T, uint16_t> {
+  using C = opmath_type<T>;
+#include "loop_list.h"
+
   template <class Q>
   const IntegerLoops<T, Q>& integer() const {
     return *this;
   }
 };
+#undef QATFAST_LOOP
+#undef QATFAST_INTEGER_LOOP
 
 // grad if the mask's bit is set, else zero, for elements of that size. The first element has a whole byte of the mask.
 template <class U>

@@ -288,7 +288,8 @@ QATFAST_INLINE void widen_columns(const T* x, int64_t stride, int64_t n, RangeBi
 }
 
 template <class T>
-bool range_of_columns(const T* x, int64_t rows, int64_t stride, int64_t n, opmath_type<T>* lo, opmath_type<T>* hi) {
+bool range_of_columns_loop(
+    const T* x, int64_t rows, int64_t stride, int64_t n, opmath_type<T>* lo, opmath_type<T>* hi) {
   constexpr int N = RangeBits<T>::N;
   constexpr int64_t tile = 512; // columns whose ranges stay in L1
   bool is_finite = true;
@@ -322,7 +323,7 @@ bool range_of_rows_loop(const T* x, int64_t rows, int64_t n, opmath_type<T>* lo,
 }
 
 template <class T>
-bool widen_loop(const T* x, int64_t n, opmath_type<T>* lo, opmath_type<T>* hi) {
+bool range_loop(const T* x, int64_t n, opmath_type<T>* lo, opmath_type<T>* hi) {
   opmath_type<T> least, most;
   const bool is_finite = range_of_run(x, n, &least, &most);
   *lo = widen_lo(*lo, least);

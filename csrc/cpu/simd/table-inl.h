@@ -3,20 +3,31 @@
 namespace qatfast::cpu {
 namespace {
 
+#define QATFAST_LOOP(name, ...)
+#define QATFAST_INTEGER_LOOP(name, ...) name##_loop<T, Q>,
 template <class T, class Q>
 constexpr IntegerLoops<T, Q> integer_loops() {
-  return {quantize_loop<T, Q>, dequantize_loop<T, Q>};
+  return {
+#include "loop_list.h"
+  };
 }
+#undef QATFAST_LOOP
+#undef QATFAST_INTEGER_LOOP
 
+#define QATFAST_LOOP(name, ...) name##_loop<T>,
+#define QATFAST_INTEGER_LOOP(name, ...)
 template <class T>
 constexpr Loops<T> all_loops() {
-  return {{widen_loop<T>, range_of_rows_loop<T>, range_of_columns<T>, choose_loop<T>, factor_loop<T>,
-              choose_qparams_loop<T>, fake_quantize_loop<T>, fake_quantize_mask_loop<T>, fake_quantize_range_loop<T>,
-              inside_loop<T>},
-      {learned_gradients_loop<T>, squared_errors_loop<T>, approximate_errors_loop<T>},
-      {quantize_rows_loop<T>, epilogue_loop<T>}, integer_loops<T, int8_t>(), integer_loops<T, uint8_t>(),
-      integer_loops<T, int16_t>(), integer_loops<T, uint16_t>()};
+  return {
+      integer_loops<T, int8_t>(),
+      integer_loops<T, uint8_t>(),
+      integer_loops<T, int16_t>(),
+      integer_loops<T, uint16_t>(),
+#include "loop_list.h"
+  };
 }
+#undef QATFAST_LOOP
+#undef QATFAST_INTEGER_LOOP
 
 #ifndef QATFAST_BF16
 constexpr InstructionSet instruction_set_named(const char* name) {

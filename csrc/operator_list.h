@@ -138,6 +138,10 @@ QATFAST_OPERATOR(qat_linear_int8_weight, all, none,
     "level_sums)",
     std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor& weight, at::IntArrayRef weight_spec))
 
+// The product of an int8 GEMM, in the dtype of the scales. int8_input: Int8Rows, as int8_weight.
+QATFAST_OPERATOR(int8_product, all, undefined, "(Tensor[] int8_input, Tensor[] int8_weight, Tensor? bias) -> Tensor",
+    Tensor(at::TensorList int8_input, at::TensorList int8_weight, const std::optional<Tensor>& bias))
+
 QATFAST_OPERATOR(qat_linear_int8, all, node,
     "(Tensor input, Tensor weight, Tensor? bias, Tensor[] int8_weight, int[] specs, *, ScalarType? "
     "dtype=None) -> Tensor",

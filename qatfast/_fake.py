@@ -197,6 +197,10 @@ def _register_fakes(functions: Sequence[str]) -> None:
         output = layer_output(input, weight, bias, dtype=dtype)
         return output, *rows_of(input, math.prod(input.shape[:-1]))
 
+    @fake("int8_product")
+    def _(int8_input: list[Tensor], int8_weight: list[Tensor], bias: Tensor | None) -> Tensor:
+        return int8_input[1].new_empty((int8_input[0].shape[0], int8_weight[0].shape[0]))
+
     @fake("qat_linear_int8_input")
     def _(values: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
         return values.new_empty(values.shape, dtype=dtype)

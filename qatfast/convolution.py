@@ -70,7 +70,7 @@ def qat_conv(
     tensors = (input, weight) if bias is None else (input, weight, bias)
     x_grid = _grid(input, x_spec, grids.get("input"))
     ops = kernels.route(*tensors)
-    if ops is None or not input.is_cpu or input.dtype == torch.float64:
+    if ops is None or not int8_convolution.takes(input, geometry):
         product = geometry.convolve(fake_quantized_input(), fake_quantized_weight(), b_hat)
         rows = geometry.to_rows(weight.detach())
         w_grid = _grid(rows, w_spec, grids.get("weight"))

@@ -1,4 +1,7 @@
-"""Convolutions of integers on the CPU: sums that are exact, rounded once to float32."""
+"""Convolutions of integers: sums that are exact, rounded once to float32.
+
+On the CPU by oneDNN where it is exact; on other devices by an int8 GEMM of the windows of the input (im2col).
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,13 @@ from .geometry import Geometry
 _SHIFT = 128  # between uint8 and int8
 FLOAT_LIMIT = 2**24  # float32 holds all integers up to it
 _INT_LIMIT = 2**31
+_WINDOW_BYTES = 2**28  # of the windows that exist at a time
 
 
 class Int8Weight(NamedTuple):
     """A quantized weight: integers and, for each output channel, the scale and the zero point.
 
+    The integers are int8 if the weight is symmetric, else uint8, or int16 with values of int8.
     The scale is NaN if the channel holds a NaN. ``packed`` keeps what a library makes of the
     integers, or is None if they are used once. ``total`` is the sum of each channel's integers, if known.
     """
@@ -80,11 +85,27 @@ def forward(
     quant_min, quant_max, zero_point = unsigned(quant_min, quant_max, zero_point)
     granularity = PerChannel(0) if scale.dim() else PerTensor()
     q = functional.quantize(input, scale, zero_point, quant_min, quant_max, granularity=granularity)
+    if uses_windows(input):
+        nan = input.isnan()
+        y = by_windows(Int8Input(q, scale, zero_point, nan), weight, kernel_size, bias, geometry)
+        poison = torch.where(nan.any(), torch.nan, 0.0)
+        return _channels_last(y) if channels_last else y.contiguous(), q, poison
     poison = input.new_zeros((), dtype=torch.float32)
     if input.numel() and input.amax().isnan():
         poison.fill_(torch.nan)
     integers = Int8Input(q, scale, zero_point, input.isnan() if isnan(poison.item()) else None)
     return product(integers, weight, kernel_size, bias, geometry, channels_last), q, poison
+
+
+def takes(input: Tensor, geometry: Geometry) -> bool:
+    """Returns whether :func:`forward` computes this convolution."""
+    if input.dtype == torch.float64:
+        return False
+    return not uses_windows(input) or (geometry.groups == 1 and input.numel() > 0)
+
+
+def uses_windows(input: Tensor) -> bool:
+    return not input.is_cpu
 
 
 def product(
@@ -314,6 +335,125 @@ def _vectors(channels: int) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ones(1, device="cpu"), ones, torch.zeros(channels, dtype=torch.int32, device="cpu")
 
 
+def by_windows(
+    integers: Int8Input,
+    weight: Int8Weight,
+    kernel_size: Sequence[int],
+    bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """Returns the result in the dtype of the scales by the int8 GEMM of linear layers.
+
+    Nothing waits for the device.
+    """
+    kernel, convolution = _as_plain(weight, kernel_size, geometry)
+    columns = _int8_rows(kernel.movedim(1, -1).flatten(1), weight)
+    bias = None if bias is None else bias.to(weight.scale.dtype).contiguous()
+    q, scale, zero_point, nan = integers
+    samples = q.shape[0]
+    scale, zero_point = (x.reshape(-1).expand(samples) for x in (scale, zero_point))
+    per_sample = kernel[0].numel() * prod(_sizes(q.shape[2:], kernel.shape[2:], geometry, convolution))
+    step = max(1, _WINDOW_BYTES // max(1, per_sample))
+
+    def part(x: Any, begin: int) -> Any:
+        return None if x is None else x[begin : begin + step]
+
+    parts = [
+        _product_of_windows(
+            Int8Input(*(part(x, begin) for x in (q, scale, zero_point, nan))),
+            kernel, columns, bias, geometry, convolution,
+        )
+        for begin in range(0, samples, step)
+    ]  # fmt: skip
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _product_of_windows(
+    integers: Int8Input,
+    kernel: Tensor,
+    columns: list[Tensor],
+    bias: Tensor | None,
+    geometry: Geometry,
+    convolution: _Conv,
+) -> Tensor:
+    q, scale, zero_point, nan = integers
+    # An integer XOR the zero point is 0 where it is the zero point, with which the input is padded.
+    fill = zero_point.to(torch.uint8).view(torch.int8).reshape(-1, *(1,) * (q.dim() - 1))
+
+    def windows_of(x: Tensor) -> Tensor:
+        if geometry.transposed:
+            x = _spread(x, geometry.stride, 0)
+        return F.pad(x.movedim(1, -1), [0, 0, *_pads(convolution)]).contiguous()
+
+    last = windows_of(q.view(torch.int8) ^ fill) ^ (fill.movedim(1, -1) ^ -_SHIFT)
+    windows, sizes = _windows(last, kernel, convolution)
+    positions = prod(sizes)
+
+    def of_rows(x: Tensor) -> Tensor:
+        return x.unsqueeze(1).expand(-1, positions).reshape(-1).contiguous()
+
+    point = of_rows(zero_point - _SHIFT)
+    # A symmetric weight does not read the sums of the input's levels.
+    level_sums = torch.zeros_like(point, dtype=torch.int64)
+    if kernel.dtype != torch.int8:
+        level_sums = windows.sum(1, dtype=torch.int64) - windows.shape[1] * point.long()
+    row_scale = of_rows(scale)
+    if nan is not None:
+        nans, _ = _windows(windows_of(nan.any(1, keepdim=True).to(torch.int8)), kernel[:1, :1], convolution)
+        row_scale = torch.where(nans.any(1), torch.nan, row_scale)
+    y = torch.ops.qatfast.int8_product([windows, row_scale, point, level_sums], columns, bias)
+    return y.view(q.shape[0], *sizes, -1).movedim(-1, 1)
+
+
+def product_of_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns ``x @ weight.T`` of int8 matrices in float64, exact for any number of columns."""
+
+    def rows_of(matrix: Tensor) -> list[Tensor]:
+        zeros = matrix.new_zeros(len(matrix), dtype=torch.int64)
+        return [
+            matrix.contiguous(),
+            torch.ones_like(zeros, dtype=torch.float64),
+            zeros.to(torch.int32),
+            zeros,
+        ]
+
+    return torch.ops.qatfast.int8_product(rows_of(x), rows_of(weight), None)
+
+
+def _int8_rows(matrix: Tensor, weight: Int8Weight) -> list[Tensor]:
+    """Returns the values (int8), scales, zero points and sums of levels of the rows of a weight."""
+    zero_point = weight.zero_point
+    if matrix.dtype == torch.uint8:
+        matrix, zero_point = matrix.view(torch.int8) ^ -_SHIFT, zero_point - _SHIFT
+    matrix, zero_point = matrix.to(torch.int8).contiguous(), zero_point.to(torch.int32).contiguous()
+    level_sums = matrix.sum(1, dtype=torch.int64) - matrix.shape[1] * zero_point.long()
+    return [matrix, weight.scale.contiguous(), zero_point, level_sums]
+
+
+def _sizes(
+    sizes: Sequence[int], kernel_size: Sequence[int], geometry: Geometry, convolution: _Conv
+) -> list[int]:
+    """Returns the sizes of the result."""
+    if geometry.transposed:
+        sizes = [(n - 1) * step + 1 for n, step in zip(sizes, geometry.stride, strict=True)]
+    tuples = zip(sizes, kernel_size, *convolution[:3], strict=True)
+    return [(n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in tuples]
+
+
+def _windows(last: Tensor, kernel: Tensor, convolution: _Conv) -> tuple[Tensor, list[int]]:
+    """Returns the windows of a padded input (batch, ..., channels) as rows, and their number per dimension."""
+    plain = tuple(
+        zip(last.shape[1:-1], kernel.shape[2:], convolution.stride, convolution.dilation, strict=True)
+    )
+    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in plain]
+    strides = last.stride()
+    steps = [s * n for s, n in zip(convolution.stride, strides[1:-1], strict=True)]
+    inner = [d * n for d, n in zip(convolution.dilation, strides[1:-1], strict=True)]
+    shape = (last.shape[0], *sizes, *kernel.shape[2:], last.shape[-1])
+    windows = last.as_strided(shape, (strides[0], *steps, *inner, strides[-1]))
+    return windows.reshape(last.shape[0] * prod(sizes), -1).contiguous(), sizes  # a view may overlap
+
+
 def _by_matrix(
     q: Tensor, zero_point: int, kernel: Tensor, convolution: _Conv, total: Tensor | None = None
 ) -> Tensor:
@@ -324,22 +464,7 @@ def _by_matrix(
     zero_point -= _SHIFT
     if any(_pads(convolution)):
         signed = F.pad(signed, [0, 0, *_pads(convolution)], value=zero_point)
-    sizes = [
-        (n - d * (k - 1) - 1) // s + 1
-        for n, k, s, d in zip(
-            signed.shape[1:-1], kernel.shape[2:], convolution.stride, convolution.dilation, strict=True
-        )
-    ]
-    strides = signed.stride()
-    steps = [s * n for s, n in zip(convolution.stride, strides[1:-1], strict=True)]
-    inner = [d * n for d, n in zip(convolution.dilation, strides[1:-1], strict=True)]
-    windows = (
-        signed.as_strided(
-            (q.shape[0], *sizes, *kernel.shape[2:], q.shape[1]), (strides[0], *steps, *inner, strides[-1])
-        )
-        .reshape(q.shape[0] * prod(sizes), -1)
-        .contiguous()
-    )  # a view may overlap
+    windows, sizes = _windows(signed, kernel, convolution)
     matrix = kernel.movedim(1, -1).reshape(kernel.shape[0], -1)
     sums = torch._int_mm(windows, matrix.t())
     total = matrix.sum(1, dtype=torch.int32) if total is None else total

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import checks, functional, int8_convolution, kernels, reference
 from .config import QuantSpec
 from .geometry import Geometry
-from .int8_convolution import Int8Weight
+from .int8_convolution import Int8Input, Int8Weight
 from .reference import on_grid
 
 
@@ -34,8 +34,10 @@ class Operands(NamedTuple):
 
     def with_sums(self, zero_point: Tensor, ends: tuple[int, int]) -> Operands:
         """Returns them for many calls with an input of this grid."""
-        level = max(ends[1] - int(zero_point), int(zero_point) - ends[0])
         total = self.weight.sum(1, dtype=torch.int32)
+        if not self.weight.is_cpu:  # which asks for no reach
+            return self._replace(total=total)
+        level = max(ends[1] - int(zero_point), int(zero_point) - ends[0])
         sizes = self.weight.double().abs().sum(1) * level + self.b32.abs()
         reach = int(sizes.max()) if len(sizes) else 0
         return self._replace(total=total, reach=reach, packed={})
@@ -44,7 +46,7 @@ class Operands(NamedTuple):
 def takes_int8(input: Tensor, is_symmetric: bool) -> bool:
     """Returns whether :func:`linear` and :func:`conv` take the input, and a weight that is symmetric or not."""
     return (
-        input.is_cpu
+        (input.is_cpu or (input.is_cuda and kernels.route(input) is not None))
         and input.dtype != torch.float64
         and is_symmetric
         and not torch._C._are_functorch_transforms_active()
@@ -110,13 +112,18 @@ def linear(
     sums = _int_mm(q, weight)
     offset = operands.b32 - zero_point * (weight.sum(1, dtype=torch.int32) if total is None else total)
     y = _requantized(sums, offset, operands)
-    if rows.numel() and rows.amax().isnan():
-        y.masked_fill_(rows.isnan().any(1, keepdim=True), torch.nan)
+    if not rows.is_cpu or (rows.numel() and rows.amax().isnan()):  # others do not wait for the answer
+        y = y.masked_fill_(rows.isnan().any(1, keepdim=True), torch.nan)
     return y.view(*input.shape[:-1], len(weight))
 
 
 def _int_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns ``x @ weight.T`` of int8 matrices in int32, exact for less than 2^15 columns."""
+    """Returns ``x @ weight.T`` of int8 matrices in int32, exact for less than 2^15 columns.
+
+    On other devices than the CPU it is exact for any number of columns, in float64.
+    """
+    if not x.is_cpu:
+        return int8_convolution.product_of_rows(x, weight)
     if x.numel() == 0 or len(weight) == 0 or not int8_convolution._int_mm_is_exact():
         return (x.double() @ weight.double().t()).to(torch.int32)
     # oneDNN misreads the strides of the transpose of a single column
@@ -147,9 +154,14 @@ def conv(
     """
     quant_min, quant_max, zero_point = int8_convolution.unsigned(*ends, zero_point)
     q = functional.quantize(input, scale, zero_point, quant_min, quant_max)
-    has_nan = bool(input.numel() and input.amax().isnan())
+    has_nan = not input.is_cpu or bool(input.numel() and input.amax().isnan())
     sums = None
-    if not has_nan:
+    if not input.is_cpu and int8_convolution.takes(input, geometry):
+        integers = Int8Input(q, torch.ones_like(scale, dtype=torch.float64), zero_point, input.isnan())
+        zeros = torch.zeros_like(operands.b32)
+        weight = Int8Weight(operands.weight, torch.ones_like(zeros, dtype=torch.float64), zeros)
+        sums = int8_convolution.by_windows(integers, weight, kernel_size, None, geometry)
+    elif not has_nan:
         zeros = torch.zeros_like(operands.b32)
         weight = Int8Weight(operands.weight, operands.factor, zeros, operands.packed, operands.total)
         sums = int8_convolution.exact_sums(q, int(zero_point), weight, kernel_size, geometry, operands.reach)
@@ -173,14 +185,14 @@ def _requantized(sums: Tensor, offset: Tensor, operands: Operands) -> Tensor:
         offset: one element per output.
         operands: of the layer.
     """
-    bounds = float(operands.low), float(operands.high)
     ops = None if sums.dtype == torch.float64 else kernels.extension
     if ops is not None:
+        bounds = float(operands.low), float(operands.high)
         ops.int8_requantize_(sums, offset, operands.factor, *bounds, float(operands.y_scale))
         return sums.view(torch.float32)
     if sums.dtype == torch.float32:  # which does not hold sums + offset
         sums = sums.to(torch.int32)
-    return on_grid((sums + offset).float(), operands.factor, *bounds, operands.y_scale)
+    return on_grid((sums + offset).float(), operands.factor, operands.low, operands.high, operands.y_scale)
 
 
 def _kernel(rows: Tensor, input: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> Tensor:

@@ -189,6 +189,7 @@ OPERATORS = {
                 "qat_linear_int8_input",
                 "qat_linear_int8_backward",
                 "qat_linear_grad_weight",
+                "int8_product",
                 "qat_linear_int8_static",
             ),
             internal_on_cpu=(

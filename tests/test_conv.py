@@ -103,10 +103,15 @@ def exact_sums(x, weight, layer):
     return result
 
 
-@pytest.fixture(params=["kernels", "reference"])
+@pytest.fixture(params=["kernels", "windows", "reference"])
 def implementation(request, monkeypatch):
+    """Selects what computes a convolution; "windows" is the way of other devices, on the CPU."""
     if request.param == "reference":
         monkeypatch.setattr(kernels, "route", lambda *tensors: None)
+    elif request.param == "windows":
+        monkeypatch.setattr("qatfast.modules.conv.quantizes_in_one_pass", lambda *arguments: False)
+        monkeypatch.setattr(int8_convolution, "uses_windows", lambda input: True)
+        monkeypatch.setattr(int8_convolution, "_WINDOW_BYTES", 1)  # each sample by itself
     return request.param
 
 

@@ -3,6 +3,7 @@
 The other tests check values, gradients and errors on a device: ``pytest --device cuda``.
 """
 
+import copy
 import math
 import os
 import subprocess
@@ -11,9 +12,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import cases
 import counted
+import qatfast
 from operators import operators
 from qatfast import (
     FakeQuantize,
@@ -27,6 +30,7 @@ from qatfast import (
     QATLinear,
     QuantSpec,
     choose_qparams,
+    convert,
     dequantize,
     fake_quantize,
     fake_quantize_affine,
@@ -512,3 +516,75 @@ def test_without_a_grid_barrier_two_launches_give_the_same_bits():
         text=True,
     )
     assert run.stdout == "fine\n", run.stdout + run.stderr
+
+
+# Convolutions: int8 GEMMs of the windows of the input
+
+CONVOLUTIONS = {
+    "2d": (2, False, QATConfig.static(), {"padding": 1, "stride": 2}),
+    "1d, affine weight": (
+        1,
+        False,
+        QATConfig(QuantSpec(8), QuantSpec(8, granularity=PerChannel(0)), None, None),
+        {},
+    ),
+    "3d, learned": (3, False, QATConfig.static(4), {"dilation": 2, "padding": 2}),
+    "per sample": (2, False, QATConfig.dynamic(), {"padding": 1}),
+    "transposed": (2, True, QATConfig.int8(), {"stride": 2, "padding": 1, "output_padding": 1}),
+    "groups": (2, False, QATConfig.int8(), {"groups": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_a_convolution_has_the_bits_of_the_cpu(case):
+    dims, transposed, config, arguments = case
+    cls = getattr(qatfast, f"QATConv{'Transpose' if transposed else ''}{dims}d")
+    layer = cls(4, 6, 3, **arguments, config=config)
+    x, results = cases.normal((3, 4, *(7,) * dims)), []
+    x[1, 2, 3] = float("nan")
+    for device in ("cpu", "cuda"):
+        layer_on = copy.deepcopy(layer).to(device)
+        layer_on(x.nan_to_num().to(device))
+        leaf = x.nan_to_num().to(device).requires_grad_()
+        y = layer_on(leaf)
+        dx, dw = torch.autograd.grad(y.square().sum(), [leaf, layer_on.weight])
+        ys = [layer_on(x.to(device)), layer_on.eval()(x.to(device)), convert(layer_on)(x.to(device))]
+        results.append(([value.detach().cpu() for value in ys], dx.cpu(), dw.cpu()))
+    (on_cpu, *gradients_cpu), (on_cuda, *gradients_cuda) = results
+    for expected, actual in zip(on_cpu, on_cuda, strict=True):
+        assert expected.isnan().any() and not expected.isnan().all()
+        cases.assert_same(actual, expected)
+    for expected, actual in zip(gradients_cpu, gradients_cuda, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_chains_have_the_bits_of_the_cpu():
+    layers = [
+        *(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)),
+        *(
+            nn.Conv2d(8, 6, 3, groups=2),
+            nn.ReLU6(),
+            nn.Flatten(),
+            nn.Linear(24, 10),
+            nn.ReLU(),
+            nn.Linear(10, 4),
+        ),
+    ]
+    x = cases.normal((2, 3, 8, 8))
+    model = qatfast.prepare(nn.Sequential(*layers), example_inputs=x)
+    model(x)
+    x[1, 0, 2, 2] = float("nan")
+    expected, device = model.eval()(x), "cuda"
+    for one in (model, convert(model)):
+        one = copy.deepcopy(one)
+        cases.assert_same(one(x).detach(), expected.detach())
+        cases.assert_same(one.to(device)(x.to(device)).detach().cpu(), expected.detach())
+
+
+@counts_bytes
+@pytest.mark.parametrize("config", [QATConfig.int8(), QATConfig.static()], ids=["int8", "static"])
+def test_a_convolution_waits_for_nothing(config):
+    layer = qatfast.QATConv2d(4, 8, 3, padding=1, config=config, device="cuda")
+    x = cases.normal((2, 4, 8, 8), device="cuda").requires_grad_()
+    counts = counted.counted(lambda: layer(x).sum().backward())
+    assert counts.host_syncs == 0

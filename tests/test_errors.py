@@ -442,6 +442,22 @@ def test_wrong_integers_of_an_input_crash_nothing(kernels, given):
         torch.ops.qatfast.qat_linear_int8_input(*given[:3], torch.float32)
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"int8_input": integers()[:3]}, "expected the 4 tensors of int8 rows, got 3 and 4"),
+        ({"int8_input": integers(columns=5)}, "expected int8 rows of input and weight with as many columns"),
+        ({"int8_weight": integers(dtype=torch.float64)}, "expected int8 rows of input and weight"),
+        ({"int8_input": integers(level_sums=x(3))}, "expected int8 rows of input and weight"),
+        ({"bias": x(4)}, "expected int8 rows of input and weight"),
+    ],
+)
+def test_a_product_of_int8_rows_says_what_does_not_fit(kernels, changes, words):
+    arguments = {"int8_input": integers(), "int8_weight": integers(), "bias": None, **changes}
+    with pytest.raises(ValueError, match=f"int8_product: {words}"):
+        torch.ops.qatfast.int8_product(*arguments.values())
+
+
 LAYER_OF_BACKWARD = r"expected the gradient, input and weight of one layer, got \("
 ROWS_SPEC = (8, True, 3, 0)
 

@@ -35,20 +35,23 @@ Int8Rows quantized_weight(const Tensor& weight, at::IntArrayRef code, Allocation
   return quantize_rows(weight, checked_weight_spec("qat_linear", weight, code), allocation);
 }
 
+// Whether the four tensors are Int8Rows of this shape.
+bool are_int8_rows(at::TensorList tensors, at::IntArrayRef shape, at::ScalarType scale_dtype) {
+  const auto &values = tensors[0], &scale = tensors[1], &zero_point = tensors[2], &level_sums = tensors[3];
+  return values.scalar_type() == at::kChar && values.sizes() == shape && values.is_contiguous() &&
+      is_vector(scale, scale_dtype, shape[0]) && is_vector(zero_point, at::kInt, shape[0]) &&
+      is_vector(level_sums, at::kLong, shape[0]);
+}
+
 Int8Rows checked_int8_weight(at::TensorList int8_weight, const Tensor& weight) {
   TORCH_CHECK_VALUE(int8_weight.size() == 4, "qat_linear: expected the 4 tensors of qat_linear_int8_weight, got ",
       int8_weight.size());
   for (const auto& tensor : int8_weight) {
     check_device("qat_linear", "int8_weight", tensor, weight);
   }
-  const auto rows = weight.size(0);
-  const auto &values = int8_weight[0], &scale = int8_weight[1], &zero_point = int8_weight[2],
-             &level_sums = int8_weight[3];
-  TORCH_CHECK_VALUE(values.scalar_type() == at::kChar && values.sizes() == weight.sizes() && values.is_contiguous() &&
-          is_vector(scale, at::toOpMathType(weight.scalar_type()), rows) && is_vector(zero_point, at::kInt, rows) &&
-          is_vector(level_sums, at::kLong, rows),
+  TORCH_CHECK_VALUE(are_int8_rows(int8_weight, weight.sizes(), at::toOpMathType(weight.scalar_type())),
       "qat_linear: expected int8_weight as qat_linear_int8_weight returns it for this weight");
-  return {values, scale, zero_point, level_sums};
+  return {int8_weight[0], int8_weight[1], int8_weight[2], int8_weight[3]};
 }
 
 // `int8_weight` is empty if the weight is quantized here.
@@ -207,6 +210,22 @@ std::tuple<Tensor, Tensor> qat_linear_int8_backward(const Tensor& grad, const Te
   auto dw = w_hat_then_dw;
   at::mm_out(dw, grad.t(), qat_linear_int8_input(values, scale, zero_point, dtype));
   return {dx, dw};
+}
+
+Tensor int8_product(at::TensorList x, at::TensorList w, const std::optional<Tensor>& bias) {
+  constexpr auto op = "int8_product";
+  TORCH_CHECK_VALUE(
+      x.size() == 4 && w.size() == 4, op, ": expected the 4 tensors of int8 rows, got ", x.size(), " and ", w.size());
+  for (const auto& tensor : {x[1], x[2], x[3], w[0], w[1], w[2], w[3], bias.value_or(x[0])}) {
+    check_device(op, "all tensors", tensor, x[0]);
+  }
+  const auto dtype = x[1].scalar_type();
+  TORCH_CHECK_VALUE(x[0].dim() == 2 && w[0].dim() == 2 && x[0].size(1) == w[0].size(1) &&
+          (dtype == at::kFloat || dtype == at::kDouble) && are_int8_rows(x, x[0].sizes(), dtype) &&
+          are_int8_rows(w, w[0].sizes(), dtype) && (!bias || is_vector(*bias, dtype, w[0].size(0))),
+      op, ": expected int8 rows of input and weight with as many columns, got ", tuple(x[0].sizes()), " and ",
+      tuple(w[0].sizes()));
+  return int8_gemm({x[0], x[1], x[2], x[3]}, {w[0], w[1], w[2], w[3]}, bias.value_or(Tensor()), dtype);
 }
 
 } // namespace kernel

@@ -125,7 +125,7 @@ class _IntegerConv(IntegerLayer):
         scale, zero_point = functional.choose_qparams(x, **x_spec.arguments) if grid is None else grid
         b_hat = self._b_hat(x, scale)
         ops = kernels.route(x)
-        if ops is None or not x.is_cpu or x.dtype == torch.float64:
+        if ops is None or not int8_convolution.takes(x, geometry):
             return self._exact_result(x, (scale, zero_point), b_hat, geometry, pad)
         call: Any = int8_convolution.forward if ops is kernels.extension else traced_forward
         value, _, _ = call(

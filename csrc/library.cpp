@@ -140,6 +140,11 @@ TORCH_LIBRARY(qatfast, m) {
       "int8_conv_depthwise(Tensor values, Tensor scale, Tensor shifted_zero_point, Tensor weight, "
       "Tensor weight_scale, Tensor? bias, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> Tensor",
       tags);
+  m.def(
+      "int8_conv_depthwise_backward(Tensor grad, Tensor values, Tensor scale, Tensor shifted_zero_point, "
+      "Tensor weight_hat, Tensor? mask, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+      tags);
 }
 
 namespace {
@@ -187,6 +192,7 @@ TORCH_LIBRARY_IMPL(qatfast, CPU, m) {
   m.impl("int8_requantize_", kernel::int8_requantize_);
   m.impl("int8_conv_mask_", kernel::int8_conv_mask_);
   m.impl("int8_conv_depthwise", kernel::int8_conv_depthwise);
+  m.impl("int8_conv_depthwise_backward", kernel::int8_conv_depthwise_backward);
 }
 
 TORCH_LIBRARY_IMPL(qatfast, AutocastCPU, m) {
@@ -225,7 +231,7 @@ TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
            "fake_quantize_learned_backward", "qat_linear_forward", "qat_linear_grad_weight",
            "qat_linear_int8_static_forward", "qat_linear_int8_static_backward", "qat_linear_int8_forward",
            "qat_linear_int8_input", "qat_linear_int8_backward", "int8_conv_input", "int8_conv_scale_",
-           "int8_requantize_", "int8_conv_depthwise", "int8_conv_mask_"}) {
+           "int8_requantize_", "int8_conv_depthwise", "int8_conv_depthwise_backward", "int8_conv_mask_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

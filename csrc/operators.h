@@ -187,6 +187,14 @@ QATFAST_OPERATOR(int8_conv_depthwise,
         const Tensor& weight_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation))
 
+// Its gradients by input, weight (channels, taps) and bias, those that output_mask selects. That of the input passes
+// where the mask, which has the order of `values`, is set.
+QATFAST_OPERATOR(int8_conv_depthwise_backward,
+    std::tuple<Tensor, Tensor, Tensor>(const Tensor& grad, const Tensor& values, const Tensor& scale,
+        const Tensor& shifted_zero_point, const Tensor& weight_hat, const std::optional<Tensor>& mask,
+        at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+        std::array<bool, 3> output_mask))
+
 // Sets the gradient of the input to 0, in place, where the mask is not set. `values` has the mask's order.
 QATFAST_OPERATOR(int8_conv_mask_, Tensor(const Tensor& grad, const Tensor& mask, const Tensor& values))
 

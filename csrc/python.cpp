@@ -218,6 +218,7 @@ PyMethodDef methods[] = {
     method("int8_requantize_", direct<op::int8_requantize_>),
     method("int8_conv_mask_", direct<op::int8_conv_mask_>),
     method("int8_conv_depthwise", direct<op::int8_conv_depthwise>),
+    method("int8_conv_depthwise_backward", direct<op::int8_conv_depthwise_backward>),
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -280,6 +280,13 @@ def _pointwise_gradients(
     return dx, dw, rows.sum(0) if needed[2] else None
 
 
+def _is_float32_depthwise(dy: Tensor, q: Tensor, scale: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Returns whether the gradients are those of int8_conv_depthwise."""
+    if not dy.dtype == weight.dtype == scale.dtype == torch.float32 or scale.dim():
+        return False
+    return int8_convolution.is_depthwise(q, weight, weight.shape[2:], geometry)
+
+
 class _Gradients(torch.autograd.Function):
     """A result ``value`` with the gradients of the convolution of x_hat, w_hat and b_hat.
 
@@ -340,6 +347,19 @@ class _Gradients(torch.autograd.Function):
                 None if db is None or ctx.bias is None else db.to(ctx.bias[1]),
                 *(None,) * 12,
             )
+        if (
+            is_plain
+            and poison is None
+            and w_scale is None
+            and _is_float32_depthwise(dy, q, scale, w, geometry)
+        ):
+            extension: Any = kernels.extension
+            w_hat = functional.fake_quantize(w.detach().flatten(1), **w_spec.arguments)
+            wanted = (*ctx.needs_input_grad[:2], ctx.bias is not None and ctx.needs_input_grad[2])
+            dx, dw, db = extension.int8_conv_depthwise_backward(
+                dy, q, scale, shifted, w_hat, mask, tuple(w.shape[2:]), *geometry[:3], wanted
+            )
+            return dx, None if dw is None else dw.view(w.shape), db, *(None,) * 12
         x_hat = ops.dequantize(q, scale, shifted, granularity.code)
         if poison is not None:
             x_hat = x_hat.add_(poison) if poison.dim() == 0 else x_hat.masked_fill_(poison, torch.nan)

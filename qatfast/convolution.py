@@ -383,9 +383,14 @@ class _Gradients(torch.autograd.Function):
             ctx.needs_input_grad[1],
             ctx.bias is not None and ctx.needs_input_grad[2],
         ]
-        dx, dw, db = torch.ops.aten.convolution_backward(
-            dy.to(x_hat.dtype), x_hat, w_hat.to(x_hat.dtype), sizes, *geometry, needed
-        )
+        dy = dy.to(x_hat.dtype)
+        backward: Any = torch.ops.aten.convolution_backward
+        if is_plain and needed[0] and needed[1] and weight.dtype == x_hat.dtype:
+            dx, _, _ = backward(dy, x_hat, w_hat, sizes, *geometry, [True, False, False])
+            del rows, w_rows, w_hat  # the gradient of a large weight is made in the memory of w_hat
+            _, dw, db = backward(dy, x_hat, weight.detach(), sizes, *geometry, [False, *needed[1:]])
+        else:
+            dx, dw, db = backward(dy, x_hat, w_hat.to(x_hat.dtype), sizes, *geometry, needed)
         if dx is not None and mask is not None:
             dx = (
                 ops.int8_conv_mask_(dx, mask, q)

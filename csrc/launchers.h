@@ -136,6 +136,23 @@ struct DepthwiseTask {
 };
 void depthwise(const DepthwiseTask& task);
 
+// Its gradients; what is undefined is not needed.
+struct DepthwiseBackwardTask {
+  at::Tensor grad;   // float32, channels-last
+  at::Tensor values; // uint8, channels-last
+  float scale;
+  int32_t zero_point;
+  at::Tensor weight; // w_hat (channels, height * width of the kernel), contiguous
+  at::IntArrayRef kernel_size;
+  at::IntArrayRef stride;
+  at::IntArrayRef padding;
+  at::IntArrayRef dilation;
+  at::Tensor grad_input;  // channels-last
+  at::Tensor grad_weight; // contiguous
+  at::Tensor grad_bias;
+};
+void depthwise_backward(const DepthwiseBackwardTask& task);
+
 // Scale and zero point of blocks with the ranges lo, hi of the opmath type.
 void qparams_of_range(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,
     const at::Tensor& zero_point);

@@ -229,6 +229,17 @@ QATFAST_OPERATOR(int8_conv_depthwise, cpu, undefined,
         const Tensor& weight_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation))
 
+// Its gradients by input, weight (channels, taps) and bias, those that output_mask selects. That of the input passes
+// where the mask, which has the order of `values`, is set.
+QATFAST_OPERATOR(int8_conv_depthwise_backward, cpu, undefined,
+    "(Tensor grad, Tensor values, Tensor scale, Tensor shifted_zero_point, Tensor weight_hat, Tensor? mask, "
+    "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool[3] output_mask) "
+    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+    std::tuple<Tensor, Tensor, Tensor>(const Tensor& grad, const Tensor& values, const Tensor& scale,
+        const Tensor& shifted_zero_point, const Tensor& weight_hat, const std::optional<Tensor>& mask,
+        at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+        std::array<bool, 3> output_mask))
+
 // Launchers that several operators use
 QATFAST_LAUNCHER(quantize_rows, QuantizeRowsLauncher)
 QATFAST_LAUNCHER(quantize_rows_static, QuantizeRowsStaticLauncher)

@@ -263,6 +263,16 @@ def _register_fakes(functions: Sequence[str]) -> None:
         y = values.new_empty((*values.shape[:2], *size), dtype=torch.float32)
         return y.contiguous(memory_format=torch.channels_last)
 
+    @fake("int8_conv_depthwise_backward")
+    def _(
+        grad: Tensor, values: Tensor, scale: Tensor, zero_point: Tensor, weight_hat: Tensor, *rest: Any
+    ) -> tuple[Tensor | None, ...]:
+        dx = grad.new_empty(values.shape).contiguous(memory_format=torch.channels_last)
+        results = (dx, torch.empty_like(weight_hat), grad.new_empty(values.shape[1:2]))
+        return tuple(
+            result if is_needed else None for result, is_needed in zip(results, rest[-1], strict=True)
+        )
+
     @fake("qat_linear_grad_weight")
     def _(grad: Tensor, input: Tensor) -> Tensor:
         return grad.new_empty((grad.shape[1], input.shape[1]))

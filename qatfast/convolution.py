@@ -280,6 +280,13 @@ def _pointwise_gradients(
     return dx, dw, rows.sum(0) if needed[2] else None
 
 
+def _is_float32_depthwise(dy: Tensor, q: Tensor, scale: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Returns whether the gradients are those of int8_conv_depthwise."""
+    if not dy.dtype == weight.dtype == scale.dtype == torch.float32 or scale.dim():
+        return False
+    return int8_convolution.is_depthwise(q, weight, weight.shape[2:], geometry)
+
+
 class _Gradients(torch.autograd.Function):
     """A result ``value`` with the gradients of the convolution of x_hat, w_hat and b_hat.
 
@@ -340,6 +347,19 @@ class _Gradients(torch.autograd.Function):
                 None if db is None or ctx.bias is None else db.to(ctx.bias[1]),
                 *(None,) * 12,
             )
+        if (
+            is_plain
+            and poison is None
+            and w_scale is None
+            and _is_float32_depthwise(dy, q, scale, w, geometry)
+        ):
+            extension: Any = kernels.extension
+            w_hat = functional.fake_quantize(w.detach().flatten(1), **w_spec.arguments)
+            wanted = (*ctx.needs_input_grad[:2], ctx.bias is not None and ctx.needs_input_grad[2])
+            dx, dw, db = extension.int8_conv_depthwise_backward(
+                dy, q, scale, shifted, w_hat, mask, tuple(w.shape[2:]), *geometry[:3], wanted
+            )
+            return dx, None if dw is None else dw.view(w.shape), db, *(None,) * 12
         x_hat = ops.dequantize(q, scale, shifted, granularity.code)
         if poison is not None:
             x_hat = x_hat.add_(poison) if poison.dim() == 0 else x_hat.masked_fill_(poison, torch.nan)
@@ -363,9 +383,14 @@ class _Gradients(torch.autograd.Function):
             ctx.needs_input_grad[1],
             ctx.bias is not None and ctx.needs_input_grad[2],
         ]
-        dx, dw, db = torch.ops.aten.convolution_backward(
-            dy.to(x_hat.dtype), x_hat, w_hat.to(x_hat.dtype), sizes, *geometry, needed
-        )
+        dy = dy.to(x_hat.dtype)
+        backward: Any = torch.ops.aten.convolution_backward
+        if is_plain and needed[0] and needed[1] and weight.dtype == x_hat.dtype:
+            dx, _, _ = backward(dy, x_hat, w_hat, sizes, *geometry, [True, False, False])
+            del rows, w_rows, w_hat  # the gradient of a large weight is made in the memory of w_hat
+            _, dw, db = backward(dy, x_hat, weight.detach(), sizes, *geometry, [False, *needed[1:]])
+        else:
+            dx, dw, db = backward(dy, x_hat, w_hat.to(x_hat.dtype), sizes, *geometry, needed)
         if dx is not None and mask is not None:
             dx = (
                 ops.int8_conv_mask_(dx, mask, q)

@@ -172,8 +172,8 @@ OPERATORS = {
             _static_range,
             elementwise=True,
             internal_on_cpu=(
-                *("int8_conv_input", "int8_conv_scale_", "int8_conv_depthwise", "int8_conv_mask_"),
-                "int8_requantize_",
+                *("int8_conv_input", "int8_conv_scale_", "int8_requantize_", "int8_conv_mask_"),
+                *("int8_conv_depthwise", "int8_conv_depthwise_backward"),
             ),
         ),
         Operator("dequantize", _integers, elementwise=True),

@@ -566,6 +566,56 @@ def test_depthwise(arguments, channels, monkeypatch):
         cases.assert_same(channels_last.detach(), expected.detach())
 
 
+@pytest.mark.parametrize("channels", [1, 5, 16, 70])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 5, "stride": 2, "padding": 3},
+        {"kernel_size": (2, 7), "stride": (1, 3), "padding": (0, 2), "dilation": (3, 1)},
+        {"kernel_size": 3, "padding": 5},
+        {"kernel_size": 2, "stride": (3, 4)},
+    ],
+    ids=str,
+)
+def test_gradients_of_a_depthwise_convolution(arguments, memory_format, channels):
+    """Those of the float convolution in float64, masked where the range clips; each gradient also alone."""
+    torch.manual_seed(0)
+    config = QATConfig(QuantSpec(8, range=Fixed(-1, 1)), SYMMETRIC, None, None)
+    layer = QATConv2d(channels, channels, groups=channels, **arguments, config=config)
+    x = cases.normal((19, channels, 9, 21)).to(memory_format=memory_format).requires_grad_()
+    leaves = [x, layer.weight, layer.bias]
+    y = layer(x)
+    dy = cases.normal(y.shape, seed=1).to(memory_format=memory_format)
+    actual = torch.autograd.grad(y, leaves, dy)
+    x_hat = qatfast.fake_quantize_affine(x, *layer.input_quantizer.grid(x), 0, 255).double()
+    w_hat = (
+        qatfast.fake_quantize(layer.weight.flatten(1), **SYMMETRIC.arguments).view_as(layer.weight).double()
+    )
+    options = (layer.stride, layer.padding, layer.dilation, channels)
+    expected = torch.autograd.grad(
+        nn.functional.conv2d(x_hat, w_hat, layer.bias.double(), *options), leaves, dy.double()
+    )
+    for position, leaf in enumerate(leaves):
+        torch.testing.assert_close(actual[position], expected[position], rtol=1e-4, atol=5e-4)
+        (alone,) = torch.autograd.grad(layer(x), [leaf], dy)
+        cases.assert_same(alone, actual[position])
+
+
+def test_gradients_of_a_depthwise_convolution_do_not_depend_on_threads(threads):
+    config = QATConfig(QuantSpec(8, range=Fixed(-1, 1)), SYMMETRIC, None, None)
+    layer = QATConv2d(40, 40, 3, padding=1, groups=40, config=config)
+    x = cases.normal((5, 40, 30, 30)).to(memory_format=torch.channels_last).requires_grad_()
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        found.append(torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], cases.normal(x.shape)))
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            cases.assert_same(one, other)
+
+
 @pytest.mark.parametrize("range", [Fixed(-1, 1), Dynamic()], ids=str)
 @pytest.mark.parametrize("channels", [3, 16])
 def test_gradients_of_a_pointwise_convolution_in_chunks(channels, range, monkeypatch):

@@ -16,7 +16,10 @@ LAUNCHERS = "csrc/{device}/{op}.*"
 # The files of an operator, with a launcher per device.
 PLACES = ("csrc/ops/{op}.cpp", LAUNCHERS, "tests/test_{op}.py")
 # Other sources of a device.
-SHARED = {"cpu": {"copy", "observe_range", "int8_convolution"}, "cuda": {"plan", "observe_range"}}
+SHARED = {
+    "cpu": {"copy", "observe_range", "int8_convolution", "depthwise"},
+    "cuda": {"plan", "observe_range"},
+}
 SOURCES = {".cpp", ".cu"}
 SCHEMAS = ROOT / "csrc" / "operator_list.h"
 

@@ -12,6 +12,13 @@
 #include <limits>
 
 namespace qatfast::kernel {
+namespace {
+
+bool is_row_of(const Tensor& x, at::ScalarType dtype, int64_t size) {
+  return x.scalar_type() == dtype && x.numel() == size && x.is_contiguous();
+}
+
+} // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> int8_conv_input(const Tensor& input,
     const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point,
@@ -106,26 +113,24 @@ Tensor int8_conv_mask_(const Tensor& grad, const Tensor& mask, const Tensor& val
   return grad;
 }
 
-Tensor int8_conv_depthwise(const Tensor& values, const Tensor& scale, const Tensor& shifted_zero_point,
-    const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
+namespace {
+
+// Checks the integers of the input and the arguments of a depthwise convolution. Returns the shape of its result.
+at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tensor& scale,
+    const Tensor& shifted_zero_point, const Tensor& weight, at::ScalarType weight_dtype, at::IntArrayRef kernel_size,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
-  constexpr auto op = "int8_conv_depthwise";
   constexpr int64_t most_taps = 512; // sums of 255 * 128 stay below 2^24
   const bool are_pairs = kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2;
   TORCH_CHECK_VALUE(values.scalar_type() == at::kByte && values.dim() == 4 && are_pairs, op,
       ": expected uint8 values of 4 dimensions and the arguments of a convolution in two dimensions, got ",
       name_of(values.scalar_type()), " of shape ", tuple(values.sizes()));
   const auto channels = values.size(1), taps = kernel_size[0] * kernel_size[1];
-  TORCH_CHECK_VALUE(weight.scalar_type() == at::kChar && weight.is_contiguous() && taps > 0 && taps <= most_taps &&
-          weight.sizes() == at::IntArrayRef({channels, taps}),
-      op, ": expected an int8 weight of shape ", tuple({channels, taps}), " of at most 512 columns, got ",
-      name_of(weight.scalar_type()), " of shape ", tuple(weight.sizes()));
-  const auto is_of = [](const Tensor& x, at::ScalarType dtype, int64_t size) {
-    return x.scalar_type() == dtype && x.numel() == size && x.is_contiguous();
-  };
-  TORCH_CHECK_VALUE(is_of(scale, at::kFloat, 1) && is_of(shifted_zero_point, at::kInt, 1) &&
-          is_of(weight_scale, at::kFloat, channels) && (!bias || is_of(*bias, at::kFloat, channels)),
-      op, ": expected one scale and zero point of the input, and a float32 weight scale and bias per channel");
+  TORCH_CHECK_VALUE(weight.scalar_type() == weight_dtype && weight.is_contiguous() && kernel_size[0] > 0 && taps > 0 &&
+          taps <= most_taps && weight.sizes() == at::IntArrayRef({channels, taps}),
+      op, ": expected a weight of ", name_of(weight_dtype), " of shape ", tuple({channels, taps}),
+      " of at most 512 columns, got ", name_of(weight.scalar_type()), " of shape ", tuple(weight.sizes()));
+  TORCH_CHECK_VALUE(is_row_of(scale, at::kFloat, 1) && is_row_of(shifted_zero_point, at::kInt, 1), op,
+      ": expected one scale and zero point of the input");
   at::DimVector shape = {values.size(0), channels};
   for (const size_t d : {0, 1}) {
     const auto reach = values.size(d + 2) + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1;
@@ -133,6 +138,20 @@ Tensor int8_conv_depthwise(const Tensor& values, const Tensor& scale, const Tens
         ": expected an input that is at least as large as the kernel, got ", tuple(values.sizes()));
     shape.push_back(reach / stride[d] + 1);
   }
+  return shape;
+}
+
+} // namespace
+
+Tensor int8_conv_depthwise(const Tensor& values, const Tensor& scale, const Tensor& shifted_zero_point,
+    const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  constexpr auto op = "int8_conv_depthwise";
+  const auto shape = checked_depthwise(
+      op, values, scale, shifted_zero_point, weight, at::kChar, kernel_size, stride, padding, dilation);
+  const auto channels = values.size(1);
+  TORCH_CHECK_VALUE(is_row_of(weight_scale, at::kFloat, channels) && (!bias || is_row_of(*bias, at::kFloat, channels)),
+      op, ": expected a float32 weight scale and bias per channel, got ", tuple(weight_scale.sizes()));
   const auto y = with_large_pages(at::empty(shape, values.options().dtype(at::kFloat), at::MemoryFormat::ChannelsLast));
   if (y.numel() > 0) {
     cpu::depthwise({values.contiguous(at::MemoryFormat::ChannelsLast), *shifted_zero_point.const_data_ptr<int32_t>(),
@@ -140,6 +159,35 @@ Tensor int8_conv_depthwise(const Tensor& values, const Tensor& scale, const Tens
         bias.value_or(Tensor()), y});
   }
   return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> int8_conv_depthwise_backward(const Tensor& grad, const Tensor& values,
+    const Tensor& scale, const Tensor& shifted_zero_point, const Tensor& weight_hat, const std::optional<Tensor>& mask,
+    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    std::array<bool, 3> output_mask) {
+  constexpr auto op = "int8_conv_depthwise_backward";
+  const auto shape = checked_depthwise(
+      op, values, scale, shifted_zero_point, weight_hat, at::kFloat, kernel_size, stride, padding, dilation);
+  TORCH_CHECK_VALUE(grad.scalar_type() == at::kFloat && grad.sizes() == at::IntArrayRef(shape), op,
+      ": expected a float32 gradient of shape ", tuple(shape), ", got ", name_of(grad.scalar_type()), " of shape ",
+      tuple(grad.sizes()));
+  constexpr auto format = at::MemoryFormat::ChannelsLast;
+  const auto integers = values.contiguous(format);
+  const auto result = [&](int index, at::IntArrayRef sizes, at::MemoryFormat result_format) {
+    return output_mask[index] ? at::empty(sizes, grad.options(), result_format) : Tensor();
+  };
+  auto dx = result(0, values.sizes(), format);
+  const auto dw = result(1, weight_hat.sizes(), at::MemoryFormat::Contiguous);
+  const auto db = result(2, {values.size(1)}, at::MemoryFormat::Contiguous);
+  cpu::depthwise_backward({grad.contiguous(format), integers, *scale.const_data_ptr<float>(),
+      *shifted_zero_point.const_data_ptr<int32_t>(), weight_hat, kernel_size, stride, padding, dilation, dx, dw, db});
+  if (dx.defined()) {
+    dx = dx.contiguous(values.suggest_memory_format());
+    if (mask) {
+      int8_conv_mask_(dx, *mask, values);
+    }
+  }
+  return {dx, dw, db};
 }
 
 } // namespace qatfast::kernel

@@ -13,6 +13,7 @@
 #include "sum-inl.h"
 #include "integer-inl.h"
 #include "convolution-inl.h"
+#include "depthwise-inl.h"
 #include "mask-inl.h"
 //
 #include "table-inl.h"

@@ -53,46 +53,5 @@ void requantize_loop(void* sums, int64_t rows, int64_t n, const Requantization& 
   }
 }
 
-// Outputs i to i + count - 1 of m channels: a weight is loaded once for all of them.
-template <int count>
-QATFAST_INLINE void depthwise_outputs(const DepthwiseRow& row, int64_t i, int64_t c, int64_t m) {
-  V<float> sums[count] = {}; // of integers below 2^24, so that no operation rounds
-  for (int64_t t = 0; t < row.taps; ++t) {
-    const auto weight = load_first<float, float>(row.weight + t * row.channels + c, m);
-    const float* levels = row.tap[t] + i * row.step + c;
-    for (int k = 0; k < count; ++k, levels += row.step) {
-#if QATFAST_VECTOR_BYTES >= 32
-      sums[k] = fused_multiply_add(load_first<float, float>(levels, m), weight, sums[k]);
-#else
-      sums[k] += load_first<float, float>(levels, m) * weight;
-#endif
-    }
-  }
-  const auto scale = load_first<float, float>(row.scale + c, m), bias = load_first<float, float>(row.bias + c, m);
-  for (int k = 0; k < count; ++k) {
-    store_first<float, float, Result::any>(row.y + (i + k) * row.channels + c, int8_output(sums[k], scale, bias), m);
-  }
-}
-
-inline void depthwise_loop(const DepthwiseRow& row) {
-  constexpr int64_t N = lanes<float>, count = 4;
-  const auto channels_of = [&](auto outputs, int64_t i) __attribute__((always_inline)) {
-    int64_t c = 0;
-    for (; c + N <= row.channels; c += N) {
-      depthwise_outputs<outputs>(row, i, c, N);
-    }
-    if (c < row.channels) {
-      depthwise_outputs<outputs>(row, i, c, row.channels - c);
-    }
-  };
-  int64_t i = 0;
-  for (; i + count <= row.outputs; i += count) {
-    channels_of(std::integral_constant<int, count>{}, i);
-  }
-  for (; i < row.outputs; ++i) {
-    channels_of(std::integral_constant<int, 1>{}, i);
-  }
-}
-
 } // namespace
 } // namespace qatfast::cpu

@@ -13,9 +13,15 @@ const InstructionSet& chosen() {
     const auto capability = at::get_cpu_capability();
     if (capability == "AVX512") {
       InstructionSet set = avx512;
-      if (__builtin_cpu_supports("avx512bf16") && !std::getenv("ATEN_CPU_CAPABILITY")) {
+      if (std::getenv("ATEN_CPU_CAPABILITY")) {
+        return set;
+      }
+      if (__builtin_cpu_supports("avx512bf16")) {
         set.name = "AVX512, BF16";
         set.bf16 = avx512_bf16;
+      }
+      if (__builtin_cpu_supports("avx512vnni")) {
+        set.dot_products = avx512_vnni;
       }
       return set;
     }

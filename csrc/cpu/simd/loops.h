@@ -126,6 +126,72 @@ struct DepthwiseRow {
 };
 using DepthwiseLoop = void (*)(const DepthwiseRow& row);
 
+// A depthwise convolution of channels-last images. Each array has the sizes of height and width.
+struct DepthwiseGeometry {
+  int64_t channels;
+  int64_t size[2];
+  int64_t output_size[2];
+  int64_t kernel[2];
+  int64_t stride[2];
+  int64_t padding[2];
+  int64_t dilation[2];
+
+  int64_t taps() const {
+    return kernel[0] * kernel[1];
+  }
+  // The rows of the input from the first to the last that an output reads.
+  int64_t span() const {
+    return (kernel[0] - 1) * dilation[0] + 1;
+  }
+};
+
+// Consecutive channels of an image.
+struct ChannelBlock {
+  int64_t sample;
+  int64_t first;
+  int64_t count;
+};
+
+// Output = (sum of values * weight + offset) * scale + bias, for integers with instructions for dot products. The
+// arrays of the channels are filled up with zeros to a multiple of 16.
+struct DepthwiseDotProducts {
+  DepthwiseGeometry geometry;
+  const uint8_t* values;
+  int32_t zero_point;    // the value of the padding
+  const int8_t* weight;  // [height of the kernel][quads of its width][channels][4]
+  const int32_t* offset; // one per channel, as those below
+  const float* scale;
+  const float* bias;
+  float* y;
+};
+constexpr int64_t depthwise_vector = 16; // channels
+
+// Loops for processors with instructions for dot products of uint8 and int8, or null.
+struct DotProductLoops {
+  // `scratch` has (span + 1) * (width + 2 * padding) * count integers, rounded up to vectors, and a vector for its
+  // alignment.
+  void (*depthwise)(const DepthwiseDotProducts& task, const ChannelBlock& block, int32_t* scratch) = nullptr;
+};
+
+constexpr int64_t most_depthwise_taps = 512; // sums of 255 * 128 stay below 2^24
+
+// The gradients of a depthwise convolution of x_hat = (values - zero_point) * scale. Those that are null are not
+// needed.
+struct DepthwiseGradients {
+  DepthwiseGeometry geometry;
+  const float* grad;
+  const uint8_t* values;
+  float scale;
+  float zero_point;
+  const float* weight; // [taps][channels]
+  float* grad_input;   // like values
+};
+
+// Adds the gradients of the block's weight [taps][channels] and bias [channels], each with its products in the order of
+// memory; `scratch` has span * width * count floats.
+using DepthwiseGradientsLoop = void (*)(
+    const DepthwiseGradients& task, const ChannelBlock& block, float* grad_weight, float* grad_bias, float* scratch);
+
 struct InstructionSet {
   const char* name;
   Loops<float> f32;
@@ -141,6 +207,8 @@ struct InstructionSet {
   RequantizeLoop requantize_int32;
   RequantizeLoop requantize_float32;
   DepthwiseLoop depthwise;
+  DepthwiseGradientsLoop depthwise_gradients;
+  DotProductLoops dot_products = {};
 
   template <class T>
   const Loops<T>& loops() const {
@@ -161,6 +229,7 @@ extern const InstructionSet baseline;
 extern const InstructionSet avx2;
 extern const InstructionSet avx512;
 extern const Loops<c10::BFloat16> avx512_bf16;
+extern const DotProductLoops avx512_vnni;
 #endif
 
 // The best one that torch's own CPU capability allows. ATEN_CPU_CAPABILITY=default|avx2|avx512 forces one, without

@@ -34,7 +34,7 @@ constexpr InstructionSet instruction_set_named(const char* name) {
   return {name, all_loops<float>(), all_loops<double>(), all_loops<c10::Half>(), all_loops<c10::BFloat16>(),
       mask_loop<uint16_t>, mask_loop<uint32_t>, mask_loop<uint64_t>, fake_quantize_loop<float, c10::Half>,
       fake_quantize_loop<float, c10::BFloat16>, scale_sums_loop, requantize_loop<int32_t>, requantize_loop<float>,
-      depthwise_loop};
+      depthwise_loop, depthwise_gradients_loop};
 }
 #endif
 

@@ -63,6 +63,14 @@ constexpr int lanes = QATFAST_VECTOR_BYTES / sizeof(C);
 template <class C>
 using V = Vec<C, lanes<C>>;
 
+// std::min and std::max, which the linker could merge with those of another instruction set.
+QATFAST_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+QATFAST_INLINE int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
 template <class T>
 constexpr bool is_half = std::is_same_v<T, c10::Half> || std::is_same_v<T, c10::BFloat16>;
 

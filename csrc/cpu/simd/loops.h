@@ -50,6 +50,14 @@ struct EpilogueRow {
   const C* bias;                    // null if there is none
 };
 
+// Whether a loop up through memory that stores to `to` what it has loaded from `from` waits for its own stores: the
+// low 12 bits of a store's address are those of one of the next loads, and more are compared later.
+template <class From, class To>
+static inline bool stores_delay_loads(const From* from, const To* to) {
+  const auto distance = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(from);
+  return sizeof(From) == sizeof(To) && distance % 4096 - 1 < 1023;
+}
+
 // All loops below take a matrix of `rows` rows of n values that follow each other in memory or begin `stride` apart.
 
 // Conversions to and from one 8 or 16-bit integer type Q.
@@ -79,10 +87,8 @@ struct FloatLoops {
   // Also sets the mask's bits from `first` on, which are 0 before, if the gradient passes.
   void (*fake_quantize_mask)(
       const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids);
-  // The same for n values with one grid, with the mask or without (null). Also widens the range in lo[0], hi[0] by the
-  // finite values of x; returns whether all are finite.
-  bool (*fake_quantize_range)(
-      const T* x, T* y, uint8_t* mask, int64_t first, int64_t n, const Grids<C>& grid, C* lo, C* hi);
+  // fake_quantize for n values with one grid, and range.
+  bool (*fake_quantize_range)(const T* x, T* y, int64_t n, const Grids<C>& grid, C* lo, C* hi);
   // The bits alone, of n values with one grid, from the first bit on.
   void (*inside)(const T* x, uint8_t* mask, int64_t n, const Grids<C>& grid);
 };

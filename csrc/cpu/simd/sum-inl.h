@@ -99,19 +99,6 @@ void squared_errors_loop(const T* x, int64_t n, const Grids<opmath_type<T>>& gri
   });
 }
 
-QATFAST_INLINE V<double> nearest(V<double> v) {
-  return round_half_even(v);
-}
-QATFAST_INLINE V<float> nearest(V<float> v) {
-#if QATFAST_VECTOR_BYTES == 64
-  return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif QATFAST_VECTOR_BYTES == 32
-  return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  return round_half_even(v);
-#endif
-}
-
 // x / scale minus the nearest level, by a product instead of the quotient.
 template <bool clamps, class C>
 QATFAST_INLINE V<C> approximate_offset(V<C> x, const ApproximateGrid<V<C>>& grid) {

@@ -236,8 +236,9 @@ template <class T, class G>
 C10_HOST_DEVICE static inline auto learned_gradient(T x, T grad, const G& grid) {
   const T position = position_of(x, widened(grid));
   const T level = nearest(position);
-  const auto inside = (grid.lo <= level) & (level <= grid.hi);
-  const T derivative = inside ? level - position : (level < grid.lo ? grid.lo : grid.hi);
+  const T clamped = clamp(level, grid.lo, grid.hi);
+  const auto inside = clamped == level;
+  const T derivative = clamped - (inside ? position : T{});
   return std::pair(x == x ? grad * derivative : T{}, inside);
 }
 

@@ -181,8 +181,8 @@ MUTANTS = (
     Mutant(
         "< for <= in the gradient's mask",
         "common/quant_math.h",
-        "* grid.scale, (grid.lo <= level) & (level <= grid.hi)",
-        "* grid.scale, (grid.lo <= level) & (level < grid.hi)",
+        "grid.scale), (grid.lo <= level) & (level <= grid.hi)",
+        "grid.scale), (grid.lo <= level) & (level < grid.hi)",
         AFFINE,
     ),
     Mutant(

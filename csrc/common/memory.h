@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <cstdlib>
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -13,6 +15,16 @@ namespace qatfast {
 
 // From this size on, page faults dominate the cost of fresh memory.
 constexpr size_t large_bytes = size_t{8} << 20;
+
+// Lets glibc keep up to 64 MB of freed memory, as it does once a program has freed a block of this size: it adapts its
+// thresholds to the largest block that was freed. Before that, the results of a step may go back to the kernel with the
+// step, and the page faults of the next one take several times as long as its loops.
+inline void keep_freed_memory() {
+#ifdef __GLIBC__
+  void* volatile block = std::malloc((size_t{32} << 20) - 65536); // volatile: compilers remove an unused pair
+  std::free(block);
+#endif
+}
 
 // Asks for large pages before a large fresh CPU tensor is first written: the kernel then clears 2 MB per page fault
 // instead of 4 KB, which makes the first write of 100 MB three times as fast. madvise is a hint; failure is ignored.

@@ -88,6 +88,11 @@ QATFAST_FORMULA T round_half_even(T x) {
   return (x + magic) - magic;
 }
 
+// The same, but vectors may get -0.0: the CPU has overloads for them if the instruction set has a rounding instruction.
+QATFAST_FORMULA T nearest(T x) {
+  return round_half_even(x);
+}
+
 // The same as an integer. Returns one whose low 16 bits are 0 for NaN. The CPU has overloads for vectors.
 QATFAST_FORMULA std::enable_if_t<std::is_floating_point_v<T>, int32_t> nearest_integer(T x) {
   return x == x ? static_cast<int32_t>(round_half_even(x)) : 0;
@@ -188,12 +193,17 @@ QATFAST_FORMULA T position_of(T x, const ProductGrid<T>& grid) {
 // clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point
 template <class T, class G>
 C10_HOST_DEVICE static inline T level_of(T x, const G& grid) {
-  return round_half_even(position_of(x, grid));
+  return nearest(position_of(x, grid));
+}
+
+// What a level stands for, never -0.0. The CPU has overloads for the vectors that nearest() may return -0.0 for.
+QATFAST_FORMULA T value_of(T level, T scale) {
+  return level * scale;
 }
 
 template <class T, class G>
 C10_HOST_DEVICE static inline T fake_quantize(T x, const G& grid) {
-  return level_of(x, grid) * grid.scale;
+  return value_of(level_of(x, grid), grid.scale);
 }
 
 // The grid with one more level at each end.
@@ -210,7 +220,7 @@ QATFAST_FORMULA ReciprocalGrid<T> widened(const ReciprocalGrid<T>& grid) {
 template <class T, class G>
 C10_HOST_DEVICE static inline auto fake_quantize_inside(T x, const G& grid) {
   const T level = level_of(x, widened(grid));
-  return std::pair(clamp(level, grid.lo, grid.hi) * grid.scale, (grid.lo <= level) & (level <= grid.hi));
+  return std::pair(value_of(clamp(level, grid.lo, grid.hi), grid.scale), (grid.lo <= level) & (level <= grid.hi));
 }
 
 // What a learned scale may not be below: its sign does not matter, and 0 stands for the smallest normal number.
@@ -225,9 +235,10 @@ QATFAST_FORMULA T magnitude_of_learned(T scale) {
 template <class T, class G>
 C10_HOST_DEVICE static inline auto learned_gradient(T x, T grad, const G& grid) {
   const T position = position_of(x, widened(grid));
-  const T level = round_half_even(position);
-  const auto inside = (grid.lo <= level) & (level <= grid.hi);
-  const T derivative = inside ? level - position : (level < grid.lo ? grid.lo : grid.hi);
+  const T level = nearest(position);
+  const T clamped = clamp(level, grid.lo, grid.hi);
+  const auto inside = clamped == level;
+  const T derivative = clamped - (inside ? position : T{});
   return std::pair(x == x ? grad * derivative : T{}, inside);
 }
 

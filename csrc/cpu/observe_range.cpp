@@ -123,6 +123,23 @@ class Observation {
   std::atomic<bool> all_finite_{true};
 };
 
+// What is processed at a time stays in L1 where loops pass twice, and has a whole number of mask bytes.
+constexpr int64_t observed_piece = 4096;
+
+// Writes the mask of n values whose finite ones have these ends.
+template <class T>
+void write_mask(const T* x, uint8_t* mask, int64_t n, bool is_finite, const opmath_type<T> (&ends)[2],
+    const Grids<opmath_type<T>>& grid) {
+  using C = opmath_type<T>;
+  uint8_t are_inside = 0; // one bit per end
+  chosen().loops<C>().inside(ends, &are_inside, 2, grid);
+  if (is_finite && are_inside == 3 && n % 8 == 0) { // rounding is monotone: what lies between the ends is inside, too
+    std::fill_n(mask, n / 8, uint8_t{0xFF});
+  } else {
+    chosen().loops<T>().inside(x, mask, n, grid);
+  }
+}
+
 // Quantizes runs of one grid each and finds their ranges in the same pass.
 template <class T>
 class QuantizeAndFind {
@@ -131,21 +148,25 @@ class QuantizeAndFind {
 
   QuantizeAndFind(const T* x, T* y, uint8_t* mask) : x_(x), y_(y), mask_(mask) {}
 
-  bool operator()(int64_t begin, int64_t n, const Grids<C>& grids, C* lo, C* hi) const {
-    constexpr int64_t piece = 4096; // stays in L1 where a loop passes twice
-    bool is_finite = true;
-    for (const auto end = begin + n; begin < end; begin += piece) {
-      const auto count = std::min(piece, end - begin);
-      is_finite &= loops_.fake_quantize_range(x_ + begin, y_ + begin, mask_, begin, count, grids, lo, hi);
+  // Widens the range in lo, hi by the finite values. Returns whether all are finite.
+  bool operator()(int64_t begin, int64_t n, const Grids<C>& grid, C* lo, C* hi) const {
+    bool all_finite = true;
+    const auto pieces = (n + observed_piece - 1) / observed_piece;
+    const bool goes_down =
+        stores_delay_loads(x_, y_); // as the loops do, so that the hardware prefetches the next piece
+    for (int64_t i = 0; i < pieces; ++i) {
+      const auto at = (goes_down ? pieces - 1 - i : i) * observed_piece, count = std::min(observed_piece, n - at);
+      const auto* x = x_ + begin + at;
+      C ends[2] = {0, 0};
+      const bool is_finite = loops_.fake_quantize_range(x, y_ + begin + at, count, grid, &ends[0], &ends[1]);
+      if (mask_) {
+        write_mask(x, mask_ + (begin + at) / 8, count, is_finite, ends, grid);
+      }
+      *lo = widen_lo(*lo, ends[0]);
+      *hi = widen_hi(*hi, ends[1]);
+      all_finite &= is_finite;
     }
-    return is_finite;
-  }
-
-  // Before the first run of a stretch that no other thread writes.
-  void clear_mask(int64_t begin, int64_t end) const {
-    if (mask_) {
-      std::fill(mask_ + begin / 8, mask_ + (end + 7) / 8, uint8_t{0});
-    }
+    return all_finite;
   }
 
  private:
@@ -163,7 +184,6 @@ void quantize_tensor(
   std::mutex mutex;
   parallel_over_memory(n, [&](int64_t begin, int64_t end) {
     C lo = 0, hi = 0;
-    run.clear_mask(begin, end);
     const bool is_finite = run(begin, end - begin, grid, &lo, &hi);
     const std::lock_guard lock(mutex);
     seen.note(is_finite);
@@ -177,7 +197,6 @@ template <class T>
 void quantize_rows(
     const QuantizeAndFind<T>& run, const Layout& layout, const Grids<opmath_type<T>>& grids, Observation<T>& seen) {
   for_each_tile(layout.blocks, layout.inner, [&](int64_t first, int64_t rows) {
-    run.clear_mask(first * layout.inner, (first + rows) * layout.inner);
     for (int64_t row = first; row < first + rows; ++row) {
       seen.note(run(row * layout.inner, layout.inner, grids.from(row), seen.lo() + row, seen.hi() + row));
     }
@@ -216,7 +235,7 @@ void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at:
 
 namespace {
 
-// Quantizes a tensor to uint8 with one grid, a piece at a time that stays in cache.
+// Quantizes a tensor to uint8 with one grid, a observed_piece at a time that stays in cache.
 template <class T>
 class ToIntegers {
  public:
@@ -232,10 +251,9 @@ class ToIntegers {
 
   // Widens the range in lo, hi by the finite values and notes whether there is a NaN. Returns whether all are finite.
   bool run(int64_t begin, int64_t end, C& lo, C& hi, bool& has_nan) const {
-    constexpr int64_t most = 4096; // a whole number of mask bytes
     bool all_finite = true;
-    for (; begin < end; begin += most) {
-      const auto n = std::min(most, end - begin);
+    for (; begin < end; begin += observed_piece) {
+      const auto n = std::min(observed_piece, end - begin);
       C ends[2] = {0, 0};
       const bool is_finite = loops_.range(x_ + begin, n, &ends[0], &ends[1]);
       for (int64_t i = begin; i < begin + n && !is_finite && !has_nan; ++i) {
@@ -243,7 +261,7 @@ class ToIntegers {
       }
       loops_.template integer<uint8_t>().quantize(x_ + begin, values_ + begin, 1, n, shifted_);
       if (mask_) {
-        write_mask(begin, n, is_finite && is_inside(ends[0]) && is_inside(ends[1]));
+        write_mask(x_ + begin, mask_ + begin / 8, n, is_finite, ends, grid_);
       }
       lo = widen_lo(lo, ends[0]);
       hi = widen_hi(hi, ends[1]);
@@ -253,21 +271,6 @@ class ToIntegers {
   }
 
  private:
-  bool is_inside(C end) const {
-    uint8_t bit = 0;
-    chosen().loops<C>().inside(&end, &bit, 1, grid_);
-    return bit != 0;
-  }
-
-  void write_mask(int64_t begin, int64_t n, bool are_inside) const {
-    uint8_t* const bits = mask_ + begin / 8;
-    if (are_inside && n % 8 == 0) { // rounding is monotone: what lies between the ends is inside, too
-      std::fill_n(bits, n / 8, uint8_t{0xFF});
-    } else {
-      loops_.inside(x_ + begin, bits, n, grid_);
-    }
-  }
-
   const Loops<T>& loops_ = chosen().loops<T>();
   const T* x_;
   uint8_t* values_;

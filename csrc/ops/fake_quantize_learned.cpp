@@ -76,6 +76,9 @@ std::tuple<Tensor, Tensor> fake_quantize_learned_backward(const Tensor& grad, co
   if (blocks > 0) {
     QATFAST_ON(x, fake_quantize_learned_backward)(dy, x, scale.contiguous(), qparams, layout, dx, grad_scale);
   }
+  if (!moves && input.is_contiguous()) {
+    return {dx, grad_scale};
+  }
   const auto logical = moves ? dx.movedim(0, granularity.argument) : dx;
   auto grad_input = at::empty_like(input);
   return {logical.strides() == grad_input.strides() ? logical : copied(logical, grad_input), grad_scale};

@@ -130,19 +130,19 @@ class FakeQuantize(nn.Module):
         self._is_observed, self._latest = False, {}
 
     def forward(self, input: Tensor) -> Tensor:
-        spec = self.spec
-        if self._mode == FLOAT:
-            return input
-        if spec.is_dynamic:
-            return input if self._mode == OBSERVE else fake_quantize(input, **spec.arguments)
-        if self._mode == QUANTIZE and isinstance(spec.range, OBSERVED):
+        spec, mode = self.spec, self._mode
+        if mode == QUANTIZE and isinstance(spec.range, OBSERVED):
             state = self.state_to_move()
             if state is not None:
-                y, *grid = ranges.fake_quantize_observed(input, *state, spec)
-                self.remember(None, *grid)
+                y, scale, zero_point = ranges.fake_quantize_observed(input, *state, spec)
+                self.remember(None, scale, zero_point)
                 return y
+        if mode == FLOAT:
+            return input
+        if spec.is_dynamic:
+            return input if mode == OBSERVE else fake_quantize(input, **spec.arguments)
         scale, zero_point = self.grid(input)
-        if self._mode == OBSERVE:
+        if mode == OBSERVE:
             self._count(input.detach(), scale.detach(), zero_point)
             return input
         function = fake_quantize_learned if isinstance(spec.range, Learned) else fake_quantize_affine
@@ -190,7 +190,7 @@ class FakeQuantize(nn.Module):
     @property
     def observes(self) -> bool:
         """Whether the range depends on the inputs of now."""
-        return self.spec.has_state and not self.frozen and (self.training or self._mode == OBSERVE)
+        return (self.training or self._mode == OBSERVE) and not self.frozen and self.spec.has_state
 
     def state_to_move(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Returns what an input moves now: running_min, running_max and num_batches; None if it moves nothing.

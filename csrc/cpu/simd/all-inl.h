@@ -10,10 +10,11 @@
 #include "qparams-inl.h"
 //
 #include "fake_quantize-inl.h"
+#include "mask-inl.h"
+//
 #include "sum-inl.h"
 #include "integer-inl.h"
 #include "convolution-inl.h"
 #include "depthwise-inl.h"
-#include "mask-inl.h"
 //
 #include "table-inl.h"

@@ -67,35 +67,21 @@ void fake_quantize_mask_loop(
 }
 
 template <class T>
-bool fake_quantize_range_loop(const T* x, T* y, uint8_t* mask, int64_t first, int64_t n,
-    const Grids<opmath_type<T>>& grid, opmath_type<T>* lo, opmath_type<T>* hi) {
+bool fake_quantize_range_loop(
+    const T* x, T* y, int64_t n, const Grids<opmath_type<T>>& grid, opmath_type<T>* lo, opmath_type<T>* hi) {
   using C = opmath_type<T>;
-  constexpr int64_t N = lanes<C>;
   if constexpr (!std::is_same_v<T, C>) { // the range of 16-bit types needs no conversion
     const bool is_finite = range_loop(x, n, lo, hi);
-    mask ? fake_quantize_mask_loop(x, y, mask, first, 1, n, grid) : fake_quantize_loop<T>(x, y, 1, n, grid);
+    fake_quantize_loop<T>(x, y, 1, n, grid);
     return is_finite;
   } else {
     auto bits = RangeBits<T>::zero();
     with_tile<GridKinds::static_range>(grid, 0, 1, [&](auto tile) {
       const auto of_run = tile.row(0).grid;
-      const auto map_run = [&](auto quantize) __attribute__((always_inline)) {
-        map<T, T, C>(x, y, n, [&](V<C> v, int64_t i, int64_t m) __attribute__((always_inline)) {
-          bits.widen(&v);
-          return quantize(v, i, m);
-        });
-      };
-      if (mask) {
-        map_run([&](V<C> v, int64_t i, int64_t m) __attribute__((always_inline)) {
-          const auto [value, passes] = fake_quantize_inside(v, of_run);
-          store_bits<N>(mask, first + i, bits_of_lanes<element_t<std::decay_t<decltype(passes)>>, N>(passes), m);
-          return value;
-        });
-      } else {
-        map_run([&](V<C> v, int64_t, int64_t) __attribute__((always_inline)) {
-          return fake_quantize(v, of_run);
-        });
-      }
+      map<T, T, C>(x, y, n, [&](V<C> v, int64_t, int64_t) __attribute__((always_inline)) {
+        bits.widen(&v);
+        return fake_quantize(v, of_run);
+      });
     });
     C least, most;
     const bool is_finite = range_of_bits(bits, x, n, &least, &most);

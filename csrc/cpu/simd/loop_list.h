@@ -26,10 +26,8 @@ QATFAST_LOOP(fake_quantize, void(const T* x, T* y, int64_t rows, int64_t n, cons
 // Also sets the mask's bits from `first` on, which are 0 before, if the gradient passes.
 QATFAST_LOOP(fake_quantize_mask,
     void(const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids))
-// The same for n values with one grid, with the mask or without (null). Also widens the range in lo[0], hi[0] by the
-// finite values of x; returns whether all are finite.
-QATFAST_LOOP(fake_quantize_range,
-    bool(const T* x, T* y, uint8_t* mask, int64_t first, int64_t n, const Grids<C>& grid, C* lo, C* hi))
+// fake_quantize for n values with one grid, and range.
+QATFAST_LOOP(fake_quantize_range, bool(const T* x, T* y, int64_t n, const Grids<C>& grid, C* lo, C* hi))
 // The bits alone, of n values with one grid, from the first bit on.
 QATFAST_LOOP(inside, void(const T* x, uint8_t* mask, int64_t n, const Grids<C>& grid))
 

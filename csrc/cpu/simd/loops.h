@@ -50,6 +50,14 @@ struct EpilogueRow {
   const C* bias;                    // null if there is none
 };
 
+// Whether a loop up through memory that stores to `to` what it has loaded from `from` waits for its own stores: the
+// low 12 bits of a store's address are those of one of the next loads, and more are compared later.
+template <class From, class To>
+static inline bool stores_delay_loads(const From* from, const To* to) {
+  const auto distance = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(from);
+  return sizeof(From) == sizeof(To) && distance % 4096 - 1 < 1023;
+}
+
 // A sum's order depends on its length only: elements form chunks of 16 rows of 32 lanes. The rows of a chunk are added
 // one after the other, then the halves of the lanes. The sums of chunks are added the same way (ordered_sum).
 constexpr int64_t sum_lanes = 32, sum_chunk = 512;

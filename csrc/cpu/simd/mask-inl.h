@@ -14,7 +14,9 @@ void mask_loop(const U* grad, const uint8_t* mask, U* to, int64_t n) {
   int64_t i = 0;
 #if QATFAST_VECTOR_BYTES == 64
   constexpr int64_t N = 64 / sizeof(U);
-  for (; i + N <= n; i += N) {
+  const auto end = n / N * N, step = stores_delay_loads(grad, to) ? -N : N;
+  i = step < 0 ? end - N : 0;
+  for (auto left = n / N; left > 0; --left, i += step) {
     const auto bits =
         bits_as<std::conditional_t<N == 8, uint8_t, std::conditional_t<N == 16, uint16_t, uint32_t>>>(mask + i / 8);
     __m512i kept;
@@ -27,6 +29,7 @@ void mask_loop(const U* grad, const uint8_t* mask, U* to, int64_t n) {
     }
     _mm512_storeu_si512(to + i, kept);
   }
+  i = end;
 #endif
   for (; i + 8 <= n; i += 8) {
     const auto kept = masked<U>(bits_as<Vec<U, 8>>(grad + i), mask[i / 8]);

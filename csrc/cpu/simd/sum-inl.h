@@ -70,14 +70,21 @@ template <class T>
 void learned_gradients_loop(
     const T* x, const T* grad, T* grad_x, int64_t n, const Grids<opmath_type<T>>& grids, double* sums) {
   using C = opmath_type<T>;
+  constexpr int64_t N = lanes<C>, piece = 2 * sum_chunk; // stays in L1
   with_tile<GridKinds::static_range>(grids, 0, 1, [&](auto tile) {
     const auto grid = tile.row(0).grid;
-    sum_chunks<C>(n, sums, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
-      const auto v = load_first<T, C>(x + i, m), dy = load_first<T, C>(grad + i, m);
-      const auto [product, inside] = learned_gradient(v, dy, grid);
-      store_first<T, C, Result::any>(grad_x + i, inside ? dy : V<C>{}, m);
-      return Doubles<C>::of(product);
-    });
+    for (int64_t start = 0; start < n; start += piece) {
+      const auto count = n - start < piece ? n - start : piece;
+      uint8_t mask[piece / 8] = {};
+      sum_chunks<C>(count, sums + start / sum_chunk, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+        const auto v = load_first<T, C>(x + start + i, m), dy = load_first<T, C>(grad + start + i, m);
+        const auto [product, inside] = learned_gradient(v, dy, grid);
+        store_bits<N>(mask, i, bits_of_lanes<element_t<std::decay_t<decltype(inside)>>, N>(inside), m);
+        return Doubles<C>::of(product);
+      });
+      mask_loop(
+          reinterpret_cast<const bits_t<T>*>(grad + start), mask, reinterpret_cast<bits_t<T>*>(grad_x + start), count);
+    }
   });
 }
 
@@ -97,19 +104,6 @@ void squared_errors_loop(const T* x, int64_t n, const Grids<opmath_type<T>>& gri
       return errors;
     });
   });
-}
-
-QATFAST_INLINE V<double> nearest(V<double> v) {
-  return round_half_even(v);
-}
-QATFAST_INLINE V<float> nearest(V<float> v) {
-#if QATFAST_VECTOR_BYTES == 64
-  return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif QATFAST_VECTOR_BYTES == 32
-  return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  return round_half_even(v);
-#endif
 }
 
 // x / scale minus the nearest level, by a product instead of the quotient.

@@ -19,6 +19,12 @@ using Vec = typename VecOf<E, N>::type;
 QATFAST_INLINE Vec<float, 16> fused_multiply_add(Vec<float, 16> a, Vec<float, 16> b, Vec<float, 16> c) {
   return _mm512_fmadd_ps(a, b, c);
 }
+QATFAST_INLINE Vec<float, 16> nearest(Vec<float, 16> x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+QATFAST_INLINE Vec<float, 16> value_of(Vec<float, 16> level, Vec<float, 16> scale) {
+  return fused_multiply_add(level, scale, Vec<float, 16>{});
+}
 QATFAST_INLINE Vec<int32_t, 16> nearest_integer(Vec<float, 16> x) {
   return reinterpret_cast<Vec<int32_t, 16>>(_mm512_cvtps_epi32(x));
 }
@@ -28,6 +34,12 @@ QATFAST_INLINE Vec<int32_t, 8> nearest_integer(Vec<double, 8> x) {
 #elif QATFAST_VECTOR_BYTES == 32
 QATFAST_INLINE Vec<float, 8> fused_multiply_add(Vec<float, 8> a, Vec<float, 8> b, Vec<float, 8> c) {
   return _mm256_fmadd_ps(a, b, c);
+}
+QATFAST_INLINE Vec<float, 8> nearest(Vec<float, 8> x) {
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+QATFAST_INLINE Vec<float, 8> value_of(Vec<float, 8> level, Vec<float, 8> scale) {
+  return fused_multiply_add(level, scale, Vec<float, 8>{});
 }
 QATFAST_INLINE Vec<int32_t, 8> nearest_integer(Vec<float, 8> x) {
   return reinterpret_cast<Vec<int32_t, 8>>(_mm256_cvtps_epi32(x));
@@ -285,7 +297,7 @@ QATFAST_INLINE void store_first(T* p, Values v, int64_t n) {
   std::memcpy(p, padded, n * sizeof(T));
 }
 
-// to[i] = f(from[i], i, lanes in use) over n elements, one vector at a time.
+// to[i] = f(from[i], i, lanes in use) over n elements, one vector at a time, up or down through memory.
 template <class From, class To, class C, Result result = Result::quantized, class F>
 QATFAST_INLINE void map(const From* from, To* to, int64_t n, F f) {
   constexpr int64_t N = lanes<C>;
@@ -299,11 +311,15 @@ QATFAST_INLINE void map(const From* from, To* to, int64_t n, F f) {
     }
   }
 #endif
-  for (; i + N <= n; i += N) {
+  const auto vectors = (n - i) / N, end = i + vectors * N;
+  const bool goes_down = vectors >= 8 && stores_delay_loads(from, to);
+  const auto step = goes_down ? -N : N;
+  i = goes_down ? end - N : i;
+  for (auto left = vectors; left > 0; --left, i += step) {
     store<To, C, result>(to + i, f(load<From, C>(from + i), i, N));
   }
-  if (i < n) {
-    store_first<To, C, result>(to + i, f(load_first<From, C>(from + i, n - i), i, n - i), n - i);
+  if (end < n) {
+    store_first<To, C, result>(to + end, f(load_first<From, C>(from + end, n - end), end, n - end), n - end);
   }
 }
 

@@ -144,18 +144,20 @@ def _remove_repeated(node: ir.Node, integers: _Integers) -> None:
     """Removes a node that repeats another, and a quantization of values that are on its grid."""
     if node.op_type not in _OF_QUANTIZERS or node.inputs[0] is None:
         return
+    # First what is on the grid already: nodes that are replaced stay among the consumers, for others to repeat.
+    source = node.inputs[0].producer()
+    if source is not None and node.op_type == "QuantizeLinear" and source.op_type == "DequantizeLinear":
+        if node.inputs[1:] == source.inputs[1:] and _attributes(node) == _attributes(source):
+            integers.replace(node.outputs[0], source.inputs[0])
+            return
+    if source is not None and node.op_type == source.op_type == "Clip":
+        if role(source) == "integers" and _holds(source, node):
+            integers.replace(node.outputs[0], source.outputs[0])
+            return
     for other in consumers(node.inputs[0]):
         if other is not node and _are_equal(node, other) and _is_before(other, node):
             integers.replace(node.outputs[0], other.outputs[0])
             return
-    source = node.inputs[0].producer()
-    if source is None:
-        return
-    if node.op_type == "QuantizeLinear" and source.op_type == "DequantizeLinear":
-        if node.inputs[1:] == source.inputs[1:] and _attributes(node) == _attributes(source):
-            integers.replace(node.outputs[0], source.inputs[0])
-    elif node.op_type == source.op_type == "Clip" and role(source) == "integers" and _holds(source, node):
-        integers.replace(node.outputs[0], source.outputs[0])
 
 
 def _are_equal(node: ir.Node, other: ir.Node) -> bool:

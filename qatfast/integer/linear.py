@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from .. import checks, functional, kernels, reference, requantization
 from ..modules import QATLinear
 from ..modules.linear import _forward_nested
+from ..requantization import Operands
 from .base import Grid, IntegerLayer, fake_quantized
 from .buffers import quantized_tensors
 
@@ -101,6 +102,13 @@ class IntegerLinear(IntegerLayer):
             return self._requantized(self._sums(input, grid), -1, input)
         function = requantization.traced_linear if is_compiling() else requantization.linear
         return function(input, *grid, (spec.quant_min, spec.quant_max), self._kept(self._operands))
+
+    def _operands(self) -> Operands:
+        operands, spec = super()._operands(), self.config.input
+        if is_compiling():
+            return operands
+        assert spec is not None and self.input_zero_point is not None
+        return operands.of_linear(self.input_zero_point, (spec.quant_min, spec.quant_max))
 
     def _sums(self, input: Tensor, grid: Grid | None) -> Tensor:
         """Returns the exact products of the integers, NaN in rows of the input that hold a NaN."""

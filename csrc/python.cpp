@@ -148,17 +148,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qat_linear_int8_observed(const at
 constexpr auto observed_layer = &qat_linear_int8_observed;
 
 // quantize, the product of the integers and int8_requantize_ in one call, for the same reason; a row with a NaN is NaN.
-at::Tensor int8_linear_requantized(const at::Tensor& rows, const at::Tensor& scale, const at::Tensor& zero_point,
+at::Tensor int8_linear_requantized(const at::Tensor& input, const at::Tensor& scale, const at::Tensor& zero_point,
     int64_t quant_min, int64_t quant_max, const at::Tensor& weight, const at::Tensor& offset, const at::Tensor& factor,
     double low, double high, double y_scale) {
   constexpr std::array<int64_t, 2> per_tensor = {0, 0};
+  const auto columns = weight.size(1);
+  TORCH_CHECK_VALUE(input.numel() > 0 && input.size(-1) == columns,
+      "int8_linear_requantized: expected input to be of shape (..., ", columns, ") and not empty, got ", input.sizes());
+  const auto rows = input.dim() == 2 ? input : input.reshape({-1, columns});
   const auto q = qatfast::op::quantize(rows, scale, zero_point, quant_min, quant_max, per_tensor);
   const auto sums = at::_int_mm(q, weight.t());
-  auto y = qatfast::op::int8_requantize_(sums, offset, factor, low, high, y_scale).view(at::kFloat);
+  const auto y = qatfast::op::int8_requantize_(sums, offset, factor, low, high, y_scale).view(at::kFloat);
   if (std::isnan(rows.amax().item<double>())) {
     y.masked_fill_(rows.isnan().any(1, /*keepdim=*/true), std::numeric_limits<double>::quiet_NaN());
   }
-  return y;
+  if (input.dim() == 2) {
+    return y;
+  }
+  auto shape = input.sizes().vec();
+  shape.back() = weight.size(0);
+  return y.view(shape);
 }
 constexpr auto requantizing_layer = &int8_linear_requantized;
 

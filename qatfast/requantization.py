@@ -123,13 +123,12 @@ def linear(
         ends: quant_min and quant_max of ``input``.
         operands: of the layer.
     """
-    weight = operands.weight
-    rows = input.reshape(input.shape[:-1].numel(), weight.shape[1])
-    if operands.arguments is not None and len(rows) > 0:
+    if operands.arguments is not None and input.numel() > 0:
         ops = kernels.route(input, scale)
         if ops is not None and ops is kernels.extension:
-            y = ops.int8_linear_requantized(rows, scale, *operands.arguments)
-            return y.view(*input.shape[:-1], len(weight))
+            return ops.int8_linear_requantized(input, scale, *operands.arguments)  # type: ignore[union-attr]
+    weight = operands.weight
+    rows = input.reshape(input.shape[:-1].numel(), weight.shape[1])
     zero_point, quant_min, quant_max = _int8(zero_point, ends)
     q = functional.quantize(rows, scale, zero_point, quant_min, quant_max)
     y = _requantized(_int_mm(q, weight), operands._offset(zero_point), operands)

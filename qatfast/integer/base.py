@@ -213,6 +213,8 @@ class IntegerLayer(nn.Module):
 
     def _float_dtype(self, input: Tensor) -> torch.dtype:
         """The dtype of weight and bias: that of the layer, but float32 for a float32 input from another layer."""
+        if input.dtype == self.dtype:
+            return self.dtype
         return torch.promote_types(input.dtype, self.dtype)
 
     def _b_hat(self, input: Tensor, input_scale: Tensor | None, bias: Tensor | None = None) -> Tensor | None:
@@ -221,13 +223,14 @@ class IntegerLayer(nn.Module):
         ``bias`` comes in the place of that of the layer.
         """
         if bias is None:
-            bias = self.bias
+            bias = self._buffers["bias"]
             if bias is not None and self.config.has_int32_bias and self.input_scale is None:
                 assert input_scale is not None
                 bias = reference.int32_bias(bias, input_scale, self._rows_of_grid()[0])
         if bias is None:
             return None
-        bias = bias.to(self._float_dtype(input))
+        dtype = self._float_dtype(input)
+        bias = bias if bias.dtype == dtype else bias.to(dtype)
         return bias if self.config.bias is None else bias + 0.0  # a value that underflows is not -0.0
 
     def _output(self, y: Tensor, input: Tensor) -> Tensor:
@@ -241,7 +244,8 @@ class IntegerLayer(nn.Module):
         return self.config.output
 
     def _rounded(self, y: Tensor, input: Tensor) -> Tensor:
-        return y.to(ranges.product_dtype(input) if _is_autocast(input, self.dtype) else self.dtype)
+        dtype = ranges.product_dtype(input) if _is_autocast(input, self.dtype) else self.dtype
+        return y if y.dtype == dtype else y.to(dtype)
 
     # Requantization
 

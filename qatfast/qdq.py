@@ -182,8 +182,8 @@ _ops = torch.ops.quantized_decomposed
 def decomposed(model: nn.Module) -> nn.Module:
     """Returns a copy of an integer model with the operators of ``torch.ops.quantized_decomposed``.
 
-    Each quantized tensor is quantized and dequantized around float operators, a pattern that ExecuTorch, Inductor and
-    torchao replace by integer kernels. Biases are in float, as these expect them.
+    Each quantized tensor is quantized and dequantized around float operators, a pattern that ExecuTorch, LiteRT,
+    Inductor and torchao replace by integer kernels. Biases are in float, as these expect them.
     """
 
     def made(module: nn.Module, name: str) -> nn.Module:

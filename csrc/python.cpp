@@ -9,6 +9,7 @@
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/ops/_int_mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -19,6 +20,9 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_numbers.h>
 
+#include <array>
+#include <cmath>
+#include <limits>
 #include <tuple>
 #include <utility>
 
@@ -144,6 +148,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qat_linear_int8_observed(const at
 }
 constexpr auto observed_layer = &qat_linear_int8_observed;
 
+// quantize, the product of the integers and int8_requantize_ in one call, for the same reason; a row with a NaN is NaN.
+at::Tensor int8_linear_requantized(const at::Tensor& input, const at::Tensor& scale, const at::Tensor& zero_point,
+    int64_t quant_min, int64_t quant_max, const at::Tensor& weight, const at::Tensor& offset, const at::Tensor& factor,
+    double low, double high, double y_scale) {
+  constexpr std::array<int64_t, 2> per_tensor = {0, 0};
+  const auto columns = weight.size(1);
+  TORCH_CHECK_VALUE(input.numel() > 0 && input.size(-1) == columns,
+      "int8_linear_requantized: expected input to be of shape (..., ", columns, ") and not empty, got ", input.sizes());
+  const auto rows = input.dim() == 2 ? input : input.reshape({-1, columns});
+  const auto q = qatfast::op::quantize(rows, scale, zero_point, quant_min, quant_max, per_tensor);
+  const auto sums = at::_int_mm(q, weight.t());
+  const auto y = qatfast::op::int8_requantize_(sums, offset, factor, low, high, y_scale).view(at::kFloat);
+  if (std::isnan(rows.amax().item<double>())) {
+    y.masked_fill_(rows.isnan().any(1, /*keepdim=*/true), std::numeric_limits<double>::quiet_NaN());
+  }
+  if (input.dim() == 2) {
+    return y;
+  }
+  auto shape = input.sizes().vec();
+  shape.back() = weight.size(0);
+  return y.view(shape);
+}
+constexpr auto requantizing_layer = &int8_linear_requantized;
+
 // What weight_cache._state tells of a weight, as bytes: they are the same only while it is as it was. None where the
 // weight is no plain parameter on a device with kernels, or something else than autograd takes part in the call: _state
 // looks closer there.
@@ -200,6 +228,7 @@ PyMethodDef methods[] = {
     method("takes", takes),
     method("weight_state", weight_state),
     method("qat_linear_int8_observed", direct<observed_layer>),
+    method("int8_linear_requantized", direct<requantizing_layer>),
 #define QATFAST_OPERATOR(name, ...) method(#name, direct<op::name>),
 #define QATFAST_LAUNCHER(...)
 #include "operator_list.h"

@@ -32,8 +32,9 @@ def convert(model: nn.Module, *, form: str = "integer", example_inputs: Any = No
     Args:
         model: after ``prepare``, or with quantized layers placed by hand; trained or calibrated.
         form: ``"integer"``, or ``"quantized_decomposed"``: PyTorch's own operators that quantize and dequantize, which
-            ExecuTorch, Inductor and torchao read. Its results differ by a step of a grid here and there, as these
-            operators multiply by a rounded reciprocal.
+            ExecuTorch reads as they are, LiteRT after :func:`qatfast.qdq.with_float_weights`, Inductor and torchao
+            after :func:`qatfast.qdq.with_uint8_activations`. Its results differ by a step of a grid here and there,
+            as these operators multiply by a rounded reciprocal.
         example_inputs: as for ``prepare``. The model runs once, and the chains must be those that ``prepare`` recorded.
 
     Returns:

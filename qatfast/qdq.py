@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  defines torch.ops.quantized_decomposed
+from torch.fx import GraphModule, Node
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from . import checks, ranges, reference
-from .config import Fixed, Granularity, PerChannel, PerGroup, PerTensor, QuantSpec
+from .config import Fixed, Granularity, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
 from .convolution import of_batch
 from .geometry import Geometry
 from .integer import IntegerEmbedding, IntegerLayer, IntegerLinear, IntegerMultiheadAttention
+from .integer.base import integer_dtype
 from .modules import FakeQuantize
 from .modules.conv import _QATConvNd, _QATConvTransposeNd
 
@@ -179,8 +182,8 @@ _ops = torch.ops.quantized_decomposed
 def decomposed(model: nn.Module) -> nn.Module:
     """Returns a copy of an integer model with the operators of ``torch.ops.quantized_decomposed``.
 
-    Each quantized tensor is quantized and dequantized around float operators, a pattern that ExecuTorch, Inductor and
-    torchao replace by integer kernels. Biases are in float, as these expect them.
+    Each quantized tensor is quantized and dequantized around float operators, a pattern that ExecuTorch, LiteRT,
+    Inductor and torchao replace by integer kernels. Biases are in float, as these expect them.
     """
 
     def made(module: nn.Module, name: str) -> nn.Module:
@@ -203,18 +206,19 @@ class _Quantizer(nn.Module):
 
     def __init__(self, spec: QuantSpec, grid: Grid | None) -> None:
         super().__init__()
-        self.spec, self.grid = spec, grid
-        self.ends = (
-            spec.quant_min,
-            spec.quant_max,
-            reference.quantized_dtype(spec.quant_min, spec.quant_max),
-        )
+        # XNNPACK and LiteRT take int8 only: affine integers of 8 and 16 bits are less half of their range
+        shift = 0 if spec.symmetric or spec.num_bits not in (8, 16) else 2 ** (spec.num_bits - 1)
+        self.spec = spec
+        self.grid = grid = None if grid is None else grid._replace(zero_point=grid.zero_point - shift)
+        self.ends = (spec.quant_min - shift, spec.quant_max - shift, integer_dtype(spec))
         if grid is not None and grid.axis is not None:
             self.register_buffer("scale", grid.scale.clone())
-            self.register_buffer("zero_point", grid.zero_point.clone())
+            self.register_buffer("zero_point", grid.zero_point.long())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """Quantizes and dequantizes the result of an activation: None, ``"relu"`` or ``"relu6"``."""
         grid, granularity = self.grid, self.spec.granularity
+        x = self._bounded(x, activation)
         if grid is None:
             return self._dynamic(x, granularity)
         if grid.axis is None:
@@ -223,43 +227,76 @@ class _Quantizer(nn.Module):
         blocks = (self.scale, self.zero_point, grid.axis % x.dim(), *self.ends)
         return _ops.dequantize_per_channel(_ops.quantize_per_channel(x, *blocks), *blocks)
 
+    def _bounded(self, x: Tensor, activation: str | None) -> Tensor:
+        """Returns the result of the activation, within the grid where that is narrower than the dtype.
+
+        XNNPACK's kernels clamp to the bounds of the dtype, whatever those of the operator are.
+        """
+        grid, (quant_min, quant_max, dtype) = self.grid, self.ends
+        ends = torch.iinfo(dtype)
+        if grid is None or grid.axis is not None or (ends.min, ends.max) == (quant_min, quant_max):
+            return _activated(x, activation)
+        low, high = (float(grid.scale) * (end - int(grid.zero_point)) for end in (quant_min, quant_max))
+        low = low if activation is None else 0.0
+        return F.hardtanh(x, low, min(high, 6.0) if activation == "relu6" else high)
+
     def _dynamic(self, x: Tensor, granularity: Granularity) -> Tensor:
         spec, dtype = self.spec, self.ends[2]
         if granularity == PerTensor():
             choose = _ops.choose_qparams_symmetric if spec.symmetric else _ops.choose_qparams
-            grid = choose.tensor(x, spec.quant_min, spec.quant_max, torch.finfo(torch.float32).tiny, dtype)
+            grid = choose.tensor(x, *self.ends[:2], torch.finfo(torch.float32).tiny, dtype)
             arguments = (*grid, *self.ends)
             return _ops.dequantize_per_tensor.tensor(
                 _ops.quantize_per_tensor.tensor(x, *arguments), *arguments
             )
-        # its operators per token have 8 bits only, and there is none per channel or group: plain arithmetic
+        if granularity == PerToken() and (spec.num_bits, spec.symmetric) == (8, False):
+            tokens = (*_ops.choose_qparams_per_token_asymmetric(x, dtype), *self.ends)
+            return _ops.dequantize_per_token(_ops.quantize_per_token(x, *tokens), *tokens, torch.float32)
+        # there is no operator for other bits, or per channel or group: plain arithmetic
         return reference.fake_quantize(x, **spec.arguments)
 
 
-class _Weight(nn.Module):
-    """Dequantizes the weight."""
+def _activated(x: Tensor, activation: str | None) -> Tensor:
+    if activation is None:
+        return x
+    return F.relu6(x) if activation == "relu6" else F.relu(x)
 
+
+def _weight(layer: Any, stored: Callable[[Any], tuple[Tensor, Grid]]) -> nn.Module:
+    """Returns the module whose result is the weight."""
+    if layer.config.weight is None:
+        return _FloatWeight(layer.weight.detach().float())
+    integers, grid = stored(layer)
+    integers = integers.to(integer_dtype(layer.config.weight)).clone()
+    return (_SymmetricWeight if layer.config.weight.symmetric else _AffineWeight)(integers, grid)
+
+
+class _FloatWeight(nn.Module):
     values: Tensor
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values)
+
+    def forward(self) -> Tensor:
+        return self.values
+
+
+class _SymmetricWeight(_FloatWeight):
+    """Dequantizes the weight by the operators that runtimes look for."""
+
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, layer: Any, stored: Callable[[Any], tuple[Tensor, Grid]]) -> None:
-        super().__init__()
-        self.grid: Grid | None = None
-        if layer.config.weight is None:
-            self.register_buffer("values", layer.weight.detach().float())
-            return
-        integers, grid = stored(layer)
+    def __init__(self, integers: Tensor, grid: Grid) -> None:
+        super().__init__(integers)
         self.grid = grid
-        self.register_buffer("values", integers.to(grid.dtype).clone())
+        self.ends = (grid.quant_min, grid.quant_max, integers.dtype)
         self.register_buffer("scale", grid.scale.clone())
-        self.register_buffer("zero_point", grid.zero_point.clone())
+        self.register_buffer("zero_point", grid.zero_point.long())
 
     def forward(self) -> Tensor:
-        grid = self.grid
-        if grid is None:
-            return self.values
-        ends = (grid.quant_min, grid.quant_max, grid.dtype)
+        grid, ends = self.grid, self.ends
         if grid.axis is None:
             return _ops.dequantize_per_tensor(self.values, float(grid.scale), int(grid.zero_point), *ends)
         if grid.group_size is None:
@@ -267,6 +304,28 @@ class _Weight(nn.Module):
         return _ops.dequantize_per_channel_group(
             self.values, self.scale, self.zero_point, *ends, grid.group_size, torch.float32
         )
+
+
+class _AffineWeight(_FloatWeight):
+    """Dequantizes the weight by plain arithmetic: XNNPACK takes the operators, and ignores the zero point."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, integers: Tensor, grid: Grid) -> None:
+        super().__init__(integers)
+        blocks = [1] * integers.dim()
+        if grid.axis is not None:
+            blocks[grid.axis] = -1
+        self.blocks = integers.shape
+        if grid.group_size is not None:
+            self.blocks, blocks = torch.Size((len(integers), -1, grid.group_size)), [len(integers), -1, 1]
+        self.register_buffer("scale", grid.scale.reshape(blocks).clone())
+        self.register_buffer("zero_point", grid.zero_point.reshape(blocks).float())
+
+    def forward(self) -> Tensor:
+        levels = self.values.float().view(self.blocks) - self.zero_point
+        return (levels * self.scale).view(self.values.shape)
 
 
 class _Layer(nn.Module):
@@ -283,7 +342,7 @@ class _Layer(nn.Module):
         if layer.requantization is not None:
             specs[1], self.activation = layer.requantization.spec, layer.requantization.activation
         self.output = _quantizer(specs[1], output)
-        self.weight = _Weight(layer, stored)
+        self.weight = _weight(layer, stored)
         bias = layer.bias
         if bias is not None and layer.requantization is not None:
             bias = (bias.double() * grid_of_sums(layer).scale.double()).float()
@@ -294,9 +353,7 @@ class _Layer(nn.Module):
         return x if self.input is None else self.input(x)
 
     def quantized_output(self, y: Tensor) -> Tensor:
-        if self.activation is not None:
-            y = F.relu6(y) if self.activation == "relu6" else F.relu(y)
-        return as_dtype(y if self.output is None else self.output(y), self.dtype)
+        return as_dtype(y if self.output is None else self.output(y, self.activation), self.dtype)
 
 
 class _Linear(_Layer):
@@ -340,7 +397,7 @@ class _Embedding(nn.Module):
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.dtype = layer.dtype
-        self.weight = _Weight(layer, weight_rows)
+        self.weight = _weight(layer, weight_rows)
         self.output = _quantizer(layer.config.output, output_grid(layer))
 
     def forward(self, index: Tensor) -> Tensor:
@@ -359,3 +416,57 @@ class _FakeQuantizer(nn.Module):
 
 def _quantizer(spec: QuantSpec | None, grid: Grid | None) -> _Quantizer | None:
     return None if spec is None else _Quantizer(spec, grid)
+
+
+def with_float_weights(module: GraphModule) -> GraphModule:
+    """Returns a copy of an exported ``"quantized_decomposed"`` model that quantizes its weights itself.
+
+    LiteRT's converter expects each weight as floats that QuantizeLinear makes integers; its files hold the integers.
+
+    Args:
+        module: ``torch.export.export(qatfast.convert(model, form="quantized_decomposed"), inputs).module()``.
+    """
+    result = copy.deepcopy(module)
+    for node in list(result.graph.nodes):
+        quantize = _QUANTIZE.get(node.target)
+        if quantize is None or node.args[0].op != "get_attr":
+            continue
+        integers, arguments = node.args[0], node.args[1:]
+        values = [_attribute(result, arg) if isinstance(arg, Node) else arg for arg in (integers, *arguments)]
+        name = f"{node.name}_values"
+        result.register_buffer(name, node.target(*values))
+        with result.graph.inserting_before(node):
+            floats = result.graph.get_attr(name)
+            node.replace_input_with(integers, result.graph.call_function(quantize, (floats, *arguments)))
+    result.graph.eliminate_dead_code()
+    result.recompile()
+    return result
+
+
+def with_uint8_activations(module: GraphModule) -> GraphModule:
+    """Returns a copy of an exported ``"quantized_decomposed"`` model with uint8 in the place of int8 activations.
+
+    The values are the same. The convolutions of Inductor and torchao take uint8; ExecuTorch and LiteRT take int8.
+
+    Args:
+        module: ``torch.export.export(qatfast.convert(model, form="quantized_decomposed"), inputs).module()``.
+    """
+    result = copy.deepcopy(module)
+    for node in result.graph.nodes:
+        is_activation = node.target in _PER_TENSOR and node.args[0].op != "get_attr"
+        if is_activation and node.args[-3:] == (-128, 127, torch.int8):
+            x, scale, zero_point = node.args[:3]
+            node.args = (x, scale, zero_point + 128, 0, 255, torch.uint8)
+    result.recompile()
+    return result
+
+
+_QUANTIZE = {
+    _ops.dequantize_per_tensor.default: _ops.quantize_per_tensor.default,
+    _ops.dequantize_per_channel.default: _ops.quantize_per_channel.default,
+}
+_PER_TENSOR = frozenset([_ops.quantize_per_tensor.default, _ops.dequantize_per_tensor.default])
+
+
+def _attribute(module: nn.Module, node: Node) -> Any:
+    return attrgetter(str(node.target))(module)

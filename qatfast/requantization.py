@@ -19,7 +19,8 @@ class Operands(NamedTuple):
     """What a layer knows before its input: its weight's integers (int8), and what turns sums into integers.
 
     ``total`` holds the sum of each row of the weight, ``reach`` is the largest sum of products with its bias; both are
-    None if they are not known. ``packed`` keeps what a library makes of the weight.
+    None if they are not known. ``packed`` keeps what a library makes of the weight, ``arguments`` what the kernel of
+    a linear layer takes after the input and its scale.
     """
 
     weight: Tensor
@@ -31,6 +32,7 @@ class Operands(NamedTuple):
     total: Tensor | None = None
     reach: int | None = None
     packed: dict[Any, Tensor] | None = None
+    arguments: tuple[Any, ...] | None = None
 
     def with_sums(self, zero_point: Tensor, ends: tuple[int, int]) -> Operands:
         """Returns them for many calls with an input of this grid."""
@@ -41,6 +43,23 @@ class Operands(NamedTuple):
         sizes = self.weight.double().abs().sum(1) * level + self.b32.abs()
         reach = int(sizes.max()) if len(sizes) else 0
         return self._replace(total=total, reach=reach, packed={})
+
+    def of_linear(self, zero_point: Tensor, ends: tuple[int, int]) -> Operands:
+        """Returns them for many calls of a linear layer with an input of this grid."""
+        rows, columns = self.weight.shape
+        if not self.weight.is_cpu or rows == 0 or columns < 2 or not int8_convolution._int_mm_is_exact():
+            return self
+        zero_point, quant_min, quant_max = _int8(zero_point, ends)
+        bounds = float(self.low), float(self.high), float(self.y_scale)
+        offset = self._offset(zero_point)
+        return self._replace(
+            arguments=(zero_point, quant_min, quant_max, self.weight, offset, self.factor, *bounds)
+        )
+
+    def _offset(self, zero_point: Tensor) -> Tensor:
+        """Returns what is added to the products of the weight with integers of this zero point."""
+        total = self.weight.sum(1, dtype=torch.int32) if self.total is None else self.total
+        return self.b32 - zero_point * total
 
 
 def takes_int8(input: Tensor, is_symmetric: bool) -> bool:
@@ -104,17 +123,24 @@ def linear(
         ends: quant_min and quant_max of ``input``.
         operands: of the layer.
     """
-    weight, total = operands.weight, operands.total
+    if operands.arguments is not None and input.numel() > 0:
+        ops = kernels.route(input, scale)
+        if ops is not None and ops is kernels.extension:
+            return ops.int8_linear_requantized(input, scale, *operands.arguments)  # type: ignore[union-attr]
+    weight = operands.weight
     rows = input.reshape(input.shape[:-1].numel(), weight.shape[1])
-    shift = 128 if ends[0] >= 0 else 0  # from uint8 to int8
-    zero_point = zero_point - shift
-    q = functional.quantize(rows, scale, zero_point, ends[0] - shift, ends[1] - shift)
-    sums = _int_mm(q, weight)
-    offset = operands.b32 - zero_point * (weight.sum(1, dtype=torch.int32) if total is None else total)
-    y = _requantized(sums, offset, operands)
+    zero_point, quant_min, quant_max = _int8(zero_point, ends)
+    q = functional.quantize(rows, scale, zero_point, quant_min, quant_max)
+    y = _requantized(_int_mm(q, weight), operands._offset(zero_point), operands)
     if not rows.is_cpu or (rows.numel() and rows.amax().isnan()):  # others do not wait for the answer
         y = y.masked_fill_(rows.isnan().any(1, keepdim=True), torch.nan)
     return y.view(*input.shape[:-1], len(weight))
+
+
+def _int8(zero_point: Tensor, ends: tuple[int, int]) -> tuple[Tensor, int, int]:
+    """Returns zero point, quant_min and quant_max of the int8 integers that stand for the same values."""
+    shift = 128 if ends[0] >= 0 else 0
+    return zero_point - shift, ends[0] - shift, ends[1] - shift
 
 
 def _int_mm(x: Tensor, weight: Tensor) -> Tensor:

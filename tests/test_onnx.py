@@ -142,6 +142,8 @@ def test_the_integers_of_a_residual_network(tmp_path):
     assert "float" not in report.fused.values()
     assert not nodes(file, "Add")  # onnxruntime would replace it between DequantizeLinear and QuantizeLinear
     assert len(nodes(file, "Sum")) == 2
+    dequantized = {node.output[0] for node in nodes(file, "DequantizeLinear")}
+    assert not any(node.input[0] in dequantized for node in nodes(file, "QuantizeLinear"))  # the shortcut's
     assert not nodes(file, "Clip")  # ReLU6 is that of the integers: its grid ends below 6
     np.testing.assert_allclose(run(tmp_path / "model.onnx", x)[0], model(x).detach(), rtol=1e-5, atol=1e-6)
 

@@ -1,11 +1,12 @@
-"""int8_requantize_: the values of integers from sums."""
+"""int8_requantize_: the values of integers from sums, alone and in the call of a linear layer."""
 
 import numpy as np
 import pytest
 import torch
 
 import cases
-from qatfast import kernels
+import qatfast
+from qatfast import MinMax, PerChannel, QATConfig, QATLinear, QuantSpec, kernels, requantization
 
 pytestmark = pytest.mark.skipif(kernels.extension is None, reason="there are no kernels")
 
@@ -60,3 +61,27 @@ def test_other_tensors_are_refused(sums, offset, text):
     with pytest.raises(ValueError, match=f"int8_requantize_: expected {text}"):
         kernels.extension.int8_requantize_(sums, offset, torch.ones(3), 0.0, 1.0, 1.0)
     assert not sums.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_linear_layer_in_one_call(dtype, bits):
+    """The kernel gives what its steps give, for any leading dimensions, and NaN in the rows that hold one."""
+    rows = QuantSpec(8, symmetric=True, granularity=PerChannel(0))
+    config = QATConfig(QuantSpec(bits, range=MinMax()), rows, None, QuantSpec(8, range=MinMax()))
+    layer = QATLinear(24, 7, config=config)
+    x = torch.randn(2, 3, 24)
+    layer(x)
+    integer = qatfast.convert(layer)
+    operands, grid = integer._kept(integer._operands), (integer.input_scale, integer.input_zero_point)
+    x[1, 2, 5] = torch.nan
+    x = x.to(dtype)
+    for input in (x, x[0], x[1], x[1, 2], x[:, :, ::2].repeat(1, 1, 2), x.transpose(0, 1)):
+        results = [
+            requantization.linear(input, *grid, (0, 2**bits - 1), one)
+            for one in (operands, operands._replace(arguments=None))
+        ]
+        assert results[0].shape == (*input.shape[:-1], 7)
+        torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(results[0].isnan().any(-1), input.isnan().any(-1))
+    assert requantization.linear(x[:0], *grid, (0, 2**bits - 1), operands).shape == (0, 3, 7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -184,14 +185,19 @@ class IntegerLayer(nn.Module):
         """Returns what ``build`` makes of the buffers; keeps it until one of them is replaced or written."""
         if is_compiling() or torch._C._are_functorch_transforms_active():
             return build()
-        tensors = [tensor for tensor in self._buffers.values() if tensor is not None]
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in tensors]
         kept = vars(self).get("_kept_operands")
-        if kept is not None and kept[1] == versions and all(map(_is, kept[0], tensors)):
-            return kept[2]
+        if (
+            kept is not None
+            and all(map(is_, kept[0], self._buffers.values()))
+            and [tensor._version for tensor in kept[1]] == kept[2]
+        ):
+            return kept[3]
+        tensors = tuple(self._buffers.values())
+        versioned = [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
+        versions = [tensor._version for tensor in versioned]
         with torch.inference_mode(False):
             operands = build()
-        vars(self)["_kept_operands"] = (tensors, versions, operands)
+        vars(self)["_kept_operands"] = (tensors, versioned, versions, operands)
         return operands
 
     # Input, bias and output
@@ -201,10 +207,14 @@ class IntegerLayer(nn.Module):
 
     def _grid(self, name: str, compute: torch.dtype) -> Grid | None:
         scale, zero_point = self._buffers[f"{name}_scale"], self._buffers[f"{name}_zero_point"]
-        return None if scale is None or zero_point is None else (scale.to(compute), zero_point)
+        if scale is None or zero_point is None:
+            return None
+        return scale if scale.dtype == compute else scale.to(compute), zero_point
 
     def _float_dtype(self, input: Tensor) -> torch.dtype:
         """The dtype of weight and bias: that of the layer, but float32 for a float32 input from another layer."""
+        if input.dtype == self.dtype:
+            return self.dtype
         return torch.promote_types(input.dtype, self.dtype)
 
     def _b_hat(self, input: Tensor, input_scale: Tensor | None, bias: Tensor | None = None) -> Tensor | None:
@@ -213,13 +223,14 @@ class IntegerLayer(nn.Module):
         ``bias`` comes in the place of that of the layer.
         """
         if bias is None:
-            bias = self.bias
+            bias = self._buffers["bias"]
             if bias is not None and self.config.has_int32_bias and self.input_scale is None:
                 assert input_scale is not None
                 bias = reference.int32_bias(bias, input_scale, self._rows_of_grid()[0])
         if bias is None:
             return None
-        bias = bias.to(self._float_dtype(input))
+        dtype = self._float_dtype(input)
+        bias = bias if bias.dtype == dtype else bias.to(dtype)
         return bias if self.config.bias is None else bias + 0.0  # a value that underflows is not -0.0
 
     def _output(self, y: Tensor, input: Tensor) -> Tensor:
@@ -233,7 +244,8 @@ class IntegerLayer(nn.Module):
         return self.config.output
 
     def _rounded(self, y: Tensor, input: Tensor) -> Tensor:
-        return y.to(ranges.product_dtype(input) if _is_autocast(input, self.dtype) else self.dtype)
+        dtype = ranges.product_dtype(input) if _is_autocast(input, self.dtype) else self.dtype
+        return y if y.dtype == dtype else y.to(dtype)
 
     # Requantization
 
@@ -272,7 +284,7 @@ class IntegerLayer(nn.Module):
     def _check_input(self, input: Any) -> None:
         name = type(self).__name__
         checks.tensor(name, "input", input, checks.FLOAT_DTYPES)
-        checks.same_device(name, "input", input, self.weight)
+        checks.same_device(name, "input", input, self._buffers["weight"])  # type: ignore[arg-type]
         is_wide = input.dtype == torch.float32 and self.dtype in (torch.float16, torch.bfloat16)
         if input.dtype != self.dtype and not is_wide and not _is_autocast(input, self.dtype):
             raise TypeError(
@@ -375,10 +387,6 @@ class IntegerLayer(nn.Module):
 def _is_autocast(input: Tensor, dtype: torch.dtype) -> bool:
     kind = input.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind) and torch.float64 not in (input.dtype, dtype)
-
-
-def _is(left: Any, right: Any) -> bool:
-    return left is right
 
 
 def fake_quantized(x: Tensor, spec: QuantSpec | None, grid: Grid | None) -> Tensor:

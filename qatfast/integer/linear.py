@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 from .. import checks, functional, kernels, reference, requantization
 from ..modules import QATLinear
 from ..modules.linear import _forward_nested
+from ..requantization import Operands
 from .base import Grid, IntegerLayer, fake_quantized
 from .buffers import quantized_tensors
 
@@ -85,7 +86,7 @@ class IntegerLinear(IntegerLayer):
             return y if b_hat is None else y + b_hat.to(y.dtype)
         compute = checks.compute_dtype(input.dtype)
         weight = self._kept(lambda: self._int8_weight(compute))
-        shape_of_weight = input.new_empty(()).expand(self.rows)  # the operator reads no more of it
+        shape_of_weight = input.new_empty_strided(self.rows, (0, 0))  # the operator reads no more of it
         is_fused = b_hat is not None and b_hat.dtype == input.dtype
         y = ops.qat_linear_int8_static(
             input, shape_of_weight, b_hat if is_fused else None, weight, *(grid or (None, None)), None, None,
@@ -97,10 +98,17 @@ class IntegerLinear(IntegerLayer):
         """Returns the values of the integers that the layer gives."""
         spec = self.config.input
         assert grid is not None and spec is not None
-        if not requantization.takes_int8(input, self.weight_zero_point is None):
+        if not requantization.takes_int8(input, self._buffers["weight_zero_point"] is None):
             return self._requantized(self._sums(input, grid), -1, input)
         function = requantization.traced_linear if is_compiling() else requantization.linear
         return function(input, *grid, (spec.quant_min, spec.quant_max), self._kept(self._operands))
+
+    def _operands(self) -> Operands:
+        operands, spec = super()._operands(), self.config.input
+        if is_compiling():
+            return operands
+        assert spec is not None and self.input_zero_point is not None
+        return operands.of_linear(self.input_zero_point, (spec.quant_min, spec.quant_max))
 
     def _sums(self, input: Tensor, grid: Grid | None) -> Tensor:
         """Returns the exact products of the integers, NaN in rows of the input that hold a NaN."""

@@ -144,26 +144,27 @@ def _remove_repeated(node: ir.Node, integers: _Integers) -> None:
     """Removes a node that repeats another, and a quantization of values that are on its grid."""
     if node.op_type not in _OF_QUANTIZERS or node.inputs[0] is None:
         return
+    # First what is on the grid already: nodes that are replaced stay among the consumers, for others to repeat.
+    source = node.inputs[0].producer()
+    kinds = (node.op_type, None if source is None else source.op_type)
+    if kinds == ("QuantizeLinear", "DequantizeLinear") and _have_one_grid(node, source):
+        integers.replace(node.outputs[0], source.inputs[0])
+        return
+    if kinds == ("Clip", "Clip") and role(source) == "integers" and _holds(source, node):
+        integers.replace(node.outputs[0], source.outputs[0])
+        return
     for other in consumers(node.inputs[0]):
         if other is not node and _are_equal(node, other) and _is_before(other, node):
             integers.replace(node.outputs[0], other.outputs[0])
             return
-    source = node.inputs[0].producer()
-    if source is None:
-        return
-    if node.op_type == "QuantizeLinear" and source.op_type == "DequantizeLinear":
-        if node.inputs[1:] == source.inputs[1:] and _attributes(node) == _attributes(source):
-            integers.replace(node.outputs[0], source.inputs[0])
-    elif node.op_type == source.op_type == "Clip" and role(source) == "integers" and _holds(source, node):
-        integers.replace(node.outputs[0], source.outputs[0])
+
+
+def _have_one_grid(node: ir.Node, other: ir.Node) -> bool:
+    return node.inputs[1:] == other.inputs[1:] and _attributes(node) == _attributes(other)
 
 
 def _are_equal(node: ir.Node, other: ir.Node) -> bool:
-    return (
-        node.op_type == other.op_type
-        and node.inputs == other.inputs
-        and _attributes(node) == _attributes(other)
-    )
+    return node.op_type == other.op_type and node.inputs[0] is other.inputs[0] and _have_one_grid(node, other)
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:

@@ -21,7 +21,8 @@ def register(functions: Sequence[str]) -> None:
     """Registers the fake kernels and the FLOP formulas. The extension must be loaded.
 
     Args:
-        functions: the public functions; one without a fake kernel here returns a tensor like its input.
+        functions: the public functions. Without a fake kernel here, one returns a tensor like its input, and the
+            operator ``<function>_forward`` that and the mask of the gradient.
     """
     _register_fakes(functions)
     _register_flops()
@@ -41,11 +42,6 @@ def _register_fakes(functions: Sequence[str]) -> None:
 
     def mask_of(input: Tensor) -> Tensor:
         return input.new_empty((input.numel() + 7) // 8, dtype=torch.uint8)
-
-    @fake("fake_quantize_affine_forward")
-    def _(input: Tensor, scale: Tensor, zero_point: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        same_device("fake_quantize_affine", input, scale=scale, zero_point=zero_point)
-        return torch.empty_like(input), mask_of(input)
 
     @fake("fake_quantize_affine_backward")
     def _(grad: Tensor, mask: Tensor, stride: Sequence[int]) -> Tensor:
@@ -289,6 +285,14 @@ def _register_fakes(functions: Sequence[str]) -> None:
 
     for op in set(functions) - own:
         fake(op)(like_input(op))
+
+    def with_mask(op: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        output = like_input(op)
+        return lambda input, *args, **kwargs: (output(input, *args, **kwargs), mask_of(input))
+
+    for op in functions:
+        if hasattr(torch.ops.qatfast, f"{op}_forward") and f"{op}_forward" not in own:
+            fake(f"{op}_forward")(with_mask(op))
 
 
 def _register_flops() -> None:

@@ -1,6 +1,7 @@
 """Illegal arguments: types and messages of all errors; no argument is changed, nothing crashes."""
 
 import dataclasses
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -28,18 +29,22 @@ def x(*shape, dtype=torch.float32, device="cpu"):
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
+def parameters(op):
+    return inspect.signature(getattr(functional, op)).parameters
+
+
 def good(op, **changes):
     """Returns legal arguments of ``op`` with ``changes``."""
-    grid = {"scale": torch.tensor(0.5), "zero_point": torch.tensor(0, dtype=torch.int32)}
-    arguments = {
-        "fake_quantize": {"input": x(4, 6)},
-        "choose_qparams": {"input": x(4, 6)},
-        "fake_quantize_affine": {"input": x(4, 6), **grid, "quant_min": -8, "quant_max": 7},
-        "quantize": {"input": x(4, 6), **grid, "quant_min": -8, "quant_max": 7},
-        "dequantize": {"input": x(4, 6, dtype=torch.int8), **grid},
-        "qat_linear": {"input": x(4, 6), "weight": x(3, 6), "bias": x(3)},
-    }[op]
-    return {**arguments, **changes}
+    legal = {
+        "input": x(4, 6, dtype=torch.int8 if op == "dequantize" else torch.float32),
+        "scale": torch.tensor(0.5),
+        "zero_point": torch.tensor(0, dtype=torch.int32),
+        "quant_min": -8,
+        "quant_max": 7,
+        "weight": x(3, 6),
+        "bias": x(3),
+    }
+    return {**{name: value for name, value in legal.items() if name in parameters(op)}, **changes}
 
 
 def bad(op, error, message, through=EVERYWHERE, **changes):
@@ -254,10 +259,19 @@ def int8_linear():
         yield bad("qat_linear", ValueError, words, config=config)
 
 
+def of_all_operators():
+    """Yields the errors that follow from the parameters of an operator."""
+    for op in operators():
+        if "num_bits" in parameters(op.name):
+            yield from dynamic(op.name)
+        elif "scale" in parameters(op.name) and "scale" not in op.differentiable:
+            yield from given(op.name)
+            if "quant_min" in parameters(op.name):
+                yield from floats_only(op.name)
+                yield from ranges(op.name)
+
+
 def others():
-    for op in ("fake_quantize_affine", "quantize"):
-        yield from floats_only(op)
-        yield from ranges(op)
     for dtype in (torch.float32, torch.int32, torch.int64, torch.bool, torch.complex64):
         words = f"expected input to be int8, uint8, int16 or uint16, got {cases.name(dtype)}"
         yield bad("dequantize", TypeError, words, input=x(4, 6, dtype=dtype))
@@ -277,11 +291,7 @@ def others():
 
 
 TABLE = [
-    *dynamic("fake_quantize"),
-    *dynamic("choose_qparams"),
-    *given("fake_quantize_affine"),
-    *given("quantize"),
-    *given("dequantize"),
+    *of_all_operators(),
     *others(),
     *linear(),
     *int8_linear(),

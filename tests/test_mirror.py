@@ -41,10 +41,10 @@ def test_there_are_no_others():
         for name, value in vars(functional).items()
         if inspect.isfunction(value) and name[0] != "_" and value.__module__ == functional.__name__
     }
-    assert public == {*OPERATORS}
+    assert public == {*OPERATORS}, "each public function has an entry in tests/operators.py"
     names = [name for op in operators() for name in op.schemas()]
     assert len(names) == len({*names})
-    assert {*schemas()} == {*names}
+    assert {*schemas()} == {*names}, "each schema is an operator, or internal to one, in tests/operators.py"
 
 
 @OPS
@@ -88,14 +88,16 @@ def test_the_direct_entry_has_it(kernels, op):
 @pytest.mark.parametrize("place", PLACES)
 def test_it_has_its_files(op, place):
     for device in op.devices:
-        assert list(ROOT.glob(place.format(op=op, device=device)))
+        path = place.format(op=op, device=device)
+        assert list(ROOT.glob(path)), f"there is no {path}"
 
 
 @pytest.mark.parametrize("name_of_device", SHARED)
 def test_no_other_file_of_a_device_is_an_operator_of_another_name(name_of_device):
     folder = ROOT / "csrc" / name_of_device
     files = {path.stem for path in folder.iterdir() if path.suffix in SOURCES}
-    assert files <= {*(op.name for op in operators(name_of_device)), *SHARED[name_of_device]}
+    known = {*(op.name for op in operators(name_of_device)), *SHARED[name_of_device]}
+    assert files <= known, "no operator of tests/operators.py has these files"
 
 
 # Kernels

@@ -275,7 +275,7 @@ def workloads_of(
 
 
 def _workloads(subject: str) -> Iterator[Workload]:
-    return _ALL[subject]() if subject in _ALL else _one_pass(subject)
+    return _ALL[subject]() if subject in _ALL else _one_pass(subject, Target(1.5))
 
 
 def _is_short(workload: Workload) -> bool:

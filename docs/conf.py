@@ -8,7 +8,9 @@ project_copyright = "2026, qatfast developers"
 version = release = qatfast.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath", "colon_fence", "substitution"]
+_functions = "\n".join(f".. autofunction:: qatfast.{name}" for name in qatfast.functional.__all__)
+myst_substitutions = {"functions": f"```{{eval-rst}}\n{_functions}\n```"}
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 nitpicky = True

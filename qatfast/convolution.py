@@ -241,43 +241,37 @@ class _Link(torch.autograd.Function):
         return grad
 
 
-_CHUNK = 2**20  # elements that stay in cache; a whole number of mask bytes for each row
-
-
 def _pointwise_gradients(
     dy: Tensor,
+    weight: Tensor,
     w_rows: Tensor,
     q: Tensor,
     scale: Tensor,
     zero_point: Tensor,
     mask: Tensor | None,
+    geometry: Geometry,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Returns the gradients of input, weight and bias where the convolution is a matrix product.
 
-    x_hat is made a chunk of rows at a time: fresh memory for all of it takes longer than the product saves.
+    The gradient of the input is written to the memory of x_hat, as fresh memory takes as long as half a product.
+    ``weight`` gives the shape and the memory format of its gradient.
     """
     ops = torch.ops.qatfast
-    size, channels = q.shape, q.shape[1]
-    rows = dy.to(scale.dtype).movedim(1, -1).reshape(-1, dy.shape[1])
-    w_rows = w_rows.to(scale.dtype)
-    q = q.movedim(1, -1).reshape(-1, channels)
-    dx = rows.new_empty(q.shape) if needed[0] else None
-    dw = rows.new_zeros(w_rows.shape) if needed[1] else None
-    step = max(8, _CHUNK // channels // 8 * 8)
-    for begin in range(0, q.shape[0], step):
-        part, values = rows[begin : begin + step], q[begin : begin + step]
-        if dw is not None:
-            dw.addmm_(part.t(), ops.dequantize(values, scale, zero_point, (0, 0)))
-        if dx is not None:
-            of_part = dx[begin : begin + step]
-            torch.mm(part, w_rows, out=of_part)
-            if mask is not None:
-                first = begin * channels // 8
-                ops.int8_conv_mask_(of_part, mask[first : first + (of_part.numel() + 7) // 8], values)
-    if dx is not None:
-        dx = dx.view(size[0], *size[2:], channels).movedim(-1, 1)
-    return dx, dw, rows.sum(0) if needed[2] else None
+    dx = dw = db = None
+    if needed[1] or needed[2]:
+        dx = ops.dequantize(q, scale, zero_point, (0, 0))
+        output_mask = [False, *needed[1:]]
+        _, dw, db = torch.ops.aten.convolution_backward(
+            dy, dx, weight, list(weight.shape[:1]), *geometry, output_mask
+        )
+    if not needed[0]:
+        return None, dw, db
+    if dx is None:
+        dx = torch.empty_like(q, dtype=scale.dtype)
+    rows = dy.movedim(1, -1).reshape(-1, dy.shape[1])
+    torch.mm(rows, w_rows, out=dx.movedim(1, -1).view(-1, q.shape[1]))
+    return dx if mask is None else ops.int8_conv_mask_(dx, mask, q), dw, db
 
 
 def _is_float32_depthwise(dy: Tensor, q: Tensor, scale: Tensor, weight: Tensor, geometry: Geometry) -> bool:
@@ -339,11 +333,15 @@ class _Gradients(torch.autograd.Function):
             and geometry.is_pointwise(w)
         )
         if is_matrix:
-            w_rows = functional.fake_quantize(w.detach().flatten(1), **w_spec.arguments)
-            dx, dw, db = _pointwise_gradients(dy, w_rows, q, scale, shifted, mask, ctx.needs_input_grad[:3])
+            w_rows = functional.fake_quantize(w.detach().flatten(1), **w_spec.arguments).to(scale.dtype)
+            weight = w.detach().to(scale.dtype)
+            wanted = (*ctx.needs_input_grad[:2], ctx.bias is not None and ctx.needs_input_grad[2])
+            dx, dw, db = _pointwise_gradients(
+                dy.to(scale.dtype), weight, w_rows, q, scale, shifted, mask, geometry, wanted
+            )
             return (
                 None if dx is None else dx.to(x.dtype),
-                None if dw is None else dw.view(w.shape).to(w.dtype),
+                None if dw is None else dw.to(w.dtype),
                 None if db is None or ctx.bias is None else db.to(ctx.bias[1]),
                 *(None,) * 12,
             )

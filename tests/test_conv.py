@@ -30,7 +30,6 @@ from qatfast import (
     QuantSpec,
     cached_weights,
     calibrate,
-    convolution,
     fake_quantize,
     int8_convolution,
     kernels,
@@ -618,9 +617,8 @@ def test_gradients_of_a_depthwise_convolution_do_not_depend_on_threads(threads):
 
 @pytest.mark.parametrize("range", [Fixed(-1, 1), Dynamic()], ids=str)
 @pytest.mark.parametrize("channels", [3, 16])
-def test_gradients_of_a_pointwise_convolution_in_chunks(channels, range, monkeypatch):
-    """Those of the convolution of all rows at once, which an input in another layout takes."""
-    monkeypatch.setattr(convolution, "_CHUNK", 50 * channels)
+def test_gradients_of_a_pointwise_convolution(channels, range):
+    """Those of the general way, which an input in another layout takes."""
     torch.manual_seed(0)
     layer = QATConv2d(channels, 6, 1, config=QATConfig(QuantSpec(8, range=range), SYMMETRIC, None, None))
     x = cases.normal((3, channels, 7, 9), requires_grad=True)

@@ -255,11 +255,10 @@ class ToIntegers {
     for (; begin < end; begin += observed_piece) {
       const auto n = std::min(observed_piece, end - begin);
       C ends[2] = {0, 0};
-      const bool is_finite = loops_.range(x_ + begin, n, &ends[0], &ends[1]);
+      const bool is_finite = loops_.quantize_range(x_ + begin, values_ + begin, n, shifted_, &ends[0], &ends[1]);
       for (int64_t i = begin; i < begin + n && !is_finite && !has_nan; ++i) {
         has_nan = x_[i] != x_[i];
       }
-      loops_.template integer<uint8_t>().quantize(x_ + begin, values_ + begin, 1, n, shifted_);
       if (mask_) {
         write_mask(x_ + begin, mask_ + begin / 8, n, is_finite, ends, grid_);
       }

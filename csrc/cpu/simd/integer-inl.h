@@ -21,6 +21,32 @@ void dequantize_loop(const Q* q, T* y, int64_t rows, int64_t n, const Grids<opma
 }
 
 template <class T>
+bool quantize_range_loop(
+    const T* x, uint8_t* q, int64_t n, const Grids<opmath_type<T>>& grid, opmath_type<T>* lo, opmath_type<T>* hi) {
+  using C = opmath_type<T>;
+  if constexpr (!std::is_same_v<T, C>) { // the range of 16-bit types needs no conversion
+    const bool is_finite = range_loop(x, n, lo, hi);
+    quantize_loop<T, uint8_t>(x, q, 1, n, grid);
+    return is_finite;
+  } else {
+    auto bits = RangeBits<T>::zero();
+    with_tile<GridKinds::static_range>(grid, 0, 1, [&](auto tile) {
+      const auto at = tile.row(0);
+      const auto zero_point = __builtin_convertvector(at.zero_point, Vec<int32_t, lanes<C>>);
+      map<T, uint8_t, C>(x, q, n, [&](V<C> v, int64_t, int64_t) __attribute__((always_inline)) {
+        bits.widen(&v);
+        return quantize(v, zero_point, at.grid);
+      });
+    });
+    C least, most;
+    const bool is_finite = range_of_bits(bits, x, n, &least, &most);
+    *lo = widen_lo(*lo, least);
+    *hi = widen_hi(*hi, most);
+    return is_finite;
+  }
+}
+
+template <class T>
 void quantize_rows_loop(const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<opmath_type<T>>& grids,
     opmath_type<T>* scale, int64_t* level_sums) {
   using C = opmath_type<T>;

@@ -77,7 +77,7 @@ class Observation {
 
   // What quantizes the batch: the stored range, or that of the batch for a block without one.
   void choose(const QuantSpec& spec, C* scale, int32_t* zero_point) const {
-    std::vector<C> low(blocks_), high(blocks_);
+    c10::SmallVector<C, 8> low(blocks_), high(blocks_);
     for (int64_t block = 0; block < blocks_; ++block) {
       low[block] = is_new(block) ? stored_end(lo_[block]) : running_min_[block];
       high[block] = is_new(block) ? stored_end(hi_[block]) : running_max_[block];

@@ -12,6 +12,9 @@
 namespace qatfast {
 
 Tensor fresh_like(const Tensor& x, at::ScalarType dtype) {
+  if (x.is_cpu() && x.is_non_overlapping_and_dense()) { // as fresh() does
+    return with_large_pages(at::Tensor(at::detail::empty_strided_cpu(x.sizes(), x.strides(), dtype)));
+  }
   return with_large_pages(at::empty_like(x, x.options().dtype(dtype)));
 }
 
@@ -57,7 +60,7 @@ QParams in_memory_order(const QParams& qparams, const Tensor& x, Granularity gra
 }
 
 Tensor result_for(const Tensor& x, const Tensor& from) {
-  return from.is_same(x) ? with_large_pages(at::empty_like(x)) : from;
+  return from.is_same(x) ? fresh_like(x, x.scalar_type()) : from;
 }
 
 Tensor fake_quantized(const Tensor& x, const QuantSpec& spec) {

@@ -1,6 +1,6 @@
 #include "ops/mask.h"
 
-#include <ATen/ops/empty.h>
+#include "common/memory.h"
 
 namespace qatfast {
 
@@ -9,7 +9,7 @@ int64_t mask_bytes(const Tensor& x) {
 }
 
 Tensor fresh_mask(const Tensor& x) {
-  return at::empty({mask_bytes(x)}, x.options().dtype(at::kByte));
+  return fresh({mask_bytes(x)}, at::kByte, x);
 }
 
 namespace autograd {

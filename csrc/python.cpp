@@ -1,7 +1,6 @@
 // The Python module: direct entry points, which go through the dispatcher but save eager callers the overhead of
 // torch.ops (and, as METH_FASTCALL, that of pybind11), and what the kernels run on.
 #include "checks.h"
-#include "common/memory.h"
 #include "common/qparams.h"
 #include "cuda/plan.h"
 #include "launchers.h"
@@ -240,7 +239,6 @@ PyMethodDef methods[] = {
 } // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  qatfast::keep_freed_memory();
   PyModule_AddFunctions(m.ptr(), methods);
   m.attr("has_cuda") = has_cuda;
   using pybind11::arg;

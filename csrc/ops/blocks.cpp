@@ -13,9 +13,9 @@ namespace qatfast {
 
 Tensor fresh_like(const Tensor& x, at::ScalarType dtype) {
   if (x.is_cpu() && x.is_non_overlapping_and_dense()) { // as fresh() does
-    return with_large_pages(at::Tensor(at::detail::empty_strided_cpu(x.sizes(), x.strides(), dtype)));
+    return with_few_page_faults(at::Tensor(at::detail::empty_strided_cpu(x.sizes(), x.strides(), dtype)));
   }
-  return with_large_pages(at::empty_like(x, x.options().dtype(dtype)));
+  return with_few_page_faults(at::empty_like(x, x.options().dtype(dtype)));
 }
 
 Tensor as_blocks(const Tensor& x, Granularity granularity) {

@@ -53,7 +53,7 @@ Tensor fake_quantize_affine_backward(const Tensor& grad, const Tensor& mask, c10
       " of shape ", tuple(mask.sizes()));
   TORCH_CHECK_VALUE(static_cast<int64_t>(stride.size()) == grad.dim(), op, ": expected ", grad.dim(), " strides, got ",
       tuple(stride));
-  const auto to = with_large_pages(at::empty_strided(grad.sizes(), stride, grad.options()));
+  const auto to = with_few_page_faults(at::empty_strided(grad.sizes(), stride, grad.options()));
   TORCH_CHECK_VALUE(
       to.is_non_overlapping_and_dense(), op, ": expected the strides of a dense tensor, got ", tuple(stride));
   const bool same_order = grad.strides() == stride;

@@ -152,7 +152,8 @@ Tensor int8_conv_depthwise(const Tensor& values, const Tensor& scale, const Tens
   const auto channels = values.size(1);
   TORCH_CHECK_VALUE(is_row_of(weight_scale, at::kFloat, channels) && (!bias || is_row_of(*bias, at::kFloat, channels)),
       op, ": expected a float32 weight scale and bias per channel, got ", tuple(weight_scale.sizes()));
-  const auto y = with_large_pages(at::empty(shape, values.options().dtype(at::kFloat), at::MemoryFormat::ChannelsLast));
+  const auto y =
+      with_few_page_faults(at::empty(shape, values.options().dtype(at::kFloat), at::MemoryFormat::ChannelsLast));
   if (y.numel() > 0) {
     cpu::depthwise({values.contiguous(at::MemoryFormat::ChannelsLast), *shifted_zero_point.const_data_ptr<int32_t>(),
         weight, kernel_size, stride, padding, dilation, *scale.const_data_ptr<float>(), weight_scale,

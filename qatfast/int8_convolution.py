@@ -283,10 +283,7 @@ def _packing_dominates(q: Tensor, kernel: Tensor, weight: Int8Weight, convolutio
     """Whether oneDNN would take longer to pack the weight than the matrix of windows takes to fill."""
     if convolution.groups != 1 or weight.packed is not None:
         return False
-    outputs = q.shape[0] * prod(
-        (n + sum(p) - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(q.shape[2:], kernel.shape[2:], *convolution[:3], strict=True)
-    )
+    outputs = q.shape[0] * prod(_output_size(q.shape[2:], kernel.shape[2:], convolution))
     return outputs <= 8 * kernel.shape[0]
 
 
@@ -302,10 +299,8 @@ def _by_library(
             convolution.groups,
         )
         return _by_library(q.unsqueeze(2), zero_point, kernel.unsqueeze(2), packed, two).squeeze(2)
+    q, convolution = _for_library(q, zero_point, kernel, convolution)
     stride, padding, dilation, groups = convolution
-    if any(before != after or before < 0 for before, after in padding):
-        q = F.pad(q, _pads(convolution), value=zero_point)
-        padding = ((0, 0),) * len(padding)
     q = _channels_last(q)
     begins = [before for before, _ in padding]
     channels = kernel.shape[0]
@@ -325,6 +320,27 @@ def _by_library(
         q, 1.0, zero_point, ready, ones, zeros, None, stride, begins, dilation, groups,
         1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
+
+
+def _for_library(q: Tensor, zero_point: int, kernel: Tensor, convolution: _Conv) -> tuple[Tensor, _Conv]:
+    """Returns an input and a convolution with the same sums, which oneDNN computes.
+
+    It pads both ends alike. If a window lies within the padding it may crash; the sums of a dimension with one output
+    may be wrong if it has padding or a stride.
+    """
+    stride, padding, dilation, groups = convolution
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel.shape[2:], strict=True)]
+    outputs = _output_size(q.shape[2:], kernel.shape[2:], convolution)
+    for (before, after), size, d, span, n in zip(padding, q.shape[2:], dilation, spans, outputs, strict=True):
+        reaches_input = 0 <= before < span and d <= size  # each window
+        if before != after or (before != 0 and (n == 1 or not reaches_input)):
+            q, padding = F.pad(q, _pads(convolution), value=zero_point), ((0, 0),) * len(padding)
+            break
+    for dim, (n, step, span) in enumerate(zip(outputs, stride, spans, strict=True), 2):
+        if n == 1 and step > 1:
+            q = q.narrow(dim, 0, span)  # a stride of 1 would give the outputs between
+    stride = tuple(1 if n == 1 else step for n, step in zip(outputs, stride, strict=True))
+    return q, _Conv(stride, padding, dilation, groups)
 
 
 @functools.lru_cache(maxsize=64)
@@ -436,6 +452,10 @@ def _sizes(
     """Returns the sizes of the result."""
     if geometry.transposed:
         sizes = [(n - 1) * step + 1 for n, step in zip(sizes, geometry.stride, strict=True)]
+    return _output_size(sizes, kernel_size, convolution)
+
+
+def _output_size(sizes: Sequence[int], kernel_size: Sequence[int], convolution: _Conv) -> list[int]:
     tuples = zip(sizes, kernel_size, *convolution[:3], strict=True)
     return [(n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in tuples]
 

@@ -193,6 +193,29 @@ def test_every_way_adds_exactly(way, channels, kernel_size):
         )
 
 
+@pytest.mark.parametrize(
+    "size, kernel, stride, padding, dilation, groups",
+    [
+        ((3, 31, 11, 6), (62, 1, 5, 6), (1, 4), (4, 0), (1, 1), 31),
+        ((3, 2, 12, 2), (32, 2, 4, 2), (4, 4), (5, 1), (2, 3), 1),
+        ((2, 4, 7, 1), (8, 4, 1, 1), (2, 2), (1, 5), (2, 2), 1),
+        ((1, 8, 1, 7, 3), (64, 1, 2, 3, 3), (2, 2, 2), (3, 0, 0), (3, 3, 1), 8),
+    ],
+    ids=["one_column", "one_padded_column", "more_padding_than_kernel", "holes_in_padding"],
+)
+def test_geometries_that_the_library_adds_wrongly(size, kernel, stride, padding, dilation, groups):
+    if not int8_convolution._library_is_exact(len(size) - 2):
+        pytest.skip("the library is not exact on this processor")
+    rng = np.random.default_rng(0)
+    q = torch.tensor(rng.integers(0, 256, size), dtype=torch.uint8)
+    kernel = torch.tensor(rng.integers(-128, 128, kernel), dtype=torch.int8)
+    convolution = int8_convolution._Conv(stride, tuple((p, p) for p in padding), dilation, groups)
+    zeros = torch.zeros(len(kernel), dtype=torch.int32)
+    weight = int8_convolution.Int8Weight(kernel, torch.ones(len(kernel)), zeros)
+    actual = int8_convolution._by_library(q, 5, kernel, None, convolution)
+    cases.assert_same(actual.contiguous(), int8_convolution._by_floats(q, 5, kernel, weight, convolution))
+
+
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [1, "same", "valid"])
 @pytest.mark.parametrize(

@@ -157,7 +157,8 @@ at::Tensor int8_linear_requantized(const at::Tensor& input, const at::Tensor& sc
       "int8_linear_requantized: expected input to be of shape (..., ", columns, ") and not empty, got ", input.sizes());
   const auto rows = input.dim() == 2 ? input : input.reshape({-1, columns});
   const auto q = qatfast::op::quantize(rows, scale, zero_point, quant_min, quant_max, per_tensor);
-  const auto sums = at::_int_mm(q, weight.t());
+  // oneDNN misreads other strides of a single row than those that view() gives.
+  const auto sums = at::_int_mm(q.view(q.sizes()), weight.t());
   const auto y = qatfast::op::int8_requantize_(sums, offset, factor, low, high, y_scale).view(at::kFloat);
   if (std::isnan(rows.amax().item<double>())) {
     y.masked_fill_(rows.isnan().any(1, /*keepdim=*/true), std::numeric_limits<double>::quiet_NaN());

@@ -421,6 +421,14 @@ def _product_of_windows(
     return y.view(q.shape[0], *sizes, -1).movedim(-1, 1)
 
 
+def int_mm(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns ``x @ weight.T`` of int8 matrices in int32, on the CPU."""
+    if weight.shape[1] == 1:  # oneDNN misreads the strides
+        return x.int() * weight.t()
+    # It also misreads other strides of a single row than those that view() gives.
+    return torch._int_mm(x.view(x.shape), weight.view(weight.shape).t())
+
+
 def product_of_rows(x: Tensor, weight: Tensor) -> Tensor:
     """Returns ``x @ weight.T`` of int8 matrices in float64, exact for any number of columns."""
 
@@ -486,7 +494,7 @@ def _by_matrix(
         signed = F.pad(signed, [0, 0, *_pads(convolution)], value=zero_point)
     windows, sizes = _windows(signed, kernel, convolution)
     matrix = kernel.movedim(1, -1).reshape(kernel.shape[0], -1)
-    sums = torch._int_mm(windows, matrix.t())
+    sums = int_mm(windows, matrix)
     total = matrix.sum(1, dtype=torch.int32) if total is None else total
     sums -= (zero_point * total).to(torch.int32)
     return sums.float().view(q.shape[0], *sizes, -1).movedim(-1, 1) if dims else sums.float()

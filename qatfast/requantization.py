@@ -51,9 +51,9 @@ class Operands(NamedTuple):
             return self
         zero_point, quant_min, quant_max = _int8(zero_point, ends)
         bounds = float(self.low), float(self.high), float(self.y_scale)
-        offset = self._offset(zero_point)
+        offset, weight = self._offset(zero_point), self.weight.view(rows, columns)  # as in int_mm
         return self._replace(
-            arguments=(zero_point, quant_min, quant_max, self.weight, offset, self.factor, *bounds)
+            arguments=(zero_point, quant_min, quant_max, weight, offset, self.factor, *bounds)
         )
 
     def _offset(self, zero_point: Tensor) -> Tensor:
@@ -152,8 +152,7 @@ def _int_mm(x: Tensor, weight: Tensor) -> Tensor:
         return int8_convolution.product_of_rows(x, weight)
     if x.numel() == 0 or len(weight) == 0 or not int8_convolution._int_mm_is_exact():
         return (x.double() @ weight.double().t()).to(torch.int32)
-    # oneDNN misreads the strides of the transpose of a single column
-    return torch._int_mm(x, weight.view(1, -1) if weight.shape[1] == 1 else weight.t())
+    return int8_convolution.int_mm(x, weight)
 
 
 def conv(

@@ -625,6 +625,21 @@ def test_gradients_of_a_depthwise_convolution(arguments, memory_format, channels
         cases.assert_same(alone, actual[position])
 
 
+@pytest.mark.skipif(kernels.extension is None, reason="there are no kernels")
+@pytest.mark.parametrize("size", [(0, 5, 4, 4), (2, 5, 0, 4)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_a_depthwise_convolution_of_nothing(size, memory_format):
+    values = torch.empty(size, dtype=torch.uint8).contiguous(memory_format=memory_format)
+    grad = torch.ones(size[0], 5, size[2] + 2, size[3] + 2)
+    grid = torch.tensor(0.1), torch.tensor(3, dtype=torch.int32)
+    options = ((3, 3), (1, 1), (2, 2), (1, 1), (True,) * 3)
+    op = kernels.extension.int8_conv_depthwise_backward
+    dx, dw, db = op(grad, values, *grid, torch.ones(5, 9), None, *options)
+    assert dx.shape == values.shape
+    cases.assert_same(dw, torch.zeros(5, 9))
+    cases.assert_same(db, grad.sum((0, 2, 3)))
+
+
 def test_gradients_of_a_depthwise_convolution_do_not_depend_on_threads(threads):
     config = QATConfig(QuantSpec(8, range=Fixed(-1, 1)), SYMMETRIC, None, None)
     layer = QATConv2d(40, 40, 3, padding=1, groups=40, config=config)

@@ -6,7 +6,16 @@ import torch
 
 import cases
 import qatfast
-from qatfast import MinMax, PerChannel, QATConfig, QATLinear, QuantSpec, kernels, requantization
+from qatfast import (
+    MinMax,
+    PerChannel,
+    QATConfig,
+    QATLinear,
+    QuantSpec,
+    int8_convolution,
+    kernels,
+    requantization,
+)
 
 pytestmark = pytest.mark.skipif(kernels.extension is None, reason="there are no kernels")
 
@@ -85,3 +94,39 @@ def test_a_linear_layer_in_one_call(dtype, bits):
         torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(results[0].isnan().any(-1), input.isnan().any(-1))
     assert requantization.linear(x[:0], *grid, (0, 2**bits - 1), operands).shape == (0, 3, 7)
+
+
+@pytest.mark.parametrize("rows, outputs, columns", [(18, 8, 1), (1, 5, 8), (18, 1, 8)])
+@pytest.mark.parametrize("stride", [1, 3, 9])
+def test_products_for_any_strides_of_a_single_row_or_column(rows, outputs, columns, stride):
+    """The strides of a dimension of size 1 mean nothing; oneDNN reads some of them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(rows):
+        flat = torch.randint(-128, 128, (rows * columns,), generator=generator, dtype=torch.int8)
+        if columns == 1:
+            return flat.as_strided((rows, 1), (1, stride))
+        return flat.as_strided((rows, columns), (stride if rows == 1 else columns, 1))
+
+    x, weight = matrix(rows), matrix(outputs)
+    expected = x.long() @ weight.long().t()
+    assert torch.equal(int8_convolution.int_mm(x, weight).long(), expected)
+    ones, zeros = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+
+    def int8_rows(values):
+        sums, count = values.sum(1, dtype=torch.int64), len(values)
+        return [values, ones.repeat(count), zeros.repeat(count), sums]
+
+    product = torch.ops.qatfast.int8_product(int8_rows(x), int8_rows(weight), None)
+    assert torch.equal(product, expected.float())
+
+
+def test_a_linear_layer_reads_no_stride_of_a_single_row():
+    rows = QuantSpec(8, symmetric=True, granularity=PerChannel(0))
+    layer = QATLinear(
+        24, 7, config=QATConfig(QuantSpec(8, range=MinMax()), rows, None, QuantSpec(8, range=MinMax()))
+    )
+    x = torch.randn(1, 24)
+    layer(x)
+    integer = qatfast.convert(layer)
+    assert torch.equal(integer(x.as_strided((1, 24), (1, 1))), integer(x))

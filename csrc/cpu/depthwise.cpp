@@ -154,7 +154,7 @@ void depthwise_backward(const DepthwiseBackwardTask& task) {
   const auto geometry = geometry_of(task.values, task.grad, task.kernel_size, task.stride, task.padding, task.dilation);
   const auto channels = geometry.channels, taps = geometry.taps(), samples = task.values.size(0);
   // The samples of a group are added in order, then the groups: the number of threads changes no sum.
-  const auto groups = std::min<int64_t>(samples, 16), weights = taps * channels;
+  const auto groups = std::clamp<int64_t>(samples, 1, 16), weights = taps * channels;
   std::vector<float> weight(weights), grad_weight(task.grad_weight.defined() ? groups * weights : 0),
       grad_bias(task.grad_bias.defined() ? groups * channels : 0);
   for (int64_t c = 0; c < channels; ++c) {

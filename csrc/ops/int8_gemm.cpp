@@ -12,6 +12,7 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
@@ -70,8 +71,11 @@ void multiply_in_floats(const Tensor& products, const Tensor& x, const Tensor& w
 
 // products = x @ weight.T by the library.
 void multiply_by_library(Tensor products, const Tensor& x, const Tensor& weight) {
-  // oneDNN misreads the strides of the transpose of a single column.
-  at::_int_mm_out(products, x, x.size(1) == 1 ? weight.view({1, weight.size(0)}) : weight.t());
+  if (x.size(1) == 1) { // oneDNN misreads the strides
+    at::mul_out(products, x.to(at::kInt), weight.t());
+  } else { // It also misreads other strides of a single row than those that view() gives.
+    at::_int_mm_out(products, x.view(x.sizes()), weight.view(weight.sizes()).t());
+  }
 }
 
 // cuBLASLt requires more than 16 rows, and multiples of 8 in the other sizes.

@@ -697,7 +697,8 @@ def _sum_of_blocks(values: Tensor, granularity: Granularity) -> Tensor:
     if isinstance(granularity, PerTensor):
         rows = values.reshape(1, -1)
     elif isinstance(granularity, PerChannel):
-        rows = values.movedim(granularity.axis, 0).reshape(values.shape[granularity.axis], -1)
+        blocks = values.shape[granularity.axis]
+        rows = values.movedim(granularity.axis, 0).reshape(blocks, values.numel() // max(blocks, 1))
     else:
         rows = values.reshape(values.shape[:-1].numel(), values.shape[-1])
     sums = _sums_of_chunks(rows.double())

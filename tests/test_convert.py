@@ -10,6 +10,7 @@ from torch import nn
 
 from qatfast import (
     FakeQuantize,
+    Fixed,
     IntegerConv2d,
     IntegerLinear,
     Learned,
@@ -411,6 +412,17 @@ def test_integers_are_stored_dense_and_mean_the_fake_quantized_weight(bits, symm
             converted.weight_zero_point, (zero_point - shift).to(converted.weight_zero_point.dtype)
         )
     assert torch.equal(converted.dequantize(), fake_quantize(layer.weight, **spec.arguments))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_rows_of_a_single_packed_integer(bits):
+    """A convolution of one channel has as many packed bytes as weights."""
+    config = QATConfig(QuantSpec(8, range=Fixed(-1, 1)), QuantSpec(bits, symmetric=True), None, None)
+    layer = QATConv2d(1, 8, 1, config=config).eval()
+    integer = convert(layer)
+    integer.check_buffers("layer")
+    assert integer.integers().shape == (8, 1)
+    assert torch.equal(integer.dequantize(), fake_quantize(layer.weight, bits, symmetric=True))
 
 
 @pytest.mark.parametrize("config", [QATConfig.dynamic(), QATConfig.static(4)], ids=["dynamic", "learned"])

@@ -17,6 +17,7 @@ BLOCKS = (
     ((3, 4, 5, 6), PerChannel(-3)),
     ((6, 64), PerGroup(16)),
     ((0, 4), PerTensor()),
+    ((0, 4), PerChannel(0)),
     ((), PerTensor()),
 )
 ENDS = ((-7, 7), (-2, 1), (0, 255))

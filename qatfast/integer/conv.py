@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from .. import checks, functional, int8_convolution, kernels, reference, requantization
+from .. import checks, functional, int8_convolution, kernels, packing, reference, requantization
 from ..convolution import of_batch, traced_forward
 from ..geometry import Geometry, as_batch, is_channels_last
 from ..int8_convolution import Int8Weight
@@ -52,7 +52,8 @@ class _IntegerConv(IntegerLayer):
         arguments = {name: value for name, value in layer._arguments(layer).items() if name != "bias"}
         geometry = Geometry(layer.stride, (), layer.dilation, layer.transposed, (), layer.groups)
         buffers, requantization = quantized_tensors(layer, geometry.to_rows)
-        if buffers["weight"].numel() == layer.weight.numel():
+        spec = layer.config.weight
+        if spec is None or packing.values_per_byte(spec.num_bits) == 1:
             buffers["weight"] = geometry.from_rows(buffers["weight"], layer.weight.shape).contiguous()
         return cls(arguments, layer.config, layer.weight.dtype, requantization, buffers)
 

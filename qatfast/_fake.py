@@ -263,7 +263,7 @@ def _register_fakes(functions: Sequence[str]) -> None:
     def _(
         grad: Tensor, values: Tensor, scale: Tensor, zero_point: Tensor, weight_hat: Tensor, *rest: Any
     ) -> tuple[Tensor | None, ...]:
-        dx = grad.new_empty(values.shape).contiguous(memory_format=torch.channels_last)
+        dx = torch.empty_like(values, dtype=grad.dtype)
         results = (dx, torch.empty_like(weight_hat), grad.new_empty(values.shape[1:2]))
         return tuple(
             result if is_needed else None for result, is_needed in zip(results, rest[-1], strict=True)

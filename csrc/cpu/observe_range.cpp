@@ -235,7 +235,7 @@ void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at:
 
 namespace {
 
-// Quantizes a tensor to uint8 with one grid, a observed_piece at a time that stays in cache.
+// Quantizes a tensor to uint8 with one grid, an observed_piece at a time that stays in cache.
 template <class T>
 class ToIntegers {
  public:

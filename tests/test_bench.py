@@ -204,6 +204,15 @@ def test_every_dtype(device, op, dtype):
     assert set(prepared.runs) == {workload.baseline, OURS, REFERENCE}
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["inference", "step"])
+def test_convolutions(backward):
+    workload = Workload(
+        "qat_conv2d", "small", "", (2, 4, 8, 6, 3, 1, 1), backward=backward, channels_last=True
+    )
+    prepared = bench.prepare(workload, names(workload))
+    assert set(prepared.runs) == {*names(workload)}
+
+
 def test_the_compiled_reference_agrees():
     prepared = bench.prepare(small("fake_quantize", granularity=PerToken(), backward=True), [COMPILED])
     assert prepared.errors.get(COMPILED, 0.0) <= ONE_STEP

@@ -52,7 +52,7 @@ def runs(workload: Workload, resources: ExitStack) -> Callable[[str], Run]:
         )
         if workload.backward:
             return lambda: _gradients(function(x))
-        function(x)  # observes the range
+        function.train()(x)  # observes the range
         if name == CACHED:
             resources.enter_context(cached_weights(function))
         return partial(function.eval(), x)

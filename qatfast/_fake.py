@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import checks, reference
 from .config import PerGroup, PerToken, granularity_from_code
+from .geometry import window_count
 
 
 def register(functions: Sequence[str]) -> None:
@@ -255,7 +256,7 @@ def _register_fakes(functions: Sequence[str]) -> None:
         dilation: Sequence[int],
     ) -> Tensor:
         tuples = zip(values.shape[2:], kernel_size, stride, padding, dilation, strict=True)
-        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in tuples]
+        size = [window_count(n, k, s, 2 * p, d) for n, k, s, p, d in tuples]
         y = values.new_empty((*values.shape[:2], *size), dtype=torch.float32)
         return y.contiguous(memory_format=torch.channels_last)
 

@@ -276,7 +276,7 @@ def _pointwise_gradients(
 
 def _is_float32_depthwise(dy: Tensor, q: Tensor, scale: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Returns whether the gradients are those of int8_conv_depthwise."""
-    if not dy.dtype == weight.dtype == scale.dtype == torch.float32 or scale.dim():
+    if not dy.dtype == weight.dtype == scale.dtype == torch.float32:
         return False
     return int8_convolution.is_depthwise(q, weight, weight.shape[2:], geometry)
 
@@ -324,40 +324,30 @@ class _Gradients(torch.autograd.Function):
         is_plain = (  # nothing else sees the tensors made here
             not torch.compiler.is_compiling() and not torch.is_grad_enabled() and type(dy) is Tensor
         )
-        is_matrix = (
-            is_plain
-            and poison is None
-            and scale.dim() == 0
-            and w_scale is None
-            and is_channels_last(q)
-            and geometry.is_pointwise(w)
-        )
-        if is_matrix:
-            w_rows = functional.fake_quantize(w.detach().flatten(1), **w_spec.arguments).to(scale.dtype)
-            weight = w.detach().to(scale.dtype)
-            wanted = (*ctx.needs_input_grad[:2], ctx.bias is not None and ctx.needs_input_grad[2])
-            dx, dw, db = _pointwise_gradients(
-                dy.to(scale.dtype), weight, w_rows, q, scale, shifted, mask, geometry, wanted
-            )
+        needed = [*ctx.needs_input_grad[:2], ctx.bias is not None and ctx.needs_input_grad[2]]
+
+        def gradients(dx: Tensor | None, dw: Tensor | None, db: Tensor | None) -> tuple[Tensor | None, ...]:
             return (
                 None if dx is None else dx.to(x.dtype),
                 None if dw is None else dw.to(w.dtype),
-                None if db is None or ctx.bias is None else db.to(ctx.bias[1]),
+                db.to(ctx.bias[1]) if needed[2] and db is not None else None,
                 *(None,) * 12,
             )
-        if (
-            is_plain
-            and poison is None
-            and w_scale is None
-            and _is_float32_depthwise(dy, q, scale, w, geometry)
-        ):
+
+        has_kernel = is_plain and poison is None and w_scale is None and scale.dim() == 0
+        is_matrix = has_kernel and is_channels_last(q) and geometry.is_pointwise(w)
+        if is_matrix or (has_kernel and _is_float32_depthwise(dy, q, scale, w, geometry)):
+            w_rows = functional.fake_quantize(w.detach().flatten(1), **w_spec.arguments)
+            if is_matrix:
+                dy, w_rows, weight = (tensor.to(scale.dtype) for tensor in (dy, w_rows, w.detach()))
+                return gradients(
+                    *_pointwise_gradients(dy, weight, w_rows, q, scale, shifted, mask, geometry, needed)
+                )
             extension: Any = kernels.extension
-            w_hat = functional.fake_quantize(w.detach().flatten(1), **w_spec.arguments)
-            wanted = (*ctx.needs_input_grad[:2], ctx.bias is not None and ctx.needs_input_grad[2])
             dx, dw, db = extension.int8_conv_depthwise_backward(
-                dy, q, scale, shifted, w_hat, mask, tuple(w.shape[2:]), *geometry[:3], wanted
+                dy, q, scale, shifted, w_rows, mask, tuple(w.shape[2:]), *geometry[:3], needed
             )
-            return dx, None if dw is None else dw.view(w.shape), db, *(None,) * 12
+            return gradients(dx, None if dw is None else dw.view(w.shape), db)
         x_hat = ops.dequantize(q, scale, shifted, granularity.code)
         if poison is not None:
             x_hat = x_hat.add_(poison) if poison.dim() == 0 else x_hat.masked_fill_(poison, torch.nan)
@@ -376,11 +366,6 @@ class _Gradients(torch.autograd.Function):
             x_hat = reference._straight_through(x.to(x_hat.dtype), x_hat)
             w_hat = reference._straight_through(w, w_hat)
         sizes = None if ctx.bias is None else list(ctx.bias[0])
-        needed = [
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
-            ctx.bias is not None and ctx.needs_input_grad[2],
-        ]
         dy = dy.to(x_hat.dtype)
         backward: Any = torch.ops.aten.convolution_backward
         if is_plain and needed[0] and needed[1] and weight.dtype == x_hat.dtype:
@@ -395,12 +380,7 @@ class _Gradients(torch.autograd.Function):
                 if is_plain
                 else ops.fake_quantize_affine_backward(dx, mask, q.stride())
             )
-        return (
-            None if dx is None else dx.to(x.dtype),
-            None if dw is None else dw.to(w.dtype),
-            db.to(ctx.bias[1]) if needed[2] else None,
-            *(None,) * 12,
-        )
+        return gradients(dx, dw, db)
 
 
 @torch.library.custom_op("qatfast::qat_conv_int8", mutates_args=())

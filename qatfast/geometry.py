@@ -50,7 +50,7 @@ class Geometry(NamedTuple):
         sizes = zip(input_size, kernel_size, *tuples, strict=True)
         if self.transposed:
             return [(i - 1) * s - 2 * p + d * (k - 1) + o + 1 for i, k, s, p, d, o in sizes]
-        return [(i + 2 * p - d * (k - 1) - 1) // s + 1 for i, k, s, p, d, _ in sizes]
+        return [window_count(i, k, s, 2 * p, d) for i, k, s, p, d, _ in sizes]
 
     def is_pointwise(self, weight: Tensor) -> bool:
         """Returns whether the convolution is a matrix product at each position."""
@@ -92,6 +92,11 @@ class Geometry(NamedTuple):
         if self.transposed or not is_channels_last(weight):
             return self.from_rows(rows, weight.shape)
         return rows.view(weight.shape[0], *weight.shape[2:], weight.shape[1]).movedim(-1, 1)
+
+
+def window_count(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Returns how many windows a dimension has; ``padding`` is that of both ends together."""
+    return (size + padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def is_channels_last(x: Tensor) -> bool:

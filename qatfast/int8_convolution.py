@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import functional, kernels
 from .config import PerChannel, PerTensor
-from .geometry import Geometry
+from .geometry import Geometry, window_count
 
 _SHIFT = 128  # between uint8 and int8
 FLOAT_LIMIT = 2**24  # float32 holds all integers up to it
@@ -368,7 +368,7 @@ def by_windows(
     q, scale, zero_point, nan = integers
     samples = q.shape[0]
     scale, zero_point = (x.reshape(-1).expand(samples) for x in (scale, zero_point))
-    per_sample = kernel[0].numel() * prod(_sizes(q.shape[2:], kernel.shape[2:], geometry, convolution))
+    per_sample = kernel[0].numel() * prod(geometry.output_size(q.shape[2:], kernel_size))
     step = max(1, _WINDOW_BYTES // max(1, per_sample))
 
     def part(x: Any, begin: int) -> Any:
@@ -454,26 +454,15 @@ def _int8_rows(matrix: Tensor, weight: Int8Weight) -> list[Tensor]:
     return [matrix, weight.scale.contiguous(), zero_point, level_sums]
 
 
-def _sizes(
-    sizes: Sequence[int], kernel_size: Sequence[int], geometry: Geometry, convolution: _Conv
-) -> list[int]:
-    """Returns the sizes of the result."""
-    if geometry.transposed:
-        sizes = [(n - 1) * step + 1 for n, step in zip(sizes, geometry.stride, strict=True)]
-    return _output_size(sizes, kernel_size, convolution)
-
-
 def _output_size(sizes: Sequence[int], kernel_size: Sequence[int], convolution: _Conv) -> list[int]:
     tuples = zip(sizes, kernel_size, *convolution[:3], strict=True)
-    return [(n + sum(p) - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in tuples]
+    return [window_count(n, k, s, sum(p), d) for n, k, s, p, d in tuples]
 
 
 def _windows(last: Tensor, kernel: Tensor, convolution: _Conv) -> tuple[Tensor, list[int]]:
     """Returns the windows of a padded input (batch, ..., channels) as rows, and their number per dimension."""
-    plain = tuple(
-        zip(last.shape[1:-1], kernel.shape[2:], convolution.stride, convolution.dilation, strict=True)
-    )
-    sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in plain]
+    padded = convolution._replace(padding=((0, 0),) * len(convolution.stride))
+    sizes = _output_size(last.shape[1:-1], kernel.shape[2:], padded)
     strides = last.stride()
     steps = [s * n for s, n in zip(convolution.stride, strides[1:-1], strict=True)]
     inner = [d * n for d, n in zip(convolution.dilation, strides[1:-1], strict=True)]

@@ -88,7 +88,7 @@ QATFAST_FORMULA T round_half_even(T x) {
   return (x + magic) - magic;
 }
 
-// The same, but vectors may get -0.0: the CPU has overloads for them if the instruction set has a rounding instruction.
+// round_half_even, except that vectors may return -0.0: the CPU has overloads that use a rounding instruction.
 QATFAST_FORMULA T nearest(T x) {
   return round_half_even(x);
 }

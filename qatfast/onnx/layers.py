@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import convolution, qdq
 from ..config import QuantSpec
-from ..geometry import Geometry
+from ..geometry import Geometry, window_count
 from ..integer import IntegerEmbedding, IntegerLinear
 from ..qdq import Grid
 from .nodes import Constant, DynamicQuantizer, Quantizer, barrier, node
@@ -184,7 +184,7 @@ class Windows:
         sizes = list(zip(x.shape[2:], *tuples, strict=True))
         if geometry.transposed:
             return [(n - 1) * s - p + d * (k - 1) + a + 1 for n, k, s, d, p, a in sizes]
-        return [(n + p - d * (k - 1) - 1) // s + 1 for n, k, s, d, p, _ in sizes]
+        return [window_count(n, k, s, p, d) for n, k, s, d, p, _ in sizes]
 
 
 class Conv(_Layer):

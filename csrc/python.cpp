@@ -242,6 +242,7 @@ PyMethodDef methods[] = {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   PyModule_AddFunctions(m.ptr(), methods);
   m.attr("has_cuda") = has_cuda;
+  m.attr("most_depthwise_taps") = qatfast::most_depthwise_taps;
   using pybind11::arg;
   m.def("cuda_plan", &cuda_plan, arg("outer"), arg("blocks"), arg("inner"), arg("item_size"), arg("skipped"),
       arg("quantizes"), arg("multiprocessors"), arg("shared_memory"), arg("cooperative"));

@@ -204,7 +204,8 @@ def is_depthwise(q: Tensor, weight: Tensor, kernel_size: Sequence[int], geometry
     """Returns whether each channel of an image is its own group, with sums below 2^24."""
     if geometry.transposed or q.dim() != 4 or not geometry.groups == q.shape[1] == weight.shape[0]:
         return False
-    return 0 < prod(kernel_size) <= 512
+    extension: Any = kernels.extension
+    return 0 < prod(kernel_size) <= extension.most_depthwise_taps
 
 
 def _scaled(sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:

@@ -1,6 +1,11 @@
 #pragma once
 
+#include <cstdint>
+
 namespace qatfast {
+
+// Sums of so many products of levels up to 255 and int8 stay below 2^24: float32 holds them.
+constexpr int64_t most_depthwise_taps = 512;
 
 // What turns a range into a grid.
 template <class T>

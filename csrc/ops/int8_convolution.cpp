@@ -119,16 +119,15 @@ namespace {
 at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tensor& scale,
     const Tensor& shifted_zero_point, const Tensor& weight, at::ScalarType weight_dtype, at::IntArrayRef kernel_size,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
-  constexpr int64_t most_taps = 512; // sums of 255 * 128 stay below 2^24
   const bool are_pairs = kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2;
   TORCH_CHECK_VALUE(values.scalar_type() == at::kByte && values.dim() == 4 && are_pairs, op,
       ": expected uint8 values of 4 dimensions and the arguments of a convolution in two dimensions, got ",
       name_of(values.scalar_type()), " of shape ", tuple(values.sizes()));
   const auto channels = values.size(1), taps = kernel_size[0] * kernel_size[1];
   TORCH_CHECK_VALUE(weight.scalar_type() == weight_dtype && weight.is_contiguous() && kernel_size[0] > 0 && taps > 0 &&
-          taps <= most_taps && weight.sizes() == at::IntArrayRef({channels, taps}),
-      op, ": expected a weight of ", name_of(weight_dtype), " of shape ", tuple({channels, taps}),
-      " of at most 512 columns, got ", name_of(weight.scalar_type()), " of shape ", tuple(weight.sizes()));
+          taps <= most_depthwise_taps && weight.sizes() == at::IntArrayRef({channels, taps}),
+      op, ": expected a weight of ", name_of(weight_dtype), " of shape ", tuple({channels, taps}), " of at most ",
+      most_depthwise_taps, " columns, got ", name_of(weight.scalar_type()), " of shape ", tuple(weight.sizes()));
   TORCH_CHECK_VALUE(is_row_of(scale, at::kFloat, 1) && is_row_of(shifted_zero_point, at::kInt, 1), op,
       ": expected one scale and zero point of the input");
   at::DimVector shape = {values.size(0), channels};

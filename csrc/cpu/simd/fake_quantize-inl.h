@@ -66,21 +66,23 @@ void fake_quantize_mask_loop(
       });
 }
 
-template <class T>
-bool fake_quantize_range_loop(
-    const T* x, T* y, int64_t n, const Grids<opmath_type<T>>& grid, opmath_type<T>* lo, opmath_type<T>* hi) {
+// to[i] = f(x[i], row of the grid) for n values with one grid; widens the range in lo, hi by the finite ones in the
+// same pass. Types whose range needs no conversion have a pass of their own, `separately`.
+template <class T, class To, class F, class G>
+QATFAST_INLINE bool map_and_range(const T* x, To* to, int64_t n, const Grids<opmath_type<T>>& grid, opmath_type<T>* lo,
+    opmath_type<T>* hi, F f, G separately) {
   using C = opmath_type<T>;
-  if constexpr (!std::is_same_v<T, C>) { // the range of 16-bit types needs no conversion
+  if constexpr (!std::is_same_v<T, C>) {
     const bool is_finite = range_loop(x, n, lo, hi);
-    fake_quantize_loop<T>(x, y, 1, n, grid);
+    separately();
     return is_finite;
   } else {
     auto bits = RangeBits<T>::zero();
     with_tile<GridKinds::static_range>(grid, 0, 1, [&](auto tile) {
-      const auto of_run = tile.row(0).grid;
-      map<T, T, C>(x, y, n, [&](V<C> v, int64_t, int64_t) __attribute__((always_inline)) {
+      const auto row = tile.row(0);
+      map<T, To, C>(x, to, n, [&](V<C> v, int64_t, int64_t) __attribute__((always_inline)) {
         bits.widen(&v);
-        return fake_quantize(v, of_run);
+        return f(v, row);
       });
     });
     C least, most;
@@ -89,6 +91,17 @@ bool fake_quantize_range_loop(
     *hi = widen_hi(*hi, most);
     return is_finite;
   }
+}
+
+template <class T>
+bool fake_quantize_range_loop(
+    const T* x, T* y, int64_t n, const Grids<opmath_type<T>>& grid, opmath_type<T>* lo, opmath_type<T>* hi) {
+  const auto one = [](V<opmath_type<T>> v, const auto& row) __attribute__((always_inline)) {
+    return fake_quantize(v, row.grid);
+  };
+  return map_and_range(x, y, n, grid, lo, hi, one, [&] {
+    fake_quantize_loop<T>(x, y, 1, n, grid);
+  });
 }
 
 // The mask alone, of a run with one grid.

@@ -24,26 +24,12 @@ template <class T>
 bool quantize_range_loop(
     const T* x, uint8_t* q, int64_t n, const Grids<opmath_type<T>>& grid, opmath_type<T>* lo, opmath_type<T>* hi) {
   using C = opmath_type<T>;
-  if constexpr (!std::is_same_v<T, C>) { // the range of 16-bit types needs no conversion
-    const bool is_finite = range_loop(x, n, lo, hi);
+  const auto one = [](V<C> v, const auto& row) __attribute__((always_inline)) {
+    return quantize(v, __builtin_convertvector(row.zero_point, Vec<int32_t, lanes<C>>), row.grid);
+  };
+  return map_and_range(x, q, n, grid, lo, hi, one, [&] {
     quantize_loop<T, uint8_t>(x, q, 1, n, grid);
-    return is_finite;
-  } else {
-    auto bits = RangeBits<T>::zero();
-    with_tile<GridKinds::static_range>(grid, 0, 1, [&](auto tile) {
-      const auto at = tile.row(0);
-      const auto zero_point = __builtin_convertvector(at.zero_point, Vec<int32_t, lanes<C>>);
-      map<T, uint8_t, C>(x, q, n, [&](V<C> v, int64_t, int64_t) __attribute__((always_inline)) {
-        bits.widen(&v);
-        return quantize(v, zero_point, at.grid);
-      });
-    });
-    C least, most;
-    const bool is_finite = range_of_bits(bits, x, n, &least, &most);
-    *lo = widen_lo(*lo, least);
-    *hi = widen_hi(*hi, most);
-    return is_finite;
-  }
+  });
 }
 
 template <class T>

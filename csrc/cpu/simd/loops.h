@@ -181,8 +181,6 @@ struct DotProductLoops {
   void (*depthwise)(const DepthwiseDotProducts& task, const ChannelBlock& block, int32_t* scratch) = nullptr;
 };
 
-constexpr int64_t most_depthwise_taps = 512; // sums of 255 * 128 stay below 2^24
-
 // The gradients of a depthwise convolution of x_hat = (values - zero_point) * scale. Those that are null are not
 // needed.
 struct DepthwiseGradients {

@@ -25,6 +25,9 @@ using FakeQuantizeAffineLauncher = void(
 // `to` is `grad` if the element's bit is set, else zero; both have the memory order of the mask.
 using FakeQuantizeAffineBackwardLauncher = void(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& to);
 
+// `mask` is as above. limit: NaN if there is none
+using ReLULauncher = void(const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, double limit);
+
 // The range that a module keeps. Blocks are in the order of memory.
 struct ObservedRange {
   at::Tensor running_min; // float32, one element per block, as running_max

@@ -113,6 +113,15 @@ QATFAST_OPERATOR(fake_quantize_affine_backward, all, node, "(Tensor grad, Tensor
     Tensor(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef stride))
 QATFAST_LAUNCHER(fake_quantize_affine_backward, FakeQuantizeAffineBackwardLauncher)
 
+// clamp(input, 0, limit), or without a limit ReLU, with ATen's results and gradients (a NaN passes it). Keeps one bit
+// per element for its gradient, not the result.
+QATFAST_OPERATOR(relu, all, node, "(Tensor input, float? limit=None) -> Tensor",
+    Tensor(const Tensor& input, std::optional<double> limit))
+QATFAST_LAUNCHER(relu, ReLULauncher)
+
+QATFAST_OPERATOR(relu_forward, all, undefined, "(Tensor input, float? limit=None) -> (Tensor output, Tensor mask)",
+    std::tuple<Tensor, Tensor>(const Tensor& input, std::optional<double> limit))
+
 // The gradients of input and scale.
 QATFAST_OPERATOR(fake_quantize_learned_backward, all, undefined,
     "(Tensor grad, Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int[2] "

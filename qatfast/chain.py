@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import checks, ranges, reference, requantization, weight_cache
+from . import activation, checks, ranges, reference, requantization, weight_cache
 from .config import QuantSpec
 from .reference import StaticGrids
 from .requantization import Operands
@@ -60,6 +60,10 @@ JOINS = frozenset(
 # Functions and attributes that read no value of a tensor.
 METADATA = frozenset(
     [
+        "grad",
+        "retain_grad",
+        "register_hook",
+        "requires_grad_",
         "shape",
         "size",
         "dim",
@@ -245,7 +249,9 @@ class Chain:
             is_float: whether BatchNorm, activation and the head's own quantizer are still to be computed.
         """
         if is_float and (self.has_readers or self.quantizer._mode == "float"):
-            return y  # each module does its own
+            # Each module does its own, but an activation whose result is quantized keeps bits.
+            is_lean = self.has_readers and self.activation is not None and self.members[0].training
+            return ChainValue.of(y, self, 0, True) if is_lean and activation.keeps_bits(y) else y
         if not self.computed and not self.has_readers:
             return self.quantizer.forward(y) if is_float else y
         return ChainValue.of(y, self, 0, is_float)
@@ -326,9 +332,15 @@ class Carrier:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        carriers = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Carrier)]
+        is_metadata = name in METADATA
+        if args and isinstance(args[0], ChainValue) and not _carriers(args[1:], kwargs):
+            is_setter = name in ("__set__", "__delete__") and not args[0]._is_open
+            if is_metadata or is_setter:  # an attribute or a hook of a copy would be lost
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+        carriers = _carriers(args, kwargs)
         value = carriers[0]
-        if name not in METADATA:
+        if not is_metadata:
             is_first = (args[0] if args else kwargs.get("input")) is value and len(carriers) == 1
             if is_first and len(value._results) == 0:
                 found = value._next(func, name, args, kwargs)
@@ -352,7 +364,9 @@ class Carrier:
         rest = {key: item for key, item in kwargs.items() if key != "input"}
         if chain.is_next(position, name):
             result = self._own()
-            if self._is_float:
+            if self._is_float and name in RELUS and activation.keeps_bits(result):
+                result = activation.relu(result, RELUS[name])
+            elif self._is_float:
                 with torch._C.DisableTorchFunctionSubclass():
                     result = func(result, *args[1:], **rest)
             is_in_place = (
@@ -371,8 +385,8 @@ class Carrier:
 
     def _after_step(self, result: Tensor, is_in_place: bool) -> Any:
         chain, position = self._chain, self._positions[-1] + 1
-        is_end = position == len(chain.computed) and not chain.has_readers
-        if is_end and self._is_float:
+        is_end = position == len(chain.computed) and (self._is_float or not chain.has_readers)
+        if is_end and self._is_float and not chain.has_readers:
             result = chain.quantizer.forward(result)
         if is_in_place:
             self._positions.append(position)
@@ -420,6 +434,13 @@ class ChainProxy(Carrier):
         if not callable(attribute):
             return getattr(self._value, name)
         return lambda *args, **kwargs: self.__torch_function__(attribute, (), (self, *args), kwargs)
+
+
+def _carriers(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Carrier]:
+    leaves: Any = (*args, *kwargs.values())
+    if any(isinstance(leaf, (list, tuple, dict)) for leaf in leaves):
+        leaves = tree_leaves(leaves)  # takes 20 us
+    return [leaf for leaf in leaves if isinstance(leaf, Carrier)]
 
 
 def _unwrapped(leaf: Any) -> Any:

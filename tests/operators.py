@@ -149,6 +149,8 @@ OPERATORS = {
             internal=(
                 "fake_quantize_affine_forward",
                 "fake_quantize_affine_backward",
+                "relu",
+                "relu_forward",
                 "fake_quantize_observed",
                 "fake_quantize_observed_forward",
             ),

@@ -17,8 +17,8 @@ LAUNCHERS = "csrc/{device}/{op}.*"
 PLACES = ("csrc/ops/{op}.cpp", LAUNCHERS, "tests/test_{op}.py")
 # Other sources of a device.
 SHARED = {
-    "cpu": {"copy", "observe_range", "int8_convolution", "depthwise"},
-    "cuda": {"plan", "observe_range"},
+    "cpu": {"copy", "observe_range", "int8_convolution", "depthwise", "relu"},
+    "cuda": {"plan", "observe_range", "relu"},
 }
 SOURCES = {".cpp", ".cu"}
 SCHEMAS = ROOT / "csrc" / "operator_list.h"

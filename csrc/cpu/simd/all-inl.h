@@ -10,6 +10,7 @@
 #include "qparams-inl.h"
 //
 #include "fake_quantize-inl.h"
+#include "relu-inl.h"
 #include "mask-inl.h"
 //
 #include "sum-inl.h"

@@ -34,6 +34,9 @@ QATFAST_LOOP(quantize_range, bool(const T* x, uint8_t* q, int64_t n, const Grids
 // The bits alone, of n values with one grid, from the first bit on.
 QATFAST_LOOP(inside, void(const T* x, uint8_t* mask, int64_t n, const Grids<C>& grid))
 
+// limit: NaN for ReLU
+QATFAST_LOOP(relu, void(const T* x, T* y, uint8_t* mask, int64_t n, C limit))
+
 // Over one block of n values, whose sums have the order of `sum_chunk`:
 // the gradient of the input of fake_quantize_learned; the chunks' sums of that of the scale.
 QATFAST_LOOP(

@@ -188,6 +188,7 @@ class IntegerLayer(nn.Module):
         kept = vars(self).get("_kept_operands")
         if (
             kept is not None
+            and len(kept[0]) == len(self._buffers)
             and all(map(is_, kept[0], self._buffers.values()))
             and [tensor._version for tensor in kept[1]] == kept[2]
         ):

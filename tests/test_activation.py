@@ -123,7 +123,7 @@ def prepared(name, x, norm=True):
     found = ACTIVATIONS[name]
     torch.manual_seed(0)
     net = Net(found if isinstance(found, nn.Module) else Wrapped(found), norm)
-    return qatfast.prepare(net, example_inputs=x)
+    return qatfast.prepare(net.to(x.device), example_inputs=x)
 
 
 def nodes_of(tensor):
@@ -156,8 +156,8 @@ def saved_bytes(forward):
 
 @BY_ACTIVATION
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
-def test_training_computes_what_torchs_activations_compute(kernels, monkeypatch, name, norm):
-    x = torch.randn(2, 3, 8, 8)
+def test_training_computes_what_torchs_activations_compute(kernels, device, monkeypatch, name, norm):
+    x = torch.randn(2, 3, 8, 8, device=device)
     results = []
     for keeps_bits in (activation.keeps_bits, lambda _: False):
         monkeypatch.setattr(activation, "keeps_bits", keeps_bits)
@@ -170,14 +170,14 @@ def test_training_computes_what_torchs_activations_compute(kernels, monkeypatch,
 
 
 @BY_ACTIVATION
-def test_no_activation_before_a_quantizer_keeps_its_result(kernels, name):
-    x = torch.randn(2, 3, 8, 8)
+def test_no_activation_before_a_quantizer_keeps_its_result(kernels, device, name):
+    x = torch.randn(2, 3, 8, 8, device=device)
     net = prepared(name, x)
     assert not [node for node in nodes_of(net(x)) if "Relu" in node or "Hardtanh" in node]
 
 
-def test_less_is_kept(kernels, monkeypatch):
-    x = torch.randn(8, 3, 32, 32)
+def test_less_is_kept(kernels, device, monkeypatch):
+    x = torch.randn(8, 3, 32, 32, device=device)
     net = prepared("in place", x)
     few = saved_bytes(lambda: net(x))
     monkeypatch.setattr(activation, "keeps_bits", lambda _: False)
@@ -187,8 +187,8 @@ def test_less_is_kept(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("layer", ["conv2", "linear1"])  # without a reader, with one
-def test_gradients_and_hooks_belong_to_the_result_of_the_layer(kernels, monkeypatch, layer):
-    x, results = torch.randn(2, 3, 8, 8), []
+def test_gradients_and_hooks_belong_to_the_result_of_the_layer(kernels, device, monkeypatch, layer):
+    x, results = torch.randn(2, 3, 8, 8, device=device), []
     for keeps_bits in (activation.keeps_bits, lambda _: False):
         monkeypatch.setattr(activation, "keeps_bits", keeps_bits)
         net, kept, seen = prepared("module", x), [], []
@@ -207,7 +207,7 @@ def test_gradients_and_hooks_belong_to_the_result_of_the_layer(kernels, monkeypa
     assert torch.equal(results[0][0], 2 * results[0][1])
 
 
-def test_without_a_gradient_torch_computes(kernels):
-    net = prepared("module", torch.randn(2, 3, 8, 8))
+def test_without_a_gradient_torch_computes(kernels, device):
+    net = prepared("module", torch.randn(2, 3, 8, 8, device=device))
     with torch.no_grad():
-        assert type(net.linear1(torch.randn(2, 8))) is torch.Tensor
+        assert type(net.linear1(torch.randn(2, 8, device=device))) is torch.Tensor

@@ -156,6 +156,36 @@ struct DepthwiseBackwardTask {
 };
 void depthwise_backward(const DepthwiseBackwardTask& task);
 
+// Whether the processor has the instructions for dot products that the functions below need.
+bool has_dot_products();
+
+// The weight (outputs, features) int8 of a pointwise convolution in the order in which it is read, with the sum of each
+// row: int32 of this size.
+at::Tensor packed_pointwise_weight(const at::Tensor& weight);
+int64_t packed_pointwise_size(int64_t outputs, int64_t features);
+
+// What becomes of the sums of each output: sum * (input scale * scale) + bias, or what is requantized with the factor
+// `scale` from sum + bias.
+struct PointwiseEpilogue {
+  at::Tensor scale;
+  at::Tensor bias; // float32, or undefined; int32 if the sums are requantized
+  bool requantizes = false;
+  float low = 0; // see requantized in quant_math.h
+  float high = 0;
+  float y_scale = 0;
+};
+
+// A convolution by a kernel of one element, which is a matrix product: input and y have the channels innermost in
+// memory. The input is uint8 integers, or floats that are quantized to them.
+struct PointwiseTask {
+  at::Tensor input;
+  QParams qparams;
+  at::Tensor weight; // packed
+  PointwiseEpilogue epilogue;
+  at::Tensor y; // float32
+};
+void pointwise(const PointwiseTask& task);
+
 // Scale and zero point of blocks with the ranges lo, hi of the opmath type.
 void qparams_of_range(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,
     const at::Tensor& zero_point);

@@ -249,6 +249,24 @@ QATFAST_OPERATOR(int8_conv_depthwise_backward, cpu, undefined,
         at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
         std::array<bool, 3> output_mask))
 
+// What int8_conv_pointwise takes of a weight (outputs, channels) int8.
+QATFAST_OPERATOR(int8_conv_pointwise_weight, cpu, undefined, "(Tensor weight) -> Tensor", Tensor(const Tensor& weight))
+
+// The float32 result of a convolution by a kernel of one element. The input (batch, channels, ...) has the channels
+// innermost in memory; it is uint8 integers, or floats that are quantized to them. A pixel with a NaN gives NaN.
+QATFAST_OPERATOR(int8_conv_pointwise, cpu, undefined,
+    "(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, Tensor weight, Tensor "
+    "weight_scale, Tensor? bias) -> Tensor",
+    Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+        const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias))
+
+// The same with outputs as in int8_requantize_, from sum + bias.
+QATFAST_OPERATOR(int8_conv_pointwise_requantized, cpu, undefined,
+    "(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, Tensor weight, Tensor bias, "
+    "Tensor factor, float low, float high, float y_scale) -> Tensor",
+    Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+        const Tensor& weight, const Tensor& bias, const Tensor& factor, double low, double high, double y_scale))
+
 // Launchers that several operators use
 QATFAST_LAUNCHER(quantize_rows, QuantizeRowsLauncher)
 QATFAST_LAUNCHER(quantize_rows_static, QuantizeRowsStaticLauncher)

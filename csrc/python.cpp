@@ -247,4 +247,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cuda_plan", &cuda_plan, arg("outer"), arg("blocks"), arg("inner"), arg("item_size"), arg("skipped"),
       arg("quantizes"), arg("multiprocessors"), arg("shared_memory"), arg("cooperative"));
   m.def("instruction_set", &qatfast::cpu::instruction_set);
+  m.attr("has_dot_products") = qatfast::cpu::has_dot_products();
 }

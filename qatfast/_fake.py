@@ -268,6 +268,19 @@ def _register_fakes(functions: Sequence[str]) -> None:
         y = values.new_empty((*values.shape[:2], *size), dtype=torch.float32)
         return y.contiguous(memory_format=torch.channels_last)
 
+    @fake("int8_conv_pointwise_weight")
+    def _(weight: Tensor) -> Tensor:
+        rows, columns = weight.shape
+        return weight.new_empty((rows + 15) // 16 * 16 * (1 + (columns + 3) // 4), dtype=torch.int32)
+
+    def pointwise(input: Tensor, *arguments: Any) -> Tensor:
+        shape = (input.shape[0], arguments[5].shape[0], *input.shape[2:])
+        y = input.new_empty(shape, dtype=torch.float32)
+        return y.contiguous(memory_format=torch.channels_last if y.dim() == 4 else torch.channels_last_3d)
+
+    fake("int8_conv_pointwise")(pointwise)
+    fake("int8_conv_pointwise_requantized")(pointwise)
+
     @fake("int8_conv_depthwise_backward")
     def _(
         grad: Tensor, values: Tensor, scale: Tensor, zero_point: Tensor, weight_hat: Tensor, *rest: Any

@@ -146,12 +146,14 @@ def qat_conv_in_one_pass(
     quantize_input: Callable[[Tensor, bool], tuple[Tensor, ...]],
     geometry: Geometry,
     kept: Callable[[Callable[[], Any]], Any],
+    grid_of_input: Callable[[], tuple[Tensor, Tensor]] | None,
 ) -> Tensor:
     """Returns :func:`qat_conv` where one pass over the input observes its range and quantizes it.
 
     Args:
         quantize_input: what ``ranges.int8_conv_input`` returns for the input's range, with a mask or
             without one.
+        grid_of_input: gives scale and zero point of an input that is not observed, or None.
     """
     x_spec, w_spec = config.input, config.weight
     assert x_spec is not None and w_spec is not None
@@ -159,6 +161,13 @@ def qat_conv_in_one_pass(
     w = kept(lambda: _symmetric_int8_weight(weight.detach(), w_spec, geometry))
     tensors = (input, weight) if bias is None else (input, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    channels_last = is_channels_last(input) or is_channels_last(weight)
+    if grid_of_input is not None and not needs_grad:
+        x, kernel_size = input.detach(), weight.shape[2:]
+        if int8_convolution.takes_pointwise(x, w.values, w.packed, kernel_size, geometry):
+            scale, zero_point = grid_of_input()
+            *ends, shifted = int8_convolution.unsigned(x_spec.quant_min, x_spec.quant_max, zero_point)
+            return int8_convolution.pointwise(x, scale, shifted, ends, w, b_hat, channels_last)
     needs_mask = needs_grad and input.requires_grad and not x_spec.is_dynamic
     q, mask, scale, zero_point, shifted, poison = quantize_input(input.detach(), needs_mask)
     nan = input.detach().isnan() if isnan(poison.item()) else None
@@ -168,7 +177,7 @@ def qat_conv_in_one_pass(
         weight.shape[2:],
         None if b_hat is None else b_hat.detach(),
         geometry,
-        is_channels_last(input) or is_channels_last(weight),
+        channels_last,
     )
     if not needs_grad:
         return value
@@ -335,7 +344,7 @@ class _Gradients(torch.autograd.Function):
             )
 
         has_kernel = is_plain and poison is None and w_scale is None and scale.dim() == 0
-        is_matrix = has_kernel and is_channels_last(q) and geometry.is_pointwise(w)
+        is_matrix = has_kernel and is_channels_last(q) and geometry.is_pointwise(w.shape[2:])
         if is_matrix or (has_kernel and _is_float32_depthwise(dy, q, scale, w, geometry)):
             w_rows = functional.fake_quantize(w.detach().flatten(1), **w_spec.arguments)
             if is_matrix:

@@ -52,10 +52,10 @@ class Geometry(NamedTuple):
             return [(i - 1) * s - 2 * p + d * (k - 1) + o + 1 for i, k, s, p, d, o in sizes]
         return [window_count(i, k, s, 2 * p, d) for i, k, s, p, d, _ in sizes]
 
-    def is_pointwise(self, weight: Tensor) -> bool:
+    def is_pointwise(self, kernel_size: Sequence[int]) -> bool:
         """Returns whether the convolution is a matrix product at each position."""
         ones, zeros = (1,) * len(self.stride), (0,) * len(self.stride)
-        if self.transposed or self.groups != 1 or weight.shape[2:] != ones:
+        if self.transposed or self.groups != 1 or tuple(kernel_size) != ones:
             return False
         return tuple(self.stride) == ones and tuple(self.padding) == zeros
 

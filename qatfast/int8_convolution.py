@@ -127,6 +127,8 @@ def product(
             q, scale, zero_point, weight.values.flatten(1), weight.scale, floats, *sizes
         )
         return y if channels_last else y.contiguous()
+    if is_plain and takes_pointwise(q, weight.values, weight.packed, kernel_size, geometry):
+        return pointwise(q, scale, zero_point, (0, 255), weight, bias, channels_last)
     kernel, convolution = _as_plain(weight, kernel_size, geometry)
 
     def sums_of(way: Any, q: Tensor, zero_point: int, nan: Tensor | None) -> Tensor:
@@ -153,6 +155,65 @@ def product(
     if largest >= FLOAT_LIMIT:
         y, _ = result(_by_floats)
     return _channels_last(y) if channels_last else y.contiguous()
+
+
+def takes_pointwise(
+    input: Tensor,
+    weight: Tensor,
+    packed: dict[Any, Tensor] | None,
+    kernel_size: Sequence[int],
+    geometry: Geometry,
+) -> bool:
+    """Returns whether :func:`pointwise` computes this convolution, with a symmetric weight of one grid per output.
+
+    It takes floats only if it need not copy them.
+    """
+    extension: Any = kernels.extension
+    if not (extension.has_dot_products and geometry.is_pointwise(kernel_size) and input.dim() in (4, 5)):
+        return False
+    if weight.dtype != torch.int8 or input.shape[1] * 255 * 128 >= _INT_LIMIT:
+        return False
+    if packed is None and input.numel() <= 8 * weight.numel():  # as in _packing_dominates
+        return False
+    return input.dtype == torch.uint8 or input.movedim(1, -1).is_contiguous()
+
+
+def pointwise(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    ends: Sequence[int],
+    weight: Int8Weight,
+    bias: Tensor | None,
+    channels_last: bool,
+) -> Tensor:
+    """Returns the result of :func:`forward` by a kernel that quantizes the input and multiplies it.
+
+    Args:
+        input: of the layer, or its integers (uint8).
+        scale: of the input, one element.
+        zero_point: of the integers.
+        ends: of the integers: ``quant_min`` and ``quant_max``.
+        weight: symmetric.
+        bias: or None.
+        channels_last: the memory format of the result.
+    """
+    ops: Any = kernels.extension
+    packed = packed_pointwise(weight.values, weight.packed)
+    floats = None if bias is None else bias.to(torch.float32).contiguous()
+    y = ops.int8_conv_pointwise(
+        _channels_last(input), scale, zero_point, *ends, packed, weight.scale.contiguous(), floats
+    )
+    return y if channels_last else y.contiguous()
+
+
+def packed_pointwise(weight: Tensor, packed: dict[Any, Tensor] | None) -> Tensor:
+    """Returns the weight as the kernels of a pointwise convolution take it."""
+    packed = {} if packed is None else packed
+    if "pointwise" not in packed:
+        ops: Any = kernels.extension
+        packed["pointwise"] = ops.int8_conv_pointwise_weight(weight.flatten(1).contiguous())
+    return packed["pointwise"]
 
 
 def exact_sums(

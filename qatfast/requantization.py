@@ -178,25 +178,38 @@ def conv(
         channels_last: the memory format of the result.
     """
     quant_min, quant_max, zero_point = int8_convolution.unsigned(*ends, zero_point)
+    weight, packed = operands.weight, operands.packed
+    extension: Any = kernels.extension
+    if (
+        extension is not None
+        and kernels.route(input, scale) is extension
+        and operands.reach is not None
+        and operands.reach < 2**31
+        and int8_convolution.takes_pointwise(input, weight, packed, kernel_size, geometry)
+    ):
+        bounds = (float(operands.low), float(operands.high), float(operands.y_scale))
+        y = extension.int8_conv_pointwise_requantized(
+            input, scale, zero_point, quant_min, quant_max,
+            int8_convolution.packed_pointwise(weight, packed), operands.b32, operands.factor, *bounds,
+        )  # fmt: skip
+        return y if channels_last else y.contiguous()
     q = functional.quantize(input, scale, zero_point, quant_min, quant_max)
     has_nan = not input.is_cpu or bool(input.numel() and input.amax().isnan())
     sums = None
     if not input.is_cpu and int8_convolution.takes(input, geometry):
         integers = Int8Input(q, torch.ones_like(scale, dtype=torch.float64), zero_point, input.isnan())
         zeros = torch.zeros_like(operands.b32)
-        weight = Int8Weight(operands.weight, torch.ones_like(zeros, dtype=torch.float64), zeros)
-        sums = int8_convolution.by_windows(integers, weight, kernel_size, None, geometry)
+        of_ones = Int8Weight(weight, torch.ones_like(zeros, dtype=torch.float64), zeros)
+        sums = int8_convolution.by_windows(integers, of_ones, kernel_size, None, geometry)
     elif not has_nan:
         zeros = torch.zeros_like(operands.b32)
-        weight = Int8Weight(operands.weight, operands.factor, zeros, operands.packed, operands.total)
-        sums = int8_convolution.exact_sums(q, int(zero_point), weight, kernel_size, geometry, operands.reach)
+        kernel = Int8Weight(weight, operands.factor, zeros, packed, operands.total)
+        sums = int8_convolution.exact_sums(q, int(zero_point), kernel, kernel_size, geometry, operands.reach)
     if sums is None:
         levels = q.double() - zero_point
         if has_nan:
             levels = levels.masked_fill(input.isnan(), torch.nan)
-        sums = geometry.convolve(
-            levels, _kernel(operands.weight.double(), input, kernel_size, geometry), None
-        )
+        sums = geometry.convolve(levels, _kernel(weight.double(), input, kernel_size, geometry), None)
     matrix = sums.movedim(1, -1).reshape(-1, sums.shape[1])  # a view of sums in channels-last format
     y = _requantized(matrix, operands.b32, operands).view(len(sums), *sums.shape[2:], -1).movedim(-1, 1)
     return int8_convolution._channels_last(y) if channels_last else y.contiguous()

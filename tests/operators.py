@@ -176,6 +176,7 @@ OPERATORS = {
             internal_on_cpu=(
                 *("int8_conv_input", "int8_conv_scale_", "int8_requantize_", "int8_conv_mask_"),
                 *("int8_conv_depthwise", "int8_conv_depthwise_backward"),
+                *("int8_conv_pointwise_weight", "int8_conv_pointwise", "int8_conv_pointwise_requantized"),
             ),
         ),
         Operator("dequantize", _integers, elementwise=True),

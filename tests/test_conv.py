@@ -1,6 +1,7 @@
 """The quantized convolutions."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import pickle
@@ -34,6 +35,7 @@ from qatfast import (
     int8_convolution,
     kernels,
     quantization_disabled,
+    requantization,
 )
 from qatfast.convolution import of_batch
 from qatfast.geometry import Geometry
@@ -651,6 +653,203 @@ def test_gradients_of_a_depthwise_convolution_do_not_depend_on_threads(threads):
     for others in found[1:]:
         for one, other in zip(found[0], others, strict=True):
             cases.assert_same(one, other)
+
+
+NEEDS_DOT_PRODUCTS = pytest.mark.skipif(
+    not getattr(kernels.extension, "has_dot_products", False), reason="the processor has no AVX512-VNNI"
+)
+
+
+def pixels_of(x):
+    """(batch, channels, ...) as a matrix with a row per pixel."""
+    return x.movedim(1, -1).flatten(0, -2)
+
+
+@NEEDS_DOT_PRODUCTS
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("zero_point", [0, 255, 100])
+@pytest.mark.parametrize(
+    "shape, outputs",
+    [
+        *(
+            ((2, 1, 3, 5), 1),
+            ((1, 5, 1, 1), 17),
+            ((3, 4, 7, 5), 16),
+            ((2, 3, 40, 41), 10),
+            ((2, 64, 5, 5), 64),
+        ),
+        *(((1, 131, 3, 3), 100), ((5, 70, 1, 1), 200), ((2, 9, 2, 3, 4), 70), ((1, 6, 90, 90), 80)),
+    ],
+    ids=str,
+)
+def test_pointwise_kernels(shape, outputs, zero_point, dtype):
+    """Sums of int64, rounded once; of requantized ones, the operator of the other ways."""
+    ops = kernels.extension
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)]
+    scale, point = torch.tensor(0.02), torch.tensor(zero_point, dtype=torch.int32)
+    ends = (3, 250) if zero_point == 100 else (0, 255)
+    if dtype == torch.uint8:
+        x = q = cases.integers(shape, torch.uint8).contiguous(memory_format=last)
+        is_nan = torch.zeros(len(pixels_of(x)), dtype=torch.bool)
+    else:
+        x = cases.normal(shape, dtype).contiguous(memory_format=last)
+        x[-1, 0] = torch.inf
+        if outputs > 1:
+            x[0, -1, 0, 0] = torch.nan
+        q = qatfast.reference.quantize(x, scale, point, *ends)
+        is_nan = pixels_of(x).isnan().any(1)
+    weight = cases.integers((outputs, shape[1]), torch.int8, seed=1)
+    weight[0] = -128
+    packed = ops.int8_conv_pointwise_weight(weight)
+    sums = (pixels_of(q).long() - zero_point) @ weight.long().t()
+
+    def check(y, expected):
+        assert y.shape == (shape[0], outputs, *shape[2:])
+        assert y.movedim(1, -1).is_contiguous()
+        cases.assert_same(pixels_of(y), torch.where(is_nan[:, None], torch.nan, expected))
+
+    weight_scale, bias = torch.rand(outputs) + 0.1, cases.normal((outputs,))
+    weight_scale[-1] = torch.nan  # the weight holds a NaN
+    products = sums.float() * (scale * weight_scale)
+    check(ops.int8_conv_pointwise(x, scale, point, *ends, packed, weight_scale, bias), products + bias)
+    check(ops.int8_conv_pointwise(x, scale, point, *ends, packed, weight_scale, None), products)
+    offset = cases.integers((outputs,), torch.int8, seed=2).int() * 1000
+    bounds = (-100.0, 155.0, 0.5)
+    factor = torch.rand(outputs) / 1000
+    y = ops.int8_conv_pointwise_requantized(x, scale, point, *ends, packed, offset, factor, *bounds)
+    expected = ops.int8_requantize_(sums.int(), offset, factor, *bounds).view(torch.float32)
+    check(y, expected)
+
+
+@NEEDS_DOT_PRODUCTS
+@pytest.mark.parametrize("channels", [1, 514, 65793])
+def test_pointwise_sums_of_the_largest_products(channels):
+    """They fit in 32 bits for the most channels that are allowed, and float32 rounds them once."""
+    ops, one = kernels.extension, torch.ones(1)
+    for value, level, zero_point in itertools.product((0, 255), (-128, 127), (0, 255)):
+        q = torch.full((1, channels, 1, 1), value, dtype=torch.uint8)
+        weight = torch.full((1, channels), level, dtype=torch.int8)
+        point = torch.tensor(zero_point, dtype=torch.int32)
+        packed = ops.int8_conv_pointwise_weight(weight)
+        y = ops.int8_conv_pointwise(q, one[0], point, 0, 255, packed, one, None)
+        assert y.item() == torch.tensor((value - zero_point) * level * channels).float().item()
+    with pytest.raises(
+        ValueError, match="expected at most 65793 channels, whose sums fit in 32 bits, got 65794"
+    ):
+        ops.int8_conv_pointwise(q.new_zeros(1, 65794, 1, 1), one[0], point, 0, 255, packed, one, None)
+
+
+@NEEDS_DOT_PRODUCTS
+@pytest.mark.parametrize("config", [QATConfig.static(), QATConfig.static(4), QATConfig.int8()], ids=str)
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "one pixel"])
+def test_a_pointwise_layer(config, granularity, layout, monkeypatch):
+    """The kernel computes it, with the bits of the reference, in training, in evaluation and deployed."""
+    torch.manual_seed(0)
+    spec = dataclasses.replace(config.weight, granularity=granularity)
+    config = dataclasses.replace(config, weight=spec, output=None)
+    layer = QATConv2d(21, 37, 1, bias=layout != "contiguous", config=config)
+    x = cases.normal((300, 21, 1, 1) if layout == "one pixel" else (3, 21, 14, 13))
+    x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
+    twin, calls, pointwise = copy.deepcopy(layer), [], int8_convolution.pointwise
+    monkeypatch.setattr(
+        int8_convolution, "pointwise", lambda *arguments: calls.append(1) or pointwise(*arguments)
+    )
+
+    def expected():
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "route", lambda *tensors: None)
+            return twin(x).detach()
+
+    def check(y):
+        cases.assert_same(y.detach(), expected_now)
+        assert y.is_contiguous(memory_format=torch.channels_last) or layout == "contiguous"
+        assert y.is_contiguous() or layout == "channels_last"
+        assert len(calls) == 1
+        calls.clear()
+
+    expected_now = expected()
+    check(layer(x))
+    layer.eval(), twin.eval()
+    deployed = qatfast.convert(nn.Sequential(layer))
+    with torch.no_grad(), cached_weights(layer):
+        for module in (layer, layer, deployed):
+            expected_now = expected()
+            check(module(x))
+    x[0, :, 0, 0] = torch.nan
+    expected_now = expected()
+    for module in (layer, deployed):
+        cases.assert_same(module(x).detach(), expected_now)
+
+
+@NEEDS_DOT_PRODUCTS
+def test_a_pointwise_layer_that_requantizes(monkeypatch):
+    """The kernel has the bits of the other way, which operands for a single call take."""
+    weight, b32 = cases.integers((37, 21), torch.int8), cases.integers((37,), torch.int8).int() * 999
+    bounds = (torch.tensor(-100.0), torch.tensor(155.0), torch.tensor(0.5))
+    operands = requantization.Operands(weight, b32, torch.rand(37) / 1000, *bounds)
+    grid = torch.tensor(0.02), torch.tensor(-3, dtype=torch.int32)
+    x = cases.normal((3, 21, 14, 13)).contiguous(memory_format=torch.channels_last)
+    x[1, 2, 3, 4] = torch.nan
+    rest = ((1, 1), Geometry((1, 1), (0, 0), (1, 1), False, (0, 0), 1), True)
+    expected = requantization.conv(x, *grid, (-128, 127), operands, *rest)
+    monkeypatch.setattr(int8_convolution, "exact_sums", None)  # the other way
+    kept = operands.with_sums(grid[1], (-128, 127))
+    for _ in range(2):
+        y = requantization.conv(x, *grid, (-128, 127), kept, *rest)
+        cases.assert_same(y, expected)
+        assert y.stride() == expected.stride()
+
+
+@NEEDS_DOT_PRODUCTS
+def test_pointwise_results_do_not_depend_on_threads(threads):
+    """Many rows are divided, and the outputs of a few."""
+    ops, scale, point = kernels.extension, torch.tensor(0.02), torch.tensor(100, dtype=torch.int32)
+    for shape, outputs in (((2, 40, 50, 41), 70), ((1, 300, 7, 7), 200)):
+        x = cases.normal(shape).contiguous(memory_format=torch.channels_last)
+        packed = ops.int8_conv_pointwise_weight(cases.integers((outputs, shape[1]), torch.int8))
+        found = []
+        for count in (1, 2, 3):
+            threads(count)
+            arguments = (x, scale, point, 0, 255, packed, torch.ones(outputs), None)
+            found.append(ops.int8_conv_pointwise(*arguments))
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+@NEEDS_DOT_PRODUCTS
+def test_pointwise_errors():
+    ops = kernels.extension
+    with pytest.raises(
+        ValueError, match=r"expected a contiguous matrix of int8, got uint8 of shape \(2, 3\)"
+    ):
+        ops.int8_conv_pointwise_weight(torch.ones(2, 3, dtype=torch.uint8))
+    packed = ops.int8_conv_pointwise_weight(torch.ones(2, 3, dtype=torch.int8))
+    legal = {
+        "input": torch.zeros(1, 3, 2, 2).contiguous(memory_format=torch.channels_last),
+        "scale": torch.tensor(0.1),
+        "zero_point": torch.tensor(7),
+        "quant_min": 0,
+        "quant_max": 255,
+        "weight": packed,
+        "weight_scale": torch.ones(2),
+        "bias": torch.ones(2),
+    }
+    assert ops.int8_conv_pointwise(*legal.values()).shape == (1, 2, 2, 2)
+    for error, message, changes in (
+        (TypeError, "expected input not to be float64", {"input": legal["input"].double()}),
+        (ValueError, "with the channels innermost in memory", {"input": torch.zeros(1, 3, 2, 2)}),
+        (ValueError, "with the channels innermost in memory", {"input": torch.zeros(3, 3)}),
+        (ValueError, "from 0 to 255, got -1 and 255", {"quant_min": -1}),
+        (ValueError, "from 0 to 255, got 0 and 256", {"quant_max": 256}),
+        (ValueError, "zero_point to be from 0 to 255, got 300", {"zero_point": torch.tensor(300)}),
+        (ValueError, "expected the packed weight of 2 outputs and 3 channels", {"weight": packed[1:]}),
+        (ValueError, "expected the packed weight of 30 outputs", {"weight_scale": torch.ones(30)}),
+        (ValueError, "expected a float32 scale and a bias per output", {"bias": torch.ones(3)}),
+        (ValueError, "expected a float32 scale and a bias per output", {"weight_scale": torch.ones(2).int()}),
+    ):
+        with pytest.raises(error, match=message):
+            ops.int8_conv_pointwise(*{**legal, **changes}.values())
 
 
 @pytest.mark.parametrize("range", [Fixed(-1, 1), Dynamic()], ids=str)

@@ -17,7 +17,7 @@ LAUNCHERS = "csrc/{device}/{op}.*"
 PLACES = ("csrc/ops/{op}.cpp", LAUNCHERS, "tests/test_{op}.py")
 # Other sources of a device.
 SHARED = {
-    "cpu": {"copy", "observe_range", "int8_convolution", "depthwise", "relu"},
+    "cpu": {"copy", "observe_range", "int8_convolution", "depthwise", "pointwise", "relu"},
     "cuda": {"plan", "observe_range", "relu"},
 }
 SOURCES = {".cpp", ".cu"}

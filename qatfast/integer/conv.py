@@ -128,11 +128,22 @@ class _IntegerConv(IntegerLayer):
         ops = kernels.route(x)
         if ops is None or not int8_convolution.takes(x, geometry):
             return self._exact_result(x, (scale, zero_point), b_hat, geometry, pad)
-        call: Any = int8_convolution.forward if ops is kernels.extension else traced_forward
+        weight, channels_last, padded = self._kept(self._int8_weight), self._is_channels_last(x), pad(x)
+        ends, kernel_size = (x_spec.quant_min, x_spec.quant_max), self.kernel_size
+        is_eager = ops is kernels.extension
+        if (
+            is_eager
+            and scale.dim() == 0
+            and int8_convolution.takes_pointwise(padded, weight.values, weight.packed, kernel_size, geometry)
+        ):
+            *ends_of_integers, zero_point = int8_convolution.unsigned(*ends, zero_point)
+            return int8_convolution.pointwise(
+                padded, scale, zero_point, ends_of_integers, weight, b_hat, channels_last
+            )
+        call: Any = int8_convolution.forward if is_eager else traced_forward
         value, _, _ = call(
-            pad(x), scale, zero_point, x_spec.quant_min, x_spec.quant_max, self._kept(self._int8_weight),
-            list(self.kernel_size), b_hat, geometry, self._is_channels_last(x),
-        )  # fmt: skip
+            padded, scale, zero_point, *ends, weight, list(kernel_size), b_hat, geometry, channels_last
+        )
         return value
 
     def _int8_weight(self) -> Int8Weight:

@@ -174,9 +174,11 @@ class _QATConv(QuantizedLayer, _ConvNd):
         if pad is _unpadded and quantizes_in_one_pass(x, weight, bias, config, geometry):
             assert config.input is not None
             quantize: Any = partial(ranges.int8_conv_input, spec=config.input)
+            grid = None
             if of_input is not None:
                 quantize = partial(of_input.int8_conv_input, reader=self)
-            y = qat_conv_in_one_pass(x, weight, bias, config, quantize, geometry, self._kept)
+                grid = None if of_input.observes else partial(of_input.grid, x, self)
+            y = qat_conv_in_one_pass(x, weight, bias, config, quantize, geometry, self._kept, grid)
         else:
             grids = {}
             if of_input is not None:

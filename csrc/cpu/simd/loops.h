@@ -174,11 +174,39 @@ struct DepthwiseDotProducts {
 };
 constexpr int64_t depthwise_vector = 16; // channels
 
+// Output j of a row = (sum of values * weight + offset[j]) * scale[j] + bias[j] or, without a bias, what is requantized
+// with the factor scale[j]. The arrays of the outputs are filled up with zeros to a multiple of 16.
+struct PointwiseDotProducts {
+  int64_t features;
+  int64_t outputs;
+  const int8_t* weight; // [blocks of outputs][quads of features][outputs of the block][4]
+  const int32_t* offset;
+  const float* scale;
+  const float* bias;
+  float low; // see requantized in quant_math.h
+  float high;
+  float y_scale;
+};
+constexpr int64_t pointwise_block = 64, pointwise_tile_rows = 6;
+
+// What is multiplied at a time: rows that follow each other in memory, and the outputs from `first` to `end`. `first`
+// is a multiple of pointwise_block.
+struct PointwiseTile {
+  const uint8_t* values;
+  int64_t rows;
+  int64_t first;
+  int64_t end;
+  float* y;         // output 0 of the first row
+  const char* next; // what is read next, or null; `next_size` bytes per value of this tile
+  int64_t next_size;
+};
+
 // Loops for processors with instructions for dot products of uint8 and int8, or null.
 struct DotProductLoops {
   // `scratch` has (span + 1) * (width + 2 * padding) * count integers, rounded up to vectors, and a vector for its
   // alignment.
   void (*depthwise)(const DepthwiseDotProducts& task, const ChannelBlock& block, int32_t* scratch) = nullptr;
+  void (*pointwise)(const PointwiseDotProducts& task, const PointwiseTile& tile) = nullptr;
 };
 
 // The gradients of a depthwise convolution of x_hat = (values - zero_point) * scale. Those that are null are not

@@ -19,6 +19,7 @@
 #include "cpu/simd/vec-inl.h"
 //
 #include "cpu/simd/dot_product-inl.h"
+#include "cpu/simd/pointwise-inl.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -26,6 +27,6 @@
 #endif
 
 namespace qatfast::cpu {
-extern const DotProductLoops avx512_vnni = {depthwise_dot_product_loop};
+extern const DotProductLoops avx512_vnni = {depthwise_dot_product_loop, pointwise_dot_product_loop};
 } // namespace qatfast::cpu
 #endif

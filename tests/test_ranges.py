@@ -919,6 +919,24 @@ def test_the_kernels_that_observe_give_the_bits_of_the_reference(kernels, case, 
         cases.assert_same(leaf.grad, other.grad)
 
 
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+def test_every_distance_between_tensors_gives_the_same_bits(kernels, dtype):
+    """Loops go down through memory where their stores would delay their loads, which the addresses decide."""
+    size, page = 2 * 4096 + 333, 4096 // dtype.itemsize
+    values, upstream = (cases.normal((size + page,), dtype, seed=seed) for seed in (0, 1))
+    values[4096 + 500 :] *= 0.1  # so that some pieces of the mask have no zeros
+    spec = QuantSpec(4, range=MinMax())
+    for start in range(0, page, page // 8):  # whatever the addresses of the results
+        x, dy = values[start : start + size].requires_grad_(), upstream[start : start + size]
+        state = [torch.tensor(-1.0), torch.tensor(1.0), torch.tensor(1)]
+        y, scale, zero_point = ranges.fake_quantize_observed(x, *state, spec)
+        expected, inside = reference._fake_quantize(x.detach(), scale, zero_point, 0, 15, PerTensor())
+        assert state[0] == x.min().float() and state[1] == x.max().float()
+        for result in (y, fake_quantize_affine(x, scale, zero_point, 0, 15)):
+            cases.assert_same(result.detach(), expected)
+            cases.assert_same(torch.autograd.grad(result, x, dy)[0], torch.where(inside, dy, 0))
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("granularity", (PerTensor(), PerChannel(1), PerGroup(1)), ids=str)
 def test_the_strides_of_what_is_observed(kernels, layout, granularity):

@@ -16,12 +16,12 @@ namespace qatfast {
 // From this size on, page faults dominate the cost of fresh memory.
 constexpr size_t large_bytes = size_t{8} << 20;
 
-// From this size on, the results of a step may go back to the kernel when they are freed, each time.
-constexpr size_t returned_bytes = size_t{1} << 20;
+// From this size on, glibc's initial threshold, results may go back to the kernel when they are freed, in every step.
+constexpr size_t returned_bytes = size_t{128} << 10;
 
 // Lets glibc keep up to 64 MB of freed memory, as it does once a program has freed a block of this size: it adapts its
-// thresholds to the largest block that was freed. Forward and backward of a learned range of 1 Mi elements take 3.2 to
-// 4.6 times as long as a clone then, and 5.7 before.
+// thresholds to the largest block that was freed. Forward and backward of a moving average of 255 Ki elements take 85
+// us then, and 320 before.
 inline bool keep_freed_memory() {
 #ifdef __GLIBC__
   void* volatile block = std::malloc((size_t{32} << 20) - 65536); // volatile: compilers remove an unused pair

@@ -123,23 +123,6 @@ class Observation {
   std::atomic<bool> all_finite_{true};
 };
 
-// What is processed at a time stays in L1 where loops pass twice, and has a whole number of mask bytes.
-constexpr int64_t observed_piece = 4096;
-
-// Writes the mask of n values whose finite ones have these ends.
-template <class T>
-void write_mask(const T* x, uint8_t* mask, int64_t n, bool is_finite, const opmath_type<T> (&ends)[2],
-    const Grids<opmath_type<T>>& grid) {
-  using C = opmath_type<T>;
-  uint8_t are_inside = 0; // one bit per end
-  chosen().loops<C>().inside(ends, &are_inside, 2, grid);
-  if (is_finite && are_inside == 3 && n % 8 == 0) { // rounding is monotone: what lies between the ends is inside, too
-    std::fill_n(mask, n / 8, uint8_t{0xFF});
-  } else {
-    chosen().loops<T>().inside(x, mask, n, grid);
-  }
-}
-
 // Quantizes runs of one grid each and finds their ranges in the same pass.
 template <class T>
 class QuantizeAndFind {
@@ -150,27 +133,11 @@ class QuantizeAndFind {
 
   // Widens the range in lo, hi by the finite values. Returns whether all are finite.
   bool operator()(int64_t begin, int64_t n, const Grids<C>& grid, C* lo, C* hi) const {
-    bool all_finite = true;
-    const auto pieces = (n + observed_piece - 1) / observed_piece;
-    const bool goes_down =
-        stores_delay_loads(x_, y_); // as the loops do, so that the hardware prefetches the next piece
-    for (int64_t i = 0; i < pieces; ++i) {
-      const auto at = (goes_down ? pieces - 1 - i : i) * observed_piece, count = std::min(observed_piece, n - at);
-      const auto* x = x_ + begin + at;
-      C ends[2] = {0, 0};
-      const bool is_finite = loops_.fake_quantize_range(x, y_ + begin + at, count, grid, &ends[0], &ends[1]);
-      if (mask_) {
-        write_mask(x, mask_ + (begin + at) / 8, count, is_finite, ends, grid);
-      }
-      *lo = widen_lo(*lo, ends[0]);
-      *hi = widen_hi(*hi, ends[1]);
-      all_finite &= is_finite;
-    }
-    return all_finite;
+    return loop_(x_ + begin, y_ + begin, mask_ ? mask_ + begin / 8 : nullptr, n, grid, lo, hi);
   }
 
  private:
-  const Loops<T>& loops_ = chosen().loops<T>();
+  decltype(Loops<T>::fake_quantize_range) const loop_ = chosen().loops<T>().fake_quantize_range;
   const T* x_;
   T* y_;
   uint8_t* mask_;
@@ -235,47 +202,35 @@ void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at:
 
 namespace {
 
-// Quantizes a tensor to uint8 with one grid, an observed_piece at a time that stays in cache.
+// Quantizes a tensor to uint8 with one grid.
 template <class T>
 class ToIntegers {
  public:
   using C = opmath_type<T>;
 
-  ToIntegers(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, const QParams& qparams,
-      const QParams& shifted)
+  ToIntegers(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, const QParams& shifted)
       : x_(x.const_data_ptr<T>()),
         values_(values.mutable_data_ptr<uint8_t>()),
         mask_(mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr),
-        grid_(grids_of<C>(qparams)),
-        shifted_(grids_of<C>(shifted)) {}
+        grid_(grids_of<C>(shifted)) {}
 
-  // Widens the range in lo, hi by the finite values and notes whether there is a NaN. Returns whether all are finite.
-  bool run(int64_t begin, int64_t end, C& lo, C& hi, bool& has_nan) const {
-    bool all_finite = true;
-    for (; begin < end; begin += observed_piece) {
-      const auto n = std::min(observed_piece, end - begin);
-      C ends[2] = {0, 0};
-      const bool is_finite = loops_.quantize_range(x_ + begin, values_ + begin, n, shifted_, &ends[0], &ends[1]);
-      for (int64_t i = begin; i < begin + n && !is_finite && !has_nan; ++i) {
-        has_nan = x_[i] != x_[i];
-      }
-      if (mask_) {
-        write_mask(x_ + begin, mask_ + begin / 8, n, is_finite, ends, grid_);
-      }
-      lo = widen_lo(lo, ends[0]);
-      hi = widen_hi(hi, ends[1]);
-      all_finite &= is_finite;
-    }
-    return all_finite;
+  // Widens the range in lo, hi by the finite values. Returns whether all are finite.
+  bool run(int64_t begin, int64_t end, C* lo, C* hi) const {
+    return loop_(x_ + begin, values_ + begin, mask_ ? mask_ + begin / 8 : nullptr, end - begin, grid_, lo, hi);
+  }
+
+  bool has_nan(int64_t begin, int64_t end) const {
+    return std::any_of(x_ + begin, x_ + end, [](T x) {
+      return x != x;
+    });
   }
 
  private:
-  const Loops<T>& loops_ = chosen().loops<T>();
+  decltype(Loops<T>::quantize_range) const loop_ = chosen().loops<T>().quantize_range;
   const T* x_;
   uint8_t* values_;
   uint8_t* mask_;
-  const Grids<C> grid_;
-  const Grids<C> shifted_; // that of the integers
+  const Grids<C> grid_; // of the integers; its levels are those of the values
 };
 
 } // namespace
@@ -299,12 +254,12 @@ bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::
     const auto shift = spec.quant_min() < 0 ? 128 : 0;
     *shifted_zero_point.mutable_data_ptr<int32_t>() = *qparams.zero_point.const_data_ptr<int32_t>() + shift;
     const QParams shifted = {qparams.scale, shifted_zero_point, spec.quant_min() + shift, spec.quant_max() + shift};
-    const ToIntegers<scalar_t> integers(x, values, mask, qparams, shifted);
+    const ToIntegers<scalar_t> integers(x, values, mask, shifted);
     std::mutex mutex;
     parallel_over_memory(x.numel(), [&](int64_t begin, int64_t end) {
       C lo = 0, hi = 0;
-      bool part_has_nan = false;
-      const bool is_finite = integers.run(begin, end, lo, hi, part_has_nan);
+      const bool is_finite = integers.run(begin, end, &lo, &hi);
+      const bool part_has_nan = !is_finite && integers.has_nan(begin, end);
       const std::lock_guard lock(mutex);
       has_nan |= part_has_nan;
       if (range && !is_seen) {

@@ -66,57 +66,83 @@ void fake_quantize_mask_loop(
       });
 }
 
-// to[i] = f(x[i], row of the grid) for n values with one grid; widens the range in lo, hi by the finite ones in the
-// same pass. Types whose range needs no conversion have a pass of their own, `separately`.
-template <class T, class To, class F, class G>
-QATFAST_INLINE bool map_and_range(const T* x, To* to, int64_t n, const Grids<opmath_type<T>>& grid, opmath_type<T>* lo,
-    opmath_type<T>* hi, F f, G separately) {
+// The mask of a run with this grid.
+template <class T, class G>
+QATFAST_INLINE void inside_run(const T* x, uint8_t* mask, int64_t n, const G& grid) {
   using C = opmath_type<T>;
-  if constexpr (!std::is_same_v<T, C>) {
-    const bool is_finite = range_loop(x, n, lo, hi);
-    separately();
-    return is_finite;
-  } else {
-    auto bits = RangeBits<T>::zero();
-    with_tile<GridKinds::static_range>(grid, 0, 1, [&](auto tile) {
-      const auto row = tile.row(0);
-      map<T, To, C>(x, to, n, [&](V<C> v, int64_t, int64_t) __attribute__((always_inline)) {
-        bits.widen(&v);
-        return f(v, row);
-      });
-    });
-    C least, most;
-    const bool is_finite = range_of_bits(bits, x, n, &least, &most);
-    *lo = widen_lo(*lo, least);
-    *hi = widen_hi(*hi, most);
-    return is_finite;
+  constexpr int64_t N = lanes<C>;
+  std::memset(mask, 0, (n + 7) / 8);
+  for (int64_t i = 0; i < n; i += N) {
+    const auto m = n - i < N ? n - i : N;
+    const auto passes = fake_quantize_inside(load_first<T, C>(x + i, m), grid).second;
+    store_bits<N>(mask, i, bits_of_lanes<element_t<std::decay_t<decltype(passes)>>, N>(passes), m);
   }
 }
 
-template <class T>
-bool fake_quantize_range_loop(
-    const T* x, T* y, int64_t n, const Grids<opmath_type<T>>& grid, opmath_type<T>* lo, opmath_type<T>* hi) {
-  const auto one = [](V<opmath_type<T>> v, const auto& row) __attribute__((always_inline)) {
-    return fake_quantize(v, row.grid);
-  };
-  return map_and_range(x, y, n, grid, lo, hi, one, [&] {
-    fake_quantize_loop<T>(x, y, 1, n, grid);
+// Whether a grid holds every value from lo to hi: rounding is monotone, so that the ends decide.
+template <class C, class G>
+QATFAST_INLINE bool holds_range(C lo, C hi, const G& grid) {
+  V<C> ends = {}; // every grid holds 0
+  ends[0] = lo;
+  ends[1] = hi;
+  const auto passes = fake_quantize_inside(ends, grid).second;
+  return all_of<element_t<std::decay_t<decltype(passes)>>, lanes<C>>(passes);
+}
+
+// to[i] = f(x[i], row of the grid) for n values with one grid, and their mask, unless it is null. Widens the range in
+// lo, hi by the finite ones; returns whether all are finite.
+template <class T, class To, class F>
+QATFAST_INLINE bool map_and_range(const T* x, To* to, uint8_t* mask, int64_t n, const Grids<opmath_type<T>>& grid,
+    opmath_type<T>* lo, opmath_type<T>* hi, F f) {
+  using C = opmath_type<T>;
+  constexpr bool is_one_pass = std::is_same_v<T, C>; // the range of the others needs no conversion
+  constexpr int64_t piece_in_cache = 4096;
+  const auto piece = is_one_pass && !mask ? larger(n, 1) : piece_in_cache;
+  bool all_finite = true;
+  with_tile<GridKinds::static_range>(grid, 0, 1, [&](auto tile) {
+    const auto row = tile.row(0);
+    const auto pieces = (n + piece - 1) / piece;
+    const bool goes_down = stores_delay_loads(x, to); // as map() does: the hardware prefetches the next piece
+    for (int64_t i = 0; i < pieces; ++i) {
+      const auto at = (goes_down ? pieces - 1 - i : i) * piece, count = smaller(piece, n - at);
+      auto bits = is_one_pass ? RangeBits<T>::zero() : bits_of_run(x + at, count);
+      map<T, To, C>(x + at, to + at, count, [&](V<C> v, int64_t, int64_t) __attribute__((always_inline)) {
+        if constexpr (is_one_pass) {
+          bits.widen(v);
+        }
+        return f(v, row);
+      });
+      C least, most;
+      const bool is_finite = range_of_bits(bits, x + at, count, &least, &most);
+      if (mask) {
+        if (is_finite && count % 8 == 0 && holds_range(least, most, row.grid)) {
+          std::memset(mask + at / 8, 0xFF, count / 8);
+        } else {
+          inside_run(x + at, mask + at / 8, count, row.grid);
+        }
+      }
+      *lo = widen_lo(*lo, least);
+      *hi = widen_hi(*hi, most);
+      all_finite &= is_finite;
+    }
   });
+  return all_finite;
+}
+
+template <class T>
+bool fake_quantize_range_loop(const T* x, T* y, uint8_t* mask, int64_t n, const Grids<opmath_type<T>>& grid,
+    opmath_type<T>* lo, opmath_type<T>* hi) {
+  return map_and_range(
+      x, y, mask, n, grid, lo, hi, [](V<opmath_type<T>> v, const auto& row) __attribute__((always_inline)) {
+        return fake_quantize(v, row.grid);
+      });
 }
 
 // The mask alone, of a run with one grid.
 template <class T>
 void inside_loop(const T* x, uint8_t* mask, int64_t n, const Grids<opmath_type<T>>& grid) {
-  using C = opmath_type<T>;
-  constexpr int64_t N = lanes<C>;
-  std::memset(mask, 0, (n + 7) / 8);
   with_tile<GridKinds::static_range>(grid, 0, 1, [&](auto tile) {
-    const auto of_run = tile.row(0).grid;
-    for (int64_t i = 0; i < n; i += N) {
-      const auto m = n - i < N ? n - i : N;
-      const auto passes = fake_quantize_inside(load_first<T, C>(x + i, m), of_run).second;
-      store_bits<lanes<C>>(mask, i, bits_of_lanes<element_t<std::decay_t<decltype(passes)>>, lanes<C>>(passes), m);
-    }
+    inside_run(x, mask, n, tile.row(0).grid);
   });
 }
 

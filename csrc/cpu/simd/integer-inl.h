@@ -21,14 +21,11 @@ void dequantize_loop(const Q* q, T* y, int64_t rows, int64_t n, const Grids<opma
 }
 
 template <class T>
-bool quantize_range_loop(
-    const T* x, uint8_t* q, int64_t n, const Grids<opmath_type<T>>& grid, opmath_type<T>* lo, opmath_type<T>* hi) {
+bool quantize_range_loop(const T* x, uint8_t* q, uint8_t* mask, int64_t n, const Grids<opmath_type<T>>& grid,
+    opmath_type<T>* lo, opmath_type<T>* hi) {
   using C = opmath_type<T>;
-  const auto one = [](V<C> v, const auto& row) __attribute__((always_inline)) {
+  return map_and_range(x, q, mask, n, grid, lo, hi, [](V<C> v, const auto& row) __attribute__((always_inline)) {
     return quantize(v, __builtin_convertvector(row.zero_point, Vec<int32_t, lanes<C>>), row.grid);
-  };
-  return map_and_range(x, q, n, grid, lo, hi, one, [&] {
-    quantize_loop<T, uint8_t>(x, q, 1, n, grid);
   });
 }
 

@@ -26,11 +26,10 @@ QATFAST_LOOP(fake_quantize, void(const T* x, T* y, int64_t rows, int64_t n, cons
 // Also sets the mask's bits from `first` on, which are 0 before, if the gradient passes.
 QATFAST_LOOP(fake_quantize_mask,
     void(const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids))
-// fake_quantize for n values with one grid, and range.
-QATFAST_LOOP(fake_quantize_range, bool(const T* x, T* y, int64_t n, const Grids<C>& grid, C* lo, C* hi))
-// The integers of n values with one grid. Also widens the range in lo[0], hi[0] by the finite values; returns whether
-// all are finite.
-QATFAST_LOOP(quantize_range, bool(const T* x, uint8_t* q, int64_t n, const Grids<C>& grid, C* lo, C* hi))
+// fake_quantize for n values with one grid, their mask from the first bit on unless it is null, and range.
+QATFAST_LOOP(fake_quantize_range, bool(const T* x, T* y, uint8_t* mask, int64_t n, const Grids<C>& grid, C* lo, C* hi))
+// The same with the integers of the values.
+QATFAST_LOOP(quantize_range, bool(const T* x, uint8_t* q, uint8_t* mask, int64_t n, const Grids<C>& grid, C* lo, C* hi))
 // The bits alone, of n values with one grid, from the first bit on.
 QATFAST_LOOP(inside, void(const T* x, uint8_t* mask, int64_t n, const Grids<C>& grid))
 

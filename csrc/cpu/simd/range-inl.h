@@ -67,6 +67,11 @@ struct RangeBits {
   QATFAST_MEMBER static RangeBits of(const void* x) {
     return {bits_as<Vec<U, N>>(x), bits_as<Vec<I, N>>(x)};
   }
+  QATFAST_MEMBER void widen(V<C> v) { // of values in a register: &v would load them again
+    static_assert(std::is_same_v<T, C>);
+    below = Larger{}(reinterpret_cast<Vec<U, N>>(v), below);
+    above = Larger{}(reinterpret_cast<Vec<I, N>>(v), above);
+  }
   QATFAST_MEMBER void widen(const void* x) {
     below = Larger{}(bits_as<Vec<U, N>>(x), below);
     above = Larger{}(bits_as<Vec<I, N>>(x), above);

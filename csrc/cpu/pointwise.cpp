@@ -69,8 +69,8 @@ void multiply_rows(const PointwiseTask& task, const PointwiseDotProducts& produc
         using C = opmath_type<T>;
         C lo = 0, hi = 0;
         const auto grid = grids_of<C>(task.qparams);
-        const bool is_finite =
-            chosen().loops<T>().quantize_range(from, integers.get(), count * features, grid, &lo, &hi);
+        const bool is_finite = chosen().loops<T>().quantize_range(
+            from, integers.get(), /*mask=*/nullptr, count * features, grid, &lo, &hi);
         const auto* const next = index + 1 < end ? reinterpret_cast<const char*>(from + count * features) : nullptr;
         multiply(products, {integers.get(), count, first, past, to, next, sizeof(T)});
         if (!is_finite) {

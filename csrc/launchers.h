@@ -4,6 +4,7 @@
 #include "common/qparams.h"
 
 #include <c10/util/ArrayRef.h>
+#include <c10/util/FunctionRef.h>
 
 #include <optional>
 
@@ -107,11 +108,18 @@ void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at:
 // The mask of FakeQuantizeAffineLauncher alone, of the contiguous tensor x with one grid.
 void inside(const at::Tensor& x, const at::Tensor& mask, const QParams& qparams);
 
-// The integers of the dense tensor x with one grid as uint8 `values`; a grid below 0 is moved up by 128, its zero point
-// too. `mask` is as in FakeQuantizeAffineLauncher. With `range`, that gives the grid, and moves as in
-// fake_quantize_observed. Returns whether x holds a NaN.
+// Quantizes elements [begin, end) of a tensor to `to`; begins at a multiple of 8 if there is a mask.
+using QuantizeRun = c10::function_ref<void(int64_t begin, int64_t end, uint8_t* to)>;
+// Calls it for all of the tensor, in parallel; if nothing is observed, any number of times for an element.
+using QuantizePass = c10::function_ref<void(QuantizeRun quantize)>;
+
+// The integers of the dense tensor x with one grid as uint8; a grid below 0 is moved up by 128, its zero point too.
+// `mask` is as in FakeQuantizeAffineLauncher. With `range`, that gives the grid, and moves as in
+// fake_quantize_observed. `pass` is called when the grid is known; if it is null, `values` receives the integers.
+// Returns whether x holds a NaN.
 bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, const QuantSpec& spec,
-    const std::optional<ObservedRange>& range, const QParams& qparams, const at::Tensor& shifted_zero_point);
+    const std::optional<ObservedRange>& range, const QParams& qparams, const at::Tensor& shifted_zero_point,
+    QuantizePass pass = nullptr);
 
 // sums = sums * (input_scale * weight_scale) + bias in place, for the sums of a convolution, with the channels
 // innermost in memory. `input_scale` has one element, or one per sample. Returns the largest magnitude of a sum.
@@ -125,19 +133,32 @@ void requantize(
 
 // A depthwise convolution in two dimensions of uint8 values (batch, channels, height, width), channels-last.
 struct DepthwiseTask {
-  at::Tensor values;
-  int32_t zero_point;
+  at::Tensor input;  // the values, or floats that are quantized to them
+  at::Tensor values; // receives those, or is undefined
   at::Tensor weight; // (channels, height * width of the kernel) int8
   at::IntArrayRef kernel_size;
   at::IntArrayRef stride;
   at::IntArrayRef padding;
   at::IntArrayRef dilation;
-  float input_scale;
   at::Tensor weight_scale; // one per channel
   at::Tensor bias;         // likewise, or undefined
   at::Tensor y;            // float32, channels-last
+  float input_scale = 1;
+  int32_t zero_point = 0; // of the values
+  bool takes_all = false; // whether all floats are quantized, each once, and not only those that are read
+
+  DepthwiseTask with_grid(const at::Tensor& scale, const at::Tensor& shifted_zero_point) const {
+    auto task = *this;
+    task.input_scale = *scale.const_data_ptr<float>();
+    task.zero_point = *shifted_zero_point.const_data_ptr<int32_t>();
+    return task;
+  }
 };
 void depthwise(const DepthwiseTask& task);
+
+// quantize_to_uint8 of the input, which is channels-last, and depthwise, in one pass.
+bool quantize_and_convolve(const DepthwiseTask& task, const at::Tensor& mask, const QuantSpec& spec,
+    const std::optional<ObservedRange>& range, const QParams& qparams, const at::Tensor& shifted_zero_point);
 
 // Its gradients; what is undefined is not needed.
 struct DepthwiseBackwardTask {

@@ -238,6 +238,22 @@ QATFAST_OPERATOR(int8_conv_depthwise, cpu, undefined,
         const Tensor& weight_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation))
 
+// int8_conv_input and int8_conv_depthwise in one pass. If they are not wanted, values or mask may have no elements. The
+// output is undefined if the poison is NaN.
+QATFAST_OPERATOR(int8_conv_depthwise_forward, cpu, undefined,
+    "(Tensor input, Tensor? scale, Tensor? zero_point, Tensor(a!)? running_min, Tensor(b!)? running_max, "
+    "Tensor(c!)? num_batches, float averaging_constant, int[] input_spec, Tensor weight, Tensor weight_scale, "
+    "Tensor? bias, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool with_values, bool with_mask) "
+    "-> (Tensor values, Tensor mask, Tensor scale, Tensor zero_point, Tensor shifted_zero_point, Tensor poison, "
+    "Tensor output)",
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor& input,
+        const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point,
+        const std::optional<Tensor>& running_min, const std::optional<Tensor>& running_max,
+        const std::optional<Tensor>& num_batches, double averaging_constant, at::IntArrayRef input_spec,
+        const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias,
+        at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+        bool with_values, bool with_mask))
+
 // Its gradients by input, weight (channels, taps) and bias, those that output_mask selects. That of the input passes
 // where the mask, which has the order of `values`, is set.
 QATFAST_OPERATOR(int8_conv_depthwise_backward, cpu, undefined,

@@ -221,8 +221,7 @@ def _register_fakes(functions: Sequence[str]) -> None:
     ) -> tuple[Tensor, Tensor]:
         return grad.new_empty(values.shape), grad.new_empty(weight.shape)
 
-    @fake("int8_conv_input")
-    def _(
+    def int8_conv_input(
         input: Tensor,
         scale: Tensor | None,
         zero_point: Tensor | None,
@@ -238,6 +237,8 @@ def _register_fakes(functions: Sequence[str]) -> None:
         poison = input.new_empty((), dtype=torch.float32)
         return torch.empty_like(input, dtype=torch.uint8), mask, *grid, torch.empty_like(grid[1]), poison
 
+    fake("int8_conv_input")(int8_conv_input)
+
     @fake("int8_conv_scale_")
     def _(sums: Tensor, *_: Any) -> Tensor:
         return sums.new_empty(())
@@ -250,11 +251,10 @@ def _register_fakes(functions: Sequence[str]) -> None:
     def _(grad: Tensor, *_: Any) -> Tensor:
         return grad
 
-    @fake("int8_conv_depthwise")
-    def _(
+    def int8_conv_depthwise(
         values: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
         weight: Tensor,
         weight_scale: Tensor,
         bias: Tensor | None,
@@ -267,6 +267,16 @@ def _register_fakes(functions: Sequence[str]) -> None:
         size = [window_count(n, k, s, 2 * p, d) for n, k, s, p, d in tuples]
         y = values.new_empty((*values.shape[:2], *size), dtype=torch.float32)
         return y.contiguous(memory_format=torch.channels_last)
+
+    fake("int8_conv_depthwise")(int8_conv_depthwise)
+
+    @fake("int8_conv_depthwise_forward")
+    def _(input: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        operands, (with_values, with_mask) = args[7:-2], args[-2:]
+        y = int8_conv_depthwise(input, None, None, *operands)
+        values, *rest = int8_conv_input(*(input, *args[:7], with_mask))
+        is_kept = with_values or with_mask or not input.is_contiguous(memory_format=torch.channels_last)
+        return values if is_kept else values.new_empty((0,)), *rest, y
 
     @fake("int8_conv_pointwise_weight")
     def _(weight: Tensor) -> Tensor:

@@ -143,16 +143,17 @@ def qat_conv_in_one_pass(
     weight: Tensor,
     bias: Tensor | None,
     config: QATConfig,
-    quantize_input: Callable[[Tensor, bool], tuple[Tensor, ...]],
+    quantize_input: Callable[[Callable[..., tuple[Tensor, ...]]], tuple[Tensor, ...]],
     geometry: Geometry,
     kept: Callable[[Callable[[], Any]], Any],
     grid_of_input: Callable[[], tuple[Tensor, Tensor]] | None,
 ) -> Tensor:
     """Returns :func:`qat_conv` where one pass over the input observes its range and quantizes it.
 
+    A depthwise convolution is computed in the same pass.
+
     Args:
-        quantize_input: what ``ranges.int8_conv_input`` returns for the input's range, with a mask or
-            without one.
+        quantize_input: calls its argument with the arguments of the input's grid that int8_conv_input takes.
         grid_of_input: gives scale and zero point of an input that is not observed, or None.
     """
     x_spec, w_spec = config.input, config.weight
@@ -162,23 +163,40 @@ def qat_conv_in_one_pass(
     tensors = (input, weight) if bias is None else (input, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     channels_last = is_channels_last(input) or is_channels_last(weight)
-    if grid_of_input is not None and not needs_grad:
-        x, kernel_size = input.detach(), weight.shape[2:]
-        if int8_convolution.takes_pointwise(x, w.values, w.packed, kernel_size, geometry):
-            scale, zero_point = grid_of_input()
-            *ends, shifted = int8_convolution.unsigned(x_spec.quant_min, x_spec.quant_max, zero_point)
-            return int8_convolution.pointwise(x, scale, shifted, ends, w, b_hat, channels_last)
+    x, kernel_size = input.detach(), tuple(weight.shape[2:])
+    if (
+        grid_of_input is not None
+        and not needs_grad
+        and int8_convolution.takes_pointwise(x, w.values, w.packed, kernel_size, geometry)
+    ):
+        scale, zero_point = grid_of_input()
+        *ends, shifted = int8_convolution.unsigned(x_spec.quant_min, x_spec.quant_max, zero_point)
+        return int8_convolution.pointwise(x, scale, shifted, ends, w, b_hat, channels_last)
     needs_mask = needs_grad and input.requires_grad and not x_spec.is_dynamic
-    q, mask, scale, zero_point, shifted, poison = quantize_input(input.detach(), needs_mask)
-    nan = input.detach().isnan() if isnan(poison.item()) else None
-    value = int8_convolution.product(
-        Int8Input(q, scale, shifted, nan),
-        w,
-        weight.shape[2:],
-        None if b_hat is None else b_hat.detach(),
-        geometry,
-        channels_last,
+    ops: Any = kernels.extension
+    floats = None if b_hat is None else b_hat.detach().to(torch.float32)
+
+    def integers(*grid: Any) -> tuple[Tensor, ...]:
+        return ops.int8_conv_input(x, *grid, needs_mask)
+
+    def integers_and_result(*grid: Any) -> tuple[Tensor, ...]:
+        sizes = (kernel_size, *geometry[:3])
+        operands = (w.values.flatten(1), w.scale, None if floats is None else floats.contiguous())
+        return ops.int8_conv_depthwise_forward(x, *grid, *operands, *sizes, needs_grad, needs_mask)
+
+    is_fused = int8_convolution.is_depthwise(x, w.values, kernel_size, geometry)
+    q, mask, scale, zero_point, shifted, poison, *result = quantize_input(
+        integers_and_result if is_fused else integers
     )
+    nan = x.isnan() if isnan(poison.item()) else None
+    if result and nan is None:
+        value = result[0] if channels_last else result[0].contiguous()
+    else:
+        if q.dim() == 1:
+            q = ranges.int8_conv_input(integers, x_spec, scale, zero_point)[0]
+        value = int8_convolution.product(
+            Int8Input(q, scale, shifted, nan), w, kernel_size, floats, geometry, channels_last
+        )
     if not needs_grad:
         return value
     of_weight = (None, None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,24 +73,24 @@ def fake_quantize_observed(
     return y, scale, zero_point
 
 
-def int8_conv_input(input: Tensor, with_mask: bool, spec: QuantSpec, *grid: Tensor) -> tuple[Tensor, ...]:
-    """Returns the integers of a convolution's input, for plain tensors on the CPU.
+def int8_conv_input(
+    call: Callable[..., tuple[Tensor, ...]], spec: QuantSpec, *grid: Tensor
+) -> tuple[Tensor, ...]:
+    """Returns what an operator makes of a convolution's input, for plain tensors on the CPU.
 
     Args:
-        input: of any shape.
-        with_mask: whether the mask of the gradient is needed.
+        call: int8_conv_input, or an operator that also computes the result; takes the arguments from
+            ``scale`` to ``input_spec``.
         spec: per tensor.
         grid: scale and zero point, or running_min, running_max and num_batches, which move, or
             nothing for a dynamic range.
 
     Returns:
         The integers (uint8), the mask, the scale and the zero point that quantize the input, the zero
-        point of the integers, and NaN if the input holds a NaN, else 0.
+        point of the integers, and NaN if the input holds a NaN, else 0; then the result, if any.
     """
-    ops: Any = kernels.extension
-    constant = spec.range.averaging_constant if isinstance(spec.range, MovingAverage) else 0.0
     given = (None, None, *grid) if len(grid) == 3 else (*(grid or (None, None)), None, None, None)
-    return ops.int8_conv_input(input, *given, constant, spec.code, with_mask)
+    return call(*given, averaging_constant(spec), spec.code)
 
 
 def qparams_of_range(lo: Tensor, hi: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,7 @@ OPERATORS = {
             elementwise=True,
             internal_on_cpu=(
                 *("int8_conv_input", "int8_conv_scale_", "int8_requantize_", "int8_conv_mask_"),
-                *("int8_conv_depthwise", "int8_conv_depthwise_backward"),
+                *("int8_conv_depthwise", "int8_conv_depthwise_forward", "int8_conv_depthwise_backward"),
                 *("int8_conv_pointwise_weight", "int8_conv_pointwise", "int8_conv_pointwise_requantized"),
             ),
         ),

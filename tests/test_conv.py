@@ -590,6 +590,52 @@ def test_depthwise(arguments, channels, monkeypatch):
         cases.assert_same(channels_last.detach(), expected.detach())
 
 
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(8, range=MovingAverage(0.3)), QuantSpec(7, True, range=Fixed(-1, 1))], ids=str
+)
+@pytest.mark.parametrize("channels", [8, 33, 200])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "stride": 2, "padding": (0, 1)},
+        {"kernel_size": (2, 3), "padding": 2, "dilation": (1, 3)},
+        {"kernel_size": 5, "padding": 2},
+        {"kernel_size": 1, "stride": 3},
+    ],
+    ids=str,
+)
+def test_a_depthwise_convolution_in_one_pass(arguments, channels, spec, needs_grad, monkeypatch, threads):
+    """Results, stored ranges and masks, for rows that no output reads and for values that are not finite."""
+    torch.manual_seed(0)
+    config = QATConfig(spec, SYMMETRIC, None, None)
+    ours = QATConv2d(channels, channels, groups=channels, **arguments, config=config)
+    theirs = copy.deepcopy(ours)
+    for step, count in enumerate((1, 2, 3, 2)):
+        threads(count)
+        x = cases.normal((3, channels, 13, 21), seed=step).to(memory_format=torch.channels_last)
+        if step > 1:
+            x[1, 4, 3, 4], x[2, 2, 12, 20] = torch.inf, torch.nan if step == 3 else -torch.inf
+        results = []
+        for layer in (ours, theirs):
+            with monkeypatch.context() as patch, torch.set_grad_enabled(needs_grad):
+                if layer is theirs:
+                    patch.setattr(kernels, "route", lambda *tensors: None)
+                y = layer(x.requires_grad_(needs_grad))
+                passes = (
+                    torch.autograd.grad(y, x, cases.normal(y.shape))[0] == 0
+                    if needs_grad and step < 3
+                    else None
+                )
+                results.append((y.detach(), passes, layer.state_dict()))
+        (y, passes, state), (y_expected, passes_expected, state_expected) = results
+        cases.assert_same(y, y_expected)
+        assert passes is None or torch.equal(passes, passes_expected)
+        for key, value in state.items():
+            cases.assert_same(value, state_expected[key])
+
+
 @pytest.mark.parametrize("channels", [1, 5, 16, 70])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(

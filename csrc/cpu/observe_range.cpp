@@ -208,15 +208,19 @@ class ToIntegers {
  public:
   using C = opmath_type<T>;
 
-  ToIntegers(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, const QParams& shifted)
+  ToIntegers(const at::Tensor& x, const at::Tensor& mask, const QParams& shifted, bool observes)
       : x_(x.const_data_ptr<T>()),
-        values_(values.mutable_data_ptr<uint8_t>()),
+        observes_(observes),
         mask_(mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr),
         grid_(grids_of<C>(shifted)) {}
 
-  // Widens the range in lo, hi by the finite values. Returns whether all are finite.
-  bool run(int64_t begin, int64_t end, C* lo, C* hi) const {
-    return loop_(x_ + begin, values_ + begin, mask_ ? mask_ + begin / 8 : nullptr, end - begin, grid_, lo, hi);
+  // Writes the integers to `to`, and widens the range in lo, hi by the finite values if it is observed. Returns whether
+  // all are finite.
+  bool run(int64_t begin, int64_t end, uint8_t* to, C* lo, C* hi) const {
+    if (!observes_ && !mask_) {
+      return loops_.quantize_finite(x_ + begin, to, end - begin, grid_);
+    }
+    return loops_.quantize_range(x_ + begin, to, mask_ ? mask_ + begin / 8 : nullptr, end - begin, grid_, lo, hi);
   }
 
   bool has_nan(int64_t begin, int64_t end) const {
@@ -226,9 +230,9 @@ class ToIntegers {
   }
 
  private:
-  decltype(Loops<T>::quantize_range) const loop_ = chosen().loops<T>().quantize_range;
+  const Loops<T>& loops_ = chosen().loops<T>();
   const T* x_;
-  uint8_t* values_;
+  const bool observes_;
   uint8_t* mask_;
   const Grids<C> grid_; // of the integers; its levels are those of the values
 };
@@ -236,7 +240,8 @@ class ToIntegers {
 } // namespace
 
 bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, const QuantSpec& spec,
-    const std::optional<ObservedRange>& range, const QParams& qparams, const at::Tensor& shifted_zero_point) {
+    const std::optional<ObservedRange>& range, const QParams& qparams, const at::Tensor& shifted_zero_point,
+    QuantizePass pass) {
   bool has_nan = false;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "quantize", [&] {
     using C = opmath_type<scalar_t>;
@@ -254,11 +259,11 @@ bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::
     const auto shift = spec.quant_min() < 0 ? 128 : 0;
     *shifted_zero_point.mutable_data_ptr<int32_t>() = *qparams.zero_point.const_data_ptr<int32_t>() + shift;
     const QParams shifted = {qparams.scale, shifted_zero_point, spec.quant_min() + shift, spec.quant_max() + shift};
-    const ToIntegers<scalar_t> integers(x, values, mask, shifted);
+    const ToIntegers<scalar_t> integers(x, mask, shifted, range && !is_seen);
     std::mutex mutex;
-    parallel_over_memory(x.numel(), [&](int64_t begin, int64_t end) {
+    const auto quantize = [&](int64_t begin, int64_t end, uint8_t* to) {
       C lo = 0, hi = 0;
-      const bool is_finite = integers.run(begin, end, &lo, &hi);
+      const bool is_finite = integers.run(begin, end, to, &lo, &hi);
       const bool part_has_nan = !is_finite && integers.has_nan(begin, end);
       const std::lock_guard lock(mutex);
       has_nan |= part_has_nan;
@@ -267,7 +272,15 @@ bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::
         *seen->lo() = widen_lo(*seen->lo(), lo);
         *seen->hi() = widen_hi(*seen->hi(), hi);
       }
-    });
+    };
+    if (pass) {
+      pass(quantize);
+    } else {
+      auto* const to = values.mutable_data_ptr<uint8_t>();
+      parallel_over_memory(x.numel(), [&](int64_t begin, int64_t end) {
+        quantize(begin, end, to + begin);
+      });
+    }
     if (range) {
       seen->move();
     }

@@ -18,44 +18,63 @@ bool is_row_of(const Tensor& x, at::ScalarType dtype, int64_t size) {
   return x.scalar_type() == dtype && x.numel() == size && x.is_contiguous();
 }
 
-} // namespace
+// An input of a convolution and the grid that quantizes it. With `range`, that gives the grid.
+struct ConvInput {
+  QuantSpec spec;
+  Tensor x; // dense
+  QParams qparams;
+  Tensor shifted_zero_point;
+  std::optional<ObservedRange> range;
+};
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> int8_conv_input(const Tensor& input,
-    const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point,
-    const std::optional<Tensor>& running_min, const std::optional<Tensor>& running_max,
-    const std::optional<Tensor>& num_batches, double averaging_constant, at::IntArrayRef code, bool with_mask) {
-  constexpr auto op = "int8_conv_input";
+ConvInput checked_conv_input(const char* op, const Tensor& input, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& zero_point, const std::optional<Tensor>& running_min,
+    const std::optional<Tensor>& running_max, const std::optional<Tensor>& num_batches, double averaging_constant,
+    at::IntArrayRef code) {
   check_float(op, "input", input.scalar_type());
   const auto spec = checked_spec(op, code);
   TORCH_CHECK_VALUE(spec && spec->num_bits <= 8 && spec->granularity.kind == Granularity::per_tensor, op,
       ": expected an input spec of at most 8 bits per tensor, got ", tuple(code));
   const auto x = as_blocks(input, spec->granularity);
   const auto low = spec->quant_min(), high = spec->quant_max();
-  QParams qparams = {Tensor(), Tensor(), low, high};
-  std::optional<ObservedRange> range;
+  ConvInput result = {*spec, x, {Tensor(), Tensor(), low, high}, fresh({}, at::kInt, x), std::nullopt};
   if (running_min) {
     TORCH_CHECK_VALUE(running_max && num_batches, op, ": expected running_max and num_batches with running_min");
-    range = checked_range(op, input, *spec, *running_min, *running_max, *num_batches, averaging_constant);
-    qparams.scale = fresh({}, at::toOpMathType(input.scalar_type()), x);
-    qparams.zero_point = fresh({}, at::kInt, x);
+    result.range = checked_range(op, input, *spec, *running_min, *running_max, *num_batches, averaging_constant);
+    result.qparams.scale = fresh({}, at::toOpMathType(input.scalar_type()), x);
+    result.qparams.zero_point = fresh({}, at::kInt, x);
   } else if (scale) {
     TORCH_CHECK_VALUE(zero_point, op, ": expected a zero point for the given scale");
-    qparams =
+    result.qparams =
         checked_qparams(op, input, *scale, *zero_point, low, high, spec->granularity, input.scalar_type(), "input");
   } else {
-    std::tie(qparams.scale, qparams.zero_point) =
+    std::tie(result.qparams.scale, result.qparams.zero_point) =
         choose_qparams(x, spec->num_bits, spec->symmetric, code.slice(2), spec->narrow_range);
   }
+  return result;
+}
+
+Tensor poison_of(bool has_nan) {
+  return at::full({}, has_nan ? std::numeric_limits<double>::quiet_NaN() : 0.0, at::kFloat);
+}
+
+} // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> int8_conv_input(const Tensor& input,
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point,
+    const std::optional<Tensor>& running_min, const std::optional<Tensor>& running_max,
+    const std::optional<Tensor>& num_batches, double averaging_constant, at::IntArrayRef code, bool with_mask) {
+  const auto of_input = checked_conv_input(
+      "int8_conv_input", input, scale, zero_point, running_min, running_max, num_batches, averaging_constant, code);
+  const auto& [spec, x, qparams, shifted, range] = of_input;
   const auto values = fresh_like(x, at::kByte);
   const auto mask = with_mask ? fresh_mask(x) : Tensor();
-  const auto shifted = fresh({}, at::kInt, x);
-  const bool has_nan = cpu::quantize_to_uint8(x, values, mask, *spec, range, qparams, shifted);
+  const bool has_nan = cpu::quantize_to_uint8(x, values, mask, spec, range, qparams, shifted);
   if (range) {
     bump_versions(*range);
   }
-  const auto poison = at::full({}, has_nan ? std::numeric_limits<double>::quiet_NaN() : 0.0, at::kFloat);
   return {values, with_mask ? mask : fresh({0}, at::kByte, x), qparams.scale.view(at::IntArrayRef()),
-      qparams.zero_point.view(at::IntArrayRef()), shifted, poison};
+      qparams.zero_point.view(at::IntArrayRef()), shifted, poison_of(has_nan)};
 }
 
 Tensor int8_conv_scale_(
@@ -115,21 +134,18 @@ Tensor int8_conv_mask_(const Tensor& grad, const Tensor& mask, const Tensor& val
 
 namespace {
 
-// Checks the integers of the input and the arguments of a depthwise convolution. Returns the shape of its result.
-at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tensor& scale,
-    const Tensor& shifted_zero_point, const Tensor& weight, at::ScalarType weight_dtype, at::IntArrayRef kernel_size,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+// Checks the arguments of a depthwise convolution. Returns the shape of its result.
+at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tensor& weight, at::ScalarType weight_dtype,
+    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   const bool are_pairs = kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2;
-  TORCH_CHECK_VALUE(values.scalar_type() == at::kByte && values.dim() == 4 && are_pairs, op,
-      ": expected uint8 values of 4 dimensions and the arguments of a convolution in two dimensions, got ",
-      name_of(values.scalar_type()), " of shape ", tuple(values.sizes()));
+  TORCH_CHECK_VALUE(values.dim() == 4 && are_pairs, op,
+      ": expected an input of 4 dimensions and the arguments of a convolution in two dimensions, got ",
+      tuple(values.sizes()));
   const auto channels = values.size(1), taps = kernel_size[0] * kernel_size[1];
   TORCH_CHECK_VALUE(weight.scalar_type() == weight_dtype && weight.is_contiguous() && kernel_size[0] > 0 && taps > 0 &&
           taps <= most_depthwise_taps && weight.sizes() == at::IntArrayRef({channels, taps}),
       op, ": expected a weight of ", name_of(weight_dtype), " of shape ", tuple({channels, taps}), " of at most ",
       most_depthwise_taps, " columns, got ", name_of(weight.scalar_type()), " of shape ", tuple(weight.sizes()));
-  TORCH_CHECK_VALUE(is_row_of(scale, at::kFloat, 1) && is_row_of(shifted_zero_point, at::kInt, 1), op,
-      ": expected one scale and zero point of the input");
   at::DimVector shape = {values.size(0), channels};
   for (const size_t d : {0, 1}) {
     const auto reach = values.size(d + 2) + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1;
@@ -140,6 +156,26 @@ at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tens
   return shape;
 }
 
+// Also checks the integers of its input.
+at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tensor& scale,
+    const Tensor& shifted_zero_point, const Tensor& weight, at::ScalarType weight_dtype, at::IntArrayRef kernel_size,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  TORCH_CHECK_VALUE(
+      values.scalar_type() == at::kByte, op, ": expected uint8 values, got ", name_of(values.scalar_type()));
+  TORCH_CHECK_VALUE(is_row_of(scale, at::kFloat, 1) && is_row_of(shifted_zero_point, at::kInt, 1), op,
+      ": expected one scale and zero point of the input");
+  return checked_depthwise(op, values, weight, weight_dtype, kernel_size, stride, padding, dilation);
+}
+
+void check_channels(const char* op, int64_t channels, const Tensor& weight_scale, const std::optional<Tensor>& bias) {
+  TORCH_CHECK_VALUE(is_row_of(weight_scale, at::kFloat, channels) && (!bias || is_row_of(*bias, at::kFloat, channels)),
+      op, ": expected a float32 weight scale and bias per channel, got ", tuple(weight_scale.sizes()));
+}
+
+Tensor depthwise_result(at::IntArrayRef shape, const Tensor& input) {
+  return with_few_page_faults(at::empty(shape, input.options().dtype(at::kFloat), at::MemoryFormat::ChannelsLast));
+}
+
 } // namespace
 
 Tensor int8_conv_depthwise(const Tensor& values, const Tensor& scale, const Tensor& shifted_zero_point,
@@ -148,17 +184,53 @@ Tensor int8_conv_depthwise(const Tensor& values, const Tensor& scale, const Tens
   constexpr auto op = "int8_conv_depthwise";
   const auto shape = checked_depthwise(
       op, values, scale, shifted_zero_point, weight, at::kChar, kernel_size, stride, padding, dilation);
-  const auto channels = values.size(1);
-  TORCH_CHECK_VALUE(is_row_of(weight_scale, at::kFloat, channels) && (!bias || is_row_of(*bias, at::kFloat, channels)),
-      op, ": expected a float32 weight scale and bias per channel, got ", tuple(weight_scale.sizes()));
-  const auto y =
-      with_few_page_faults(at::empty(shape, values.options().dtype(at::kFloat), at::MemoryFormat::ChannelsLast));
+  check_channels(op, values.size(1), weight_scale, bias);
+  const auto y = depthwise_result(shape, values);
   if (y.numel() > 0) {
-    cpu::depthwise({values.contiguous(at::MemoryFormat::ChannelsLast), *shifted_zero_point.const_data_ptr<int32_t>(),
-        weight, kernel_size, stride, padding, dilation, *scale.const_data_ptr<float>(), weight_scale,
-        bias.value_or(Tensor()), y});
+    const cpu::DepthwiseTask task = {values.contiguous(at::MemoryFormat::ChannelsLast), Tensor(), weight, kernel_size,
+        stride, padding, dilation, weight_scale, bias.value_or(Tensor()), y};
+    cpu::depthwise(task.with_grid(scale, shifted_zero_point));
   }
   return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> int8_conv_depthwise_forward(const Tensor& input,
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& zero_point,
+    const std::optional<Tensor>& running_min, const std::optional<Tensor>& running_max,
+    const std::optional<Tensor>& num_batches, double averaging_constant, at::IntArrayRef input_spec,
+    const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias, at::IntArrayRef kernel_size,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool with_values, bool with_mask) {
+  constexpr auto op = "int8_conv_depthwise_forward";
+  constexpr auto format = at::MemoryFormat::ChannelsLast;
+  const auto shape = checked_depthwise(op, input, weight, at::kChar, kernel_size, stride, padding, dilation);
+  check_channels(op, input.size(1), weight_scale, bias);
+  TORCH_CHECK_TYPE(input.scalar_type() != at::kDouble, op, ": expected input to be float32, float16 or bfloat16, got ",
+      name_of(input.scalar_type()));
+  const auto of_input = checked_conv_input(
+      op, input, scale, zero_point, running_min, running_max, num_batches, averaging_constant, input_spec);
+  const auto& [spec, x, qparams, shifted, range] = of_input;
+  const auto y = depthwise_result(shape, x);
+  const bool in_one_pass = x.is_contiguous(format);
+  const auto values = with_values || with_mask || !in_one_pass ? fresh_like(x, at::kByte) : Tensor();
+  const auto mask = with_mask ? fresh_mask(x) : Tensor();
+  const auto task_of = [&](const Tensor& from, const Tensor& kept) -> cpu::DepthwiseTask {
+    return {from, kept, weight, kernel_size, stride, padding, dilation, weight_scale, bias.value_or(Tensor()), y};
+  };
+  bool has_nan = false;
+  if (in_one_pass) {
+    has_nan = cpu::quantize_and_convolve(task_of(x, values), mask, spec, range, qparams, shifted);
+  } else {
+    has_nan = cpu::quantize_to_uint8(x, values, mask, spec, range, qparams, shifted);
+    cpu::depthwise(task_of(values.contiguous(format), Tensor()).with_grid(qparams.scale, shifted));
+  }
+  if (range) {
+    bump_versions(*range);
+  }
+  const auto nothing = [&](const Tensor& made) {
+    return made.defined() ? made : fresh({0}, at::kByte, x);
+  };
+  return {nothing(values), nothing(mask), qparams.scale.view(at::IntArrayRef()),
+      qparams.zero_point.view(at::IntArrayRef()), shifted, poison_of(has_nan), y};
 }
 
 std::tuple<Tensor, Tensor, Tensor> int8_conv_depthwise_backward(const Tensor& grad, const Tensor& values,

@@ -176,7 +176,7 @@ class _QATConv(QuantizedLayer, _ConvNd):
             quantize: Any = partial(ranges.int8_conv_input, spec=config.input)
             grid = None
             if of_input is not None:
-                quantize = partial(of_input.int8_conv_input, reader=self)
+                quantize = partial(of_input.int8_conv_input, input=x.detach(), reader=self)
                 grid = None if of_input.observes else partial(of_input.grid, x, self)
             y = qat_conv_in_one_pass(x, weight, bias, config, quantize, geometry, self._kept, grid)
         else:

@@ -166,16 +166,16 @@ class FakeQuantize(nn.Module):
         self._counts = elements + input.numel(), clipped + (~inside & ~input.isnan()).sum()
 
     def int8_conv_input(
-        self, input: Tensor, with_mask: bool, reader: nn.Module | None = None
+        self, call: Callable[..., tuple[Tensor, ...]], input: Tensor, reader: nn.Module | None = None
     ) -> tuple[Tensor, ...]:
         """Returns :func:`ranges.int8_conv_input`; observes the input where forward would, in the same pass."""
         spec = self.spec
         state = self.state_to_move() if isinstance(spec.range, OBSERVED) else None
         if state is not None:
-            integers = ranges.int8_conv_input(input, with_mask, spec, *state)
-            self.remember(reader, *integers[2:4])
-            return integers
-        return ranges.int8_conv_input(input, with_mask, spec, *self.grid(input, reader))
+            results = ranges.int8_conv_input(call, spec, *state)
+            self.remember(reader, *results[2:4])
+            return results
+        return ranges.int8_conv_input(call, spec, *self.grid(input, reader))
 
     def grid(self, input: Tensor, reader: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """Returns the scale and the zero point that quantize ``input``, and observes it where forward would.

@@ -30,6 +30,23 @@ bool quantize_range_loop(const T* x, uint8_t* q, uint8_t* mask, int64_t n, const
 }
 
 template <class T>
+bool quantize_finite_loop(const T* x, uint8_t* q, int64_t n, const Grids<opmath_type<T>>& grid) {
+  using C = opmath_type<T>;
+  V<C> not_finite = {}; // NaN in lanes that held a NaN or an infinity
+  with_tile<GridKinds::static_range>(grid, 0, 1, [&](auto tile) {
+    const auto row = tile.row(0);
+    const auto zero_point = __builtin_convertvector(row.zero_point, Vec<int32_t, lanes<C>>);
+    map<T, uint8_t, C>(x, q, n, [&](V<C> v, int64_t, int64_t) __attribute__((always_inline)) {
+      not_finite += v - v;
+      return quantize(v, zero_point, row.grid);
+    });
+  });
+  return reduce<C, lanes<C>>(not_finite, [](auto p, auto q) {
+    return p + q;
+  }) == 0;
+}
+
+template <class T>
 void quantize_rows_loop(const T* x, int8_t* q, int64_t rows, int64_t n, const Grids<opmath_type<T>>& grids,
     opmath_type<T>* scale, int64_t* level_sums) {
   using C = opmath_type<T>;

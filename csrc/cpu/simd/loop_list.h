@@ -30,6 +30,8 @@ QATFAST_LOOP(fake_quantize_mask,
 QATFAST_LOOP(fake_quantize_range, bool(const T* x, T* y, uint8_t* mask, int64_t n, const Grids<C>& grid, C* lo, C* hi))
 // The same with the integers of the values.
 QATFAST_LOOP(quantize_range, bool(const T* x, uint8_t* q, uint8_t* mask, int64_t n, const Grids<C>& grid, C* lo, C* hi))
+// The integers alone. Returns whether all values are finite.
+QATFAST_LOOP(quantize_finite, bool(const T* x, uint8_t* q, int64_t n, const Grids<C>& grid))
 // The bits alone, of n values with one grid, from the first bit on.
 QATFAST_LOOP(inside, void(const T* x, uint8_t* mask, int64_t n, const Grids<C>& grid))
 

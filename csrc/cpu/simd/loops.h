@@ -160,19 +160,31 @@ struct ChannelBlock {
   int64_t count;
 };
 
+constexpr int64_t depthwise_vector = 16;     // channels
+constexpr int64_t depthwise_group_size = 64; // channels
+constexpr int64_t depthwise_tile = 16;       // outputs
+
 // Output = (sum of values * weight + offset) * scale + bias, for integers with instructions for dot products. The
-// arrays of the channels are filled up with zeros to a multiple of 16.
+// arrays of the channels are filled up with zeros to a multiple of depthwise_vector.
 struct DepthwiseDotProducts {
   DepthwiseGeometry geometry;
-  const uint8_t* values;
-  int32_t zero_point;    // the value of the padding
-  const int8_t* weight;  // [height of the kernel][quads of its width][channels][4]
+  const int8_t* weight;  // [quads of the kernel's height][its width][channels][4]
   const int32_t* offset; // one per channel, as those below
   const float* scale;
   const float* bias;
-  float* y;
+
+  int64_t quads() const {
+    return (geometry.kernel[0] + 3) / 4;
+  }
+  // The columns that `outputs` neighbouring outputs read.
+  int64_t columns(int64_t outputs) const {
+    return (outputs - 1) * geometry.stride[1] + (geometry.kernel[1] - 1) * geometry.dilation[1] + 1;
+  }
+  int64_t scratch_size() const {
+    return quads() * columns(geometry.output_size[1] < depthwise_tile ? geometry.output_size[1] : depthwise_tile) *
+        depthwise_group_size;
+  }
 };
-constexpr int64_t depthwise_vector = 16; // channels
 
 // Output j of a row = (sum of values * weight + offset[j]) * scale[j] + bias[j] or, without a bias, what is requantized
 // with the factor scale[j]. The arrays of the outputs are filled up with zeros to a multiple of 16.
@@ -203,9 +215,12 @@ struct PointwiseTile {
 
 // Loops for processors with instructions for dot products of uint8 and int8, or null.
 struct DotProductLoops {
-  // `scratch` has (span + 1) * (width + 2 * padding) * count integers, rounded up to vectors, and a vector for its
-  // alignment.
-  void (*depthwise)(const DepthwiseDotProducts& task, const ChannelBlock& block, int32_t* scratch) = nullptr;
+  // Copies a row of columns of `channels` values in the order of the loop below, in which each column is filled up to a
+  // multiple of depthwise_group_size.
+  void (*pack_row)(const uint8_t* values, int64_t columns, int64_t channels, uint8_t* to) = nullptr;
+  // A row of outputs from the rows that it reads, with their padding. `scratch` has scratch_size() integers and the
+  // alignment of a vector.
+  void (*depthwise)(const DepthwiseDotProducts& task, const uint8_t* const* rows, float* y, int32_t* scratch) = nullptr;
   void (*pointwise)(const PointwiseDotProducts& task, const PointwiseTile& tile) = nullptr;
 };
 

@@ -27,6 +27,6 @@
 #endif
 
 namespace qatfast::cpu {
-extern const DotProductLoops avx512_vnni = {depthwise_dot_product_loop, pointwise_dot_product_loop};
+extern const DotProductLoops avx512_vnni = {pack_row_loop, depthwise_dot_product_loop, pointwise_dot_product_loop};
 } // namespace qatfast::cpu
 #endif

@@ -62,8 +62,9 @@ class _Conv(NamedTuple):
 
 def unsigned(quant_min: int, quant_max: int, zero_point: Tensor) -> tuple[int, int, Tensor]:
     """Returns a grid that is moved to the range of uint8."""
-    shift = _SHIFT if quant_min < 0 else 0
-    return quant_min + shift, quant_max + shift, zero_point + shift
+    if quant_min >= 0:
+        return quant_min, quant_max, zero_point
+    return quant_min + _SHIFT, quant_max + _SHIFT, zero_point + _SHIFT
 
 
 def forward(

@@ -9,6 +9,9 @@
 namespace qatfast::cpu {
 namespace {
 
+// Outputs of this size are written past the caches, which would read their memory first: the layer and a ReLU after it
+// take 7 % less time for 6 MB, and 15 % less for 26 MB.
+constexpr size_t uncached_bytes = size_t{4} << 20;
 constexpr int64_t products_per_thread = int64_t{1} << 20; // that are worth a thread
 
 int64_t padded_outputs(int64_t outputs) {
@@ -137,8 +140,10 @@ void pointwise(const PointwiseTask& task) {
   if (!requantizes && biases.defined()) {
     std::copy_n(biases.const_data_ptr<float>(), outputs, bias.data());
   }
+  const bool is_aligned = outputs % 16 == 0 && reinterpret_cast<uintptr_t>(task.y.const_data_ptr()) % 64 == 0;
   const PointwiseDotProducts products = {features, outputs, reinterpret_cast<const int8_t*>(sums + padded),
-      offset.data(), scale.data(), requantizes ? nullptr : bias.data(), low, high, y_scale};
+      offset.data(), scale.data(), requantizes ? nullptr : bias.data(), low, high, y_scale,
+      is_aligned && task.y.nbytes() >= uncached_bytes};
   if (task.input.scalar_type() == at::kByte) {
     return multiply_rows<uint8_t>(task, products);
   }

@@ -198,6 +198,7 @@ struct PointwiseDotProducts {
   float low; // see requantized in quant_math.h
   float high;
   float y_scale;
+  bool bypasses_cache; // for y of whole, aligned vectors
 };
 constexpr int64_t pointwise_block = 64, pointwise_tile_rows = 6;
 

@@ -68,7 +68,11 @@ inline void pointwise_outputs(const PointwiseDotProducts& task, const uint8_t* v
       const auto result = task.bias
           ? int8_output(sum, scale, load<float, float>(task.bias + j))
           : requantized(sum, scale, V<float>{} + task.low, V<float>{} + task.high, V<float>{} + task.y_scale);
-      _mm512_mask_storeu_ps(y + row * task.outputs + j, used, bits_as<__m512>(&result));
+      if (task.bypasses_cache) {
+        _mm512_stream_ps(y + row * task.outputs + j, bits_as<__m512>(&result));
+      } else {
+        _mm512_mask_storeu_ps(y + row * task.outputs + j, used, bits_as<__m512>(&result));
+      }
     }
   }
 }
@@ -107,6 +111,9 @@ void pointwise_dot_product_loop(const PointwiseDotProducts& task, const Pointwis
     for (int64_t j = 0; j < width; j += N) {
       pointwise_columns<1>(task, tile, first + j, weight + j * 4, width * 4);
     }
+  }
+  if (task.bypasses_cache) {
+    _mm_sfence(); // other threads may read the outputs next
   }
 }
 

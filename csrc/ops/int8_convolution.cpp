@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> int8_conv_input(const
   std::optional<ObservedRange> range;
   if (running_min) {
     TORCH_CHECK_VALUE(running_max && num_batches, op, ": expected running_max and num_batches with running_min");
-    range = checked_range(op, input, *spec, *running_min, *running_max, *num_batches, averaging_constant);
+    range.emplace(checked_range(op, input, *spec, *running_min, *running_max, *num_batches, averaging_constant));
     qparams.scale = fresh({}, at::toOpMathType(input.scalar_type()), x);
     qparams.zero_point = fresh({}, at::kInt, x);
   } else if (scale) {

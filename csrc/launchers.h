@@ -29,12 +29,13 @@ using FakeQuantizeAffineBackwardLauncher = void(const at::Tensor& grad, const at
 // `mask` is as above. limit: NaN if there is none
 using ReLULauncher = void(const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, double limit);
 
-// The range that a module keeps. Blocks are in the order of memory.
+// The range that a module keeps, without owning it: copies of tensors that Python holds take its lock. Blocks are in
+// the order of memory.
 struct ObservedRange {
-  at::Tensor running_min; // float32, one element per block, as running_max
-  at::Tensor running_max;
-  at::Tensor num_batches;   // int64, one element
-  float averaging_constant; // 0 for a range that only widens
+  const at::Tensor& running_min; // float32, one element per block, as running_max
+  const at::Tensor& running_max;
+  const at::Tensor& num_batches; // int64, one element
+  float averaging_constant;      // 0 for a range that only widens
 };
 
 using ChooseQParamsLauncher = void(

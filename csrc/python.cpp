@@ -15,6 +15,7 @@
 #include <c10/util/SmallVector.h>
 #include <c10/util/irange.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/csrc/utils/python_numbers.h>
@@ -37,6 +38,20 @@ struct Argument {
   }
   operator Arg() {
     return pybind11::detail::cast_op<Arg>(caster);
+  }
+};
+
+// torch's own caster takes a reference, which costs as much as an allocation.
+template <>
+struct Argument<const at::Tensor&> {
+  const at::Tensor* tensor;
+
+  explicit Argument(PyObject* given) {
+    TORCH_CHECK_TYPE(THPVariable_Check(given), "expected a tensor, got ", Py_TYPE(given)->tp_name);
+    tensor = &THPVariable_Unpack(given);
+  }
+  operator const at::Tensor&() const {
+    return *tensor;
   }
 };
 
@@ -112,20 +127,49 @@ constexpr bool has_cuda = false;
 
 // Whether all arguments are plain dense tensors on a device with kernels, and no mode or functorch transform must see
 // the call.
-PyObject* takes(PyObject*, PyObject* const* args, Py_ssize_t count) {
+bool takes_all(PyObject* const* args, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     if (!THPVariable_CheckExact(args[i])) {
-      Py_RETURN_FALSE;
+      return false;
     }
     const auto& tensor = THPVariable_Unpack(args[i]);
     if (!(tensor.is_cpu() || (has_cuda && tensor.is_cuda())) || tensor.layout() != at::kStrided || tensor.is_nested() ||
         tensor.is_quantized()) {
-      Py_RETURN_FALSE;
+      return false;
     }
   }
-  const bool watched = at::impl::torch_function_mode_enabled() ||
-      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-  return PyBool_FromLong(!watched);
+  return !at::impl::torch_function_mode_enabled() &&
+      !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+PyObject* takes(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return PyBool_FromLong(takes_all(args, count));
+}
+
+// fake_quantize_observed with its spec as a code, for FakeQuantize.forward: a small tensor spends most of its time in
+// Python. None where the arguments need the way through torch.ops or the reference, and in a backward, where a range
+// does not move.
+PyObject* forward_observed(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  constexpr Py_ssize_t tensors = 4;
+  TORCH_CHECK_TYPE(count == tensors + 2, "forward_observed: expected 6 arguments, got ", count);
+  if (!takes_all(args, tensors) || torch::autograd::get_current_graph_task_id() != -1) {
+    Py_RETURN_NONE;
+  }
+  const auto tensor = [&](Py_ssize_t i) -> const at::Tensor& {
+    return THPVariable_Unpack(args[i]);
+  };
+  const auto averaging_constant = THPUtils_unpackDouble(args[tensors]);
+  const Argument<at::IntArrayRef> code(args[tensors + 1]);
+  const auto spec = qatfast::checked_spec("fake_quantize_observed", code);
+  TORCH_CHECK_VALUE(spec, "fake_quantize_observed: expected a spec, got none");
+  auto result = [&] {
+    pybind11::gil_scoped_release no_gil;
+    return qatfast::op::fake_quantize_observed(tensor(0), tensor(1), tensor(2), tensor(3), averaging_constant,
+        spec->num_bits, spec->symmetric, at::IntArrayRef(code).slice(2), spec->narrow_range);
+  }();
+  return pybind11::cast(std::move(result)).release().ptr();
+  END_HANDLE_TH_ERRORS
 }
 
 // observe_range and qat_linear_int8_static in one call: two from Python take longer than the loops of a small layer.
@@ -227,6 +271,7 @@ namespace op = qatfast::op;
 PyMethodDef methods[] = {
     method("takes", takes),
     method("weight_state", weight_state),
+    method("forward_observed", forward_observed),
     method("qat_linear_int8_observed", direct<observed_layer>),
     method("int8_linear_requantized", direct<requantizing_layer>),
 #define QATFAST_OPERATOR(name, ...) method(#name, direct<op::name>),

@@ -221,6 +221,9 @@ class QuantSpec(_Arguments):
     range: Range = Dynamic()
     narrow_range: bool = True
     code: tuple[int, int, int, int] = field(init=False, repr=False, compare=False)
+    is_observed: bool = field(init=False, repr=False, compare=False)  # a quantizer asks in every forward
+    has_state: bool = field(init=False, repr=False, compare=False)  # whether a module has to keep the range
+    averaging_constant: float = field(init=False, repr=False, compare=False)  # of the operators: 0 for MinMax
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_bits", arguments.num_bits("QuantSpec", self.num_bits))
@@ -235,16 +238,15 @@ class QuantSpec(_Arguments):
         if isinstance(self.granularity, PerToken) and not self.is_dynamic:
             raise ValueError(f"QuantSpec: expected Dynamic() for PerToken(), got {self.range}")
         grid = (1 if self.narrow_range else 2) if self.symmetric else 0
+        constant = self.range.averaging_constant if isinstance(self.range, MovingAverage) else 0.0
         object.__setattr__(self, "code", (self.num_bits, grid, *self.granularity.code))
+        object.__setattr__(self, "is_observed", isinstance(self.range, OBSERVED))
+        object.__setattr__(self, "has_state", isinstance(self.range, (*OBSERVED, Learned)))
+        object.__setattr__(self, "averaging_constant", constant)
 
     @property
     def is_dynamic(self) -> bool:
         return isinstance(self.range, Dynamic)
-
-    @property
-    def has_state(self) -> bool:
-        """Whether a module has to keep the range."""
-        return isinstance(self.range, (*OBSERVED, Learned))
 
     @property
     def quant_min(self) -> int:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, functional, kernels, reference
-from .config import Fixed, Learned, MovingAverage, QATConfig, QuantSpec
+from .config import Fixed, Learned, QATConfig, QuantSpec
 
 
 def observe_range(
@@ -33,7 +33,7 @@ def observe_range(
         The scale and the zero point that quantize ``input``: those of the stored range before it
         moves, or of the range of ``input`` if there was none.
     """
-    constant = averaging_constant(spec)
+    constant = spec.averaging_constant
     state = (running_min, running_max, num_batches)
     ops = kernels.route(input, *state)
     if ops is not None:
@@ -62,8 +62,7 @@ def fake_quantize_observed(
     state = (running_min, running_max, num_batches)
     ops = kernels.route(input, *state)
     if ops is not None:
-        constant = averaging_constant(spec)
-        granularity = spec.granularity.code
+        constant, granularity = spec.averaging_constant, spec.granularity.code
         return ops.fake_quantize_observed(
             input, *state, constant, spec.num_bits, spec.symmetric, granularity, spec.narrow_range
         )
@@ -90,7 +89,7 @@ def int8_conv_input(
         point of the integers, and NaN if the input holds a NaN, else 0; then the result, if any.
     """
     given = (None, None, *grid) if len(grid) == 3 else (*(grid or (None, None)), None, None, None)
-    return call(*given, averaging_constant(spec), spec.code)
+    return call(*given, spec.averaging_constant, spec.code)
 
 
 def qparams_of_range(lo: Tensor, hi: Tensor, spec: QuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -203,14 +202,9 @@ def qat_linear_observed(
     if ops is None or ops is torch.ops.qatfast or not input.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
     assert config.input is not None
-    constant = averaging_constant(config.input)
+    constant = config.input.averaging_constant
     y, *grid = ops.qat_linear_int8_observed(input, weight, bias, int8_weight, *state, constant, config.codes)
     return y if y.dtype == input.dtype else y.to(input.dtype), *grid
-
-
-def averaging_constant(spec: QuantSpec) -> float:
-    """Returns that of the operators: 0 for MinMax."""
-    return spec.range.averaging_constant if isinstance(spec.range, MovingAverage) else 0.0
 
 
 def takes_int8_weight(config: QATConfig) -> bool:

@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cases
 import oracle
@@ -337,3 +338,18 @@ def test_opcheck_of_the_two_halves(kernels, shape):
     assert mask.shape == ((x.numel() + 7) // 8,)
     backward = torch.ops.qatfast.fake_quantize_affine_backward
     torch.library.opcheck(backward.default, (cases.normal(shape, seed=1), mask, list(value.stride())))
+
+
+@pytest.mark.parametrize("clipped", [None, 0, 8, 15])
+def test_a_gradient_that_passes_everywhere_is_the_one_that_arrived(kernels, clipped):
+    x, dy = torch.linspace(-1, 1, 16), cases.normal((16,), seed=1)
+    if clipped is not None:
+        x[clipped] = 9.0
+    y = fake_quantize_affine(x.requires_grad_(), 0.1, 0, -10, 10)
+    traced = make_fx(lambda grad: torch.autograd.grad(y, x, grad, retain_graph=True)[0])(dy)
+    assert "fake_quantize_affine_backward" in traced.code  # a graph holds for other values too
+    (dx,) = torch.autograd.grad(y, x, dy)
+    cases.assert_same(dx, torch.where(x.detach() <= 1, dy, 0))
+    assert (dx.data_ptr() == dy.data_ptr()) == (clipped is None)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, x, dy)

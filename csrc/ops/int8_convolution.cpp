@@ -40,7 +40,7 @@ ConvInput checked_conv_input(const char* op, const Tensor& input, const std::opt
   ConvInput result = {*spec, x, {Tensor(), Tensor(), low, high}, fresh({}, at::kInt, x), std::nullopt};
   if (running_min) {
     TORCH_CHECK_VALUE(running_max && num_batches, op, ": expected running_max and num_batches with running_min");
-    result.range = checked_range(op, input, *spec, *running_min, *running_max, *num_batches, averaging_constant);
+    result.range.emplace(checked_range(op, input, *spec, *running_min, *running_max, *num_batches, averaging_constant));
     result.qparams.scale = fresh({}, at::toOpMathType(input.scalar_type()), x);
     result.qparams.zero_point = fresh({}, at::kInt, x);
   } else if (scale) {

@@ -2,6 +2,10 @@
 
 #include "common/memory.h"
 
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
+#include <cstring>
+
 namespace qatfast {
 
 int64_t mask_bytes(const Tensor& x) {
@@ -23,6 +27,22 @@ std::vector<c10::SymInt> contiguous_strides(c10::SymIntArrayRef sizes) {
   return strides;
 }
 
+// Whether the mask has no zeros, as far as it can be read: not on a GPU, where that waits, and not while values do not
+// exist or a graph is recorded. (Bits past the end are zeros.)
+bool passes_everywhere(const Tensor& mask) {
+  using c10::impl::TorchDispatchModeKey;
+  using c10::impl::TorchDispatchModeTLS;
+  const bool is_plain = mask.is_cpu() && mask.has_storage() && !mask.unsafeGetTensorImpl()->is_python_dispatch() &&
+      !mask.key_set().has(c10::DispatchKey::Functionalize) &&
+      !TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::FAKE) &&
+      !TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY);
+  if (!is_plain || mask.numel() == 0) {
+    return false;
+  }
+  const auto* bytes = mask.const_data_ptr<uint8_t>();
+  return bytes[0] == 0xFF && std::memcmp(bytes, bytes + 1, mask.numel() - 1) == 0; // each equals the next
+}
+
 } // namespace
 
 std::vector<c10::SymInt> strides_of_mask(const Tensor& output, at::IntArrayRef granularity) {
@@ -40,8 +60,11 @@ Variable masked(AutogradContext* ctx, const Variable& grad) {
   if (!grad.defined()) {
     return {};
   }
-  const auto stride = ctx->saved_data["stride"].toSymIntVector();
-  return op::fake_quantize_affine_backward(grad, ctx->get_saved_variables()[0], stride);
+  const auto mask = ctx->get_saved_variables()[0];
+  if (passes_everywhere(mask)) {
+    return grad;
+  }
+  return op::fake_quantize_affine_backward(grad, mask, ctx->saved_data["stride"].toSymIntVector());
 }
 
 } // namespace autograd

@@ -68,7 +68,9 @@ Observed observe(const char* op, Wanted wanted, const Tensor& input, const Tenso
   const auto shape = qparams_shape(input, spec.granularity);
   // Blocks of rows lie in the order of the state only in a contiguous tensor.
   const bool is_reordered = spec.granularity.by_rows() && !input.is_contiguous();
-  const auto x = is_reordered ? contiguous(input) : as_blocks(input, spec.granularity);
+  const bool is_copied = is_reordered || !input.is_non_overlapping_and_dense();
+  const auto copy = is_reordered ? contiguous(input) : is_copied ? as_blocks(input, spec.granularity) : Tensor();
+  const auto& x = is_copied ? copy : input; // see ObservedRange
   const bool in_one_pass = x.is_cpu() && !is_reordered && wanted != Wanted::grid;
   Observed result = {in_one_pass ? fresh_like(x, x.scalar_type()) : Tensor(),
       in_one_pass && wanted == Wanted::output_and_mask ? fresh_mask(x) : Tensor(),
@@ -141,21 +143,20 @@ namespace autograd {
 namespace {
 
 struct FakeQuantizeObservedNode : Function<FakeQuantizeObservedNode> {
-  static variable_list forward(AutogradContext* ctx, const Variable& input, const Variable& running_min,
-      const Variable& running_max, const Variable& num_batches, double averaging_constant, int64_t num_bits,
-      bool symmetric, at::IntArrayRef granularity, bool narrow_range) {
+  // observe(input): the operator with all arguments. The state is none of the node's, which would copy it (see
+  // ObservedRange).
+  template <class F>
+  static variable_list forward(
+      AutogradContext* ctx, const Variable& input, at::IntArrayRef granularity, const F& observe) {
     at::AutoDispatchBelowADInplaceOrView below;
-    const auto [output, mask, scale, zero_point] = op::fake_quantize_observed_forward(input, running_min, running_max,
-        num_batches, averaging_constant, num_bits, symmetric, granularity, narrow_range);
+    const auto [output, mask, scale, zero_point] = observe(input);
     save_mask(ctx, mask, strides_of_mask(output, granularity));
     ctx->mark_non_differentiable({scale, zero_point});
     return {output, scale, zero_point};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(9);
-    result[0] = masked(ctx, grads[0]);
-    return result;
+    return {masked(ctx, grads[0]), Variable(), Variable()};
   }
 };
 
@@ -178,8 +179,11 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_observed(const Tensor& input, c
     return {with_tangent(output, tangent), scale, zero_point};
   }
   if (compute_requires_grad(input)) {
-    const auto found = FakeQuantizeObservedNode::apply(input, running_min, running_max, num_batches, averaging_constant,
-        num_bits, symmetric, granularity, narrow_range);
+    const auto observe = [&](const Variable& x) {
+      return op::fake_quantize_observed_forward(
+          x, running_min, running_max, num_batches, averaging_constant, num_bits, symmetric, granularity, narrow_range);
+    };
+    const auto found = FakeQuantizeObservedNode::apply(input, granularity, observe);
     return {found[0], found[1], found[2]};
   }
   return op::fake_quantize_observed.below_autograd(

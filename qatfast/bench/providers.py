@@ -221,7 +221,7 @@ def _ao_fused_op(inputs: Inputs) -> Function:
 def _reference_observed(
     x: Tensor, running_min: Tensor, running_max: Tensor, num_batches: Tensor, spec: QuantSpec
 ) -> tuple[Tensor]:
-    constant = ranges.averaging_constant(spec)
+    constant = spec.averaging_constant
     grid = reference.observe_range(x, running_min, running_max, num_batches, constant, **spec.arguments)
     return (reference.fake_quantize_affine(x, *grid, QUANT_MIN, QUANT_MAX),)
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from .. import arguments, checks, ranges, reference
+from .. import arguments, checks, kernels, ranges, reference
 from ..config import (
-    OBSERVED,
     Dynamic,
     Fixed,
     Granularity,
@@ -131,10 +130,19 @@ class FakeQuantize(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         spec, mode = self.spec, self._mode
-        if mode == QUANTIZE and isinstance(spec.range, OBSERVED):
-            state = self.state_to_move()
-            if state is not None:
-                y, scale, zero_point = ranges.fake_quantize_observed(input, *state, spec)
+        if mode == QUANTIZE and spec.is_observed:
+            extension = kernels.extension  # one call, in half the time that a small tensor takes below
+            if extension is not None and self.training and not self.frozen and not is_dynamo_compiling():
+                own: dict[str, Any] = self._buffers  # nn.Module.__getattr__ takes 0.5 us each
+                state = own["running_min"], own["running_max"], own["num_batches"]
+                found = extension.forward_observed(input, *state, spec.averaging_constant, spec.code)
+                if found is not None:
+                    y, scale, zero_point = found
+                    self._latest[id(None)] = (scale, zero_point)
+                    return y
+            to_move = self.state_to_move()
+            if to_move is not None:
+                y, scale, zero_point = ranges.fake_quantize_observed(input, *to_move, spec)
                 self.remember(None, scale, zero_point)
                 return y
         if mode == FLOAT:
@@ -170,7 +178,7 @@ class FakeQuantize(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Returns :func:`ranges.int8_conv_input`; observes the input where forward would, in the same pass."""
         spec = self.spec
-        state = self.state_to_move() if isinstance(spec.range, OBSERVED) else None
+        state = self.state_to_move() if spec.is_observed else None
         if state is not None:
             results = ranges.int8_conv_input(call, spec, *state)
             self.remember(reader, *results[2:4])
@@ -199,7 +207,7 @@ class FakeQuantize(nn.Module):
         """
         if not self.observes or _in_backward():
             return None
-        own: dict[str, Any] = self._buffers  # nn.Module.__getattr__ takes 0.5 us each
+        own: dict[str, Any] = self._buffers
         return own["running_min"], own["running_max"], own["num_batches"]
 
     def remember(self, reader: nn.Module | None, scale: Tensor, zero_point: Tensor) -> None:

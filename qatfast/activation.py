@@ -21,7 +21,24 @@ def keeps_bits(x: Tensor) -> bool:
     return ops is not None and ops is kernels.extension
 
 
-def relu(x: Tensor, name: str) -> Tensor:
-    """Returns ``F.relu(x)`` or, if the name is ``"relu6"``, ``F.relu6(x)``, with the same gradient."""
+def relu(x: Tensor, name: str, inplace: bool = False) -> Tensor:
+    """Returns ``F.relu(x, inplace)`` or, if the name is ``"relu6"``, ``F.relu6(x, inplace)``."""
     extension: Any = kernels.extension
-    return extension.relu(x, 6.0 if name == "relu6" else None)
+    limit = 6.0 if name == "relu6" else None
+    return _ReLUInPlace.apply(x, limit) if inplace else extension.relu(x, limit)
+
+
+class _ReLUInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float | None) -> Tensor:
+        extension: Any = kernels.extension
+        y, mask = extension.relu_forward(x, limit)
+        ctx.mark_dirty(x.copy_(y))
+        ctx.save_for_backward(mask)
+        ctx.stride = y.stride()
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return torch.ops.qatfast.fake_quantize_affine_backward(dy, mask, ctx.stride), None

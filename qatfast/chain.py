@@ -328,16 +328,24 @@ class Carrier:
     def _own(self) -> Tensor:
         raise NotImplementedError
 
+    def _written(self) -> Tensor:
+        """Returns the tensor for an operation in place."""
+        return self._own()
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
+        if not is_compiling() and func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+            args, kwargs = tree_map(_graph_tensor, (args, kwargs))
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         is_metadata = name in METADATA
         if args and isinstance(args[0], ChainValue) and not _carriers(args[1:], kwargs):
             is_setter = name in ("__set__", "__delete__") and not args[0]._is_open
             if is_metadata or is_setter:  # an attribute or a hook of a copy would be lost
                 with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args, **kwargs)
+                    return func(_graph_tensor(args[0]), *args[1:], **kwargs)
         carriers = _carriers(args, kwargs)
         value = carriers[0]
         if not is_metadata:
@@ -363,15 +371,15 @@ class Carrier:
             name = _name_of_hardtanh(args, kwargs)
         rest = {key: item for key, item in kwargs.items() if key != "input"}
         if chain.is_next(position, name):
-            result = self._own()
+            is_in_place = bool(
+                name == "relu_" or kwargs.get("inplace") or (name != BATCH_NORM and True in args[1:])
+            )
+            result = self._written() if is_in_place and self._is_float else self._own()
             if self._is_float and name in RELUS and activation.keeps_bits(result):
-                result = activation.relu(result, RELUS[name])
+                result = activation.relu(result, RELUS[name], is_in_place)
             elif self._is_float:
                 with torch._C.DisableTorchFunctionSubclass():
                     result = func(result, *args[1:], **rest)
-            is_in_place = (
-                name == "relu_" or kwargs.get("inplace") or (name != BATCH_NORM and True in args[1:])
-            )
             return self._after_step(result, is_in_place)
         is_mover = name in MOVERS and (chain.batch_norm is None or position > 0)
         if not is_mover or (not self._is_float and is_active_dropout(name, args, kwargs)):
@@ -417,6 +425,19 @@ class ChainValue(Carrier, Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return self.view_as(self)  # torch.compile does not trace as_subclass(Tensor)
 
+    def _written(self) -> Tensor:
+        if is_compiling():
+            return self._own()
+        # In place on a view, autograd copies the gradient of its base.
+        with torch._C.DisableTorchFunctionSubclass():
+            base = self._base
+            is_same = (
+                type(base) is Tensor
+                and (base.shape, base.stride()) == (self.shape, self.stride())
+                and base.storage_offset() == self.storage_offset()
+            )
+        return base if is_same else self._own()  # type: ignore[return-value]
+
 
 class ChainProxy(Carrier):
     """Takes the place of ChainValue for tensors of other classes, as torch.export and DTensor have them."""
@@ -445,6 +466,15 @@ def _carriers(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Carrier]:
 
 def _unwrapped(leaf: Any) -> Any:
     return leaf._plain() if isinstance(leaf, Carrier) else leaf
+
+
+def _graph_tensor(leaf: Any) -> Any:
+    """Returns the tensor itself, which stands in the graph, where _unwrapped would return a view of it."""
+    if not isinstance(leaf, Carrier):
+        return leaf
+    if leaf._results or not isinstance(leaf, Tensor):
+        return leaf._plain()
+    return leaf
 
 
 def _name_of_hardtanh(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -170,7 +170,9 @@ def takes_pointwise(
     It takes floats only if it need not copy them.
     """
     extension: Any = kernels.extension
-    if not (extension.has_dot_products and geometry.is_pointwise(kernel_size) and input.dim() in (4, 5)):
+    if not (input.is_cpu and extension.has_dot_products and input.dim() in (4, 5)):
+        return False
+    if not geometry.is_pointwise(kernel_size):
         return False
     if weight.dtype != torch.int8 or input.shape[1] * 255 * 128 >= _INT_LIMIT:
         return False
@@ -210,11 +212,13 @@ def pointwise(
 
 def packed_pointwise(weight: Tensor, packed: dict[Any, Tensor] | None) -> Tensor:
     """Returns the weight as the kernels of a pointwise convolution take it."""
-    packed = {} if packed is None else packed
-    if "pointwise" not in packed:
+    kept = None if packed is None else packed.get("pointwise")
+    if kept is None:
         ops: Any = kernels.extension
-        packed["pointwise"] = ops.int8_conv_pointwise_weight(weight.flatten(1).contiguous())
-    return packed["pointwise"]
+        kept = ops.int8_conv_pointwise_weight(weight.flatten(1).contiguous())
+        if packed is not None:
+            packed["pointwise"] = kept
+    return kept
 
 
 def exact_sums(

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import cases
 import qatfast
@@ -205,6 +206,75 @@ def test_gradients_and_hooks_belong_to_the_result_of_the_layer(kernels, device, 
         assert kept[0].grad is None
     assert all(map(torch.equal, *results))
     assert torch.equal(results[0][0], 2 * results[0][1])
+
+
+class Copy(torch.autograd.Function):
+    """Calls of ``apply`` do not reach ``__torch_function__``."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class InPlace(nn.Module):
+    """Nobody takes what the activation returns. The recorded forward, without ``through``, has no view."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.relu, self.b = nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1)
+        self.through = None
+
+    def forward(self, x):
+        y = self.a(x)
+        view = y.flatten(1) if self.through else None
+        self.relu(y)
+        if self.through:
+            y.retain_grad()
+        self.kept = y, view
+        if self.through == "checkpoint":
+            return checkpoint(self.b, y, use_reentrant=True)
+        return self.b(Copy.apply(y) if self.through == "function" else y)
+
+
+@pytest.mark.parametrize("through", ["layer", "function", "checkpoint"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
+def test_in_place_means_in_place(kernels, device, monkeypatch, through, dtype):
+    x, results = torch.randn(2, 3, 8, 8, device=device), []
+    for keeps_bits in (activation.keeps_bits, lambda _: False):
+        torch.manual_seed(0)
+        net = qatfast.prepare(InPlace().to(device), example_inputs=x)
+        net.through = through
+        monkeypatch.setattr(activation, "keeps_bits", keeps_bits)
+        input = x.clone().requires_grad_()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+            output = net(input)
+        output.float().square().sum().backward()
+        y, view = net.kept
+        assert view.min() == 0
+        assert ("_ReLUInPlaceBackward" in nodes_of(output)) == (not results)
+        results.append((output, y.grad, y, view, input.grad, *(p.grad for p in net.parameters())))
+    for lean, plain in zip(*results, strict=True):
+        assert torch.equal(lean.detach().as_subclass(torch.Tensor), plain.detach())
+
+
+@pytest.mark.parametrize("layer", ["conv2", "linear1"])
+def test_a_gradient_by_the_result_of_the_layer(kernels, device, monkeypatch, layer):
+    x, results = torch.randn(2, 3, 8, 8, device=device), []
+    for keeps_bits in (activation.keeps_bits, lambda _: False):
+        monkeypatch.setattr(activation, "keeps_bits", keeps_bits)
+        net, kept = prepared("module", x), []
+        net.get_submodule(layer).register_forward_hook(lambda *args, kept=kept: kept.append(args[-1]))
+        loss = net(x).square().sum()
+        (grad,) = torch.autograd.grad(loss, kept[0], retain_graph=True)
+        kept[0].retain_grad()
+        loss.backward(inputs=[kept[0]])
+        assert torch.equal(kept[0].grad, grad)
+        results.append(grad)
+    assert torch.equal(*results)
 
 
 def test_without_a_gradient_torch_computes(kernels, device):

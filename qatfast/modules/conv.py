@@ -108,9 +108,10 @@ class _QATConv(QuantizedLayer, _ConvNd):
         else:  # computed from other parameters by a parametrization
             weight, bias = self.weight, self.bias
         dtype = ranges.product_dtype(weight)
-        if isinstance(input, Carrier):  # computed in float32 and rounded once
-            input = input.read_by(self)
-            weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
+        if isinstance(input, Carrier):
+            is_open, input = input._is_open, input.read_by(self)
+            if is_open:  # computed in float32 and rounded once
+                weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
         name = kind_name(type(self))
         checks.operands(name, input, weight, bias)
         x = as_batch(name, input, self.in_channels, self.kernel_size, geometry, pad)

@@ -140,7 +140,9 @@ bias=affine per tensor, output=affine per tensor)
         if open_blocks:
             self._record_call()
         if isinstance(input, Carrier):
-            return self._of_carrier(input)
+            if input._is_open:
+                return self._of_carrier(input)
+            input = input.read_by(self)
         if getattr(input, "is_nested", False):
             return _forward_nested(self, input)
         parameters: dict[str, Any] = self._parameters

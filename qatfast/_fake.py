@@ -49,14 +49,6 @@ def _register_fakes(functions: Sequence[str]) -> None:
         same_device("fake_quantize_affine_backward", grad, mask=mask)
         return torch.empty_strided(grad.shape, stride, dtype=grad.dtype, device=grad.device)
 
-    @fake("relu")
-    def _(input: Tensor, limit: float | None = None) -> Tensor:
-        return torch.empty_like(input)
-
-    @fake("relu_forward")
-    def _(input: Tensor, limit: float | None = None) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(input), mask_of(input)
-
     def qparams(input: Tensor, granularity: Sequence[int]) -> tuple[Tensor, Tensor]:
         shape = checks.shape_of_qparams(input.shape, granularity_from_code(granularity))
         dtype = checks.compute_dtype(input.dtype)
@@ -315,6 +307,7 @@ def _register_fakes(functions: Sequence[str]) -> None:
 
         return fake_kernel
 
+    functions = (*functions, "relu")  # which has no public function
     for op in set(functions) - own:
         fake(op)(like_input(op))
 

@@ -357,3 +357,17 @@ def end_process_group() -> None:
     """
     time.sleep(0.5)
     torch.distributed.destroy_process_group()
+
+
+def kept(function):
+    """Returns the storages that autograd saves in ``function()``, as {address: bytes}."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    return storages, result

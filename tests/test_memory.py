@@ -33,20 +33,6 @@ SHAPES = pytest.mark.parametrize(
 )
 
 
-def kept(function):
-    """Returns the storages that autograd saves in ``function()``, as {address: bytes}."""
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()
-    return storages, result
-
-
 def peak(function, before=lambda: None):
     """Returns the peak of allocated bytes in ``function()`` minus those left by ``before()``."""
     before()
@@ -72,7 +58,7 @@ def bytes_of(*tensors):
 @pytest.mark.parametrize("shape, granularity", cases.FEW_BLOCKS, ids=cases.name)
 def test_fake_quantize_keeps_nothing(ops, shape, granularity, dtype, device):
     x = cases.normal(shape, dtype, device=device, requires_grad=True)
-    storages, y = kept(lambda: ops.fake_quantize(x, granularity=granularity))
+    storages, y = cases.kept(lambda: ops.fake_quantize(x, granularity=granularity))
     assert y.requires_grad
     assert storages == {}
 
@@ -81,14 +67,14 @@ def test_fake_quantize_keeps_nothing(ops, shape, granularity, dtype, device):
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 1000, 4099])
 def test_fake_quantize_affine_keeps_one_bit_an_element(kernels, size, dtype):
     x = cases.normal((size,), dtype, requires_grad=True)
-    storages, _ = kept(lambda: fake_quantize_affine(x, *cases.grid((size,), PerTensor(), dtype)))
+    storages, _ = cases.kept(lambda: fake_quantize_affine(x, *cases.grid((size,), PerTensor(), dtype)))
     assert sum(storages.values()) == math.ceil(size / 8)
 
 
 def test_nothing_is_kept_where_no_gradient_is_asked_for(kernels):
     x = cases.normal((64,))
-    assert kept(lambda: fake_quantize_affine(x, *cases.grid((64,), PerTensor())))[0] == {}
-    assert kept(lambda: functional.qat_linear(*cases.linear(((5,), 16, 6))))[0] == {}
+    assert cases.kept(lambda: fake_quantize_affine(x, *cases.grid((64,), PerTensor())))[0] == {}
+    assert cases.kept(lambda: functional.qat_linear(*cases.linear(((5,), 16, 6))))[0] == {}
 
 
 @SHAPES
@@ -96,7 +82,7 @@ def test_nothing_is_kept_where_no_gradient_is_asked_for(kernels):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 def test_qat_linear_keeps_input_weight_and_quantized_weight_at_most(kernels, shape, config, bias):
     operands = cases.linear(shape, bias=bias, requires_grad=True)
-    storages, _ = kept(lambda: functional.qat_linear(*operands, config=config))
+    storages, _ = cases.kept(lambda: functional.qat_linear(*operands, config=config))
     own = {tensor.untyped_storage().data_ptr() for tensor in operands[:2]}
     extra = sum(size for address, size in storages.items() if address not in own)
     if oracle.uses_int8_gemm(config, shape[1]):
@@ -122,7 +108,7 @@ def test_qat_linear_keeps_only_what_the_wanted_gradients_need(kernels, config):
         of_input, of_weight = integers_of(input), bytes_of(weight)
     for wanted, limit in ((bias, 0), (weight, of_input), (input, of_weight)):
         wanted.requires_grad_()
-        storages, y = kept(lambda: functional.qat_linear(input, weight, bias, config=config))
+        storages, y = cases.kept(lambda: functional.qat_linear(input, weight, bias, config=config))
         assert y.requires_grad
         assert sum(storages.values()) <= limit
         wanted.requires_grad_(False)
@@ -140,7 +126,7 @@ def test_integers_are_less_than_the_input_of_nn_linear(kernels, shape, share, ca
     layer = QATLinear.from_float(linear, config=QATConfig.int8())
 
     def beside_the_weight(module):
-        storages, _ = kept(lambda: module(x))
+        storages, _ = cases.kept(lambda: module(x))
         address = linear.weight.untyped_storage().data_ptr()
         assert address in storages
         return sum(storages.values()) - storages[address]

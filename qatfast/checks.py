@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import kernels
 from .arguments import integer
 from .config import Granularity, PerChannel, PerGroup, PerTensor, checked_granularity
 
@@ -279,6 +280,11 @@ def linear_operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None)
 
 def operands(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Checks dtypes and devices of the arguments of a layer."""
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if kernels.are_plain(*tensors) and input.dtype in FLOAT_DTYPES:
+        dtype, device = input.dtype, input.device
+        if all(other.dtype is dtype and other.device == device for other in tensors[1:]):
+            return
     others = [("weight", weight)] + ([("bias", bias)] if bias is not None else [])
     for name, value in [("input", input), *others]:
         tensor(op, name, value, FLOAT_DTYPES)

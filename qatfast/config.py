@@ -315,9 +315,11 @@ class QATConfig(_Arguments):
     output: QuantSpec | None = QuantSpec()
     codes: tuple[int, ...] = field(init=False, repr=False, compare=False)
     is_dynamic: bool = field(init=False, repr=False, compare=False)
+    has_int32_bias: bool = field(init=False, repr=False, compare=False)
     _int8_gemm_features: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "has_int32_bias", isinstance(self.bias, str) and self.bias == "int32")
         specs = self.specs
         for name, spec in specs.items():
             if spec is not None and not isinstance(spec, QuantSpec):
@@ -340,10 +342,6 @@ class QATConfig(_Arguments):
                 'for bias="int32", got input='
                 f"{self.input} and weight={self.weight}"
             )
-
-    @property
-    def has_int32_bias(self) -> bool:
-        return isinstance(self.bias, str) and self.bias == "int32"
 
     @property
     def specs(self) -> dict[str, QuantSpec | None]:

@@ -119,20 +119,21 @@ def qat_conv(
     )
 
 
-def quantizes_in_one_pass(
-    input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig, geometry: Geometry
-) -> bool:
-    """Returns whether :func:`qat_conv_in_one_pass` computes this layer."""
+def allows_one_pass(config: QATConfig, fan_in: int) -> bool:
+    """Returns whether :func:`qat_conv_in_one_pass` computes layers with this config."""
     x_spec, w_spec = config.input, config.weight
-    if torch.compiler.is_compiling() or x_spec is None or w_spec is None:
-        return False
-    if not w_spec.is_dynamic or not w_spec.symmetric:
+    if x_spec is None or w_spec is None or config.has_int32_bias or not config.uses_int8_gemm(fan_in):
         return False
     if not isinstance(x_spec.granularity, PerTensor) or isinstance(x_spec.range, Learned):
         return False
-    if config.has_int32_bias or not config.uses_int8_gemm(geometry.fan_in(weight)):
+    return w_spec.is_dynamic and w_spec.symmetric
+
+
+def takes_one_pass(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Returns whether it computes layers with these tensors, if the config allows it."""
+    if torch.compiler.is_compiling() or not input.is_cpu or input.numel() == 0:
         return False
-    if not input.is_cpu or input.dtype == torch.float64 or input.dtype != weight.dtype or input.numel() == 0:
+    if input.dtype == torch.float64 or input.dtype != weight.dtype:
         return False
     ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
     return ops is not None and ops is kernels.extension
@@ -163,7 +164,10 @@ def qat_conv_in_one_pass(
     tensors = (input, weight) if bias is None else (input, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     channels_last = is_channels_last(input) or is_channels_last(weight)
-    x, kernel_size = input.detach(), tuple(weight.shape[2:])
+    x, kernel_size = input.detach() if needs_grad else input, tuple(weight.shape[2:])
+    floats = b_hat
+    if b_hat is not None and (b_hat.requires_grad or b_hat.dtype != torch.float32):
+        floats = b_hat.detach().to(torch.float32)
     if (
         grid_of_input is not None
         and not needs_grad
@@ -171,17 +175,16 @@ def qat_conv_in_one_pass(
     ):
         scale, zero_point = grid_of_input()
         *ends, shifted = int8_convolution.unsigned(x_spec.quant_min, x_spec.quant_max, zero_point)
-        return int8_convolution.pointwise(x, scale, shifted, ends, w, b_hat, channels_last)
+        return int8_convolution.pointwise(x, scale, shifted, ends, w, floats, channels_last)
     needs_mask = needs_grad and input.requires_grad and not x_spec.is_dynamic
     ops: Any = kernels.extension
-    floats = None if b_hat is None else b_hat.detach().to(torch.float32)
 
     def integers(*grid: Any) -> tuple[Tensor, ...]:
         return ops.int8_conv_input(x, *grid, needs_mask)
 
     def integers_and_result(*grid: Any) -> tuple[Tensor, ...]:
         sizes = (kernel_size, *geometry[:3])
-        operands = (w.values.flatten(1), w.scale, None if floats is None else floats.contiguous())
+        operands = (w.values, w.scale, None if floats is None else floats.contiguous())
         return ops.int8_conv_depthwise_forward(x, *grid, *operands, *sizes, needs_grad, needs_mask)
 
     is_fused = int8_convolution.is_depthwise(x, w.values, kernel_size, geometry)

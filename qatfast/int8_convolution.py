@@ -124,9 +124,7 @@ def product(
     if is_plain and is_depthwise(q, weight.values, kernel_size, geometry):
         sizes = (tuple(kernel_size), *geometry[:3])
         floats = None if bias is None else bias.to(torch.float32).contiguous()
-        y = ops.int8_conv_depthwise(
-            q, scale, zero_point, weight.values.flatten(1), weight.scale, floats, *sizes
-        )
+        y = ops.int8_conv_depthwise(q, scale, zero_point, weight.values, weight.scale, floats, *sizes)
         return y if channels_last else y.contiguous()
     if is_plain and takes_pointwise(q, weight.values, weight.packed, kernel_size, geometry):
         return pointwise(q, scale, zero_point, (0, 255), weight, bias, channels_last)
@@ -170,7 +168,7 @@ def takes_pointwise(
     It takes floats only if it need not copy them.
     """
     extension: Any = kernels.extension
-    if not (input.is_cpu and extension.has_dot_products and input.dim() in (4, 5)):
+    if geometry.groups != 1 or not (input.is_cpu and extension.has_dot_products and input.dim() in (4, 5)):
         return False
     if not geometry.is_pointwise(kernel_size):
         return False

@@ -137,6 +137,11 @@ def reason() -> str:
     return _reason
 
 
+def are_plain(*tensors: Any) -> bool:
+    """Returns whether the entry points of the extension take these tensors; see :func:`route`."""
+    return extension is not None and not torch.compiler.is_dynamo_compiling() and extension.takes(*tensors)
+
+
 def route(*tensors: Any) -> Any:
     """Returns the module whose operators take these tensors, or None for the reference.
 
@@ -147,7 +152,7 @@ def route(*tensors: Any) -> Any:
     if extension is None:
         _warn_once(f"qatfast runs without its compiled kernels, slowly, with the same results: {_reason}")
         return None
-    if not torch.compiler.is_dynamo_compiling() and extension.takes(*tensors):
+    if are_plain(*tensors):
         return extension
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:

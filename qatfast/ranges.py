@@ -219,8 +219,10 @@ def bias_hat(
     input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig, grids: reference.StaticGrids
 ) -> Tensor | None:
     """Returns the quantized bias of a layer whose weight is a matrix with a row per output channel."""
-    if bias is None or not config.has_int32_bias:
-        return None if bias is None else fake_quantized("bias", bias, config.specs["bias"], grids)
+    if bias is None or config.bias is None:
+        return bias
+    if not config.has_int32_bias:
+        return fake_quantized("bias", bias, config.specs["bias"], grids)
     assert config.input is not None and config.weight is not None
     scales = (
         (grids.get(name) or functional.choose_qparams(tensor.detach(), **spec.arguments))[0]

@@ -110,7 +110,7 @@ def implementation(request, monkeypatch):
     if request.param == "reference":
         monkeypatch.setattr(kernels, "route", lambda *tensors: None)
     elif request.param == "windows":
-        monkeypatch.setattr("qatfast.modules.conv.quantizes_in_one_pass", lambda *arguments: False)
+        monkeypatch.setattr("qatfast.modules.conv.takes_one_pass", lambda *arguments: False)
         monkeypatch.setattr(int8_convolution, "uses_windows", lambda input: True)
         monkeypatch.setattr(int8_convolution, "_WINDOW_BYTES", 1)  # each sample by itself
     return request.param
@@ -569,6 +569,9 @@ def test_a_nan_reaches_the_gradient_of_its_channel_only():
         {"kernel_size": 3, "padding": 1},
         {"kernel_size": 5, "stride": 2, "padding": 3},
         {"kernel_size": (2, 3), "stride": (1, 3), "padding": (0, 2), "dilation": (3, 1)},
+        {"kernel_size": (8, 1), "padding": (4, 0)},
+        {"kernel_size": (4, 2), "stride": (2, 1), "padding": (4, 1), "dilation": (2, 3)},
+        {"kernel_size": (9, 4), "padding": 4},
         {"kernel_size": 3, "padding": 5},
     ],
     ids=str,
@@ -602,6 +605,7 @@ def test_depthwise(arguments, channels, monkeypatch):
         {"kernel_size": 3, "stride": 2, "padding": (0, 1)},
         {"kernel_size": (2, 3), "padding": 2, "dilation": (1, 3)},
         {"kernel_size": 5, "padding": 2},
+        {"kernel_size": (3, 1), "stride": (5, 2), "padding": (3, 0), "dilation": (3, 1)},
         {"kernel_size": 1, "stride": 3},
     ],
     ids=str,

@@ -143,7 +143,8 @@ at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tens
       tuple(values.sizes()));
   const auto channels = values.size(1), taps = kernel_size[0] * kernel_size[1];
   TORCH_CHECK_VALUE(weight.scalar_type() == weight_dtype && weight.is_contiguous() && kernel_size[0] > 0 && taps > 0 &&
-          taps <= most_depthwise_taps && weight.sizes() == at::IntArrayRef({channels, taps}),
+          taps <= most_depthwise_taps && weight.dim() > 0 && weight.size(0) == channels &&
+          weight.numel() == channels * taps,
       op, ": expected a weight of ", name_of(weight_dtype), " of shape ", tuple({channels, taps}), " of at most ",
       most_depthwise_taps, " columns, got ", name_of(weight.scalar_type()), " of shape ", tuple(weight.sizes()));
   at::DimVector shape = {values.size(0), channels};

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .. import checks, ranges, requantization, weight_cache
 from ..chain import Carrier, Chain
 from ..config import PerChannel, PerGroup, QATConfig
-from ..convolution import of_batch, qat_conv, qat_conv_in_one_pass, quantizes_in_one_pass
+from ..convolution import allows_one_pass, of_batch, qat_conv, qat_conv_in_one_pass, takes_one_pass
 from ..functional import fake_quantize
 from ..geometry import Geometry, as_batch, is_channels_last
 from ..int8_convolution import Int8Weight
@@ -39,6 +39,7 @@ class _QATConv(QuantizedLayer, _ConvNd):
     """What all convolutions share."""
 
     _caches_weight: ClassVar[bool] = True  # cached_weights selects layers by this attribute
+    _allows_one_pass: bool = False
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:
@@ -97,6 +98,10 @@ class _QATConv(QuantizedLayer, _ConvNd):
             "output_quantizer": TensorSpec(config.output, (1, self.out_channels, *ones)),
         }
 
+    def _set_mode(self, mode: str) -> None:
+        super()._set_mode(mode)
+        vars(self)["_allows_one_pass"] = mode == QUANTIZE and allows_one_pass(self.config, self._fan_in)
+
     def _apply_to(
         self, input: Tensor, geometry: Geometry, pad: Callable[[Tensor], Tensor] = _unpadded
     ) -> Tensor:
@@ -122,7 +127,7 @@ class _QATConv(QuantizedLayer, _ConvNd):
         else:
             y = self._of_batch(x, weight, bias, geometry, pad)
         y = y if x.dim() == input.dim() else y.squeeze(0)
-        if not (acts and chain.has_readers):  # type: ignore[union-attr]
+        if y.dtype != dtype and not (acts and chain.has_readers):  # type: ignore[union-attr]
             y = y.to(dtype)
         if chain is None or not (acts or self.config.output is None):
             return y
@@ -172,12 +177,12 @@ class _QATConv(QuantizedLayer, _ConvNd):
             y = geometry.convolve(pad(x), weight, bias)
             return y if of_output is None else of_output.forward(y)
         config = self.config
-        if pad is _unpadded and quantizes_in_one_pass(x, weight, bias, config, geometry):
+        if self._allows_one_pass and pad is _unpadded and takes_one_pass(x, weight, bias):
             assert config.input is not None
             quantize: Any = partial(ranges.int8_conv_input, spec=config.input)
             grid = None
             if of_input is not None:
-                quantize = partial(of_input.int8_conv_input, input=x.detach(), reader=self)
+                quantize = partial(of_input.int8_conv_input, input=x, reader=self)
                 grid = None if of_input.observes else partial(of_input.grid, x, self)
             y = qat_conv_in_one_pass(x, weight, bias, config, quantize, geometry, self._kept, grid)
         else:
@@ -191,7 +196,7 @@ class _QATConv(QuantizedLayer, _ConvNd):
             y = of_output.forward(y)
         elif self.config.output is not None:
             y = fake_quantize(y, **of_batch(self.config.output).arguments)  # type: ignore[union-attr]
-        return y.to(ranges.product_dtype(x))
+        return y
 
     def _kept(self, quantize: Callable[[], Any]) -> Any:
         slot = weight_cache.slot_of(self)

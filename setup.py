@@ -143,18 +143,39 @@ def gpus():
         return []
 
 
-def in_one_file(folder):
-    """Writes a file that includes the .cpp files of ``csrc/<folder>``; returns its path.
+def targets_left_out():
+    """Returns the files of csrc/cpu/simd/targets that a build with sanitizers does not need.
+
+    Their loops do not run on this processor, or not with its ATEN_CPU_CAPABILITY, and compiling them
+    takes as long as compiling the others.
+    """
+    if not sanitize:
+        return set()
+    flags = Path("/proc/cpuinfo").read_text()
+    run = {"AVX512": {"avx512", "avx512_vnni"}, "AVX2": {"avx2"}}.get(
+        torch.backends.cpu.get_cpu_capability(), {"baseline"}
+    )
+    if "avx512" in run and "avx512_bf16" in flags:
+        run.add("avx512_bf16")
+    return {path for path in Path("csrc/cpu/simd/targets").glob("*.cpp") if path.stem not in run}
+
+
+def in_one_file(name, *patterns):
+    """Writes a file that includes the files of ``csrc`` with these patterns.
+
+    Returns its path in a list, which is empty if there are no such files.
 
     Compiled separately, each of them spends most of the time on the headers of torch.
     """
-    sources = sorted(Path("csrc", folder).glob("*.cpp"))
+    sources = [source for pattern in patterns for source in sorted(Path("csrc").glob(pattern))]
+    if not sources:
+        return []
     text = "".join(f'#include "{source.relative_to("csrc").as_posix()}"\n' for source in sources)
-    path = Path("build", "csrc", f"{folder}.cpp")
+    path = Path("build", "csrc", f"{name}.cpp")
     if not path.is_file() or path.read_text() != text:  # an unchanged file is not compiled again
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return str(path)
+    return [str(path)]
 
 
 debug = switch("QATFAST_DEBUG")
@@ -202,10 +223,12 @@ if not reason:
             # AddressSanitizer reports what these checks find, which take a fifth of the compiler's time.
             compile_flags += ["-fno-sanitize=null,object-size"]
     # cuda/plan.cpp is host code, which is also tested without CUDA.
-    patterns = ["*.cpp", "cpu/simd/**/*.cpp", "cuda/plan.cpp"]
+    patterns = ["python.cpp", "cpu/simd/targets/*.cpp", "cuda/plan.cpp"]
     # This flag causes a full rebuild after an upgrade of torch: the build ignores the modification
     # times of its headers.
     macros = [("QATFAST_TORCH_VERSION", f'"{torch.__version__}"')]
+    left_out = targets_left_out()
+    macros += [(f"QATFAST_WITHOUT_{path.stem.upper()}", "1") for path in sorted(left_out)]
     kind = CppExtension
     if not record["cuda_reason"]:
         kind = CUDAExtension
@@ -213,12 +236,14 @@ if not reason:
         macros.append(("QATFAST_CUDA", "1"))
         record["cuda"] = True
         record["cuda_architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
+    sources = {path for pattern in patterns for path in Path("csrc").glob(pattern)} - left_out
     extensions.append(
         kind(
             "qatfast._C",
             [
-                *sorted({str(path) for pattern in patterns for path in Path("csrc").glob(pattern)}),
-                *(in_one_file(folder) for folder in ("ops", "cpu") if Path("csrc", folder).is_dir()),
+                *sorted(map(str, sources)),
+                *in_one_file("ops", "ops/*.cpp", "checks.cpp", "library.cpp"),
+                *in_one_file("cpu", "cpu/*.cpp", "cpu/simd/*.cpp"),
             ],
             include_dirs=[str(Path("csrc").resolve())],
             define_macros=macros,

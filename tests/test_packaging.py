@@ -389,6 +389,22 @@ def test_switches_reach_the_compiler_and_the_record(project):
     assert (record["kernels"], record["debug"], record["sanitize"]) == (True, True, "address,undefined")
 
 
+@needs_source
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize("sanitize, compiled", [("", {"baseline", "avx2"}), ("undefined", {"baseline"})])
+def test_a_build_with_sanitizers_has_the_loops_of_this_processor_only(project, sanitize, compiled):
+    (project / "csrc" / "python.cpp").write_text('extern "C" void* PyInit__C() { return nullptr; }\n')
+    targets = project / "csrc" / "cpu" / "simd" / "targets"
+    targets.mkdir(parents=True)
+    for name in ("baseline", "avx2"):
+        (targets / f"{name}.cpp").touch()
+    switches = {"QATFAST_SANITIZE": sanitize, "ATEN_CPU_CAPABILITY": "default", "QATFAST_DEBUG": "1"}
+    run = succeeds(python("setup.py", "-q", "build_ext", "--inplace", cwd=project, **switches))
+    assert set(re.findall(r" -c \S*/targets/(\w+)\.cpp", run.stdout)) == compiled
+    assert ("-DQATFAST_WITHOUT_AVX2=1" in run.stdout) == bool(sanitize)
+    assert "WITHOUT_BASELINE" not in run.stdout
+
+
 FAKE_TORCH = {
     "__init__.py": """
 import os

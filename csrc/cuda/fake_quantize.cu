@@ -2,8 +2,6 @@
 #include "cuda/dynamic_quantize.h"
 #include "cuda/launch.h"
 
-#include <ATen/ops/empty.h>
-
 #include <array>
 #include <cstdlib>
 #include <mutex>
@@ -113,7 +111,7 @@ void launch(c10::ArrayRef<DynamicTask> tasks) {
   at::Tensor partials; // freed in stream order
   if (plans[0].team > 1) {
     using C = opmath_type<T>;
-    partials = at::empty({plans[0].partials()}, first.from.options().dtype(c10::CppTypeToScalarType<C>::value));
+    partials = first.from.new_empty({plans[0].partials()}, c10::CppTypeToScalarType<C>::value);
     launch.tasks[0].partials = partials.mutable_data_ptr();
   }
   const auto* kernel = kernel_for<T, Units>(plans[0].all_held && (tasks.size() == 1 || plans[1].all_held));

@@ -7,8 +7,6 @@
 #include "cuda/static_quantize.cuh"
 #include "cuda/sum.cuh"
 
-#include <ATen/ops/empty.h>
-
 namespace qatfast::cuda {
 namespace {
 
@@ -130,7 +128,7 @@ void fake_quantize_learned_backward(const at::Tensor& grad, const at::Tensor& x,
   at::Tensor sums; // freed in stream order
   const auto stride = levels_of(chunks);
   if (!whole) {
-    sums = at::empty({layout.blocks * stride}, x.options().dtype(at::kDouble));
+    sums = x.new_empty({layout.blocks * stride}, at::kDouble);
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "fake_quantize_learned", [&] {
     using T = scalar_t;

@@ -4,8 +4,6 @@
 #include "cuda/launch.h"
 #include "cuda/static_quantize.cuh"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 
 namespace qatfast::cuda {
@@ -133,7 +131,7 @@ void observe_range(const at::Tensor& x, const QuantSpec& spec, const ObservedRan
     using Team = TeamRange<C>;
     // The flag `counted`, and the teams.
     const auto bytes = static_cast<int64_t>(sizeof(Team)) * (1 + (team > 1 ? layout.blocks : 0));
-    const auto workspace = at::empty({bytes}, x.options().dtype(at::kByte)); // freed in stream order
+    const auto workspace = x.new_empty({bytes}, at::kByte); // freed in stream order
     C10_CUDA_CHECK(cudaMemsetAsync(workspace.mutable_data_ptr(), 0, bytes, stream));
     auto* teams = static_cast<Team*>(workspace.mutable_data_ptr()) + 1;
     const StoredRanges stored{range.running_min.mutable_data_ptr<float>(), range.running_max.mutable_data_ptr<float>(),

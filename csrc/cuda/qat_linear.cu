@@ -3,8 +3,6 @@
 #include "cuda/static_quantize.cuh"
 #include "cuda/launch.h"
 
-#include <ATen/ops/empty.h>
-
 #include <optional>
 
 namespace qatfast::cuda {
@@ -236,8 +234,7 @@ void quantize_rows(const at::Tensor& x, const QuantSpec& spec, const Int8Rows& t
   if (spec.granularity.kind != Granularity::per_tensor) {
     return launch_quantize_rows(x, spec, to, std::nullopt);
   }
-  const QParams qparams{
-      at::empty({}, to.scale.options()), at::empty({}, to.zero_point.options()), spec.quant_min(), spec.quant_max()};
+  const QParams qparams{to.scale.new_empty({}), to.zero_point.new_empty({}), spec.quant_min(), spec.quant_max()};
   choose_qparams(x, spec, qparams.scale, qparams.zero_point);
   launch_quantize_rows(x, spec, to, qparams);
 }

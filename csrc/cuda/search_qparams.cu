@@ -9,8 +9,6 @@
 #include "cuda/static_quantize.cuh"
 #include "cuda/sum.cuh"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <limits>
 
@@ -258,9 +256,9 @@ void search_qparams(const at::Tensor& x, const QuantSpec& spec, const at::Tensor
     at::Tensor ranges, errors; // freed in stream order
     if (!whole) {
       const auto bytes = rows * static_cast<int64_t>(sizeof(RangeKeys<C>));
-      ranges = at::empty({bytes}, x.options().dtype(at::kByte));
+      ranges = x.new_empty({bytes}, at::kByte);
       search.stride = levels_of(pieces);
-      errors = at::empty({rows * factors * search.stride}, x.options().dtype(at::kDouble));
+      errors = x.new_empty({rows * factors * search.stride}, at::kDouble);
       search.ranges = static_cast<RangeKeys<C>*>(ranges.mutable_data_ptr());
       search.errors = errors.mutable_data_ptr<double>();
       C10_CUDA_CHECK(cudaMemsetAsync(search.ranges, 0, bytes, stream));

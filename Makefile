@@ -10,9 +10,9 @@ TEST_ARGS ?=
 DEVICE ?= cpu
 # Add --seconds 0.1 for a short run.
 BENCH_ARGS ?= -rs --benchmark-columns=median,iqr,rounds
-# The tests of each operator (a file in csrc/cpu/), and the tests of all operators.
-SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)) \
-                    tests/test_operators.py tests/test_errors.py)
+# The tests of each operator, and the tests of all operators.
+OPERATORS = $(shell sed -nE 's/^QATFAST_(OPERATOR|MAP).(\w+).*/\2/p' csrc/operator_list.h)
+SANITIZE_TESTS ?= $(wildcard $(OPERATORS:%=tests/test_%.py) tests/test_operators.py tests/test_errors.py)
 SANITIZE_ARGS ?= -n 2
 
 PY := $(VENV)/bin/python

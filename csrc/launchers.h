@@ -20,7 +20,7 @@ struct FakeQuantizeTask {
 using FakeQuantizeLauncher = void(const FakeQuantizeTask& task);
 
 // `mask` receives one bit per element in memory order, set if the gradient passes; undefined if it is not needed.
-using FakeQuantizeAffineLauncher = void(
+using MapLauncher = void(
     const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, const QParams& qparams, Layout layout);
 
 // `to` is `grad` if the element's bit is set, else zero; both have the memory order of the mask.
@@ -86,7 +86,6 @@ using Int8EpilogueLauncher = void(const Int8EpilogueTask& task);
 // The weight and the bias of one layer before its product, together, so that a device can share one launch.
 using QATLinearLauncher = void(c10::ArrayRef<FakeQuantizeTask> weight_and_bias);
 
-#define QATFAST_OPERATOR(...)
 #define QATFAST_LAUNCHER(name, ...) \
   namespace cpu {                   \
   __VA_ARGS__ name;                 \
@@ -95,18 +94,16 @@ using QATLinearLauncher = void(c10::ArrayRef<FakeQuantizeTask> weight_and_bias);
   __VA_ARGS__ name;                 \
   }
 #include "operator_list.h"
-#undef QATFAST_OPERATOR
-#undef QATFAST_LAUNCHER
 
 // What observes a range, which each device divides in its own way.
 namespace cpu {
 
 // Moves the stored range by `x`; scale and zero_point receive what quantizes `x`, and `to` the result, unless it is
-// undefined. `to` is not `x`; `mask` is as in FakeQuantizeAffineLauncher.
+// undefined. `to` is not `x`; `mask` is as in MapLauncher.
 void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at::Tensor& mask, const QuantSpec& spec,
     const ObservedRange& range, const at::Tensor& scale, const at::Tensor& zero_point);
 
-// The mask of FakeQuantizeAffineLauncher alone, of the contiguous tensor x with one grid.
+// The mask of MapLauncher alone, of the contiguous tensor x with one grid.
 void inside(const at::Tensor& x, const at::Tensor& mask, const QParams& qparams);
 
 // Quantizes elements [begin, end) of a tensor to `to` and, if there are any, to `quads`; begins at a multiple of 8 if
@@ -116,7 +113,7 @@ using QuantizeRun = c10::function_ref<void(int64_t begin, int64_t end, uint8_t* 
 using QuantizePass = c10::function_ref<void(QuantizeRun quantize)>;
 
 // The integers of the dense tensor x with one grid as uint8; a grid below 0 is moved up by 128, its zero point too.
-// `mask` is as in FakeQuantizeAffineLauncher. With `range`, that gives the grid, and moves as in
+// `mask` is as in MapLauncher. With `range`, that gives the grid, and moves as in
 // fake_quantize_observed. `pass` is called when the grid is known; if it is null, `values` receives the integers.
 // Returns whether x holds a NaN.
 bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, const QuantSpec& spec,

@@ -7,21 +7,17 @@
 
 #include <vector>
 
-#define QATFAST_LAUNCHER(...)
-
 namespace qatfast {
 
 TORCH_LIBRARY(qatfast, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
 #define QATFAST_OPERATOR(name, devices, gradient, schema, ...) m.def(#name schema, tags);
 #include "operator_list.h"
-#undef QATFAST_OPERATOR
 }
 
 TORCH_LIBRARY_IMPL(qatfast, CPU, m) {
 #define QATFAST_OPERATOR(name, ...) m.impl(#name, kernel::name);
 #include "operator_list.h"
-#undef QATFAST_OPERATOR
 }
 
 #ifdef QATFAST_CUDA
@@ -30,7 +26,6 @@ TORCH_LIBRARY_IMPL(qatfast, CUDA, m) {
 #define QATFAST_ON_cpu(name)
 #define QATFAST_OPERATOR(name, devices, ...) QATFAST_ON_##devices(name)
 #include "operator_list.h"
-#undef QATFAST_OPERATOR
 }
 #endif
 
@@ -40,7 +35,6 @@ TORCH_LIBRARY_IMPL(qatfast, Autograd, m) {
 #define QATFAST_GRADIENT_undefined(name) m.impl(#name, torch::autograd::autogradNotImplementedFallback());
 #define QATFAST_OPERATOR(name, devices, gradient, ...) QATFAST_GRADIENT_##gradient(name)
 #include "operator_list.h"
-#undef QATFAST_OPERATOR
 }
 
 namespace {

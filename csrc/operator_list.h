@@ -1,16 +1,46 @@
 // The table of contents: every operator and its launcher. Included several times, each time with other definitions of
-// the two macros, so that a signature stands in one place; therefore without an include guard.
+// some of the macros, so that a signature stands in one place; therefore without an include guard.
 //
 //     QATFAST_OPERATOR(name, devices, gradient, schema, signature)
 //     QATFAST_LAUNCHER(name, signature)
+//     QATFAST_MAP(name)
 //
 // devices: `all`, or `cpu` if there is no CUDA kernel.
 // gradient: `node`: autograd::name runs on the Autograd key; `none`: the results never require grad; `undefined`:
 // differentiating the operator is an error, for operators that others call below autograd.
 // signature: of op::, kernel:: and autograd::name (operators.h), or of cpu::name and cuda::name (launchers.h).
 //
+// QATFAST_MAP: an operator that computes each element from itself and the grid of a static range, and `name`_forward,
+// which also returns the mask of its gradient. All code of both follows from two formulas of common/quant_math.h:
+// `name` is the value, never -0.0, and `name`_forward that and whether the gradient passes (static_range.* of ops/,
+// cpu/ and cuda/).
+//
 // granularity: (kind, argument), kind 0 per tensor, 1 per channel (axis), 2 per group (group_size), 3 per token.
 // specs: LinearSpecs (common/qparams.h); weight_spec is one of its codes.
+//
+// Names in ..._forward: also returns what the backward needs.
+// mask: one bit per element in the memory order of the output (on a GPU of a contiguous one if blocks are rows).
+
+#ifndef QATFAST_OPERATOR
+#define QATFAST_OPERATOR(...)
+#endif
+#ifndef QATFAST_LAUNCHER
+#define QATFAST_LAUNCHER(...)
+#endif
+#ifndef QATFAST_MAP
+#define QATFAST_MAP(name)                                                                                              \
+  QATFAST_OPERATOR(name, all, node,                                                                                    \
+      "(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int[2] granularity=[0, 0]) "      \
+      "-> Tensor",                                                                                                     \
+      Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max, \
+          at::IntArrayRef granularity))                                                                                \
+  QATFAST_OPERATOR(name##_forward, all, undefined,                                                                     \
+      "(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int[2] granularity=[0, 0]) "      \
+      "-> (Tensor output, Tensor mask)",                                                                               \
+      std::tuple<Tensor, Tensor>(const Tensor& input, const Tensor& scale, const Tensor& zero_point,                   \
+          int64_t quant_min, int64_t quant_max, at::IntArrayRef granularity))                                          \
+  QATFAST_LAUNCHER(name, MapLauncher)
+#endif
 
 QATFAST_OPERATOR(fake_quantize, all, node,
     "(Tensor input, int num_bits=8, bool symmetric=False, int[2] granularity=[0, 0], bool "
@@ -18,12 +48,7 @@ QATFAST_OPERATOR(fake_quantize, all, node,
     Tensor(const Tensor& input, int64_t num_bits, bool symmetric, at::IntArrayRef granularity, bool narrow_range))
 QATFAST_LAUNCHER(fake_quantize, FakeQuantizeLauncher)
 
-QATFAST_OPERATOR(fake_quantize_affine, all, node,
-    "(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int[2] "
-    "granularity=[0, 0]) -> Tensor",
-    Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
-        at::IntArrayRef granularity))
-QATFAST_LAUNCHER(fake_quantize_affine, FakeQuantizeAffineLauncher)
+QATFAST_MAP(fake_quantize_affine)
 
 QATFAST_OPERATOR(choose_qparams, all, none,
     "(Tensor input, int num_bits=8, bool symmetric=False, int[2] granularity=[0, 0], bool "
@@ -92,14 +117,6 @@ QATFAST_OPERATOR(qparams_of_range, cpu, none,
     "(Tensor scale, Tensor zero_point)",
     std::tuple<Tensor, Tensor>(
         const Tensor& lo, const Tensor& hi, int64_t num_bits, bool symmetric, bool narrow_range, at::ScalarType dtype))
-
-// Names in ..._forward: also returns what the backward needs.
-// mask: one bit per element in the memory order of the output (on a GPU of a contiguous one if blocks are rows).
-QATFAST_OPERATOR(fake_quantize_affine_forward, all, undefined,
-    "(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int[2] "
-    "granularity=[0, 0]) -> (Tensor output, Tensor mask)",
-    std::tuple<Tensor, Tensor>(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
-        int64_t quant_max, at::IntArrayRef granularity))
 
 QATFAST_OPERATOR(fake_quantize_observed_forward, all, undefined,
     "(Tensor input, Tensor(a!) running_min, Tensor(b!) running_max, Tensor(c!) num_batches, float "
@@ -287,3 +304,7 @@ QATFAST_OPERATOR(int8_conv_pointwise_requantized, cpu, undefined,
 QATFAST_LAUNCHER(quantize_rows, QuantizeRowsLauncher)
 QATFAST_LAUNCHER(quantize_rows_static, QuantizeRowsStaticLauncher)
 QATFAST_LAUNCHER(int8_epilogue, Int8EpilogueLauncher)
+
+#undef QATFAST_OPERATOR
+#undef QATFAST_LAUNCHER
+#undef QATFAST_MAP

@@ -48,10 +48,7 @@ struct Operator<Name, Result(Args...)> {
   namespace autograd {                                             \
   op::name##_signature name;                                       \
   }
-#define QATFAST_LAUNCHER(name, ...)
 #include "operator_list.h"
-#undef QATFAST_LAUNCHER
-#undef QATFAST_OPERATOR
 
 // What runs on the autocast keys.
 namespace autocast {

@@ -275,10 +275,7 @@ PyMethodDef methods[] = {
     method("qat_linear_int8_observed", direct<observed_layer>),
     method("int8_linear_requantized", direct<requantizing_layer>),
 #define QATFAST_OPERATOR(name, ...) method(#name, direct<op::name>),
-#define QATFAST_LAUNCHER(...)
 #include "operator_list.h"
-#undef QATFAST_OPERATOR
-#undef QATFAST_LAUNCHER
     {nullptr, nullptr, 0, nullptr},
 };
 

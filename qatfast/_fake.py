@@ -54,8 +54,7 @@ def _register_fakes(functions: Sequence[str]) -> None:
         dtype = checks.compute_dtype(input.dtype)
         return input.new_empty(shape, dtype=dtype), input.new_empty(shape, dtype=torch.int32)
 
-    @fake("choose_qparams")
-    def _(
+    def of_dynamic_range(
         input: Tensor,
         num_bits: int = 8,
         symmetric: bool = False,
@@ -65,30 +64,14 @@ def _register_fakes(functions: Sequence[str]) -> None:
     ) -> tuple[Tensor, Tensor]:
         return qparams(input, granularity)
 
-    @fake("search_qparams")
-    def _(
-        input: Tensor,
-        num_bits: int = 8,
-        symmetric: bool = False,
-        granularity: Sequence[int] = (0, 0),
-        *_: Any,
-        **__: Any,
-    ) -> tuple[Tensor, Tensor]:
-        return qparams(input, granularity)
+    fake("choose_qparams")(of_dynamic_range)
+    fake("search_qparams")(of_dynamic_range)
 
     @fake("observe_range")
     def _(
-        input: Tensor,
-        running_min: Tensor,
-        running_max: Tensor,
-        num_batches: Tensor,
-        averaging_constant: float,
-        num_bits: int,
-        symmetric: bool,
-        granularity: Sequence[int],
-        narrow_range: bool,
+        input: Tensor, running_min: Tensor, running_max: Tensor, num_batches: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor]:
-        return qparams(input, granularity)
+        return qparams(input, rest[3])
 
     @fake("fake_quantize_observed")
     def _(

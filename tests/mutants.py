@@ -173,7 +173,7 @@ MUTANTS = (
     ),
     Mutant(
         "the bits of a mask in the wrong order",
-        "cuda/fake_quantize_affine.cu",
+        "cuda/static_range.cu",
         "static_cast<unsigned>(i < count && passes) << i",
         "static_cast<unsigned>(i < count && passes) << (N - 1 - i)",
         AFFINE,

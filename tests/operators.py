@@ -70,18 +70,9 @@ class Operator:
     elementwise: bool = False
     # The devices that have kernels.
     devices: tuple[str, ...] = ("cpu", "cuda")
-    # Its internal operators, which have no public function.
-    internal: tuple[str, ...] = ()
-
-    # Further such operators, which have kernels for the CPU only.
-    internal_on_cpu: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name
-
-    def schemas(self, device: str = "cpu") -> tuple[str, ...]:
-        """Returns the names of all its operators that have kernels for ``device``."""
-        return (self.name, *self.internal, *(self.internal_on_cpu if device == "cpu" else ()))
 
     @property
     def takes_granularity(self) -> bool:
@@ -141,65 +132,13 @@ OPERATORS = {
     operator.name: operator
     for operator in (
         Operator("fake_quantize", _dynamic_range, differentiable=("input",), elementwise=True),
-        Operator(
-            "fake_quantize_affine",
-            _static_range,
-            differentiable=("input",),
-            elementwise=True,
-            internal=(
-                "fake_quantize_affine_forward",
-                "fake_quantize_affine_backward",
-                "relu",
-                "relu_forward",
-                "fake_quantize_observed",
-                "fake_quantize_observed_forward",
-            ),
-        ),
-        Operator(
-            "choose_qparams",
-            _dynamic_range,
-            internal=("observe_range",),
-            internal_on_cpu=("qparams_of_range",),
-        ),
+        Operator("fake_quantize_affine", _static_range, differentiable=("input",), elementwise=True),
+        Operator("choose_qparams", _dynamic_range),
         Operator("search_qparams", _dynamic_range),
-        Operator(
-            "fake_quantize_learned",
-            _static_range,
-            differentiable=("input", "scale"),
-            elementwise=True,
-            internal=("fake_quantize_learned_backward",),
-        ),
-        Operator(
-            "quantize",
-            _static_range,
-            elementwise=True,
-            internal_on_cpu=(
-                *("int8_conv_input", "int8_conv_scale_", "int8_requantize_", "int8_conv_mask_"),
-                *("int8_conv_depthwise", "int8_conv_depthwise_forward", "int8_conv_depthwise_backward"),
-                *("int8_conv_pointwise_weight", "int8_conv_pointwise", "int8_conv_pointwise_requantized"),
-            ),
-        ),
+        Operator("fake_quantize_learned", _static_range, differentiable=("input", "scale"), elementwise=True),
+        Operator("quantize", _static_range, elementwise=True),
         Operator("dequantize", _integers, elementwise=True),
-        Operator(
-            "qat_linear",
-            _layers,
-            differentiable=("input", "weight", "bias"),
-            internal=(
-                "qat_linear_forward",
-                "qat_linear_int8_weight",
-                "qat_linear_int8",
-                "qat_linear_int8_forward",
-                "qat_linear_int8_input",
-                "qat_linear_int8_backward",
-                "qat_linear_grad_weight",
-                "int8_product",
-                "qat_linear_int8_static",
-            ),
-            internal_on_cpu=(
-                "qat_linear_int8_static_forward",
-                "qat_linear_int8_static_backward",
-            ),
-        ),
+        Operator("qat_linear", _layers, differentiable=("input", "weight", "bias")),
     )
 }
 

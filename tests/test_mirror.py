@@ -3,6 +3,7 @@
 import inspect
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,13 +13,10 @@ from operators import IMPLEMENTATIONS, OPERATORS, operators
 from qatfast import functional, reference
 
 ROOT = Path(__file__).parent.parent
-LAUNCHERS = "csrc/{device}/{op}.*"
-# The files of an operator, with a launcher per device.
-PLACES = ("csrc/ops/{op}.cpp", LAUNCHERS, "tests/test_{op}.py")
 # Other sources of a device.
 SHARED = {
-    "cpu": {"copy", "observe_range", "int8_convolution", "depthwise", "pointwise", "relu"},
-    "cuda": {"plan", "observe_range", "relu"},
+    "cpu": {"copy", "observe_range", "int8_convolution", "depthwise", "pointwise", "relu", "static_range"},
+    "cuda": {"plan", "observe_range", "relu", "static_range"},
 }
 SOURCES = {".cpp", ".cu"}
 SCHEMAS = ROOT / "csrc" / "operator_list.h"
@@ -29,10 +27,25 @@ ON_EACH_DEVICE = pytest.mark.parametrize(
 )
 
 
-def schemas():
-    """Returns {operator: schema} as the source defines them."""
-    source = re.sub(r'"\s*\n\s*"', "", SCHEMAS.read_text())
-    return dict(re.findall(r'^QATFAST_OPERATOR\((\w+), \w+, \w+,\s*"([^"]+)"', source, re.MULTILINE))
+class Schema(NamedTuple):
+    devices: tuple[str, ...]
+    text: str
+
+
+def operator_list():
+    """Returns {operator: Schema} and the operators of QATFAST_MAP as the source defines them."""
+    source = SCHEMAS.read_text().replace("\\\n", "\n")
+    before, of_map, after = re.split(r"^#define QATFAST_MAP\(name\)\s(.*?)^#endif", source, flags=re.M | re.S)
+    mapped = re.findall(r"^QATFAST_MAP\((\w+)\)", after, re.MULTILINE)
+    source = before + after + "".join(re.sub(r"\bname(##)?", op, of_map) for op in mapped)
+    found = re.findall(r'^ *QATFAST_OPERATOR\((\w+), (\w+), \w+,((?:\s*"[^"]+")+)', source, re.MULTILINE)
+    devices = {"all": ("cpu", "cuda"), "cpu": ("cpu",)}
+    return {
+        op: Schema(devices[kind], "".join(re.findall(r'"([^"]+)"', text))) for op, kind, text in found
+    }, mapped
+
+
+SCHEMA_OF, MAPPED = operator_list()
 
 
 def test_there_are_no_others():
@@ -42,9 +55,7 @@ def test_there_are_no_others():
         if inspect.isfunction(value) and name[0] != "_" and value.__module__ == functional.__name__
     }
     assert public == {*OPERATORS}, "each public function has an entry in tests/operators.py"
-    names = [name for op in operators() for name in op.schemas()]
-    assert len(names) == len({*names})
-    assert {*schemas()} == {*names}, "each schema is an operator, or internal to one, in tests/operators.py"
+    assert public <= {*SCHEMA_OF}, "each public function has an entry in csrc/operator_list.h"
 
 
 @OPS
@@ -63,7 +74,7 @@ def test_the_reference_has_the_same_signature(op):
 
 @OPS
 def test_the_schema_has_the_same_arguments(op):
-    arguments = schemas()[op.name].split("(", 1)[1].rsplit(") ->", 1)[0]
+    arguments = SCHEMA_OF[op.name].text.split("(", 1)[1].rsplit(") ->", 1)[0]
     names = [
         argument.split()[-1].split("=")[0] for argument in re.sub(r"\[[^\]]*\]", "", arguments).split(", ")
     ]
@@ -73,10 +84,9 @@ def test_the_schema_has_the_same_arguments(op):
     assert names == public
 
 
-@OPS
-def test_torch_ops_has_it(kernels, op):
-    for name in op.schemas():
-        assert str(getattr(torch.ops.qatfast, name).default._schema).startswith(f"qatfast::{name}(")
+@pytest.mark.parametrize("name", SCHEMA_OF)
+def test_torch_ops_has_it(kernels, name):
+    assert str(getattr(torch.ops.qatfast, name).default._schema).startswith(f"qatfast::{name}(")
 
 
 @OPS
@@ -85,18 +95,18 @@ def test_the_direct_entry_has_it(kernels, op):
 
 
 @OPS
-@pytest.mark.parametrize("place", PLACES)
-def test_it_has_its_files(op, place):
-    for device in op.devices:
-        path = place.format(op=op, device=device)
-        assert list(ROOT.glob(path)), f"there is no {path}"
+def test_it_has_its_files(op):
+    places = ["tests/test_{op}.py"] if op.name in MAPPED else ["tests/test_{op}.py", "csrc/ops/{op}.cpp"]
+    for place in places:
+        assert (ROOT / place.format(op=op)).is_file(), f"there is no {place.format(op=op)}"
 
 
 @pytest.mark.parametrize("name_of_device", SHARED)
 def test_no_other_file_of_a_device_is_an_operator_of_another_name(name_of_device):
     folder = ROOT / "csrc" / name_of_device
     files = {path.stem for path in folder.iterdir() if path.suffix in SOURCES}
-    known = {*(op.name for op in operators(name_of_device)), *SHARED[name_of_device]}
+    own = {op.name for op in operators(name_of_device)} - {*MAPPED}
+    known = own | SHARED[name_of_device]
     assert files <= known, "no operator of tests/operators.py has these files"
 
 
@@ -148,12 +158,15 @@ def assert_launches(source, function):
     assert not any(map(throws_always, bodies)), f"the launcher {function} throws whatever it is given"
 
 
-@ON_EACH_DEVICE
+@pytest.mark.parametrize(
+    "op, name_of_device",
+    [(op, device) for op in operators() if op.name not in MAPPED for device in op.devices],
+    ids=str,
+)
 def test_its_file_defines_the_launcher(op, name_of_device):
-    (file,) = (
-        path for path in ROOT.glob(LAUNCHERS.format(op=op, device=name_of_device)) if path.suffix in SOURCES
-    )
-    source = file.read_text()
+    files = [path for path in (ROOT / "csrc" / name_of_device).glob(f"{op}.*") if path.suffix in SOURCES]
+    assert len(files) == 1, f"expected one file csrc/{name_of_device}/{op}.*, found {files}"
+    source = files[0].read_text()
     assert_launches(source, op.name if bodies_of(source, op.name) else f"{op.name}_backward")
 
 
@@ -198,13 +211,14 @@ def test_what_is_no_launcher_is_found(source):
         assert_launches(source, "scaled")
 
 
-@ON_EACH_DEVICE
-def test_the_kernel_is_registered(kernels, op, name_of_device):
+@pytest.mark.parametrize(
+    "name, name_of_device",
+    [(name, device) for name, schema in SCHEMA_OF.items() for device in schema.devices],
+)
+def test_the_kernel_is_registered(kernels, name, name_of_device):
     if name_of_device == "cuda" and not kernels.has_cuda:
         pytest.skip("the extension is built without CUDA")
-    for name in op.schemas(name_of_device):
-        key = name_of_device.upper()
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qatfast::{name}", key), name
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"qatfast::{name}", name_of_device.upper())
 
 
 @ON_EACH_DEVICE

@@ -215,10 +215,15 @@ QATFAST_FORMULA ReciprocalGrid<T> widened(const ReciprocalGrid<T>& grid) {
   return {{grid.scale, grid.lo - 1, grid.hi + 1}, grid.reciprocal, grid.least - grid.scale, grid.most + grid.scale};
 }
 
+template <class T, class G>
+C10_HOST_DEVICE static inline T fake_quantize_affine(T x, const G& grid) {
+  return fake_quantize(x, grid);
+}
+
 // The same, and whether quant_min <= round(x / scale) + zero_point <= quant_max: the widened grid has one level outside
 // of each end for everything outside. Vectors have all ones in such a lane. NaN is outside.
 template <class T, class G>
-C10_HOST_DEVICE static inline auto fake_quantize_inside(T x, const G& grid) {
+C10_HOST_DEVICE static inline auto fake_quantize_affine_forward(T x, const G& grid) {
   const T level = level_of(x, widened(grid));
   return std::pair(value_of(clamp(level, grid.lo, grid.hi), grid.scale), (grid.lo <= level) & (level <= grid.hi));
 }
@@ -231,7 +236,7 @@ QATFAST_FORMULA T magnitude_of_learned(T scale) {
 }
 
 // `grad` times the derivative of fake_quantize(x, grid) by the scale (0 where x is NaN), and whether the gradient
-// passes to x, as in fake_quantize_inside.
+// passes to x, as in fake_quantize_affine_forward.
 template <class T, class G>
 C10_HOST_DEVICE static inline auto learned_gradient(T x, T grad, const G& grid) {
   const T position = position_of(x, widened(grid));

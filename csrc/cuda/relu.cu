@@ -4,7 +4,7 @@
 namespace qatfast::cuda {
 namespace {
 
-// As fake_quantize_affine_kernel. Zeros keep their sign; a NaN stays and passes the gradient.
+// As map_kernel of static_range.cu. Zeros keep their sign; a NaN stays and passes the gradient.
 template <class T>
 __global__ void __launch_bounds__(static_threads)
     relu_kernel(const T* from, T* to, uint8_t* mask, int64_t numel, bool aligned, opmath_type<T> limit) {

@@ -54,17 +54,39 @@ QATFAST_INLINE void store_bits(uint8_t* mask, int64_t at, uint32_t bits, int64_t
   }
 }
 
-template <class T>
-void fake_quantize_mask_loop(
-    const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<opmath_type<T>>& grids) {
+// The loop of QATFAST_MAP, with both of its formulas.
+template <class T, class F, class G>
+QATFAST_INLINE void map_with_mask(const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n,
+    const Grids<opmath_type<T>>& grids, F f, G with_mask) {
   using C = opmath_type<T>;
+  if (!mask) {
+    return map_matrix<GridKinds::static_range, Result::quantized>(
+        x, y, rows, n, grids, [&](V<C> v, const auto& at, int64_t, int64_t) {
+          return f(v, at.grid);
+        });
+  }
   map_matrix<GridKinds::static_range, Result::quantized>(
       x, y, rows, n, grids, [&](V<C> v, const auto& at, int64_t i, int64_t m) {
-        const auto [value, passes] = fake_quantize_inside(v, at.grid);
+        const auto [value, passes] = with_mask(v, at.grid);
         store_bits<lanes<C>>(mask, first + i, bits_of_lanes<element_t<decltype(passes)>, lanes<C>>(passes), m);
         return value;
       });
 }
+
+#define QATFAST_MAP(name)                                                                                            \
+  template <class T>                                                                                                 \
+  void name##_loop(                                                                                                  \
+      const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<opmath_type<T>>& grids) { \
+    map_with_mask(                                                                                                   \
+        x, y, mask, first, rows, n, grids,                                                                           \
+        [](auto v, const auto& grid) __attribute__((always_inline)) {                                                \
+          return qatfast::name(v, grid);                                                                             \
+        },                                                                                                           \
+        [](auto v, const auto& grid) __attribute__((always_inline)) {                                                \
+          return name##_forward(v, grid);                                                                            \
+        });                                                                                                          \
+  }
+#include "operator_list.h"
 
 // The mask of a run with this grid.
 template <class T, class G>
@@ -74,7 +96,7 @@ QATFAST_INLINE void inside_run(const T* x, uint8_t* mask, int64_t n, const G& gr
   std::memset(mask, 0, (n + 7) / 8);
   for (int64_t i = 0; i < n; i += N) {
     const auto m = n - i < N ? n - i : N;
-    const auto passes = fake_quantize_inside(load_first<T, C>(x + i, m), grid).second;
+    const auto passes = fake_quantize_affine_forward(load_first<T, C>(x + i, m), grid).second;
     store_bits<N>(mask, i, bits_of_lanes<element_t<std::decay_t<decltype(passes)>>, N>(passes), m);
   }
 }
@@ -85,7 +107,7 @@ QATFAST_INLINE bool holds_range(C lo, C hi, const G& grid) {
   V<C> ends = {}; // every grid holds 0
   ends[0] = lo;
   ends[1] = hi;
-  const auto passes = fake_quantize_inside(ends, grid).second;
+  const auto passes = fake_quantize_affine_forward(ends, grid).second;
   return all_of<element_t<std::decay_t<decltype(passes)>>, lanes<C>>(passes);
 }
 

@@ -4,7 +4,15 @@
 //     QATFAST_LOOP(name, signature)          for each float type T, with C = opmath_type<T>: <name>_loop<T>
 //     QATFAST_INTEGER_LOOP(name, signature)  for each T and each 8 or 16-bit integer type Q: <name>_loop<T, Q>
 //
-// They take a matrix of `rows` rows of n values that follow each other in memory or begin `stride` apart.
+// QATFAST_MAP of operator_list.h gives a loop too. They take a matrix of `rows` rows of n values that follow each other
+// in memory or begin `stride` apart.
+
+#ifndef QATFAST_LOOP
+#define QATFAST_LOOP(...)
+#endif
+#ifndef QATFAST_INTEGER_LOOP
+#define QATFAST_INTEGER_LOOP(...)
+#endif
 
 // Widens the range in lo[0], hi[0] by the finite values. Returns whether all are finite.
 QATFAST_LOOP(range, bool(const T* x, int64_t n, C* lo, C* hi))
@@ -23,9 +31,11 @@ QATFAST_LOOP(
     choose_qparams, bool(const T* x, int64_t rows, int64_t n, const QuantRange<C>& spec, C* scale, int32_t* zero_point))
 
 QATFAST_LOOP(fake_quantize, void(const T* x, T* y, int64_t rows, int64_t n, const Grids<C>& grids))
-// Also sets the mask's bits from `first` on, which are 0 before, if the gradient passes.
-QATFAST_LOOP(fake_quantize_mask,
-    void(const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids))
+// Unless the mask is null, also sets its bits from `first` on, which are 0 before, if the gradient passes.
+#define QATFAST_MAP(name) \
+  QATFAST_LOOP(           \
+      name, void(const T* x, T* y, uint8_t* mask, int64_t first, int64_t rows, int64_t n, const Grids<C>& grids))
+#include "operator_list.h"
 // fake_quantize for n values with one grid, their mask from the first bit on unless it is null, and range.
 QATFAST_LOOP(fake_quantize_range, bool(const T* x, T* y, uint8_t* mask, int64_t n, const Grids<C>& grid, C* lo, C* hi))
 // The same with the integers of the values.
@@ -57,3 +67,6 @@ QATFAST_LOOP(epilogue, void(const int32_t* products, T* y, int64_t n, const Epil
 
 QATFAST_INTEGER_LOOP(quantize, void(const T* x, Q* q, int64_t rows, int64_t n, const Grids<C>& grids))
 QATFAST_INTEGER_LOOP(dequantize, void(const Q* q, T* y, int64_t rows, int64_t n, const Grids<C>& grids))
+
+#undef QATFAST_LOOP
+#undef QATFAST_INTEGER_LOOP

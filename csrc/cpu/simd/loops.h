@@ -71,18 +71,14 @@ struct ApproximateGrid {
 };
 constexpr int64_t approximate_roundings = 2048;
 
-#define QATFAST_LOOP(name, ...)
 #define QATFAST_INTEGER_LOOP(name, ...) std::add_pointer_t<__VA_ARGS__> name;
 template <class T, class Q>
 struct IntegerLoops {
   using C = opmath_type<T>;
 #include "loop_list.h"
 };
-#undef QATFAST_LOOP
-#undef QATFAST_INTEGER_LOOP
 
 #define QATFAST_LOOP(name, ...) std::add_pointer_t<__VA_ARGS__> name;
-#define QATFAST_INTEGER_LOOP(name, ...)
 template <class T>
 struct Loops : IntegerLoops<T, int8_t>, IntegerLoops<T, uint8_t>, IntegerLoops<T, int16_t>, IntegerLoops<T, uint16_t> {
   using C = opmath_type<T>;
@@ -93,8 +89,6 @@ struct Loops : IntegerLoops<T, int8_t>, IntegerLoops<T, uint8_t>, IntegerLoops<T
     return *this;
   }
 };
-#undef QATFAST_LOOP
-#undef QATFAST_INTEGER_LOOP
 
 // grad if the mask's bit is set, else zero, for elements of that size. The first element has a whole byte of the mask.
 template <class U>

@@ -3,7 +3,6 @@
 namespace qatfast::cpu {
 namespace {
 
-#define QATFAST_LOOP(name, ...)
 #define QATFAST_INTEGER_LOOP(name, ...) name##_loop<T, Q>,
 template <class T, class Q>
 constexpr IntegerLoops<T, Q> integer_loops() {
@@ -11,11 +10,8 @@ constexpr IntegerLoops<T, Q> integer_loops() {
 #include "loop_list.h"
   };
 }
-#undef QATFAST_LOOP
-#undef QATFAST_INTEGER_LOOP
 
 #define QATFAST_LOOP(name, ...) name##_loop<T>,
-#define QATFAST_INTEGER_LOOP(name, ...)
 template <class T>
 constexpr Loops<T> all_loops() {
   return {
@@ -26,8 +22,6 @@ constexpr Loops<T> all_loops() {
 #include "loop_list.h"
   };
 }
-#undef QATFAST_LOOP
-#undef QATFAST_INTEGER_LOOP
 
 #ifndef QATFAST_BF16
 constexpr InstructionSet instruction_set_named(const char* name) {

@@ -16,31 +16,15 @@ namespace qatfast {
 namespace kernel {
 namespace {
 
-Tensor run(const Tensor& input, const StaticRange& range, const Tensor& mask) {
+Tensor run(MapLauncher* launcher, const Tensor& input, const StaticRange& range, const Tensor& mask) {
   const auto& [granularity, qparams] = range;
   const auto from = as_blocks(input, granularity);
   const auto to = result_for(input, from);
-  QATFAST_ON(input, fake_quantize_affine)(
-      from, to, mask, in_memory_order(qparams, from, granularity), layout_of(from, granularity));
+  launcher(from, to, mask, in_memory_order(qparams, from, granularity), layout_of(from, granularity));
   return laid_out_like(input, to, granularity);
 }
 
 } // namespace
-
-Tensor fake_quantize_affine(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
-    int64_t quant_max, at::IntArrayRef granularity) {
-  const auto range =
-      checked_static_range("fake_quantize_affine", input, scale, zero_point, quant_min, quant_max, granularity);
-  return run(input, range, /*mask=*/{});
-}
-
-std::tuple<Tensor, Tensor> fake_quantize_affine_forward(const Tensor& input, const Tensor& scale,
-    const Tensor& zero_point, int64_t quant_min, int64_t quant_max, at::IntArrayRef granularity) {
-  const auto range =
-      checked_static_range("fake_quantize_affine", input, scale, zero_point, quant_min, quant_max, granularity);
-  const auto mask = fresh_mask(input);
-  return {run(input, range, mask), mask};
-}
 
 Tensor fake_quantize_affine_backward(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef sym_stride) {
   constexpr auto op = "fake_quantize_affine_backward";
@@ -66,12 +50,13 @@ Tensor fake_quantize_affine_backward(const Tensor& grad, const Tensor& mask, c10
 namespace autograd {
 namespace {
 
-struct FakeQuantizeAffineNode : Function<FakeQuantizeAffineNode> {
+// The node of QATFAST_MAP: `Node` has the name of the operator and both of its forms.
+template <class Node>
+struct MapNode : Function<Node> {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& scale,
       const Variable& zero_point, int64_t quant_min, int64_t quant_max, at::IntArrayRef granularity) {
     at::AutoDispatchBelowADInplaceOrView below;
-    const auto [output, mask] =
-        op::fake_quantize_affine_forward(input, scale, zero_point, quant_min, quant_max, granularity);
+    const auto [output, mask] = Node::with_mask(input, scale, zero_point, quant_min, quant_max, granularity);
     save_mask(ctx, mask, strides_of_mask(output, granularity));
     return output;
   }
@@ -82,6 +67,24 @@ struct FakeQuantizeAffineNode : Function<FakeQuantizeAffineNode> {
     return result;
   }
 };
+
+template <class Node>
+Tensor map(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+    at::IntArrayRef granularity) {
+  check_fixed(Node::op_name, scale);
+  if (is_dual(input)) {
+    const auto primal = primal_of(input);
+    const auto y = map<Node>(primal, scale, zero_point, quant_min, quant_max, granularity);
+    const auto mask =
+        std::get<1>(Node::with_mask(primal.detach(), scale.detach(), zero_point, quant_min, quant_max, granularity));
+    const auto stride = strides_of_mask(y, granularity);
+    return with_tangent(y, op::fake_quantize_affine_backward(input._fw_grad(/*level=*/0), mask, stride));
+  }
+  if (compute_requires_grad(input)) {
+    return Node::apply(input, scale.detach(), zero_point, quant_min, quant_max, granularity);
+  }
+  return Node::plain.below_autograd(input, scale, zero_point, quant_min, quant_max, granularity);
+}
 
 // The operator is linear in grad, so that its gradient is the same operator.
 struct FakeQuantizeAffineBackwardNode : Function<FakeQuantizeAffineBackwardNode> {
@@ -112,23 +115,6 @@ Tensor masked_sparse(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef
 
 } // namespace
 
-Tensor fake_quantize_affine(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
-    int64_t quant_max, at::IntArrayRef granularity) {
-  check_fixed("fake_quantize_affine", scale);
-  if (is_dual(input)) {
-    const auto primal = primal_of(input);
-    const auto y = fake_quantize_affine(primal, scale, zero_point, quant_min, quant_max, granularity);
-    const auto mask = std::get<1>(op::fake_quantize_affine_forward(
-        primal.detach(), scale.detach(), zero_point, quant_min, quant_max, granularity));
-    const auto stride = strides_of_mask(y, granularity);
-    return with_tangent(y, op::fake_quantize_affine_backward(input._fw_grad(/*level=*/0), mask, stride));
-  }
-  if (compute_requires_grad(input)) {
-    return FakeQuantizeAffineNode::apply(input, scale.detach(), zero_point, quant_min, quant_max, granularity);
-  }
-  return op::fake_quantize_affine.below_autograd(input, scale, zero_point, quant_min, quant_max, granularity);
-}
-
 Tensor fake_quantize_affine_backward(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef stride) {
   if (grad.is_sparse()) {
     return masked_sparse(grad, mask, stride);
@@ -144,4 +130,32 @@ Tensor fake_quantize_affine_backward(const Tensor& grad, const Tensor& mask, c10
 }
 
 } // namespace autograd
+
+#define QATFAST_MAP(name)                                                                                        \
+  Tensor kernel::name(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,     \
+      int64_t quant_max, at::IntArrayRef granularity) {                                                          \
+    const auto range = checked_static_range(#name, input, scale, zero_point, quant_min, quant_max, granularity); \
+    return run(QATFAST_ON(input, name), input, range, /*mask=*/{});                                              \
+  }                                                                                                              \
+  std::tuple<Tensor, Tensor> kernel::name##_forward(const Tensor& input, const Tensor& scale,                    \
+      const Tensor& zero_point, int64_t quant_min, int64_t quant_max, at::IntArrayRef granularity) {             \
+    const auto range = checked_static_range(#name, input, scale, zero_point, quant_min, quant_max, granularity); \
+    const auto mask = fresh_mask(input);                                                                         \
+    return {run(QATFAST_ON(input, name), input, range, mask), mask};                                             \
+  }                                                                                                              \
+  namespace autograd {                                                                                           \
+  namespace {                                                                                                    \
+  struct name##_node : MapNode<name##_node> {                                                                    \
+    static constexpr const char* op_name = #name;                                                                \
+    static constexpr auto plain = op::name;                                                                      \
+    static constexpr auto with_mask = op::name##_forward;                                                        \
+  };                                                                                                             \
+  }                                                                                                              \
+  }                                                                                                              \
+  Tensor autograd::name(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,   \
+      int64_t quant_max, at::IntArrayRef granularity) {                                                          \
+    return map<name##_node>(input, scale, zero_point, quant_min, quant_max, granularity);                        \
+  }
+#include "operator_list.h"
+
 } // namespace qatfast

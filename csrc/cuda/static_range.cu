@@ -6,9 +6,9 @@ namespace {
 
 // A thread owns 16 bytes at a time and loops. Threads share only mask bits, which a warp gathers into bytes. Bound by
 // memory: one read, one write, one bit per element.
-template <class T>
-__global__ void __launch_bounds__(static_threads) fake_quantize_affine_kernel(
-    const T* from, T* to, uint8_t* mask, int64_t numel, bool aligned, StaticGrids<opmath_type<T>> grids) {
+template <class T, class Formula>
+__global__ void __launch_bounds__(static_threads)
+    map_kernel(const T* from, T* to, uint8_t* mask, int64_t numel, bool aligned, StaticGrids<opmath_type<T>> grids) {
   using C = opmath_type<T>;
   constexpr int N = lanes<T>;
   const auto only = grids.only();
@@ -18,8 +18,7 @@ __global__ void __launch_bounds__(static_threads) fake_quantize_affine_kernel(
     unsigned bits = 0;
     if (count > 0) {
       grids.template for_each<N>(begin, count, only, [&](int i, C zero_point, const auto& grid) {
-        const C x = static_cast<C>(unit.at[i]);
-        const auto [value, passes] = fake_quantize_inside(x, grid);
+        const auto [value, passes] = Formula::of(static_cast<C>(unit.at[i]), grid);
         values[i] = value;
         bits |= static_cast<unsigned>(i < count && passes) << i;
       });
@@ -55,17 +54,18 @@ void apply_mask(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor
       grad.numel(), is_aligned(from, 16) && is_aligned(y, 16));
 }
 
-void launch_affine(const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, const QParams& qparams,
-    Layout layout, bool learned) {
+template <class Formula>
+void map(const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, const QParams& qparams, Layout layout,
+    bool learned = false) {
   if (layout.numel() == 0) {
     return;
   }
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "fake_quantize_affine", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), Formula::name, [&] {
     const auto* x = from.const_data_ptr<scalar_t>();
     auto* y = to.mutable_data_ptr<scalar_t>();
     auto grids = grids_of<opmath_type<scalar_t>>(qparams, layout);
     grids.learned = learned;
-    launch_over_units<scalar_t>(from, fake_quantize_affine_kernel<scalar_t>, x, y,
+    launch_over_units<scalar_t>(from, map_kernel<scalar_t, Formula>, x, y,
         mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr, layout.numel(),
         is_aligned(x, 16) && is_aligned(y, 16), grids);
   });
@@ -73,13 +73,22 @@ void launch_affine(const at::Tensor& from, const at::Tensor& to, const at::Tenso
 
 } // namespace
 
-void fake_quantize_affine(
-    const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, const QParams& qparams, Layout layout) {
-  launch_affine(from, to, mask, qparams, layout, /*learned=*/false);
-}
+#define QATFAST_MAP(op)                                                                                              \
+  struct op##_formula {                                                                                              \
+    static constexpr const char* name = #op;                                                                         \
+    template <class C, class G>                                                                                      \
+    static __device__ __forceinline__ auto of(C x, const G& grid) {                                                  \
+      return op##_forward(x, grid);                                                                                  \
+    }                                                                                                                \
+  };                                                                                                                 \
+  void op(                                                                                                           \
+      const at::Tensor& from, const at::Tensor& to, const at::Tensor& mask, const QParams& qparams, Layout layout) { \
+    map<op##_formula>(from, to, mask, qparams, layout);                                                              \
+  }
+#include "operator_list.h"
 
 void fake_quantize_learned(const at::Tensor& from, const at::Tensor& to, const QParams& qparams, Layout layout) {
-  launch_affine(from, to, /*mask=*/{}, qparams, layout, /*learned=*/true);
+  map<fake_quantize_affine_formula>(from, to, /*mask=*/{}, qparams, layout, /*learned=*/true);
 }
 
 void fake_quantize_affine_backward(const at::Tensor& grad, const at::Tensor& mask, const at::Tensor& to) {

@@ -56,10 +56,8 @@ class Geometry(NamedTuple):
         """Returns whether no number of ``output_size`` is below 1."""
         if self.transposed:
             return min(self.output_size(input_size, kernel_size)) > 0
-        for size, kernel, padding, dilation in zip(input_size, kernel_size, self.padding, self.dilation):  # noqa: B905
-            if size + 2 * padding <= dilation * (kernel - 1):
-                return False
-        return True
+        sizes = zip(input_size, kernel_size, self.padding, self.dilation, strict=True)
+        return all(size + 2 * padding > dilation * (kernel - 1) for size, kernel, padding, dilation in sizes)
 
     def is_pointwise(self, kernel_size: Sequence[int]) -> bool:
         """Returns whether the convolution is a matrix product at each position."""

@@ -3,6 +3,15 @@
 namespace qatfast::cpu {
 namespace {
 
+// a * b + c, rounded once if the instruction set has such an operation.
+QATFAST_INLINE V<float> multiply_add(V<float> a, V<float> b, V<float> c) {
+#if QATFAST_VECTOR_BYTES >= 32
+  return fused_multiply_add(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Outputs i to i + count - 1 of m channels: a weight is loaded once for all of them.
 template <int count>
 QATFAST_INLINE void depthwise_outputs(const DepthwiseRow& row, int64_t i, int64_t c, int64_t m) {
@@ -11,11 +20,7 @@ QATFAST_INLINE void depthwise_outputs(const DepthwiseRow& row, int64_t i, int64_
     const auto weight = load_first<float, float>(row.weight + t * row.channels + c, m);
     const float* levels = row.tap[t] + i * row.step + c;
     for (int k = 0; k < count; ++k, levels += row.step) {
-#if QATFAST_VECTOR_BYTES >= 32
-      sums[k] = fused_multiply_add(load_first<float, float>(levels, m), weight, sums[k]);
-#else
-      sums[k] += load_first<float, float>(levels, m) * weight;
-#endif
+      sums[k] = multiply_add(load_first<float, float>(levels, m), weight, sums[k]);
     }
   }
   const auto scale = load_first<float, float>(row.scale + c, m), bias = load_first<float, float>(row.bias + c, m);
@@ -81,7 +86,7 @@ QATFAST_INLINE void add_products(const float* grad, const float* x, int64_t begi
   for (auto o = begin; o < end; ++o) {
     const auto dy = load_first<float, float>(grad + o * channels, m);
     for (int tap = 0; tap < count; ++tap) {
-      sums[tap] += dy * load_first<float, float>(x + o * step + tap * tap_step, m);
+      sums[tap] = multiply_add(dy, load_first<float, float>(x + o * step + tap * tap_step, m), sums[tap]);
     }
   }
   for (int tap = 0; tap < count; ++tap) {
@@ -143,7 +148,7 @@ QATFAST_INLINE void gather_products(
       const auto weight = load_first<float, float>(taps[t].weight + c, m);
       const float* grad = taps[t].grad + first * channels + c;
       for (int k = 0; k < count; ++k) {
-        sums[k] += load_first<float, float>(grad + k * channels, m) * weight;
+        sums[k] = multiply_add(load_first<float, float>(grad + k * channels, m), weight, sums[k]);
       }
     }
     for (int k = 0; k < count; ++k) {
@@ -209,6 +214,32 @@ inline void depthwise_input_gradients(const DepthwiseGradients& task, const Chan
   }
 }
 
+// Adds the gradients of the outputs of a row, in their order, to those of the bias.
+inline void add_outputs(const float* grad, int64_t outputs, int64_t channels, int64_t count, float* grad_bias) {
+  const auto add = [&](auto vectors, int64_t c, int64_t m) __attribute__((always_inline)) {
+    V<float> sums[vectors]; // of several vectors of channels, as an addition waits for the one before
+    for (int v = 0; v < vectors; ++v) {
+      sums[v] = load_first<float, float>(grad_bias + c + v * lanes<float>, m);
+    }
+    for (int64_t o = 0; o < outputs; ++o) {
+      for (int v = 0; v < vectors; ++v) {
+        sums[v] += load_first<float, float>(grad + o * channels + c + v * lanes<float>, m);
+      }
+    }
+    for (int v = 0; v < vectors; ++v) {
+      store_first<float, float, Result::any>(grad_bias + c + v * lanes<float>, sums[v], m);
+    }
+  };
+  constexpr int vectors = 4;
+  int64_t c = 0;
+  for (; c + vectors * lanes<float> <= count; c += vectors * lanes<float>) {
+    add(std::integral_constant<int, vectors>{}, c, lanes<float>);
+  }
+  for (; c < count; c += lanes<float>) {
+    add(std::integral_constant<int, 1>{}, c, smaller(count - c, lanes<float>));
+  }
+}
+
 inline void depthwise_gradients_loop(
     const DepthwiseGradients& task, const ChannelBlock& block, float* grad_weight, float* grad_bias, float* scratch) {
   const auto& [channels, size, output_size, kernel, stride, padding, dilation] = task.geometry;
@@ -217,13 +248,7 @@ inline void depthwise_gradients_loop(
   for (int64_t row = 0; row < output_size[0] && (grad_weight || grad_bias); ++row) {
     const float* grad = task.grad + (block.sample * output_size[0] + row) * output_size[1] * channels + block.first;
     if (grad_bias) {
-      for_each_channel_vector(block.count, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
-        auto sum = load_first<float, float>(grad_bias + block.first + c, m);
-        for (int64_t o = 0; o < output_size[1]; ++o) {
-          sum += load_first<float, float>(grad + o * channels + c, m);
-        }
-        store_first<float, float, Result::any>(grad_bias + block.first + c, sum, m);
-      });
+      add_outputs(grad, output_size[1], channels, block.count, grad_bias + block.first);
     }
     for (int64_t i = 0; i < kernel[0] && grad_weight; ++i) {
       const auto input_row = row * stride[0] + i * dilation[0] - padding[0];

@@ -58,7 +58,6 @@ class QuantizedLayer(nn.Module):
 
     config: QATConfig
     _float_class: ClassVar[type[nn.Module]]
-    _kind_name: ClassVar[str]
     _methods: ClassVar[tuple[str, ...]] = ("forward",)  # a float layer that overrides one is not replaced
     _shared: ClassVar[tuple[str, ...]] = ("weight", "bias")  # the parameters of the float layer
     _quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer", "weight_quantizer", "output_quantizer")
@@ -66,11 +65,6 @@ class QuantizedLayer(nn.Module):
     _mode: str = QUANTIZE
     _chain: Chain | None = None  # to what reads the result
     _is_dynamic: bool = True  # whether no range is kept and the mode is QUANTIZE
-
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        super().__init_subclass__(**arguments)
-        if "_float_class" in vars(cls):
-            cls._kind_name = cls.__name__
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:
@@ -308,7 +302,7 @@ class Obstacle(NamedTuple):
 
 def kind_name(cls: type[QuantizedLayer]) -> str:
     """Returns the name of the public class of which ``cls`` may be a subclass."""
-    return cls._kind_name
+    return next(base.__name__ for base in cls.__mro__ if "_float_class" in vars(base))
 
 
 def _a_float(cls: type[QuantizedLayer]) -> str:

@@ -106,9 +106,8 @@ void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at:
 // The mask of MapLauncher alone, of the contiguous tensor x with one grid.
 void inside(const at::Tensor& x, const at::Tensor& mask, const QParams& qparams);
 
-// Quantizes elements [begin, end) of a tensor to `to` and, if there are any, to `quads`; begins at a multiple of 8 if
-// there is a mask.
-using QuantizeRun = c10::function_ref<void(int64_t begin, int64_t end, uint8_t* to, QuadRow quads)>;
+// Quantizes elements [begin, end) of a tensor to `to`; begins at a multiple of 8 if there is a mask.
+using QuantizeRun = c10::function_ref<void(int64_t begin, int64_t end, uint8_t* to)>;
 // Calls it for all of the tensor, in parallel; if nothing is observed, any number of times for an element.
 using QuantizePass = c10::function_ref<void(QuantizeRun quantize)>;
 

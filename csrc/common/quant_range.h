@@ -7,12 +7,6 @@ namespace qatfast {
 // Sums of so many products of levels up to 255 and int8 stay below 2^24: float32 holds them.
 constexpr int64_t most_depthwise_taps = 512;
 
-// What a row of values is stored as for dot products: byte `byte` of quads[i] is value i.
-struct QuadRow {
-  uint32_t* quads = nullptr;
-  int byte = 0;
-};
-
 // What turns a range into a grid.
 template <class T>
 struct QuantRange {

@@ -21,86 +21,101 @@ E* aligned(E* pointer) {
   return reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(pointer) + line - 1) / line * line);
 }
 
-// The integers of the rows of a sample's input, which are quantized when they are asked for.
-class InputRows {
+// Rows of an input as a loop takes them: columns of `column_size` elements, which prepare(values, to) makes, and
+// columns of `padding` at both ends.
+template <class E, class F>
+struct RowFormat {
+  int64_t column_size;
+  E padding;
+  F prepare;
+};
+template <class E, class F>
+RowFormat(int64_t, E, F) -> RowFormat<E, F>;
+
+// The rows of a sample that a row of outputs reads.
+template <class E, class F>
+class PreparedRows {
  public:
-  InputRows(const DepthwiseTask& task, const DepthwiseGeometry& geometry, QuantizeRun quantize)
-      : height_(geometry.size[0]),
-        row_size_(geometry.size[1] * geometry.channels),
-        span_(geometry.span()),
-        takes_all_(task.takes_all),
+  PreparedRows(
+      const DepthwiseTask& task, const DepthwiseGeometry& geometry, const RowFormat<E, F>& format, QuantizeRun quantize)
+      : geometry_(geometry),
+        format_(format),
         quantize_(quantize),
+        row_size_(geometry.size[1] * geometry.channels),
+        width_((geometry.size[1] + 2 * geometry.padding[1]) * format.column_size),
+        takes_all_(task.takes_all),
         given_(quantize ? nullptr : task.input.const_data_ptr<uint8_t>()),
         kept_(task.values.defined() ? task.values.mutable_data_ptr<uint8_t>() : nullptr),
-        buffer_(given_ || kept_ ? 0 : row_size_) {}
+        buffer_(given_ || kept_ ? 0 : row_size_),
+        memory_((geometry.span() + 1) * width_ + 64 / sizeof(E), format.padding),
+        rows_(aligned(memory_.data())) {}
 
-  int64_t row_size() const {
-    return row_size_;
-  }
   void begin(int64_t sample) {
-    first_ = sample * height_;
+    first_ = sample * geometry_.size[0];
     next_ = 0;
   }
-  bool has(int64_t row) const {
-    return 0 <= row && row < height_;
-  }
-  const uint8_t* operator()(int64_t row, QuadRow quads = {}) {
-    const auto begin = (first_ + row) * row_size_;
-    if (given_) {
-      if (quads.quads) {
-        chosen().dot_products.put_quads(given_ + begin, row_size_, quads);
-      }
-      return given_ + begin;
+
+  // The first column, which may be padding, of a row of the sample or beyond it. Rows are asked for in ascending order.
+  const E* operator()(int64_t row) {
+    const auto span = geometry_.span();
+    if (row < 0 || row >= geometry_.size[0]) {
+      return rows_ + span * width_; // padding
     }
-    auto* const to = kept_ ? kept_ + begin : buffer_.data();
-    quantize_(begin, begin + row_size_, to, quads);
-    return to;
+    for (next_ = takes_all_ ? next_ : std::max(next_, row - span + 1); next_ <= row; ++next_) {
+      format_.prepare(values_of(next_), rows_ + next_ % span * width_ + geometry_.padding[1] * format_.column_size);
+    }
+    return rows_ + row % span * width_;
   }
 
-  // Calls prepare(row) for the rows of an output whose first one is `top`, from row 0 on, that it was not called for.
-  // The outputs of a sample come in ascending order.
-  template <class F>
-  void advance(int64_t top, F prepare) {
-    for (next_ = takes_all_ ? next_ : std::max(next_, top); next_ < top + span_; ++next_) {
-      prepare(next_);
-    }
-  }
   // Makes the values of rows that no output reads, if all are taken.
   void end() {
-    for (; takes_all_ && next_ < height_; ++next_) {
-      (*this)(next_);
+    for (; takes_all_ && next_ < geometry_.size[0]; ++next_) {
+      values_of(next_);
     }
   }
 
  private:
-  const int64_t height_, row_size_, span_;
-  const bool takes_all_;
+  const uint8_t* values_of(int64_t row) {
+    const auto begin = (first_ + row) * row_size_;
+    if (given_) {
+      return given_ + begin;
+    }
+    auto* const to = kept_ ? kept_ + begin : buffer_.data();
+    quantize_(begin, begin + row_size_, to);
+    return to;
+  }
+
+  const DepthwiseGeometry& geometry_;
+  const RowFormat<E, F>& format_;
   const QuantizeRun quantize_;
+  const int64_t row_size_, width_;
+  const bool takes_all_;
   const uint8_t* const given_;
   uint8_t* const kept_;
   std::vector<uint8_t> buffer_;
+  std::vector<E> memory_;
+  E* const rows_;
   int64_t first_ = 0, next_ = 0; // of the sample; not yet prepared
 };
 
-// Calls begin() of a worker and row(top, outputs) for each row of outputs of a sample. make_worker(input) returns one
-// for each thread.
-template <class F>
-void for_each_row(const DepthwiseTask& task, const DepthwiseGeometry& geometry, QuantizeRun quantize, F make_worker) {
+// Calls loop(rows, the first of them, outputs) for each row of outputs. make_loop() returns one for each thread.
+template <class E, class F, class M>
+void for_each_row(const DepthwiseTask& task, const DepthwiseGeometry& geometry, const RowFormat<E, F>& format,
+    QuantizeRun quantize, M make_loop) {
   const auto height = geometry.output_size[0], row_size = geometry.output_size[1] * geometry.channels;
   const auto unit = task.takes_all ? height : 1; // each row of the input is then quantized once
   auto* const y = task.y.mutable_data_ptr<float>();
   parallel_for(0, task.y.size(0) * height / unit, std::max<int64_t>(1, grain / std::max<int64_t>(1, unit * row_size)),
       [&](int64_t first, int64_t last) {
-        InputRows input(task, geometry, quantize);
-        auto worker = make_worker(input);
+        PreparedRows<E, F> rows(task, geometry, format, quantize);
+        auto loop = make_loop();
         for (auto row = first * unit; row < last * unit; ++row) {
           if (row == first * unit || row % height == 0) {
-            input.begin(row / height);
-            worker.begin();
+            rows.begin(row / height);
           }
-          worker.row(row % height * geometry.stride[0] - geometry.padding[0], y + row * row_size);
+          loop(rows, row % height * geometry.stride[0] - geometry.padding[0], y + row * row_size);
           if (row % height == height - 1) {
-            input.end();
+            rows.end();
           }
         }
       });
@@ -122,55 +137,8 @@ struct DepthwiseEpilogue {
   }
 };
 
-// Rows of outputs from rows of levels in floats, which stay in a ring with columns of padding at both ends.
-class FloatRows {
- public:
-  FloatRows(InputRows& input, const DepthwiseTask& task, const DepthwiseGeometry& geometry, const float* weight,
-      const DepthwiseEpilogue& epilogue)
-      : input_(input),
-        geometry_(geometry),
-        zero_point_(task.zero_point),
-        weight_(weight),
-        epilogue_(epilogue),
-        width_((geometry.size[1] + 2 * geometry.padding[1]) * geometry.channels),
-        levels_((geometry.span() + 1) * width_ + 64 / sizeof(float), 0.0F),
-        taps_(geometry.taps()) {}
-
-  void begin() {}
-
-  void row(int64_t top, float* y) {
-    const auto channels = geometry_.channels, width = geometry_.kernel[1], padding = geometry_.padding[1];
-    input_.advance(top, [&](int64_t row) {
-      if (input_.has(row)) {
-        const float one = 1;
-        chosen().loops<float>().integer<uint8_t>().dequantize(
-            input_(row), at(row) + padding * channels, 1, input_.row_size(), {&one, &zero_point_, 0, 255});
-      }
-    });
-    for (int64_t t = 0; t < geometry_.taps(); ++t) {
-      taps_[t] = at(top + t / width * geometry_.dilation[0]) + t % width * geometry_.dilation[1] * channels;
-    }
-    chosen().depthwise({taps_.data(), geometry_.taps(), geometry_.output_size[1], channels,
-        geometry_.stride[1] * channels, weight_, epilogue_.scale.data(), epilogue_.bias.data(), y});
-  }
-
- private:
-  float* at(int64_t row) { // the last one of the ring is padding
-    const auto span = geometry_.span();
-    return aligned(levels_.data()) + (input_.has(row) ? row % span : span) * width_;
-  }
-
-  InputRows& input_;
-  const DepthwiseGeometry& geometry_;
-  const int32_t zero_point_;
-  const float* const weight_;
-  const DepthwiseEpilogue& epilogue_;
-  const int64_t width_;
-  std::vector<float> levels_;
-  std::vector<const float*> taps_;
-};
-
-void depthwise_by_floats(const DepthwiseTask& task, const DepthwiseGeometry& geometry, QuantizeRun quantize) {
+void depthwise_by_floats(const DepthwiseTask& task, QuantizeRun quantize) {
+  const auto geometry = geometry_of(task, task.input, task.y);
   const auto channels = geometry.channels, taps = geometry.taps();
   const DepthwiseEpilogue epilogue(task, channels);
   std::vector<float> weight(taps * channels);
@@ -179,93 +147,65 @@ void depthwise_by_floats(const DepthwiseTask& task, const DepthwiseGeometry& geo
       weight[t * channels + c] = static_cast<float>(task.weight.const_data_ptr<int8_t>()[c * taps + t]);
     }
   }
-  for_each_row(task, geometry, quantize, [&](InputRows& input) {
-    return FloatRows(input, task, geometry, weight.data(), epilogue);
+  const auto levels_of = [&](const uint8_t* values, float* to) {
+    const float one = 1;
+    const auto dequantize = chosen().loops<float>().integer<uint8_t>().dequantize;
+    dequantize(values, to, 1, geometry.size[1] * channels, {&one, &task.zero_point, 0, 255});
+  };
+  const RowFormat format{channels, 0.0F, levels_of};
+  for_each_row(task, geometry, format, quantize, [&] {
+    return [&, tap = std::vector<const float*>(taps)](auto& rows, int64_t top, float* y) mutable {
+      for (int64_t t = 0; t < taps; ++t) {
+        const auto i = t / geometry.kernel[1], j = t % geometry.kernel[1];
+        tap[t] = rows(top + i * geometry.dilation[0]) + j * geometry.dilation[1] * channels;
+      }
+      chosen().depthwise({tap.data(), taps, geometry.output_size[1], channels, geometry.stride[1] * channels,
+          weight.data(), epilogue.scale.data(), epilogue.bias.data(), y});
+    };
   });
 }
 
-// Rows of outputs from the planes of quads of DepthwiseDotProducts, with columns of padding at both ends.
-class QuadRows {
- public:
-  QuadRows(InputRows& input, const DepthwiseTask& task, const DepthwiseDotProducts& products)
-      : input_(input),
-        products_(products),
-        zero_point_(static_cast<uint8_t>(task.zero_point)),
-        plane_size_((products.geometry.size[1] + 2 * products.geometry.padding[1]) * products.geometry.channels),
-        quads_(products.planes() * plane_size_ + 2 * depthwise_vector),
-        weight_(products.weight_size()),
-        padding_(input.row_size(), zero_point_) {}
-
-  void begin() {
-    std::fill(quads_.begin(), quads_.end(), zero_point_ * 0x01010101U);
-  }
-
-  void row(int64_t top, float* y) {
-    input_.advance(top, [&](int64_t row) {
-      const auto& geometry = products_.geometry;
-      const auto place = place_of(row);
-      const QuadRow to = {
-          quads() + place / 4 * plane_size_ + geometry.padding[1] * geometry.channels, static_cast<int>(place % 4)};
-      if (input_.has(row)) {
-        input_(row, to);
-      } else {
-        chosen().dot_products.put_quads(padding_.data(), input_.row_size(), to);
-      }
-    });
-    chosen().dot_products.depthwise(products_, quads(), plane_size_, place_of(top), weight_.data(), y);
-  }
-
- private:
-  int64_t place_of(int64_t row) const {
-    const auto rows = products_.planes() * 4;
-    return (row % rows + rows) % rows;
-  }
-  uint32_t* quads() {
-    return aligned(quads_.data());
-  }
-
-  InputRows& input_;
-  const DepthwiseDotProducts& products_;
-  const uint8_t zero_point_;
-  const int64_t plane_size_;
-  std::vector<uint32_t> quads_, weight_;
-  const std::vector<uint8_t> padding_;
-};
-
-void depthwise_by_dot_products(const DepthwiseTask& task, const DepthwiseGeometry& geometry, QuantizeRun quantize) {
+void depthwise_by_dot_products(const DepthwiseTask& task, QuantizeRun quantize) {
+  const auto geometry = geometry_of(task, task.input, task.y);
+  const auto& loops = chosen().dot_products;
   const auto channels = geometry.channels, height = geometry.kernel[0], width = geometry.kernel[1];
-  DepthwiseDotProducts products = {geometry};
-  const auto padded = products.padded_channels();
+  const auto padded = (channels + depthwise_vector - 1) / depthwise_vector * depthwise_vector;
+  const auto column_size = (channels + depthwise_group_size - 1) / depthwise_group_size * depthwise_group_size;
   const DepthwiseEpilogue epilogue(task, padded);
-  std::vector<uint32_t> weight(products.weight_size(), 0);
+  std::vector<int8_t> weight((height + 3) / 4 * width * padded * 4, 0);
   std::vector<int32_t> offset(padded, 0);
   const auto* integers = task.weight.const_data_ptr<int8_t>();
   for (int64_t c = 0; c < channels; ++c) {
     int32_t sum = 0;
     for (int64_t i = 0; i < height; ++i) {
-      const auto row = i * geometry.dilation[0];
       for (int64_t j = 0; j < width; ++j) {
         const auto value = *integers++;
-        weight[(row / 4 * width + j) * padded + c] |= static_cast<uint32_t>(static_cast<uint8_t>(value)) << row % 4 * 8;
+        weight[((i / 4 * width + j) * padded + c) * 4 + i % 4] = value;
         sum += value;
       }
     }
     offset[c] = -task.zero_point * sum;
   }
-  products.weight = weight.data();
-  products.offset = offset.data();
-  products.scale = epilogue.scale.data();
-  products.bias = epilogue.bias.data();
-  for_each_row(task, geometry, quantize, [&](InputRows& input) {
-    return QuadRows(input, task, products);
+  const DepthwiseDotProducts products = {
+      geometry, weight.data(), offset.data(), epilogue.scale.data(), epilogue.bias.data()};
+  const auto pack = [&](const uint8_t* values, uint8_t* to) {
+    loops.pack_row(values, geometry.size[1], channels, to);
+  };
+  const RowFormat format{column_size, static_cast<uint8_t>(task.zero_point), pack};
+  for_each_row(task, geometry, format, quantize, [&] {
+    return [&, rows_of_kernel = std::vector<const uint8_t*>(height),
+               scratch = std::vector<int32_t>(products.scratch_size() + depthwise_vector)](
+               auto& rows, int64_t top, float* y) mutable {
+      for (int64_t i = 0; i < height; ++i) {
+        rows_of_kernel[i] = rows(top + i * geometry.dilation[0]);
+      }
+      loops.depthwise(products, rows_of_kernel.data(), y, aligned(scratch.data()));
+    };
   });
 }
 
 void convolve(const DepthwiseTask& task, QuantizeRun quantize) {
-  const auto geometry = geometry_of(task, task.input, task.y);
-  const bool fits = DepthwiseDotProducts{geometry}.planes() <= most_depthwise_planes;
-  const auto by = chosen().dot_products.depthwise && fits ? depthwise_by_dot_products : depthwise_by_floats;
-  by(task, geometry, quantize);
+  chosen().dot_products.depthwise ? depthwise_by_dot_products(task, quantize) : depthwise_by_floats(task, quantize);
 }
 
 // The channels that are processed together, so that the rows that an output reads stay in L1.

@@ -208,30 +208,19 @@ class ToIntegers {
  public:
   using C = opmath_type<T>;
 
-  ToIntegers(const at::Tensor& x, const at::Tensor& mask, const QParams& shifted, bool observes, bool keeps)
+  ToIntegers(const at::Tensor& x, const at::Tensor& mask, const QParams& shifted, bool observes)
       : x_(x.const_data_ptr<T>()),
         observes_(observes),
-        keeps_(keeps),
         mask_(mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr),
         grid_(grids_of<C>(shifted)) {}
 
-  // Writes the integers to `to` and `quads`, if there are any, and widens the range in lo, hi by the finite values if
-  // it is observed. Returns whether all are finite.
-  bool run(int64_t begin, int64_t end, uint8_t* to, QuadRow quads, C* lo, C* hi) const {
-    auto* const mask = mask_ ? mask_ + begin / 8 : nullptr;
-    const auto& dot_products = chosen().dot_products;
-    if constexpr (std::is_same_v<T, float>) {
-      if (quads.quads) {
-        return observes_ || keeps_
-            ? dot_products.quantize_quads_range(x_ + begin, to, mask, end - begin, grid_, lo, hi, quads)
-            : dot_products.quantize_quads(x_ + begin, end - begin, grid_, quads);
-      }
+  // Writes the integers to `to`, and widens the range in lo, hi by the finite values if it is observed. Returns whether
+  // all are finite.
+  bool run(int64_t begin, int64_t end, uint8_t* to, C* lo, C* hi) const {
+    if (!observes_ && !mask_) {
+      return loops_.quantize_finite(x_ + begin, to, end - begin, grid_);
     }
-    const bool is_finite = run(begin, end, to, mask, lo, hi);
-    if (quads.quads) {
-      dot_products.put_quads(to, end - begin, quads);
-    }
-    return is_finite;
+    return loops_.quantize_range(x_ + begin, to, mask_ ? mask_ + begin / 8 : nullptr, end - begin, grid_, lo, hi);
   }
 
   bool has_nan(int64_t begin, int64_t end) const {
@@ -241,16 +230,9 @@ class ToIntegers {
   }
 
  private:
-  bool run(int64_t begin, int64_t end, uint8_t* to, uint8_t* mask, C* lo, C* hi) const {
-    if (!observes_ && !mask_) {
-      return loops_.quantize_finite(x_ + begin, to, end - begin, grid_);
-    }
-    return loops_.quantize_range(x_ + begin, to, mask, end - begin, grid_, lo, hi);
-  }
-
   const Loops<T>& loops_ = chosen().loops<T>();
   const T* x_;
-  const bool observes_, keeps_;
+  const bool observes_;
   uint8_t* mask_;
   const Grids<C> grid_; // of the integers; its levels are those of the values
 };
@@ -277,11 +259,11 @@ bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::
     const auto shift = spec.quant_min() < 0 ? 128 : 0;
     *shifted_zero_point.mutable_data_ptr<int32_t>() = *qparams.zero_point.const_data_ptr<int32_t>() + shift;
     const QParams shifted = {qparams.scale, shifted_zero_point, spec.quant_min() + shift, spec.quant_max() + shift};
-    const ToIntegers<scalar_t> integers(x, mask, shifted, range && !is_seen, values.defined());
+    const ToIntegers<scalar_t> integers(x, mask, shifted, range && !is_seen);
     std::mutex mutex;
-    const auto quantize = [&](int64_t begin, int64_t end, uint8_t* to, QuadRow quads) {
+    const auto quantize = [&](int64_t begin, int64_t end, uint8_t* to) {
       C lo = 0, hi = 0;
-      const bool is_finite = integers.run(begin, end, to, quads, &lo, &hi);
+      const bool is_finite = integers.run(begin, end, to, &lo, &hi);
       const bool part_has_nan = !is_finite && integers.has_nan(begin, end);
       const std::lock_guard lock(mutex);
       has_nan |= part_has_nan;
@@ -296,7 +278,7 @@ bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::
     } else {
       auto* const to = values.mutable_data_ptr<uint8_t>();
       parallel_over_memory(x.numel(), [&](int64_t begin, int64_t end) {
-        quantize(begin, end, to + begin, {});
+        quantize(begin, end, to + begin);
       });
     }
     if (range) {

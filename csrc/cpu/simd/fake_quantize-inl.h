@@ -111,8 +111,8 @@ QATFAST_INLINE bool holds_range(C lo, C hi, const G& grid) {
   return all_of<element_t<std::decay_t<decltype(passes)>>, lanes<C>>(passes);
 }
 
-// to[i] = f(x[i], row of the grid, i, lanes in use) for n values with one grid, and their mask, unless it is null.
-// Widens the range in lo, hi by the finite ones; returns whether all are finite.
+// to[i] = f(x[i], row of the grid) for n values with one grid, and their mask, unless it is null. Widens the range in
+// lo, hi by the finite ones; returns whether all are finite.
 template <class T, class To, class F>
 QATFAST_INLINE bool map_and_range(const T* x, To* to, uint8_t* mask, int64_t n, const Grids<opmath_type<T>>& grid,
     opmath_type<T>* lo, opmath_type<T>* hi, F f) {
@@ -128,11 +128,11 @@ QATFAST_INLINE bool map_and_range(const T* x, To* to, uint8_t* mask, int64_t n, 
     for (int64_t i = 0; i < pieces; ++i) {
       const auto at = (goes_down ? pieces - 1 - i : i) * piece, count = smaller(piece, n - at);
       auto bits = is_one_pass ? RangeBits<T>::zero() : bits_of_run(x + at, count);
-      map<T, To, C>(x + at, to + at, count, [&](V<C> v, int64_t j, int64_t m) __attribute__((always_inline)) {
+      map<T, To, C>(x + at, to + at, count, [&](V<C> v, int64_t, int64_t) __attribute__((always_inline)) {
         if constexpr (is_one_pass) {
           bits.widen(v);
         }
-        return f(v, row, at + j, m);
+        return f(v, row);
       });
       C least, most;
       const bool is_finite = range_of_bits(bits, x + at, count, &least, &most);
@@ -154,8 +154,8 @@ QATFAST_INLINE bool map_and_range(const T* x, To* to, uint8_t* mask, int64_t n, 
 template <class T>
 bool fake_quantize_range_loop(const T* x, T* y, uint8_t* mask, int64_t n, const Grids<opmath_type<T>>& grid,
     opmath_type<T>* lo, opmath_type<T>* hi) {
-  return map_and_range(x, y, mask, n, grid, lo, hi,
-      [](V<opmath_type<T>> v, const auto& row, int64_t, int64_t) __attribute__((always_inline)) {
+  return map_and_range(
+      x, y, mask, n, grid, lo, hi, [](V<opmath_type<T>> v, const auto& row) __attribute__((always_inline)) {
         return fake_quantize(v, row.grid);
       });
 }

@@ -24,10 +24,9 @@ template <class T>
 bool quantize_range_loop(const T* x, uint8_t* q, uint8_t* mask, int64_t n, const Grids<opmath_type<T>>& grid,
     opmath_type<T>* lo, opmath_type<T>* hi) {
   using C = opmath_type<T>;
-  return map_and_range(
-      x, q, mask, n, grid, lo, hi, [](V<C> v, const auto& row, int64_t, int64_t) __attribute__((always_inline)) {
-        return quantize(v, __builtin_convertvector(row.zero_point, Vec<int32_t, lanes<C>>), row.grid);
-      });
+  return map_and_range(x, q, mask, n, grid, lo, hi, [](V<C> v, const auto& row) __attribute__((always_inline)) {
+    return quantize(v, __builtin_convertvector(row.zero_point, Vec<int32_t, lanes<C>>), row.grid);
+  });
 }
 
 template <class T>

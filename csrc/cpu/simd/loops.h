@@ -154,29 +154,31 @@ struct ChannelBlock {
   int64_t count;
 };
 
-constexpr int64_t depthwise_vector = 16; // channels
+constexpr int64_t depthwise_vector = 16;     // channels
+constexpr int64_t depthwise_group_size = 64; // channels
+constexpr int64_t depthwise_tile = 16;       // outputs
 
 // Output = (sum of values * weight + offset) * scale + bias, for integers with instructions for dot products. The
-// arrays of the channels are filled up with zeros to a multiple of depthwise_vector. The rows of the input that an
-// output reads are bytes of planes of quads, in the order of a ring: row r is byte r % 4 of plane r / 4 % planes.
+// arrays of the channels are filled up with zeros to a multiple of depthwise_vector.
 struct DepthwiseDotProducts {
   DepthwiseGeometry geometry;
-  const uint32_t* weight = nullptr; // [planes][width of the kernel][channels], for a first row that is byte 0
-  const int32_t* offset = nullptr;  // one per channel, as those below
-  const float* scale = nullptr;
-  const float* bias = nullptr;
+  const int8_t* weight;  // [quads of the kernel's height][its width][channels][4]
+  const int32_t* offset; // one per channel, as those below
+  const float* scale;
+  const float* bias;
 
-  int64_t planes() const {
-    return (geometry.span() + 3) / 4;
+  int64_t quads() const {
+    return (geometry.kernel[0] + 3) / 4;
   }
-  int64_t padded_channels() const {
-    return (geometry.channels + depthwise_vector - 1) / depthwise_vector * depthwise_vector;
+  // The columns that `outputs` neighbouring outputs read.
+  int64_t columns(int64_t outputs) const {
+    return (outputs - 1) * geometry.stride[1] + (geometry.kernel[1] - 1) * geometry.dilation[1] + 1;
   }
-  int64_t weight_size() const {
-    return planes() * geometry.kernel[1] * padded_channels();
+  int64_t scratch_size() const {
+    return quads() * columns(geometry.output_size[1] < depthwise_tile ? geometry.output_size[1] : depthwise_tile) *
+        depthwise_group_size;
   }
 };
-constexpr int64_t most_depthwise_planes = 2;
 
 // Output j of a row = (sum of values * weight + offset[j]) * scale[j] + bias[j] or, without a bias, what is requantized
 // with the factor scale[j]. The arrays of the outputs are filled up with zeros to a multiple of 16.
@@ -208,17 +210,12 @@ struct PointwiseTile {
 
 // Loops for processors with instructions for dot products of uint8 and int8, or null.
 struct DotProductLoops {
-  // Quantizes a run. Returns whether there is no NaN.
-  bool (*quantize_quads)(const float* x, int64_t n, const Grids<float>& grid, QuadRow quads) = nullptr;
-  // The same, also to `to`; writes the mask, unless it is null, and widens the range in lo, hi by the finite values.
-  // Returns whether all are finite.
-  bool (*quantize_quads_range)(const float* x, uint8_t* to, uint8_t* mask, int64_t n, const Grids<float>& grid,
-      float* lo, float* hi, QuadRow quads) = nullptr;
-  void (*put_quads)(const uint8_t* values, int64_t n, QuadRow quads) = nullptr;
-  // A row of outputs whose first row of the input is number `first` of the ring, from the quads of the first column,
-  // `plane_size` of them per plane. Overwrites `weight`, which has weight_size() elements.
-  void (*depthwise)(const DepthwiseDotProducts& task, const uint32_t* quads, int64_t plane_size, int64_t first,
-      uint32_t* weight, float* y) = nullptr;
+  // Copies a row of columns of `channels` values in the order of the loop below, in which each column is filled up to a
+  // multiple of depthwise_group_size.
+  void (*pack_row)(const uint8_t* values, int64_t columns, int64_t channels, uint8_t* to) = nullptr;
+  // A row of outputs from the rows that it reads, with their padding. `scratch` has scratch_size() integers and the
+  // alignment of a vector.
+  void (*depthwise)(const DepthwiseDotProducts& task, const uint8_t* const* rows, float* y, int32_t* scratch) = nullptr;
   void (*pointwise)(const PointwiseDotProducts& task, const PointwiseTile& tile) = nullptr;
 };
 

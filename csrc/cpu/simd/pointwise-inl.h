@@ -1,7 +1,18 @@
 // Matrix products by instructions for dot products of four uint8 and int8, whose sums are exact in 32 bits.
 
+#ifdef __clang__
+#define QATFAST_UNROLL _Pragma("unroll")
+#else
+#define QATFAST_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace qatfast::cpu {
 namespace {
+
+// GCC 12 copies the sums for its intrinsic, and runs out of registers.
+QATFAST_INLINE void add_dot_products(__m512i& sums, __m512i values, __m512i weight) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(values), "v"(weight));
+}
 
 // Outputs whose sums stay in registers: `rows` rows of `vectors` vectors from `output` on, with the weights of a quad
 // of features `step` bytes after those of the one before. Meanwhile memory is fetched, from `next` on.

@@ -18,11 +18,6 @@
 #endif
 #include "cpu/simd/vec-inl.h"
 //
-#include "cpu/simd/grids-inl.h"
-#include "cpu/simd/range-inl.h"
-//
-#include "cpu/simd/fake_quantize-inl.h"
-//
 #include "cpu/simd/dot_product-inl.h"
 #include "cpu/simd/pointwise-inl.h"
 #ifdef __clang__
@@ -32,7 +27,6 @@
 #endif
 
 namespace qatfast::cpu {
-extern const DotProductLoops avx512_vnni = {quantize_quads_loop, quantize_quads_range_loop, put_quads_loop,
-    depthwise_dot_product_loop, pointwise_dot_product_loop};
+extern const DotProductLoops avx512_vnni = {pack_row_loop, depthwise_dot_product_loop, pointwise_dot_product_loop};
 } // namespace qatfast::cpu
 #endif

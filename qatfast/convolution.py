@@ -164,10 +164,8 @@ def qat_conv_in_one_pass(
     tensors = (input, weight) if bias is None else (input, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     channels_last = is_channels_last(input) or is_channels_last(weight)
-    x, kernel_size = input.detach() if needs_grad else input, tuple(weight.shape[2:])
-    floats = b_hat
-    if b_hat is not None and (b_hat.requires_grad or b_hat.dtype != torch.float32):
-        floats = b_hat.detach().to(torch.float32)
+    x, kernel_size = input.detach(), tuple(weight.shape[2:])
+    floats = None if b_hat is None else b_hat.detach().to(torch.float32)
     if (
         grid_of_input is not None
         and not needs_grad

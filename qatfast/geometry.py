@@ -52,13 +52,6 @@ class Geometry(NamedTuple):
             return [(i - 1) * s - 2 * p + d * (k - 1) + o + 1 for i, k, s, p, d, o in sizes]
         return [window_count(i, k, s, 2 * p, d) for i, k, s, p, d, _ in sizes]
 
-    def has_outputs(self, input_size: Sequence[int], kernel_size: Sequence[int]) -> bool:
-        """Returns whether no number of ``output_size`` is below 1."""
-        if self.transposed:
-            return min(self.output_size(input_size, kernel_size)) > 0
-        sizes = zip(input_size, kernel_size, self.padding, self.dilation, strict=True)
-        return all(size + 2 * padding > dilation * (kernel - 1) for size, kernel, padding, dilation in sizes)
-
     def is_pointwise(self, kernel_size: Sequence[int]) -> bool:
         """Returns whether the convolution is a matrix product at each position."""
         ones, zeros = (1,) * len(self.stride), (0,) * len(self.stride)
@@ -133,9 +126,8 @@ def as_batch(
             f"{tuple(input.shape)}"
         )
     x = input if input.dim() == dims + 2 else input.unsqueeze(0)
-    padded_size = pad(x).shape[2:]
-    if not geometry.has_outputs(padded_size, kernel_size):
-        size = geometry.output_size(padded_size, kernel_size)
+    size = geometry.output_size(pad(x).shape[2:], kernel_size)
+    if min(size) < 1:
         raise ValueError(
             f"{name}: expected an input that is at least as large as the kernel, got {tuple(input.shape)}, whose "
             f"output would have the size {tuple(size)}"

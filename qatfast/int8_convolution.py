@@ -168,7 +168,7 @@ def takes_pointwise(
     It takes floats only if it need not copy them.
     """
     extension: Any = kernels.extension
-    if geometry.groups != 1 or not (input.is_cpu and extension.has_dot_products and input.dim() in (4, 5)):
+    if not (input.is_cpu and extension.has_dot_products and input.dim() in (4, 5)):
         return False
     if not geometry.is_pointwise(kernel_size):
         return False

@@ -215,6 +215,7 @@ QATFAST_FORMULA ReciprocalGrid<T> widened(const ReciprocalGrid<T>& grid) {
   return {{grid.scale, grid.lo - 1, grid.hi + 1}, grid.reciprocal, grid.least - grid.scale, grid.most + grid.scale};
 }
 
+// The formula of the operator for static ranges; see QATFAST_MAP in operator_list.h.
 template <class T, class G>
 C10_HOST_DEVICE static inline T fake_quantize_affine(T x, const G& grid) {
   return fake_quantize(x, grid);

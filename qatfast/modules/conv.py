@@ -39,7 +39,7 @@ class _QATConv(QuantizedLayer, _ConvNd):
     """What all convolutions share."""
 
     _caches_weight: ClassVar[bool] = True  # cached_weights selects layers by this attribute
-    _allows_one_pass: bool = False
+    _allows_one_pass: bool = False  # whether the config allows qat_conv_in_one_pass
 
     @classmethod
     def _arguments(cls, module: Any) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class _QATConv(QuantizedLayer, _ConvNd):
 
     def _set_mode(self, mode: str) -> None:
         super()._set_mode(mode)
-        vars(self)["_allows_one_pass"] = mode == QUANTIZE and allows_one_pass(self.config, self._fan_in)
+        vars(self)["_allows_one_pass"] = allows_one_pass(self.config, self._fan_in)
 
     def _apply_to(
         self, input: Tensor, geometry: Geometry, pad: Callable[[Tensor], Tensor] = _unpadded

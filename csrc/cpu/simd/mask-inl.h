@@ -9,39 +9,21 @@ QATFAST_INLINE Vec<U, 8> masked(Vec<U, 8> grad, uint8_t mask) {
   return grad & static_cast<Vec<U, 8>>(((Vec<U, 8>{} + mask) & bit) != 0);
 }
 
-// The same in place, where most gradients pass: it touches no cache line of which all do.
-template <class U>
-void mask_in_place(const uint8_t* mask, U* grad, int64_t n) {
-  constexpr int64_t line = 64 / sizeof(U);
-  using Bits = std::conditional_t<line == 8, uint8_t, std::conditional_t<line == 16, uint16_t, uint32_t>>;
-  int64_t i = 0;
-  for (; i + line <= n; i += line) {
-    if (bits_as<Bits>(mask + i / 8) == static_cast<Bits>(-1)) {
-      continue;
-    }
-    for (int64_t j = i; j < i + line; j += 8) {
-      const auto kept = masked<U>(bits_as<Vec<U, 8>>(grad + j), mask[j / 8]);
-      std::memcpy(grad + j, &kept, sizeof(kept));
-    }
-  }
-  for (; i < n; ++i) {
-    grad[i] = mask[i / 8] >> (i % 8) & 1 ? grad[i] : U{};
-  }
-}
-
+// In place, memory of which all gradients pass is not touched.
 template <class U>
 void mask_loop(const U* grad, const uint8_t* mask, U* to, int64_t n) {
-  if (grad == to) {
-    return mask_in_place(mask, to, n);
-  }
+  const bool in_place = grad == to;
   int64_t i = 0;
 #if QATFAST_VECTOR_BYTES == 64
   constexpr int64_t N = 64 / sizeof(U);
   const auto end = n / N * N, step = stores_delay_loads(grad, to) ? -N : N;
   i = step < 0 ? end - N : 0;
   for (auto left = n / N; left > 0; --left, i += step) {
-    const auto bits =
-        bits_as<std::conditional_t<N == 8, uint8_t, std::conditional_t<N == 16, uint16_t, uint32_t>>>(mask + i / 8);
+    using Bits = std::conditional_t<N == 8, uint8_t, std::conditional_t<N == 16, uint16_t, uint32_t>>;
+    const auto bits = bits_as<Bits>(mask + i / 8);
+    if (in_place && bits == static_cast<Bits>(-1)) {
+      continue;
+    }
     __m512i kept;
     if constexpr (N == 8) {
       kept = _mm512_maskz_loadu_epi64(bits, grad + i);
@@ -55,6 +37,9 @@ void mask_loop(const U* grad, const uint8_t* mask, U* to, int64_t n) {
   i = end;
 #endif
   for (; i + 8 <= n; i += 8) {
+    if (in_place && mask[i / 8] == 0xFF) {
+      continue;
+    }
     const auto kept = masked<U>(bits_as<Vec<U, 8>>(grad + i), mask[i / 8]);
     std::memcpy(to + i, &kept, sizeof(kept));
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/qparams.h"
+#include "common/windows.h"
 
 #include <c10/util/ArrayRef.h>
 #include <c10/util/FunctionRef.h>
@@ -82,6 +83,10 @@ struct Int8EpilogueTask {
   at::Tensor y;
 };
 using Int8EpilogueLauncher = void(const Int8EpilogueTask& task);
+
+// The windows of a convolution as rows, whose integers are those of the input less 128.
+using Int8ConvWindowsLauncher = void(const WindowTask& task, const Int8Rows& to);
+using Int8ConvGroupedLauncher = void(const GroupedTask& task);
 
 // The weight and the bias of one layer before its product, together, so that a device can share one launch.
 using QATLinearLauncher = void(c10::ArrayRef<FakeQuantizeTask> weight_and_bias);
@@ -216,6 +221,10 @@ namespace cuda {
 // Moves the stored range by `x`; scale and zero_point receive what quantizes `x`.
 void observe_range(const at::Tensor& x, const QuantSpec& spec, const ObservedRange& range, const at::Tensor& scale,
     const at::Tensor& zero_point);
+
+// As on the CPU, with a grid that is known. `poison` becomes NaN if x holds a NaN.
+void quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, const QuantSpec& spec,
+    const QParams& qparams, const at::Tensor& shifted_zero_point, const at::Tensor& poison);
 
 } // namespace cuda
 

@@ -223,7 +223,7 @@ QATFAST_OPERATOR(qat_linear_int8_backward, all, undefined,
 // The integers of a convolution's input (uint8), the mask of its gradient, scale and zero point of its grid, the zero
 // point of the integers, and a poison: NaN if the input holds a NaN, else 0. The grid is the given one, or that of the
 // stored range, which moves, or that of the input. Integers below 0 are moved up by 128, to shifted_zero_point.
-QATFAST_OPERATOR(int8_conv_input, cpu, undefined,
+QATFAST_OPERATOR(int8_conv_input, all, undefined,
     "(Tensor input, Tensor? scale, Tensor? zero_point, Tensor(a!)? running_min, Tensor(b!)? running_max, "
     "Tensor(c!)? num_batches, float averaging_constant, int[] input_spec, bool with_mask) -> (Tensor "
     "values, Tensor mask, Tensor scale, Tensor zero_point, Tensor shifted_zero_point, Tensor poison)",
@@ -244,7 +244,7 @@ QATFAST_OPERATOR(int8_requantize_, cpu, undefined,
     Tensor(const Tensor& sums, const Tensor& offset, const Tensor& factor, double low, double high, double scale))
 
 // Sets the gradient of the input to 0, in place, where the mask is not set. `values` has the mask's order.
-QATFAST_OPERATOR(int8_conv_mask_, cpu, undefined, "(Tensor(a!) grad, Tensor mask, Tensor values) -> Tensor(a!)",
+QATFAST_OPERATOR(int8_conv_mask_, all, undefined, "(Tensor(a!) grad, Tensor mask, Tensor values) -> Tensor(a!)",
     Tensor(const Tensor& grad, const Tensor& mask, const Tensor& values))
 
 // The result of a depthwise convolution in two dimensions, from the integers of the input.
@@ -299,6 +299,31 @@ QATFAST_OPERATOR(int8_conv_pointwise_requantized, cpu, undefined,
     "Tensor factor, float low, float high, float y_scale) -> Tensor",
     Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
         const Tensor& weight, const Tensor& bias, const Tensor& factor, double low, double high, double y_scale))
+
+// The windows of a convolution (im2col) as the rows that int8_product takes. `values` are the integers of the input,
+// `zero_point` is theirs. `input` and `poison` tell which rows hold a NaN; see int8_conv_input. Before the first
+// element lie `padding` zeros, between neighbours `spread` - 1, as a transposed convolution reads them.
+QATFAST_OPERATOR(int8_conv_windows, all, undefined,
+    "(Tensor values, Tensor scale, Tensor zero_point, Tensor? input, Tensor? poison, int[] kernel_size, int[] stride, "
+    "int[] padding, int[] dilation, int[] spread, int[] output_size) -> (Tensor rows, Tensor row_scale, Tensor "
+    "row_zero_point, Tensor level_sums)",
+    std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor& values, const Tensor& scale, const Tensor& zero_point,
+        const std::optional<Tensor>& input, const std::optional<Tensor>& poison, at::IntArrayRef kernel_size,
+        at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, at::IntArrayRef spread,
+        at::IntArrayRef output_size))
+QATFAST_LAUNCHER(int8_conv_windows, Int8ConvWindowsLauncher)
+
+// The result of a convolution with groups of the same input, in the dtype of its scale. int8_weight: as in
+// int8_product, with a row (taps, channels of a group) per output.
+QATFAST_OPERATOR(int8_conv_grouped, all, undefined,
+    "(Tensor values, Tensor scale, Tensor zero_point, Tensor? input, Tensor? poison, Tensor[] int8_weight, Tensor? "
+    "bias, int groups, int[] kernel_size, int[] stride, int[] padding, int[] dilation, int[] spread, int[] "
+    "output_size) -> Tensor",
+    Tensor(const Tensor& values, const Tensor& scale, const Tensor& zero_point, const std::optional<Tensor>& input,
+        const std::optional<Tensor>& poison, at::TensorList int8_weight, const std::optional<Tensor>& bias,
+        int64_t groups, at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+        at::IntArrayRef dilation, at::IntArrayRef spread, at::IntArrayRef output_size))
+QATFAST_LAUNCHER(int8_conv_grouped, Int8ConvGroupedLauncher)
 
 // Launchers that several operators use
 QATFAST_LAUNCHER(quantize_rows, QuantizeRowsLauncher)

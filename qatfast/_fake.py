@@ -253,6 +253,19 @@ def _register_fakes(functions: Sequence[str]) -> None:
         is_kept = with_values or with_mask or not input.is_contiguous(memory_format=torch.channels_last)
         return values if is_kept else values.new_empty((0,)), *rest, y
 
+    @fake("int8_conv_windows")
+    def _(values: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        kernel_size, *_, output_size = arguments[3:]
+        rows = values.shape[0] * math.prod(output_size)
+        integers = values.new_empty((rows, values.shape[1] * math.prod(kernel_size)), dtype=torch.int8)
+        zero_point = values.new_empty((rows,), dtype=torch.int32)
+        return integers, scale.new_empty((rows,)), zero_point, values.new_empty((rows,), dtype=torch.int64)
+
+    @fake("int8_conv_grouped")
+    def _(values: Tensor, scale: Tensor, *arguments: Any) -> Tensor:
+        int8_weight, output_size = arguments[3], arguments[-1]
+        return scale.new_empty((values.shape[0], *output_size, int8_weight[0].shape[0])).movedim(-1, 1)
+
     @fake("int8_conv_pointwise_weight")
     def _(weight: Tensor) -> Tensor:
         rows, columns = weight.shape

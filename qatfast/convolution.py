@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import isnan
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ def qat_conv(
     tensors = (input, weight) if bias is None else (input, weight, bias)
     x_grid = _grid(input, x_spec, grids.get("input"))
     ops = kernels.route(*tensors)
-    if ops is None or not int8_convolution.takes(input, geometry):
+    if ops is None or not int8_convolution.takes(input):
         product = geometry.convolve(fake_quantized_input(), fake_quantized_weight(), b_hat)
         rows = geometry.to_rows(weight.detach())
         w_grid = _grid(rows, w_spec, grids.get("weight"))
@@ -131,7 +130,7 @@ def allows_one_pass(config: QATConfig, fan_in: int) -> bool:
 
 def takes_one_pass(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Returns whether it computes layers with these tensors, if the config allows it."""
-    if torch.compiler.is_compiling() or not input.is_cpu or input.numel() == 0:
+    if torch.compiler.is_compiling() or input.numel() == 0:
         return False
     if input.dtype == torch.float64 or input.dtype != weight.dtype:
         return False
@@ -185,22 +184,24 @@ def qat_conv_in_one_pass(
         operands = (w.values, w.scale, None if floats is None else floats.contiguous())
         return ops.int8_conv_depthwise_forward(x, *grid, *operands, *sizes, needs_grad, needs_mask)
 
-    is_fused = int8_convolution.is_depthwise(x, w.values, kernel_size, geometry)
+    is_fused = x.is_cpu and int8_convolution.is_depthwise(x, w.values, kernel_size, geometry)
     q, mask, scale, zero_point, shifted, poison, *result = quantize_input(
         integers_and_result if is_fused else integers
     )
-    nan = x.isnan() if isnan(poison.item()) else None
-    if result and nan is None:
-        value = result[0] if channels_last else result[0].contiguous()
+    integers_of_x = int8_convolution.with_nans(Int8Input(q, scale, shifted), x, poison)
+    if result and integers_of_x.poison is None:
+        value = int8_convolution.in_format(result[0], channels_last)
     else:
         if q.dim() == 1:
             q = ranges.int8_conv_input(integers, x_spec, scale, zero_point)[0]
-        value = int8_convolution.product(
-            Int8Input(q, scale, shifted, nan), w, kernel_size, floats, geometry, channels_last
-        )
+            integers_of_x = integers_of_x._replace(values=q)
+        value = int8_convolution.product(integers_of_x, w, kernel_size, floats, geometry, channels_last)
     if not needs_grad:
         return value
     of_weight = (None, None, None)
+    nan = integers_of_x.poison
+    if nan is not None and x.is_cpu:
+        nan = x.isnan()
     return _Gradients.apply(
         _Link.apply(input), weight, b_hat, value, q, nan, scale, zero_point, *of_weight,
         mask if needs_mask else None, x_spec, w_spec, geometry,
@@ -445,9 +446,11 @@ def _(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry(*arguments[9:15])
     size = geometry.output_size(input.shape[2:], kernel_size)
     y = input.new_empty((input.shape[0], weight.shape[0], *size), dtype=torch.float32)
-    if channels_last:
-        y = int8_convolution._channels_last(y)
-    return y, torch.empty_like(input, dtype=torch.uint8), input.new_empty((), dtype=torch.float32)
+    return (
+        int8_convolution.in_format(y, channels_last),
+        torch.empty_like(input, dtype=torch.uint8),
+        input.new_empty((), dtype=torch.float32),
+    )
 
 
 def traced_forward(

@@ -1,6 +1,7 @@
 """Convolutions of integers: sums that are exact, rounded once to float32.
 
-On the CPU by oneDNN where it is exact; on other devices by an int8 GEMM of the windows of the input (im2col).
+On the CPU by oneDNN where it is exact; else, and on other devices, by an int8 GEMM of the windows of the input
+(im2col), or with groups by a kernel of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .geometry import Geometry, window_count
 _SHIFT = 128  # between uint8 and int8
 FLOAT_LIMIT = 2**24  # float32 holds all integers up to it
 _INT_LIMIT = 2**31
-_WINDOW_BYTES = 2**28  # of the windows that exist at a time
+_WINDOW_BYTES = {True: 2**23, False: 2**28}  # of the windows that exist at a time, on the CPU and elsewhere
 
 
 class Int8Weight(NamedTuple):
@@ -40,15 +41,17 @@ class Int8Weight(NamedTuple):
 
 
 class Int8Input(NamedTuple):
-    """A quantized input: integers (uint8), scale, the zero point of the integers, and where it held a NaN.
+    """A quantized input: integers (uint8), scale and the zero point of the integers.
 
-    Scale and zero point have one element, or one per sample. ``nan`` is None if there was no NaN.
+    Scale and zero point have one element, or one per sample. ``poison`` is NaN if ``floats``, which were quantized,
+    hold a NaN, else 0. Both are None if there is none.
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor
-    nan: Tensor | None
+    floats: Tensor | None = None
+    poison: Tensor | None = None
 
 
 class _Conv(NamedTuple):
@@ -86,23 +89,29 @@ def forward(
     quant_min, quant_max, zero_point = unsigned(quant_min, quant_max, zero_point)
     granularity = PerChannel(0) if scale.dim() else PerTensor()
     q = functional.quantize(input, scale, zero_point, quant_min, quant_max, granularity=granularity)
-    if uses_windows(input):
-        nan = input.isnan()
-        y = by_windows(Int8Input(q, scale, zero_point, nan), weight, kernel_size, bias, geometry)
-        poison = torch.where(nan.any(), torch.nan, 0.0)
-        return _channels_last(y) if channels_last else y.contiguous(), q, poison
-    poison = input.new_zeros((), dtype=torch.float32)
-    if input.numel() and input.amax().isnan():
-        poison.fill_(torch.nan)
-    integers = Int8Input(q, scale, zero_point, input.isnan() if isnan(poison.item()) else None)
+    poison = poison_of(input)
+    integers = with_nans(Int8Input(q, scale, zero_point), input, poison)
     return product(integers, weight, kernel_size, bias, geometry, channels_last), q, poison
 
 
-def takes(input: Tensor, geometry: Geometry) -> bool:
+def poison_of(input: Tensor) -> Tensor:
+    """Returns NaN if ``input`` holds a NaN, else 0, in float32."""
+    poison = input.new_zeros((), dtype=torch.float32)
+    return poison.masked_fill_(input.amax().isnan(), torch.nan) if input.numel() else poison
+
+
+def with_nans(integers: Int8Input, input: Tensor, poison: Tensor) -> Int8Input:
+    """Returns the integers of ``input``; ``poison`` is NaN if that holds a NaN, else 0."""
+    if not uses_windows(input) and not isnan(poison.item()):  # only the CPU waits for the answer
+        return integers
+    return integers._replace(floats=input, poison=poison)
+
+
+def takes(input: Tensor) -> bool:
     """Returns whether :func:`forward` computes this convolution."""
     if input.dtype == torch.float64:
         return False
-    return not uses_windows(input) or (geometry.groups == 1 and input.numel() > 0)
+    return not uses_windows(input) or input.numel() > 0
 
 
 def uses_windows(input: Tensor) -> bool:
@@ -118,42 +127,22 @@ def product(
     channels_last: bool,
 ) -> Tensor:
     """Returns the result of :func:`forward` from the integers of its input."""
-    q, scale, zero_point, nan = integers
-    ops: Any = kernels.extension
-    is_plain = nan is None and scale.dim() == 0 and weight.values.dtype == torch.int8
+    q, scale, zero_point, floats, _ = integers
+    is_plain = floats is None and scale.dim() == 0 and weight.values.dtype == torch.int8
     if is_plain and is_depthwise(q, weight.values, kernel_size, geometry):
+        ops: Any = kernels.extension
         sizes = (tuple(kernel_size), *geometry[:3])
-        floats = None if bias is None else bias.to(torch.float32).contiguous()
-        y = ops.int8_conv_depthwise(q, scale, zero_point, weight.values, weight.scale, floats, *sizes)
-        return y if channels_last else y.contiguous()
+        bias = None if bias is None else bias.to(torch.float32).contiguous()
+        y = ops.int8_conv_depthwise(q, scale, zero_point, weight.values, weight.scale, bias, *sizes)
+        return in_format(y, channels_last)
     if is_plain and takes_pointwise(q, weight.values, weight.packed, kernel_size, geometry):
         return pointwise(q, scale, zero_point, (0, 255), weight, bias, channels_last)
-    kernel, convolution = _as_plain(weight, kernel_size, geometry)
-
-    def sums_of(way: Any, q: Tensor, zero_point: int, nan: Tensor | None) -> Tensor:
-        if geometry.transposed:
-            q = _spread(q, geometry.stride, zero_point)
-            nan = None if nan is None else _spread(nan, geometry.stride, 0)
-        if nan is None:
-            return way(q, zero_point, kernel, weight, convolution)
-        return _by_floats(q, zero_point, kernel, weight, convolution, nan)
-
-    def result(way: Any) -> tuple[Tensor, float]:
-        points: Any = zero_point.tolist()
-        if scale.dim() == 0:
-            sums = sums_of(way, q, points, nan)
-        elif points:
-            nans: Any = (None,) * len(points) if nan is None else nan.split(1)
-            samples = zip(q.split(1), points, nans, strict=True)
-            sums = torch.cat([sums_of(way, *sample) for sample in samples])
-        else:
-            sums = sums_of(way, q, 0, nan)
-        return _scaled(sums, scale, weight.scale, bias)
-
-    y, largest = result(_sums)
-    if largest >= FLOAT_LIMIT:
-        y, _ = result(_by_floats)
-    return _channels_last(y) if channels_last else y.contiguous()
+    sums = _sums_by_library(q, zero_point, weight, kernel_size, geometry) if floats is None else None
+    if sums is not None:
+        y, largest = _scaled(sums, scale, weight.scale, bias)
+        if largest < FLOAT_LIMIT:
+            return in_format(y, channels_last)
+    return in_format(by_windows(integers, weight, kernel_size, bias, geometry), channels_last)
 
 
 def takes_pointwise(
@@ -174,7 +163,7 @@ def takes_pointwise(
         return False
     if weight.dtype != torch.int8 or input.shape[1] * 255 * 128 >= _INT_LIMIT:
         return False
-    if packed is None and input.numel() <= 8 * weight.numel():  # as in _packing_dominates
+    if packed is None and input.numel() <= 8 * weight.numel():  # as in _sums_by_library
         return False
     return input.dtype == torch.uint8 or input.movedim(1, -1).is_contiguous()
 
@@ -205,7 +194,7 @@ def pointwise(
     y = ops.int8_conv_pointwise(
         _channels_last(input), scale, zero_point, *ends, packed, weight.scale.contiguous(), floats
     )
-    return y if channels_last else y.contiguous()
+    return in_format(y, channels_last)
 
 
 def packed_pointwise(weight: Tensor, packed: dict[Any, Tensor] | None) -> Tensor:
@@ -220,30 +209,32 @@ def packed_pointwise(weight: Tensor, packed: dict[Any, Tensor] | None) -> Tensor
 
 
 def exact_sums(
-    q: Tensor,
-    zero_point: int,
+    integers: Int8Input,
     weight: Int8Weight,
     kernel_size: Sequence[int],
     geometry: Geometry,
     reach: int | None,
-) -> Tensor | None:
-    """Returns the sums of a convolution in float32, or None if it does not hold them or no library computes them.
+) -> Tensor:
+    """Returns the sums of a convolution in float32, or in float64 if they are larger or one is NaN.
 
     Args:
-        q: uint8, the integers of the input.
-        zero_point: of ``q``.
-        weight: symmetric.
+        integers: of the input, per tensor; the scale is not read.
+        weight: symmetric; the scale is not read.
         kernel_size: of the layer.
         geometry: its Geometry.
         reach: which no sum exceeds, or None.
     """
-    kernel, convolution = _as_plain(weight, kernel_size, geometry)
-    q = _spread(q, geometry.stride, zero_point) if geometry.transposed else q
-    sums = _sums_by_library(q, zero_point, kernel, weight, convolution)
-    most = prod(kernel.shape[1:]) * 255 * 128
-    if sums is None or min(most, most if reach is None else reach) < FLOAT_LIMIT:
-        return sums
-    return sums if max(-sums.amin(), sums.amax()) < FLOAT_LIMIT else None
+    q, _, zero_point, floats, poison = integers
+    most = weight.values[0].numel() * 255 * 128 if len(weight.values) else 0
+    is_float = floats is None and min(most, most if reach is None else reach) < FLOAT_LIMIT
+    if floats is None:
+        sums = _sums_by_library(q, zero_point, weight, kernel_size, geometry)
+        if sums is not None and (is_float or max(-sums.amin(), sums.amax()) < FLOAT_LIMIT):
+            return sums
+    dtype = torch.float32 if is_float else torch.float64
+    one = torch.ones_like(zero_point, dtype=dtype)
+    ones = weight._replace(scale=torch.ones_like(weight.zero_point, dtype=dtype))
+    return by_windows(Int8Input(q, one, zero_point, floats, poison), ones, kernel_size, None, geometry)
 
 
 def _as_plain(
@@ -294,6 +285,11 @@ def _spread(values: Tensor, stride: Sequence[int], fill: int) -> Tensor:
     return result
 
 
+def in_format(x: Tensor, channels_last: bool) -> Tensor:
+    """Returns ``x`` in the memory format of a result."""
+    return _channels_last(x) if channels_last else x.contiguous()
+
+
 def _channels_last(x: Tensor) -> Tensor:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
@@ -304,52 +300,28 @@ def _pads(convolution: _Conv) -> list[int]:
     return [n for pair in reversed(convolution.padding) for n in pair]
 
 
-def _by_floats(
-    q: Tensor,
-    zero_point: int,
-    kernel: Tensor,
-    weight: Int8Weight,
-    convolution: _Conv,
-    nan: Tensor | None = None,
-) -> Tensor:
-    """The sums by a product of float64, which is exact; slow."""
-    levels = q.double() - zero_point
-    if nan is not None:
-        levels = levels.masked_fill(nan, torch.nan)
-    column = weight.zero_point.reshape((-1,) + (1,) * (kernel.dim() - 1))
-    function: Any = (F.conv1d, F.conv2d, F.conv3d)[q.dim() - 3]
-    stride, _, dilation, groups = convolution
-    padded = F.pad(levels, _pads(convolution))
-    sums = function(padded, kernel.double() - column, None, stride, 0, dilation, groups)
-    return (sums + 0.0).float()
-
-
-def _sums(q: Tensor, zero_point: int, kernel: Tensor, weight: Int8Weight, convolution: _Conv) -> Tensor:
-    """Returns ``sum((q - zero_point) * (kernel - weight.zero_point))``, exact where it is below 2^24."""
-    sums = _sums_by_library(q, zero_point, kernel, weight, convolution)
-    return _by_floats(q, zero_point, kernel, weight, convolution) if sums is None else sums
-
-
 def _sums_by_library(
-    q: Tensor, zero_point: int, kernel: Tensor, weight: Int8Weight, convolution: _Conv
+    q: Tensor, zero_point: Tensor, weight: Int8Weight, kernel_size: Sequence[int], geometry: Geometry
 ) -> Tensor | None:
-    """The same; None if no library computes them."""
+    """Returns the sums in float32, exact where they are below 2^24; None if the library is wrong or slow."""
+    kernel, convolution = _as_plain(weight, kernel_size, geometry)
     reach = prod(kernel.shape[1:]) * 255 * 128  # of the sums, also before the zero point is subtracted
     if kernel.dtype != torch.int8 or q.numel() == 0 or kernel.numel() == 0 or reach >= _INT_LIMIT:
         return None
-    if _packing_dominates(q, kernel, weight, convolution) and _int_mm_is_exact():
-        return _by_matrix(q, zero_point, kernel, convolution, weight.total)
+    outputs = q.shape[0] * prod(geometry.output_size(q.shape[2:], kernel_size))
+    if convolution.groups == 1 and weight.packed is None and outputs <= 8 * kernel.shape[0]:
+        return None  # the library would take longer to pack the weight than the windows take
     if not _library_is_exact(q.dim() - 2):
         return None
-    return _by_library(q, zero_point, kernel, weight.packed, convolution)
 
+    def sums_of(q: Tensor, zero_point: int) -> Tensor:
+        q = _spread(q, geometry.stride, zero_point) if geometry.transposed else q
+        return _by_library(q, zero_point, kernel, weight.packed, convolution)
 
-def _packing_dominates(q: Tensor, kernel: Tensor, weight: Int8Weight, convolution: _Conv) -> bool:
-    """Whether oneDNN would take longer to pack the weight than the matrix of windows takes to fill."""
-    if convolution.groups != 1 or weight.packed is not None:
-        return False
-    outputs = q.shape[0] * prod(_output_size(q.shape[2:], kernel.shape[2:], convolution))
-    return outputs <= 8 * kernel.shape[0]
+    points: Any = zero_point.tolist()
+    if zero_point.dim() == 0:
+        return sums_of(q, points)
+    return torch.cat([sums_of(*sample) for sample in zip(q.split(1), points, strict=True)])
 
 
 def _by_library(
@@ -423,67 +395,45 @@ def by_windows(
     bias: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
-    """Returns the result in the dtype of the scales by the int8 GEMM of linear layers.
+    """Returns the result in the dtype of the scales, without a library that computes convolutions.
 
-    Nothing waits for the device.
+    It is exact at any size. Nothing waits for a device.
     """
+    q, scale, zero_point, floats, poison = integers
     kernel, convolution = _as_plain(weight, kernel_size, geometry)
-    columns = _int8_rows(kernel.movedim(1, -1).flatten(1), weight)
-    bias = None if bias is None else bias.to(weight.scale.dtype).contiguous()
-    q, scale, zero_point, nan = integers
-    samples = q.shape[0]
-    scale, zero_point = (x.reshape(-1).expand(samples) for x in (scale, zero_point))
-    per_sample = kernel[0].numel() * prod(geometry.output_size(q.shape[2:], kernel_size))
-    step = max(1, _WINDOW_BYTES // max(1, per_sample))
+    rows = _int8_rows(kernel.movedim(1, -1).flatten(1), weight)
+    bias = None if bias is None else bias.to(scale.dtype).contiguous()
+    spread = geometry.stride if geometry.transposed else (1,) * len(geometry.stride)
+    sizes = _window_sizes(q, kernel, convolution, spread)
+    ops = torch.ops.qatfast
+    if convolution.groups > 1:
+        input = (q, scale, zero_point, floats, poison)
+        return ops.int8_conv_grouped(*input, rows, bias, convolution.groups, *sizes)
+    outputs = sizes[-1]
+    step = max(1, _WINDOW_BYTES[q.is_cpu] // max(1, kernel[0].numel() * prod(outputs)))
 
-    def part(x: Any, begin: int) -> Any:
-        return None if x is None else x[begin : begin + step]
+    def part(x: Tensor | None, begin: int) -> Tensor | None:
+        return x if x is None or x.dim() == 0 else x[begin : begin + step]
 
-    parts = [
-        _product_of_windows(
-            Int8Input(*(part(x, begin) for x in (q, scale, zero_point, nan))),
-            kernel, columns, bias, geometry, convolution,
-        )
-        for begin in range(0, samples, step)
-    ]  # fmt: skip
+    parts = []
+    for begin in range(0, len(q), step):
+        windows = ops.int8_conv_windows(*(part(x, begin) for x in integers), *sizes)
+        y = ops.int8_product(windows, rows, bias)
+        parts.append(y.view(-1, *outputs, y.shape[1]).movedim(-1, 1))
+    if not parts:
+        return scale.new_empty((0, len(kernel), *outputs))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _product_of_windows(
-    integers: Int8Input,
-    kernel: Tensor,
-    columns: list[Tensor],
-    bias: Tensor | None,
-    geometry: Geometry,
-    convolution: _Conv,
-) -> Tensor:
-    q, scale, zero_point, nan = integers
-    # An integer XOR the zero point is 0 where it is the zero point, with which the input is padded.
-    fill = zero_point.to(torch.uint8).view(torch.int8).reshape(-1, *(1,) * (q.dim() - 1))
-
-    def windows_of(x: Tensor) -> Tensor:
-        if geometry.transposed:
-            x = _spread(x, geometry.stride, 0)
-        return F.pad(x.movedim(1, -1), [0, 0, *_pads(convolution)]).contiguous()
-
-    last = windows_of(q.view(torch.int8) ^ fill) ^ (fill.movedim(1, -1) ^ -_SHIFT)
-    windows, sizes = _windows(last, kernel, convolution)
-    positions = prod(sizes)
-
-    def of_rows(x: Tensor) -> Tensor:
-        return x.unsqueeze(1).expand(-1, positions).reshape(-1).contiguous()
-
-    point = of_rows(zero_point - _SHIFT)
-    # A symmetric weight does not read the sums of the input's levels.
-    level_sums = torch.zeros_like(point, dtype=torch.int64)
-    if kernel.dtype != torch.int8:
-        level_sums = windows.sum(1, dtype=torch.int64) - windows.shape[1] * point.long()
-    row_scale = of_rows(scale)
-    if nan is not None:
-        nans, _ = _windows(windows_of(nan.any(1, keepdim=True).to(torch.int8)), kernel[:1, :1], convolution)
-        row_scale = torch.where(nans.any(1), torch.nan, row_scale)
-    y = torch.ops.qatfast.int8_product([windows, row_scale, point, level_sums], columns, bias)
-    return y.view(q.shape[0], *sizes, -1).movedim(-1, 1)
+def _window_sizes(
+    q: Tensor, kernel: Tensor, convolution: _Conv, spread: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """Returns the arguments of int8_conv_windows after the tensors."""
+    stride, padding, dilation, _ = convolution
+    sizes = [(n - 1) * s + 1 for n, s in zip(q.shape[2:], spread, strict=True)]
+    before = tuple(amount for amount, _ in padding)
+    outputs = tuple(_output_size(sizes, kernel.shape[2:], convolution))
+    return kernel.shape[2:], stride, before, dilation, tuple(spread), outputs
 
 
 def int_mm(x: Tensor, weight: Tensor) -> Tensor:
@@ -515,43 +465,16 @@ def _int8_rows(matrix: Tensor, weight: Int8Weight) -> list[Tensor]:
     if matrix.dtype == torch.uint8:
         matrix, zero_point = matrix.view(torch.int8) ^ -_SHIFT, zero_point - _SHIFT
     matrix, zero_point = matrix.to(torch.int8).contiguous(), zero_point.to(torch.int32).contiguous()
-    level_sums = matrix.sum(1, dtype=torch.int64) - matrix.shape[1] * zero_point.long()
+    if weight.total is None:
+        level_sums = matrix.sum(1, dtype=torch.int64) - matrix.shape[1] * zero_point.long()
+    else:  # the weight is symmetric
+        level_sums = weight.total.to(torch.int64)
     return [matrix, weight.scale.contiguous(), zero_point, level_sums]
 
 
 def _output_size(sizes: Sequence[int], kernel_size: Sequence[int], convolution: _Conv) -> list[int]:
     tuples = zip(sizes, kernel_size, *convolution[:3], strict=True)
     return [window_count(n, k, s, sum(p), d) for n, k, s, p, d in tuples]
-
-
-def _windows(last: Tensor, kernel: Tensor, convolution: _Conv) -> tuple[Tensor, list[int]]:
-    """Returns the windows of a padded input (batch, ..., channels) as rows, and their number per dimension."""
-    padded = convolution._replace(padding=((0, 0),) * len(convolution.stride))
-    sizes = _output_size(last.shape[1:-1], kernel.shape[2:], padded)
-    strides = last.stride()
-    steps = [s * n for s, n in zip(convolution.stride, strides[1:-1], strict=True)]
-    inner = [d * n for d, n in zip(convolution.dilation, strides[1:-1], strict=True)]
-    shape = (last.shape[0], *sizes, *kernel.shape[2:], last.shape[-1])
-    windows = last.as_strided(shape, (strides[0], *steps, *inner, strides[-1]))
-    return windows.reshape(last.shape[0] * prod(sizes), -1).contiguous(), sizes  # a view may overlap
-
-
-def _by_matrix(
-    q: Tensor, zero_point: int, kernel: Tensor, convolution: _Conv, total: Tensor | None = None
-) -> Tensor:
-    """By a matrix product of all windows of the input (im2col)."""
-    dims = q.dim() - 2
-    last = q.movedim(1, -1).contiguous()
-    signed = last.view(torch.int8) ^ -_SHIFT  # less 128
-    zero_point -= _SHIFT
-    if any(_pads(convolution)):
-        signed = F.pad(signed, [0, 0, *_pads(convolution)], value=zero_point)
-    windows, sizes = _windows(signed, kernel, convolution)
-    matrix = kernel.movedim(1, -1).reshape(kernel.shape[0], -1)
-    sums = int_mm(windows, matrix)
-    total = matrix.sum(1, dtype=torch.int32) if total is None else total
-    sums -= (zero_point * total).to(torch.int32)
-    return sums.float().view(q.shape[0], *sizes, -1).movedim(-1, 1) if dims else sums.float()
 
 
 @functools.cache
@@ -569,8 +492,8 @@ def _library_is_exact(dims: int) -> bool:
                 (32, channels // groups, *(3,) * spatial), level, dtype=torch.int8, device="cpu"
             )
             convolution = _Conv((1,) * spatial, ((1, 1),) * spatial, (1,) * spatial, groups)
-            zeros = torch.zeros(32, dtype=torch.int32, device="cpu")
-            expected = _by_floats(q, 128, kernel, Int8Weight(kernel, zeros, zeros), convolution)
+            function: Any = F.conv2d if spatial == 2 else F.conv3d
+            expected = function(q.double() - 128, kernel.double(), padding=1, groups=groups).float()
             if not torch.equal(_by_library(q, 128, kernel, None, convolution), expected):
                 return False
     return True

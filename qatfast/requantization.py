@@ -192,27 +192,15 @@ def conv(
             input, scale, zero_point, quant_min, quant_max,
             int8_convolution.packed_pointwise(weight, packed), operands.b32, operands.factor, *bounds,
         )  # fmt: skip
-        return y if channels_last else y.contiguous()
+        return int8_convolution.in_format(y, channels_last)
     q = functional.quantize(input, scale, zero_point, quant_min, quant_max)
-    has_nan = not input.is_cpu or bool(input.numel() and input.amax().isnan())
-    sums = None
-    if not input.is_cpu and int8_convolution.takes(input, geometry):
-        integers = Int8Input(q, torch.ones_like(scale, dtype=torch.float64), zero_point, input.isnan())
-        zeros = torch.zeros_like(operands.b32)
-        of_ones = Int8Weight(weight, torch.ones_like(zeros, dtype=torch.float64), zeros)
-        sums = int8_convolution.by_windows(integers, of_ones, kernel_size, None, geometry)
-    elif not has_nan:
-        zeros = torch.zeros_like(operands.b32)
-        kernel = Int8Weight(weight, operands.factor, zeros, packed, operands.total)
-        sums = int8_convolution.exact_sums(q, int(zero_point), kernel, kernel_size, geometry, operands.reach)
-    if sums is None:
-        levels = q.double() - zero_point
-        if has_nan:
-            levels = levels.masked_fill(input.isnan(), torch.nan)
-        sums = geometry.convolve(levels, _kernel(weight.double(), input, kernel_size, geometry), None)
+    integers = Int8Input(q, scale, zero_point)
+    integers = int8_convolution.with_nans(integers, input, int8_convolution.poison_of(input))
+    kernel = Int8Weight(weight, operands.factor, torch.zeros_like(operands.b32), packed, operands.total)
+    sums = int8_convolution.exact_sums(integers, kernel, kernel_size, geometry, operands.reach)
     matrix = sums.movedim(1, -1).reshape(-1, sums.shape[1])  # a view of sums in channels-last format
     y = _requantized(matrix, operands.b32, operands).view(len(sums), *sums.shape[2:], -1).movedim(-1, 1)
-    return int8_convolution._channels_last(y) if channels_last else y.contiguous()
+    return int8_convolution.in_format(y, channels_last)
 
 
 def _requantized(sums: Tensor, offset: Tensor, operands: Operands) -> Tensor:
@@ -231,14 +219,6 @@ def _requantized(sums: Tensor, offset: Tensor, operands: Operands) -> Tensor:
     if sums.dtype == torch.float32:  # which does not hold sums + offset
         sums = sums.to(torch.int32)
     return on_grid((sums + offset).float(), operands.factor, operands.low, operands.high, operands.y_scale)
-
-
-def _kernel(rows: Tensor, input: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> Tensor:
-    """Returns the matrix of a weight in the shape of the layer."""
-    first, second = len(rows), input.shape[1]
-    if geometry.transposed:
-        first, second = second, first
-    return geometry.from_rows(rows, torch.Size((first, second // geometry.groups, *kernel_size)))
 
 
 # As operators, which tracers take as they are
@@ -303,7 +283,7 @@ def _(input: Tensor, *arguments: Any) -> Tensor:
     weight, kernel_size, channels_last = arguments[4], arguments[10], arguments[-1]
     size = Geometry(*arguments[11:17]).output_size(input.shape[2:], kernel_size)
     y = input.new_empty((input.shape[0], weight.shape[0], *size), dtype=torch.float32)
-    return int8_convolution._channels_last(y) if channels_last else y
+    return int8_convolution.in_format(y, channels_last)
 
 
 def traced_linear(

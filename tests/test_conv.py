@@ -104,15 +104,16 @@ def exact_sums(x, weight, layer):
     return result
 
 
-@pytest.fixture(params=["kernels", "windows", "reference"])
+@pytest.fixture(params=["kernels", "windows", "windows_in_one_pass", "reference"])
 def implementation(request, monkeypatch):
-    """Selects what computes a convolution; "windows" is the way of other devices, on the CPU."""
+    """Selects what computes a convolution; "windows" are the ways of other devices, on the CPU."""
     if request.param == "reference":
         monkeypatch.setattr(kernels, "route", lambda *tensors: None)
     elif request.param == "windows":
         monkeypatch.setattr("qatfast.modules.conv.takes_one_pass", lambda *arguments: False)
+    if request.param.startswith("windows"):
         monkeypatch.setattr(int8_convolution, "uses_windows", lambda input: True)
-        monkeypatch.setattr(int8_convolution, "_WINDOW_BYTES", 1)  # each sample by itself
+        monkeypatch.setattr(int8_convolution, "_WINDOW_BYTES", {True: 1})  # each sample by itself
     return request.param
 
 
@@ -172,27 +173,36 @@ def test_kernels_and_reference_agree(dtype, config, transposed, monkeypatch):
     cases.assert_same(y.detach(), layer(x).detach())
 
 
+def sums_in_float64(q, zero_point, kernel, convolution):
+    function = (torch.conv1d, torch.conv2d, torch.conv3d)[q.dim() - 3]
+    stride, padding, dilation, groups = convolution
+    padded = nn.functional.pad(q.double() - zero_point, [n for pair in reversed(padding) for n in pair])
+    return function(padded, kernel.double(), None, stride, 0, dilation, groups) + 0.0
+
+
 @pytest.mark.parametrize("kernel_size", [1, 3], ids=["1x1", "3x3"])
 @pytest.mark.parametrize("channels", [40, 700])
-@pytest.mark.parametrize("way", ["_by_library", "_by_matrix"])
-def test_every_way_adds_exactly(way, channels, kernel_size):
-    if not (int8_convolution._library_is_exact(2) and int8_convolution._int_mm_is_exact()):
+def test_the_library_and_the_windows_add_exactly(channels, kernel_size):
+    if not int8_convolution._library_is_exact(2):
         pytest.skip("the library is not exact on this processor")
     rng = np.random.default_rng(0)
     kernel = torch.tensor(rng.integers(-128, 128, (8, channels, kernel_size, kernel_size)), dtype=torch.int8)
     kernel[0], kernel[1] = 127, -128
     q = torch.tensor(rng.integers(0, 256, (2, channels, 5, 4)), dtype=torch.uint8)
     q[0] = 255
-    convolution = int8_convolution._Conv((1, 2), ((1, 1), (0, 2)), (1, 1), 1)
+    geometry = Geometry((1, 2), (1, 2), (1, 1), False, (0, 0), 1)
+    convolution = int8_convolution._Conv((1, 2), ((1, 1), (2, 2)), (1, 1), 1)
     weight = int8_convolution.Int8Weight(kernel, torch.ones(8), torch.zeros(8, dtype=torch.int32))
     for zero_point in (0, 3, 255):
-        expected = int8_convolution._by_floats(q, zero_point, kernel, weight, convolution)
-        extra = (None,) if way == "_by_library" else ()
-        actual = getattr(int8_convolution, way)(q, zero_point, kernel, *extra, convolution)
-        cases.assert_same(actual.contiguous(), expected)
-        cases.assert_same(
-            int8_convolution._sums(q, zero_point, kernel, weight, convolution).contiguous(), expected
-        )
+        expected = sums_in_float64(q, zero_point, kernel, convolution).float()
+        by_library = int8_convolution._by_library(q, zero_point, kernel, None, convolution)
+        cases.assert_same(by_library.contiguous(), expected)
+        point = torch.tensor(zero_point, dtype=torch.int32)
+        integers = int8_convolution.Int8Input(q, torch.ones(()), point)
+        by_windows = int8_convolution.by_windows(integers, weight, kernel.shape[2:], None, geometry)
+        cases.assert_same(by_windows.contiguous(), expected)
+        y = int8_convolution.product(integers, weight, kernel.shape[2:], None, geometry, False)
+        cases.assert_same(y, expected)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +222,8 @@ def test_geometries_that_the_library_adds_wrongly(size, kernel, stride, padding,
     q = torch.tensor(rng.integers(0, 256, size), dtype=torch.uint8)
     kernel = torch.tensor(rng.integers(-128, 128, kernel), dtype=torch.int8)
     convolution = int8_convolution._Conv(stride, tuple((p, p) for p in padding), dilation, groups)
-    zeros = torch.zeros(len(kernel), dtype=torch.int32)
-    weight = int8_convolution.Int8Weight(kernel, torch.ones(len(kernel)), zeros)
     actual = int8_convolution._by_library(q, 5, kernel, None, convolution)
-    cases.assert_same(actual.contiguous(), int8_convolution._by_floats(q, 5, kernel, weight, convolution))
+    cases.assert_same(actual.contiguous(), sums_in_float64(q, 5, kernel, convolution).float())
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])

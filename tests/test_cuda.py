@@ -518,7 +518,7 @@ def test_without_a_grid_barrier_two_launches_give_the_same_bits():
     assert run.stdout == "fine\n", run.stdout + run.stderr
 
 
-# Convolutions: int8 GEMMs of the windows of the input
+# Convolutions: int8 GEMMs of the windows of the input, or with groups a kernel of their own
 
 CONVOLUTIONS = {
     "2d": (2, False, QATConfig.static(), {"padding": 1, "stride": 2}),
@@ -532,6 +532,14 @@ CONVOLUTIONS = {
     "per sample": (2, False, QATConfig.dynamic(), {"padding": 1}),
     "transposed": (2, True, QATConfig.int8(), {"stride": 2, "padding": 1, "output_padding": 1}),
     "groups": (2, False, QATConfig.int8(), {"groups": 2}),
+    "depthwise": (2, False, QATConfig.static(), {"groups": 4, "out_channels": 4, "padding": 1}),
+    "1d, groups per sample, affine weight": (
+        1,
+        False,
+        QATConfig(QuantSpec(8, granularity=PerToken()), QuantSpec(8, granularity=PerChannel(0)), None, None),
+        {"groups": 2},
+    ),
+    "transposed groups": (3, True, QATConfig.static(4), {"groups": 2, "stride": 2, "output_padding": 1}),
 }
 
 
@@ -539,7 +547,7 @@ CONVOLUTIONS = {
 def test_a_convolution_has_the_bits_of_the_cpu(case):
     dims, transposed, config, arguments = case
     cls = getattr(qatfast, f"QATConv{'Transpose' if transposed else ''}{dims}d")
-    layer = cls(4, 6, 3, **arguments, config=config)
+    layer = cls(4, **{"out_channels": 6, "kernel_size": 3, **arguments}, config=config)
     x, results = cases.normal((3, 4, *(7,) * dims)), []
     x[1, 2, 3] = float("nan")
     for device in ("cpu", "cuda"):
@@ -582,9 +590,30 @@ def test_chains_have_the_bits_of_the_cpu():
 
 
 @counts_bytes
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("config", [QATConfig.int8(), QATConfig.static()], ids=["int8", "static"])
-def test_a_convolution_waits_for_nothing(config):
-    layer = qatfast.QATConv2d(4, 8, 3, padding=1, config=config, device="cuda")
+def test_a_convolution_waits_for_nothing(config, groups):
+    layer = qatfast.QATConv2d(4, 8, 3, padding=1, groups=groups, config=config, device="cuda")
     x = cases.normal((2, 4, 8, 8), device="cuda").requires_grad_()
     counts = counted.counted(lambda: layer(x).sum().backward())
     assert counts.host_syncs == 0
+
+
+@counts_bytes
+@pytest.mark.parametrize("groups", [1, 16], ids=["", "depthwise"])
+def test_the_launches_of_a_convolution(groups):
+    """A launch each: observe, quantize, the weight, the windows and the epilogue, or the groups."""
+    arguments = {"padding": 1, "groups": groups, "config": QATConfig.static(), "device": "cuda"}
+    layer = qatfast.QATConv2d(16, 16, 3, **arguments).to(memory_format=torch.channels_last)
+    x = cases.normal((2, 16, 8, 8), device="cuda").contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    counts = counted.counted(lambda: layer(x))
+    quantized = ["observe_range_kernel", "quantize_rows_kernel", "quantize_to_uint8_kernel"]
+    products = ["windows_kernel", "int8_epilogue_kernel"] if groups == 1 else ["grouped_kernel"]
+    expected = quantized + products
+    assert len(counts.launches) == len(expected)
+    for name in expected:
+        assert sum(name in launch["kernel"] for launch in counts.launches) == 1, counts.kernels
+    for launch in counts.launches:
+        if "windows_kernel" in launch["kernel"]:  # integers, scale, zero point and sum of each row
+            assert launch["global_store_bytes"] == 2 * 64 * (9 * 16 + 4 + 4 + 8)

@@ -15,8 +15,17 @@ from qatfast import functional, reference
 ROOT = Path(__file__).parent.parent
 # Other sources of a device.
 SHARED = {
-    "cpu": {"copy", "observe_range", "int8_convolution", "depthwise", "pointwise", "relu", "static_range"},
-    "cuda": {"plan", "observe_range", "relu", "static_range"},
+    "cpu": {
+        "copy",
+        "observe_range",
+        "int8_convolution",
+        "int8_windows",
+        "depthwise",
+        "pointwise",
+        "relu",
+        "static_range",
+    },
+    "cuda": {"plan", "observe_range", "relu", "static_range", "int8_convolution"},
 }
 SOURCES = {".cpp", ".cu"}
 SCHEMAS = ROOT / "csrc" / "operator_list.h"

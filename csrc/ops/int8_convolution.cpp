@@ -1,4 +1,4 @@
-// What a convolution of integers needs beside the product of a library; the CPU only.
+// What a convolution of integers needs beside the product of a library.
 #include "checks.h"
 #include "common/copy.h"
 #include "launchers.h"
@@ -8,6 +8,7 @@
 
 #include <ATen/OpMathType.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 
 #include <limits>
 
@@ -69,12 +70,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> int8_conv_input(const
   const auto& [spec, x, qparams, shifted, range] = of_input;
   const auto values = fresh_like(x, at::kByte);
   const auto mask = with_mask ? fresh_mask(x) : Tensor();
-  const bool has_nan = cpu::quantize_to_uint8(x, values, mask, spec, range, qparams, shifted);
+  Tensor poison;
+#ifdef QATFAST_CUDA
+  if (x.is_cuda()) {
+    if (range) {
+      cuda::observe_range(x, spec, *range, qparams.scale, qparams.zero_point);
+    }
+    poison = at::zeros({}, x.options().dtype(at::kFloat));
+    cuda::quantize_to_uint8(x, values, mask, spec, qparams, shifted, poison);
+  } else
+#endif
+    poison = poison_of(cpu::quantize_to_uint8(x, values, mask, spec, range, qparams, shifted));
   if (range) {
     bump_versions(*range);
   }
   return {values, with_mask ? mask : fresh({0}, at::kByte, x), qparams.scale.view(at::IntArrayRef()),
-      qparams.zero_point.view(at::IntArrayRef()), shifted, poison_of(has_nan)};
+      qparams.zero_point.view(at::IntArrayRef()), shifted, poison};
 }
 
 Tensor int8_conv_scale_(
@@ -119,12 +130,14 @@ Tensor int8_requantize_(
 Tensor int8_conv_mask_(const Tensor& grad, const Tensor& mask, const Tensor& values) {
   constexpr auto op = "int8_conv_mask_";
   check_float(op, "grad", grad.scalar_type());
+  check_device(op, "mask", mask, grad);
+  check_device(op, "values", values, grad);
   TORCH_CHECK_VALUE(grad.sizes() == values.sizes() && mask.scalar_type() == at::kByte && mask.is_contiguous() &&
           mask.sizes() == at::IntArrayRef({mask_bytes(grad)}),
       op, ": expected the gradient, the mask and the integers of one input, got ", tuple(grad.sizes()), ", ",
       tuple(mask.sizes()), " and ", tuple(values.sizes()));
   if (grad.strides() == values.strides() && grad.is_non_overlapping_and_dense()) {
-    cpu::fake_quantize_affine_backward(grad, mask, grad);
+    QATFAST_ON(grad, fake_quantize_affine_backward)(grad, mask, grad);
   } else {
     grad.copy_(fake_quantize_affine_backward(grad, mask, c10::fromIntArrayRefSlow(values.strides())));
   }

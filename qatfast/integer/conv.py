@@ -126,7 +126,7 @@ class _IntegerConv(IntegerLayer):
         scale, zero_point = functional.choose_qparams(x, **x_spec.arguments) if grid is None else grid
         b_hat = self._b_hat(x, scale)
         ops = kernels.route(x)
-        if ops is None or not int8_convolution.takes(x, geometry):
+        if ops is None or not int8_convolution.takes(x):
             return self._exact_result(x, (scale, zero_point), b_hat, geometry, pad)
         weight, channels_last, padded = self._kept(self._int8_weight), self._is_channels_last(x), pad(x)
         ends, kernel_size = (x_spec.quant_min, x_spec.quant_max), self.kernel_size

@@ -1,0 +1,241 @@
+// The windows of a convolution: which elements of the input an output reads.
+#pragma once
+
+#include "common/quant_math.h"
+
+#include <ATen/core/Tensor.h>
+
+namespace qatfast {
+
+// A convolution that is not transposed, with three spatial dimensions, the first of which may have size 1. Between the
+// neighbours of a dimension of the input lie `spread` - 1 zeros, as a transposed convolution reads it.
+struct WindowGeometry {
+  static constexpr int dims = 3;
+  int64_t size[dims]; // of the input
+  int64_t kernel[dims];
+  int64_t stride[dims];
+  int64_t padding[dims]; // before the first element
+  int64_t dilation[dims];
+  int64_t spread[dims];
+  int64_t output_size[dims];
+
+  static C10_HOST_DEVICE int64_t product(const int64_t (&sizes)[dims]) {
+    return sizes[0] * sizes[1] * sizes[2];
+  }
+
+  // The coordinates of element `index` of a box.
+  static C10_HOST_DEVICE void unravel(int64_t index, const int64_t (&sizes)[dims], int64_t (&to)[dims]) {
+    to[2] = index % sizes[2];
+    to[1] = index / sizes[2] % sizes[1];
+    to[0] = index / sizes[2] / sizes[1];
+  }
+
+  // The coordinates of the pixel of the input that a tap of the kernel reads for an output. Returns false if it reads
+  // zero there.
+  C10_HOST_DEVICE bool find_pixel(
+      const int64_t (&output)[dims], const int64_t (&tap)[dims], int64_t (&pixel)[dims]) const {
+    for (int d = 0; d < dims; ++d) {
+      const auto place = output[d] * stride[d] + tap[d] * dilation[d] - padding[d];
+      if (place < 0 || (spread[d] > 1 && place % spread[d] != 0)) {
+        return false;
+      }
+      pixel[d] = spread[d] > 1 ? place / spread[d] : place;
+      if (pixel[d] >= size[d]) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  C10_HOST_DEVICE int64_t index_of(const int64_t (&pixel)[dims]) const {
+    return (pixel[0] * size[1] + pixel[1]) * size[2] + pixel[2];
+  }
+};
+
+// The floats that were quantized, as bits, to find a NaN. `poison` is NaN if there is one; else they are not read.
+struct FloatBits {
+  const void* data;
+  const float* poison;
+  int64_t element_size; // 2 or 4
+  uint32_t infinity;    // the bits of infinity: those of a NaN are larger
+  int64_t sample_stride;
+  int64_t channel_stride;
+  int64_t strides[WindowGeometry::dims];
+
+  C10_HOST_DEVICE bool has_nan() const {
+    return data != nullptr && *poison != *poison;
+  }
+
+  C10_HOST_DEVICE bool is_nan(int64_t sample, int64_t channel, const int64_t (&pixel)[WindowGeometry::dims]) const {
+    auto index = sample * sample_stride + channel * channel_stride;
+    for (int d = 0; d < WindowGeometry::dims; ++d) {
+      index += pixel[d] * strides[d];
+    }
+    return element_size == 4 ? (static_cast<const uint32_t*>(data)[index] & 0x7FFFFFFF) > infinity
+                             : (static_cast<const uint16_t*>(data)[index] & 0x7FFFU) > infinity;
+  }
+};
+
+// The integers of an input (samples, pixels, channels), contiguous, and their grids: one, or one per sample.
+template <class C>
+struct WindowInput {
+  WindowGeometry geometry;
+  int64_t channels;
+  const uint8_t* values;
+  const C* scale;
+  const int32_t* zero_point;
+  bool grid_per_sample;
+  FloatBits floats;
+
+  C10_HOST_DEVICE int64_t grid_of(int64_t sample) const {
+    return grid_per_sample ? sample : 0;
+  }
+
+  C10_HOST_DEVICE const uint8_t* values_of(int64_t sample, const int64_t (&pixel)[WindowGeometry::dims]) const {
+    return values + (sample * WindowGeometry::product(geometry.size) + geometry.index_of(pixel)) * channels;
+  }
+
+  // Calls f(tap, pixel) for the taps of an output that read the input, until it returns true. Returns whether it did.
+  template <class F>
+  C10_HOST_DEVICE bool any_tap(int64_t output, F f) const {
+    constexpr int dims = WindowGeometry::dims;
+    int64_t at[dims], tap[dims], pixel[dims];
+    WindowGeometry::unravel(output, geometry.output_size, at);
+    int64_t index = 0;
+    for (tap[0] = 0; tap[0] < geometry.kernel[0]; ++tap[0]) {
+      for (tap[1] = 0; tap[1] < geometry.kernel[1]; ++tap[1]) {
+        for (tap[2] = 0; tap[2] < geometry.kernel[2]; ++tap[2], ++index) {
+          if (geometry.find_pixel(at, tap, pixel) && f(index, pixel)) {
+            return true;
+          }
+        }
+      }
+    }
+    return false;
+  }
+};
+
+// The weight of a convolution with groups and what follows from its sums.
+template <class C>
+struct GroupedWeight {
+  const int8_t* values; // (taps, channels of a group, outputs)
+  const C* scale;       // one per output, as the others
+  const int32_t* zero_point;
+  const C* bias;    // or null
+  int64_t channels; // of a group
+  int64_t outputs;
+  int64_t outputs_per_group;
+};
+
+// Output `output` of channels [channel, channel + N) of a sample, each of which is a group of its own if N > 1. Sum is
+// an integer type that holds the sums.
+template <class Sum, int N, class C>
+C10_HOST_DEVICE void grouped_outputs(const WindowInput<C>& input, const GroupedWeight<C>& weight, int64_t sample,
+    int64_t output, int64_t channel, C (&y)[N]) {
+  const auto first = N > 1 ? channel : channel / weight.outputs_per_group * weight.channels;
+  const auto grid = input.grid_of(sample);
+  const Sum zero = input.zero_point[grid];
+  Sum sums[N] = {}, weight_zero[N];
+  for (int k = 0; k < N; ++k) {
+    weight_zero[k] = weight.zero_point[channel + k];
+  }
+  struct alignas(N) Bytes {
+    uint8_t at[N];
+  };
+  input.any_tap(output, [&](int64_t tap, const int64_t (&pixel)[WindowGeometry::dims]) {
+    const auto* const x = input.values_of(sample, pixel) + first;
+    const auto* const w = weight.values + tap * weight.channels * weight.outputs + channel;
+    for (int64_t c = 0; c < weight.channels; ++c) {
+      const auto integers = *reinterpret_cast<const Bytes*>(x + c);
+      const auto factors = *reinterpret_cast<const Bytes*>(w + c * weight.outputs);
+      for (int k = 0; k < N; ++k) {
+        sums[k] += (integers.at[k] - zero) * (static_cast<int8_t>(factors.at[k]) - weight_zero[k]);
+      }
+    }
+    return false;
+  });
+  unsigned has_nan = 0; // a bit per channel
+  if (input.floats.has_nan()) {
+    input.any_tap(output, [&](int64_t, const int64_t (&pixel)[WindowGeometry::dims]) {
+      for (int64_t c = 0; c < weight.channels; ++c) {
+        for (int k = 0; k < N; ++k) {
+          has_nan |= static_cast<unsigned>(input.floats.is_nan(sample, first + c + k, pixel)) << k;
+        }
+      }
+      return false;
+    });
+  }
+  for (int k = 0; k < N; ++k) {
+    const auto value = int8_output(static_cast<C>(sums[k]), input.scale[grid] * weight.scale[channel + k],
+        weight.bias ? weight.bias[channel + k] : -C(0));
+    y[k] = has_nan >> k & 1 ? std::numeric_limits<C>::quiet_NaN() : value;
+  }
+}
+
+// The input as operators have it: `values` (samples, ..., channels) contiguous uint8. `input` has the floats that were
+// quantized to them, in the order of dimensions (samples, channels, ...), and `poison` is NaN if one of them is; or
+// both are undefined.
+struct WindowTask {
+  WindowGeometry geometry;
+  at::Tensor values;
+  at::Tensor scale;
+  at::Tensor zero_point;
+  at::Tensor input;
+  at::Tensor poison;
+
+  FloatBits floats() const {
+    FloatBits bits = {};
+    if (input.defined()) {
+      const auto dtype = input.scalar_type();
+      bits = {input.const_data_ptr(), poison.const_data_ptr<float>(), input.element_size(),
+          dtype == at::kFloat      ? 0x7F800000U
+              : dtype == at::kHalf ? 0x7C00U
+                                   : 0x7F80U,
+          input.stride(0), input.stride(1), {}};
+      const auto own = input.dim() - 2;
+      for (int64_t d = 0; d < own; ++d) {
+        bits.strides[WindowGeometry::dims - own + d] = input.stride(d + 2);
+      }
+    }
+    return bits;
+  }
+
+  template <class C>
+  WindowInput<C> pointers() const {
+    return {geometry, values.size(-1), values.const_data_ptr<uint8_t>(), scale.const_data_ptr<C>(),
+        zero_point.const_data_ptr<int32_t>(), scale.numel() > 1, floats()};
+  }
+};
+
+// The weight (taps * channels of a group, outputs) int8, and the result (samples, ..., outputs).
+struct GroupedTask {
+  WindowTask input;
+  at::Tensor weight;
+  at::Tensor weight_scale;
+  at::Tensor weight_zero_point;
+  at::Tensor bias; // or undefined
+  int64_t groups;
+  at::Tensor y;
+
+  template <class C>
+  GroupedWeight<C> pointers() const {
+    const auto outputs = weight.size(1), channels = input.values.size(-1);
+    return {weight.const_data_ptr<int8_t>(), weight_scale.const_data_ptr<C>(),
+        weight_zero_point.const_data_ptr<int32_t>(), bias.defined() ? bias.const_data_ptr<C>() : nullptr,
+        channels / groups, outputs, outputs / groups};
+  }
+
+  // Whether 32 bits hold the sums.
+  bool fits_int32() const {
+    return weight.size(0) <= 33025; // 255 * 255 each
+  }
+};
+
+// Whether N = 4 applies to a convolution with groups.
+template <class C>
+bool takes_four_channels(const WindowInput<C>& input, const GroupedWeight<C>& weight) {
+  const auto are_aligned = (reinterpret_cast<uintptr_t>(input.values) | reinterpret_cast<uintptr_t>(weight.values)) % 4;
+  return weight.channels == 1 && weight.outputs_per_group == 1 && weight.outputs % 4 == 0 && are_aligned == 0;
+}
+
+} // namespace qatfast

@@ -1,0 +1,179 @@
+// What a convolution of integers needs beside the product of a library.
+#include "cuda/static_quantize.cuh"
+#include "cuda/launch.h"
+
+namespace qatfast::cuda {
+namespace {
+
+constexpr int window_threads = 128;
+constexpr int grouped_threads = 128;
+
+// As map_kernel of static_range.cu. Threads that find a NaN all write the same to `poison`.
+template <class T>
+__global__ void __launch_bounds__(static_threads)
+    quantize_to_uint8_kernel(const T* from, uint8_t* to, uint8_t* mask, int64_t numel, bool aligned,
+        StaticGrids<opmath_type<T>> grids, int shift, int32_t* shifted_zero_point, float* poison) {
+  using C = opmath_type<T>;
+  constexpr int N = lanes<T>;
+  const auto only = grids.only();
+  const int zero_point = static_cast<int>(only.zero_point) + shift;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *shifted_zero_point = zero_point;
+  }
+  bool has_nan = false;
+  for_each_unit<N>(numel, [&](int64_t begin, int count) {
+    const auto unit = load<T, N>(from + begin, count, aligned);
+    Unit<uint8_t, N> integers;
+    unsigned bits = 0;
+    with_fastest(only.grid, [&](const auto& grid) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const C x = static_cast<C>(unit.at[i]), level = level_of(x, widened(grid));
+        const bool is_nan = x != x;
+        const int inner = is_nan ? 0 : static_cast<int>(clamp(level, grid.lo, grid.hi));
+        integers.at[i] = static_cast<uint8_t>(inner + zero_point);
+        bits |= static_cast<unsigned>(i < count && grid.lo <= level && level <= grid.hi) << i;
+        has_nan |= is_nan;
+      }
+    });
+    store<uint8_t, N>(to + begin, integers, count, aligned);
+    if (mask) {
+      store_mask<N>(mask, begin, count, bits);
+    }
+  });
+  if (has_nan) {
+    *poison = std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+template <class C>
+struct WindowRows {
+  int8_t* values;
+  C* scale;
+  int32_t* zero_point;
+  int64_t* level_sums;
+};
+
+// A warp owns a row at a time, in pieces of N channels. Bound by memory: a read and a write of the windows, most reads
+// from the cache.
+template <class C, int N>
+__global__ void __launch_bounds__(window_threads)
+    windows_kernel(WindowInput<C> input, WindowRows<C> to, int64_t rows, int columns) {
+  constexpr int dims = WindowGeometry::dims;
+  const auto& geometry = input.geometry;
+  const int channels = static_cast<int>(input.channels), pieces = columns / N, pieces_of_tap = channels / N;
+  const int64_t outputs = WindowGeometry::product(geometry.output_size);
+  const int lane = threadIdx.x % 32;
+  const int64_t warps = int64_t{gridDim.x} * (window_threads / 32);
+  for (int64_t row = int64_t{blockIdx.x} * (window_threads / 32) + threadIdx.x / 32; row < rows; row += warps) {
+    const int64_t sample = row / outputs, output = row % outputs, grid = input.grid_of(sample);
+    const int zero = input.zero_point[grid];
+    int64_t at[dims], tap[dims], pixel[dims];
+    WindowGeometry::unravel(output, geometry.output_size, at);
+    int64_t sum = 0;
+    for (int piece = lane; piece < pieces; piece += 32) {
+      const int t = piece / pieces_of_tap, c = (piece - t * pieces_of_tap) * N;
+      WindowGeometry::unravel(t, geometry.kernel, tap);
+      Unit<int8_t, N> integers;
+      if (geometry.find_pixel(at, tap, pixel)) {
+        const auto unit = *reinterpret_cast<const Unit<uint8_t, N>*>(input.values_of(sample, pixel) + c);
+        int levels = -N * zero;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          levels += unit.at[i];
+          integers.at[i] = static_cast<int8_t>(unit.at[i] - 128);
+        }
+        sum += levels;
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          integers.at[i] = static_cast<int8_t>(zero - 128);
+        }
+      }
+      *reinterpret_cast<Unit<int8_t, N>*>(to.values + row * columns + int64_t{piece} * N) = integers;
+    }
+    bool has_nan = false;
+    if (input.floats.has_nan()) {
+      for (int k = lane; k < columns && !has_nan; k += 32) {
+        WindowGeometry::unravel(k / channels, geometry.kernel, tap);
+        has_nan = geometry.find_pixel(at, tap, pixel) && input.floats.is_nan(sample, k % channels, pixel);
+      }
+    }
+    has_nan = __any_sync(0xFFFFFFFF, has_nan);
+    for (int offset = 16; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(0xFFFFFFFF, sum, offset);
+    }
+    if (lane == 0) {
+      to.scale[row] = has_nan ? std::numeric_limits<C>::quiet_NaN() : input.scale[grid];
+      to.zero_point[row] = zero - 128;
+      to.level_sums[row] = sum;
+    }
+  }
+}
+
+// A thread owns N neighbouring channels of an output at a time.
+template <class Sum, int N, class C>
+__global__ void __launch_bounds__(grouped_threads, 6)
+    grouped_kernel(WindowInput<C> input, GroupedWeight<C> weight, C* y, int64_t outputs, int64_t units) {
+  const int64_t units_of_row = weight.outputs / N, stride = int64_t{gridDim.x} * grouped_threads;
+  for (int64_t unit = int64_t{blockIdx.x} * grouped_threads + threadIdx.x; unit < units; unit += stride) {
+    const int64_t row = unit / units_of_row, channel = (unit - row * units_of_row) * N;
+    Unit<C, N> values;
+    grouped_outputs<Sum>(input, weight, row / outputs, row % outputs, channel, values.at);
+    *reinterpret_cast<Unit<C, N>*>(y + unit * N) = values;
+  }
+}
+
+} // namespace
+
+void quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, const QuantSpec& spec,
+    const QParams& qparams, const at::Tensor& shifted_zero_point, const at::Tensor& poison) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "quantize", [&] {
+    const auto* from = x.const_data_ptr<scalar_t>();
+    auto* to = values.mutable_data_ptr<uint8_t>();
+    launch_over_units<scalar_t>(x, quantize_to_uint8_kernel<scalar_t>, from, to,
+        mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr, x.numel(),
+        is_aligned(from, 16) && is_aligned(to, lanes<scalar_t>),
+        grids_of<opmath_type<scalar_t>>(qparams, {1, 1, x.numel()}), spec.quant_min() < 0 ? 128 : 0,
+        shifted_zero_point.mutable_data_ptr<int32_t>(), poison.mutable_data_ptr<float>());
+  });
+}
+
+void int8_conv_windows(const WindowTask& task, const Int8Rows& to) {
+  const c10::cuda::CUDAGuard guard(task.values.device());
+  AT_DISPATCH_FLOATING_TYPES(task.scale.scalar_type(), "int8_conv_windows", [&] {
+    using C = scalar_t;
+    const auto input = task.pointers<C>();
+    const auto rows = to.values.size(0), columns = to.values.size(1);
+    const auto fits = [&](int64_t n) {
+      return input.channels % n == 0 && is_aligned(input.values, n) && is_aligned(to.values.const_data_ptr(), n);
+    };
+    const auto kernel = fits(16) ? windows_kernel<C, 16> : fits(4) ? windows_kernel<C, 4> : windows_kernel<C, 1>;
+    kernel<<<ctas_for(rows * 32, window_threads, task.values.device().index()), window_threads, 0,
+        c10::cuda::getCurrentCUDAStream()>>>(input,
+        {to.values.mutable_data_ptr<int8_t>(), to.scale.mutable_data_ptr<C>(),
+            to.zero_point.mutable_data_ptr<int32_t>(), to.level_sums.mutable_data_ptr<int64_t>()},
+        rows, static_cast<int>(columns));
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+void int8_conv_grouped(const GroupedTask& task) {
+  const c10::cuda::CUDAGuard guard(task.y.device());
+  AT_DISPATCH_FLOATING_TYPES(task.input.scale.scalar_type(), "int8_conv_grouped", [&] {
+    using C = scalar_t;
+    const auto input = task.input.pointers<C>();
+    const auto weight = task.pointers<C>();
+    const bool by_four = task.fits_int32() && takes_four_channels(input, weight);
+    const auto kernel = by_four ? grouped_kernel<int32_t, 4, C>
+        : task.fits_int32()     ? grouped_kernel<int32_t, 1, C>
+                                : grouped_kernel<int64_t, 1, C>;
+    const auto units = task.y.numel() / (by_four ? 4 : 1);
+    kernel<<<ctas_for(units, grouped_threads, task.y.device().index()), grouped_threads, 0,
+        c10::cuda::getCurrentCUDAStream()>>>(
+        input, weight, task.y.mutable_data_ptr<C>(), WindowGeometry::product(input.geometry.output_size), units);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+} // namespace qatfast::cuda

@@ -1,0 +1,127 @@
+// Convolutions of integers for which there is no product of a library: im2col, and groups.
+#include "checks.h"
+#include "common/memory.h"
+#include "launchers.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace qatfast::kernel {
+namespace {
+
+WindowGeometry checked_geometry(const char* op, const Tensor& values, at::IntArrayRef kernel_size,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, at::IntArrayRef spread,
+    at::IntArrayRef output_size) {
+  constexpr int dims = WindowGeometry::dims;
+  const auto own = values.dim() - 2;
+  TORCH_CHECK_VALUE(values.scalar_type() == at::kByte && 0 < own && own <= dims, op,
+      ": expected uint8 values of 3 to 5 dimensions, got ", name_of(values.scalar_type()), " of shape ",
+      tuple(values.sizes()));
+  WindowGeometry geometry;
+  const auto fill = [&](const char* name, at::IntArrayRef from, int64_t (&to)[dims], int64_t least, int64_t other) {
+    TORCH_CHECK_VALUE(static_cast<int64_t>(from.size()) == own, op, ": expected ", name, " to have ", own,
+        " elements (values.dim() - 2), got ", tuple(from));
+    std::fill_n(to, dims, other);
+    std::copy(from.begin(), from.end(), to + dims - own);
+    TORCH_CHECK_VALUE(std::all_of(from.begin(), from.end(),
+                          [&](int64_t n) {
+                            return n >= least;
+                          }),
+        op, ": expected ", name, " of at least ", least, ", got ", tuple(from));
+  };
+  constexpr auto any = std::numeric_limits<int64_t>::min();
+  fill("the size", values.sizes().slice(2), geometry.size, 0, 1);
+  fill("kernel_size", kernel_size, geometry.kernel, 1, 1);
+  fill("stride", stride, geometry.stride, 1, 1);
+  fill("padding", padding, geometry.padding, any, 0);
+  fill("dilation", dilation, geometry.dilation, 1, 1);
+  fill("spread", spread, geometry.spread, 1, 1);
+  fill("output_size", output_size, geometry.output_size, 0, 1);
+  return geometry;
+}
+
+WindowTask checked_input(const char* op, const WindowGeometry& geometry, const Tensor& values, const Tensor& scale,
+    const Tensor& zero_point, const std::optional<Tensor>& input, const std::optional<Tensor>& poison) {
+  const auto samples = values.size(0);
+  const auto is_grid = [&](const Tensor& x) {
+    return (x.numel() == 1 || x.numel() == samples) && x.is_contiguous();
+  };
+  TORCH_CHECK_VALUE((scale.scalar_type() == at::kFloat || scale.scalar_type() == at::kDouble) &&
+          zero_point.scalar_type() == at::kInt && is_grid(scale) && is_grid(zero_point) &&
+          scale.numel() == zero_point.numel(),
+      op, ": expected one scale (float32 or float64) and zero point (int32) of the input, or one per sample, got ",
+      tuple(scale.sizes()), " and ", tuple(zero_point.sizes()));
+  TORCH_CHECK_VALUE(input.has_value() == poison.has_value(), op, ": expected both input and poison, or neither");
+  if (input) {
+    TORCH_CHECK_VALUE(input->sizes() == values.sizes() && input->is_floating_point() && input->element_size() <= 4 &&
+            poison->scalar_type() == at::kFloat && poison->numel() == 1,
+        op, ": expected the input of the values and one float32 poison, got ", name_of(input->scalar_type()),
+        " of shape ", tuple(input->sizes()), " and ", name_of(poison->scalar_type()));
+  }
+  for (const auto& tensor : {scale, zero_point, input.value_or(values), poison.value_or(values)}) {
+    check_device(op, "all tensors", tensor, values);
+  }
+  return {geometry, values.movedim(1, -1).contiguous(), scale, zero_point, input.value_or(Tensor()),
+      poison.value_or(Tensor())};
+}
+
+} // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> int8_conv_windows(const Tensor& values, const Tensor& scale,
+    const Tensor& zero_point, const std::optional<Tensor>& input, const std::optional<Tensor>& poison,
+    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    at::IntArrayRef spread, at::IntArrayRef output_size) {
+  constexpr auto op = "int8_conv_windows";
+  const auto geometry = checked_geometry(op, values, kernel_size, stride, padding, dilation, spread, output_size);
+  const auto task = checked_input(op, geometry, values, scale, zero_point, input, poison);
+  const auto rows = values.size(0) * WindowGeometry::product(geometry.output_size);
+  const auto columns = WindowGeometry::product(geometry.kernel) * values.size(1);
+  TORCH_CHECK_VALUE(columns <= std::numeric_limits<int32_t>::max(), op,
+      ": expected windows of less than 2^31 elements, got ", columns);
+  const Int8Rows to = {fresh({rows, columns}, at::kChar, values), fresh({rows}, scale.scalar_type(), values),
+      fresh({rows}, at::kInt, values), fresh({rows}, at::kLong, values)};
+  if (rows > 0) {
+    QATFAST_ON(values, int8_conv_windows)(task, to);
+  }
+  return {to.values, to.scale, to.zero_point, to.level_sums};
+}
+
+Tensor int8_conv_grouped(const Tensor& values, const Tensor& scale, const Tensor& zero_point,
+    const std::optional<Tensor>& input, const std::optional<Tensor>& poison, at::TensorList int8_weight,
+    const std::optional<Tensor>& bias, int64_t groups, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, at::IntArrayRef spread, at::IntArrayRef output_size) {
+  constexpr auto op = "int8_conv_grouped";
+  const auto geometry = checked_geometry(op, values, kernel_size, stride, padding, dilation, spread, output_size);
+  const auto task = checked_input(op, geometry, values, scale, zero_point, input, poison);
+  const auto taps = WindowGeometry::product(geometry.kernel), channels = values.size(1);
+  TORCH_CHECK_VALUE(int8_weight.size() >= 3, op, ": expected the values, scales and zero points of a weight, got ",
+      int8_weight.size(), " tensors");
+  const auto &weight = int8_weight[0], &weight_scale = int8_weight[1], &weight_zero_point = int8_weight[2];
+  const auto outputs = weight_scale.numel();
+  TORCH_CHECK_VALUE(groups > 0 && channels % groups == 0 && outputs % groups == 0, op,
+      ": expected channels and outputs that are divisible by groups=", groups, ", got ", channels, " and ", outputs);
+  const auto is_row = [&](const Tensor& x, at::ScalarType dtype) {
+    return x.scalar_type() == dtype && x.numel() == outputs && x.is_contiguous();
+  };
+  TORCH_CHECK_VALUE(weight.scalar_type() == at::kChar && weight.dim() == 2 && weight.size(0) == outputs &&
+          weight.size(1) == taps * (channels / groups) && is_row(weight_scale, scale.scalar_type()) &&
+          is_row(weight_zero_point, at::kInt) && (!bias || is_row(*bias, scale.scalar_type())),
+      op, ": expected an int8 weight with a row of ", taps * (channels / groups),
+      " elements, a scale and a zero point per output, got ", name_of(weight.scalar_type()), " of shape ",
+      tuple(weight.sizes()));
+  for (const auto& tensor : {weight, weight_scale, weight_zero_point, bias.value_or(values)}) {
+    check_device(op, "all tensors", tensor, values);
+  }
+  at::DimVector shape = {values.size(0)};
+  shape.append(output_size.begin(), output_size.end());
+  shape.push_back(outputs);
+  const auto y = fresh(shape, scale.scalar_type(), values);
+  if (y.numel() > 0) {
+    const auto by_columns = weight.t().contiguous();
+    QATFAST_ON(values, int8_conv_grouped)(
+        {task, by_columns, weight_scale, weight_zero_point, bias.value_or(Tensor()), groups, y});
+  }
+  return y.movedim(-1, 1);
+}
+
+} // namespace qatfast::kernel

@@ -570,6 +570,7 @@ def test_a_nan_reaches_the_gradient_of_its_channel_only():
     assert dw[:, [0, 1, 3]].isfinite().all()
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("channels", [1, 5, 16, 40])
 @pytest.mark.parametrize(
     "arguments",
@@ -601,6 +602,7 @@ def test_depthwise(arguments, channels, monkeypatch):
         cases.assert_same(channels_last.detach(), expected.detach())
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("needs_grad", [False, True])
 @pytest.mark.parametrize(
     "spec", [QuantSpec(8, range=MovingAverage(0.3)), QuantSpec(7, True, range=Fixed(-1, 1))], ids=str
@@ -723,6 +725,7 @@ def pixels_of(x):
     return x.movedim(1, -1).flatten(0, -2)
 
 
+@pytest.mark.arithmetic
 @NEEDS_DOT_PRODUCTS
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("zero_point", [0, 255, 100])
@@ -780,6 +783,7 @@ def test_pointwise_kernels(shape, outputs, zero_point, dtype):
     check(y, expected)
 
 
+@pytest.mark.arithmetic
 @NEEDS_DOT_PRODUCTS
 @pytest.mark.parametrize("channels", [1, 514, 65793])
 def test_pointwise_sums_of_the_largest_products(channels):

@@ -135,6 +135,7 @@ def test_integers_are_less_than_the_input_of_nn_linear(kernels, shape, share, ca
         assert 0 < beside_the_weight(layer) <= share * beside_the_weight(linear)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.name)
 @pytest.mark.parametrize(
     "granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerToken(), PerGroup(50)], ids=str
@@ -162,6 +163,7 @@ def test_a_backward_of_fake_quantize_allocates_nothing(kernels):
     assert sum(allocated) <= 1024
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize(
     "granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerToken(), PerGroup(50)], ids=str
 )

@@ -246,6 +246,7 @@ def test_integers_of_every_shape(ops, shape, device):
     assert_layers_are_the_oracles(ops, operands, configs, device)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("in_features", [33025, 33026, 100_000])
 @pytest.mark.parametrize("granularity", [PerTensor(), PerToken()], ids=str)
 def test_sums_at_and_beyond_32_bits(ops, in_features, granularity, device):

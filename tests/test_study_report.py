@@ -341,11 +341,12 @@ def test_the_code_in_the_page_is_that_of_the_verdict(tmp_path):
     assert code in words and "The config at 4 bits, the lowest without a loss" in words
 
 
-def test_the_same_seed_gives_the_same_results(report, tmp_path):
-    _, results, _ = report
-    study = Study(SETTINGS, digits_samples())
+def test_the_same_seed_gives_the_same_results(tmp_path):
+    settings = replace(SETTINGS, bits=(3,), seeds=1)
+    _, results = run(tmp_path / "report", settings, synthetic_samples(400))
+    study = Study(settings, synthetic_samples(400))
     run_study(study, tmp_path)
-    again = as_json(study, [quantize_signal(bits) for bits in SETTINGS.bits], seconds=2.0)
+    again = as_json(study, [quantize_signal(bits) for bits in settings.bits], seconds=2.0)
     assert again.keys() == results.keys() - {"files"}
     for name in again.keys() - set(NOT_REPRODUCED):
         assert json.dumps(again[name]) == json.dumps(results[name])

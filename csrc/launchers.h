@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/qparams.h"
-#include "common/windows.h"
 
 #include <c10/util/ArrayRef.h>
 #include <c10/util/FunctionRef.h>
@@ -83,6 +82,10 @@ struct Int8EpilogueTask {
   at::Tensor y;
 };
 using Int8EpilogueLauncher = void(const Int8EpilogueTask& task);
+
+// Of common/windows.h
+struct WindowTask;
+struct GroupedTask;
 
 // The windows of a convolution as rows, whose integers are those of the input less 128.
 using Int8ConvWindowsLauncher = void(const WindowTask& task, const Int8Rows& to);

@@ -149,8 +149,10 @@ def test_nothing_to_read(kernels, shape, device):
         ({"input": torch.zeros(2, 4, 3, 3)}, "expected both input and poison, or neither"),
         ({"input": torch.zeros(2, 4, 3, 4), "poison": torch.zeros(1)}, "expected the input of the values"),
         ({"kernel_size": (2,)}, "expected kernel_size to have 2 elements (values.dim() - 2), got (2,)"),
-        ({"stride": (1, 0)}, "expected stride of at least 1, got (1, 0)"),
-        ({"output_size": (-1, 2)}, "expected output_size of at least 0, got (-1, 2)"),
+        ({"stride": (1, 0)}, "expected stride from 1 to 2147483647, got (1, 0)"),
+        ({"padding": (2**31 - 1, 0)}, "expected windows within 2^31 elements of a dimension"),
+        ({"output_size": (2**20, 2**20)}, "expected less than 2^31 windows per sample, got 1099511627776"),
+        ({"output_size": (-1, 2)}, "expected output_size from 0 to 2147483647, got (-1, 2)"),
     ],
 )
 def test_errors(kernels, changes, words):

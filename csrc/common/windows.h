@@ -7,48 +7,60 @@
 
 namespace qatfast {
 
+// Coordinates and positions take 32 bits: with divisions of 64 bits, the CUDA kernels were 40 % larger.
+using Coordinates = int32_t[3];
+
 // A convolution that is not transposed, with three spatial dimensions, the first of which may have size 1. Between the
 // neighbours of a dimension of the input lie `spread` - 1 zeros, as a transposed convolution reads it.
 struct WindowGeometry {
   static constexpr int dims = 3;
-  int64_t size[dims]; // of the input
-  int64_t kernel[dims];
-  int64_t stride[dims];
-  int64_t padding[dims]; // before the first element
-  int64_t dilation[dims];
-  int64_t spread[dims];
-  int64_t output_size[dims];
+  Coordinates size; // of the input
+  Coordinates kernel;
+  Coordinates stride;
+  Coordinates padding; // before the first element
+  Coordinates dilation;
+  Coordinates spread;
+  Coordinates output_size;
 
-  static C10_HOST_DEVICE int64_t product(const int64_t (&sizes)[dims]) {
-    return sizes[0] * sizes[1] * sizes[2];
+  static C10_HOST_DEVICE int64_t product(const Coordinates& sizes) {
+    return int64_t{sizes[0]} * sizes[1] * sizes[2];
   }
 
   // The coordinates of element `index` of a box.
-  static C10_HOST_DEVICE void unravel(int64_t index, const int64_t (&sizes)[dims], int64_t (&to)[dims]) {
-    to[2] = index % sizes[2];
-    to[1] = index / sizes[2] % sizes[1];
-    to[0] = index / sizes[2] / sizes[1];
+  static C10_HOST_DEVICE void unravel(uint32_t index, const Coordinates& sizes, Coordinates& to) {
+    for (int d = dims - 1; d > 0; --d) {
+      const auto size = static_cast<uint32_t>(sizes[d]), rest = index / size;
+      to[d] = static_cast<int32_t>(index - rest * size);
+      index = rest;
+    }
+    to[0] = static_cast<int32_t>(index);
   }
 
   // The coordinates of the pixel of the input that a tap of the kernel reads for an output. Returns false if it reads
   // zero there.
-  C10_HOST_DEVICE bool find_pixel(
-      const int64_t (&output)[dims], const int64_t (&tap)[dims], int64_t (&pixel)[dims]) const {
+  C10_HOST_DEVICE bool find_pixel(const Coordinates& output, const Coordinates& tap, Coordinates& pixel) const {
     for (int d = 0; d < dims; ++d) {
-      const auto place = output[d] * stride[d] + tap[d] * dilation[d] - padding[d];
-      if (place < 0 || (spread[d] > 1 && place % spread[d] != 0)) {
+      auto place = output[d] * stride[d] + tap[d] * dilation[d] - padding[d];
+      if (place < 0) {
         return false;
       }
-      pixel[d] = spread[d] > 1 ? place / spread[d] : place;
-      if (pixel[d] >= size[d]) {
+      if (spread[d] > 1) {
+        const auto rest = static_cast<uint32_t>(place) / static_cast<uint32_t>(spread[d]);
+        if (static_cast<int32_t>(rest) * spread[d] != place) {
+          return false;
+        }
+        place = static_cast<int32_t>(rest);
+      }
+      if (place >= size[d]) {
         return false;
       }
+      pixel[d] = place;
     }
     return true;
   }
 
-  C10_HOST_DEVICE int64_t index_of(const int64_t (&pixel)[dims]) const {
-    return (pixel[0] * size[1] + pixel[1]) * size[2] + pixel[2];
+  C10_HOST_DEVICE int64_t index_of(const Coordinates& pixel) const {
+    return (int64_t{pixel[0]} * size[1] + pixel[1]) * size[2] + pixel[2];
   }
 };
 
@@ -66,7 +78,7 @@ struct FloatBits {
     return data != nullptr && *poison != *poison;
   }
 
-  C10_HOST_DEVICE bool is_nan(int64_t sample, int64_t channel, const int64_t (&pixel)[WindowGeometry::dims]) const {
+  C10_HOST_DEVICE bool is_nan(int64_t sample, int64_t channel, const Coordinates& pixel) const {
     auto index = sample * sample_stride + channel * channel_stride;
     for (int d = 0; d < WindowGeometry::dims; ++d) {
       index += pixel[d] * strides[d];
@@ -77,12 +89,10 @@ struct FloatBits {
 };
 
 // The integers of an input (samples, pixels, channels), contiguous, and their grids: one, or one per sample.
-template <class C>
 struct WindowInput {
   WindowGeometry geometry;
   int64_t channels;
   const uint8_t* values;
-  const C* scale;
   const int32_t* zero_point;
   bool grid_per_sample;
   FloatBits floats;
@@ -91,15 +101,14 @@ struct WindowInput {
     return grid_per_sample ? sample : 0;
   }
 
-  C10_HOST_DEVICE const uint8_t* values_of(int64_t sample, const int64_t (&pixel)[WindowGeometry::dims]) const {
+  C10_HOST_DEVICE const uint8_t* values_of(int64_t sample, const Coordinates& pixel) const {
     return values + (sample * WindowGeometry::product(geometry.size) + geometry.index_of(pixel)) * channels;
   }
 
   // Calls f(tap, pixel) for the taps of an output that read the input, until it returns true. Returns whether it did.
   template <class F>
-  C10_HOST_DEVICE bool any_tap(int64_t output, F f) const {
-    constexpr int dims = WindowGeometry::dims;
-    int64_t at[dims], tap[dims], pixel[dims];
+  C10_HOST_DEVICE bool any_tap(uint32_t output, F f) const {
+    Coordinates at, tap, pixel;
     WindowGeometry::unravel(output, geometry.output_size, at);
     int64_t index = 0;
     for (tap[0] = 0; tap[0] < geometry.kernel[0]; ++tap[0]) {
@@ -115,10 +124,11 @@ struct WindowInput {
   }
 };
 
-// The weight of a convolution with groups and what follows from its sums.
+// The weight of a convolution with groups, and the scales that its sums take.
 template <class C>
 struct GroupedWeight {
   const int8_t* values; // (taps, channels of a group, outputs)
+  const C* input_scale; // one per grid of the input
   const C* scale;       // one per output, as the others
   const int32_t* zero_point;
   const C* bias;    // or null
@@ -130,8 +140,8 @@ struct GroupedWeight {
 // Output `output` of channels [channel, channel + N) of a sample, each of which is a group of its own if N > 1. Sum is
 // an integer type that holds the sums.
 template <class Sum, int N, class C>
-C10_HOST_DEVICE void grouped_outputs(const WindowInput<C>& input, const GroupedWeight<C>& weight, int64_t sample,
-    int64_t output, int64_t channel, C (&y)[N]) {
+C10_HOST_DEVICE void grouped_outputs(const WindowInput& input, const GroupedWeight<C>& weight, int64_t sample,
+    uint32_t output, int64_t channel, C (&y)[N]) {
   const auto first = N > 1 ? channel : channel / weight.outputs_per_group * weight.channels;
   const auto grid = input.grid_of(sample);
   const Sum zero = input.zero_point[grid];
@@ -142,7 +152,7 @@ C10_HOST_DEVICE void grouped_outputs(const WindowInput<C>& input, const GroupedW
   struct alignas(N) Bytes {
     uint8_t at[N];
   };
-  input.any_tap(output, [&](int64_t tap, const int64_t (&pixel)[WindowGeometry::dims]) {
+  input.any_tap(output, [&](int64_t tap, const Coordinates& pixel) {
     const auto* const x = input.values_of(sample, pixel) + first;
     const auto* const w = weight.values + tap * weight.channels * weight.outputs + channel;
     for (int64_t c = 0; c < weight.channels; ++c) {
@@ -156,7 +166,7 @@ C10_HOST_DEVICE void grouped_outputs(const WindowInput<C>& input, const GroupedW
   });
   unsigned has_nan = 0; // a bit per channel
   if (input.floats.has_nan()) {
-    input.any_tap(output, [&](int64_t, const int64_t (&pixel)[WindowGeometry::dims]) {
+    input.any_tap(output, [&](int64_t, const Coordinates& pixel) {
       for (int64_t c = 0; c < weight.channels; ++c) {
         for (int k = 0; k < N; ++k) {
           has_nan |= static_cast<unsigned>(input.floats.is_nan(sample, first + c + k, pixel)) << k;
@@ -166,7 +176,7 @@ C10_HOST_DEVICE void grouped_outputs(const WindowInput<C>& input, const GroupedW
     });
   }
   for (int k = 0; k < N; ++k) {
-    const auto value = int8_output(static_cast<C>(sums[k]), input.scale[grid] * weight.scale[channel + k],
+    const auto value = int8_output(static_cast<C>(sums[k]), weight.input_scale[grid] * weight.scale[channel + k],
         weight.bias ? weight.bias[channel + k] : -C(0));
     y[k] = has_nan >> k & 1 ? std::numeric_limits<C>::quiet_NaN() : value;
   }
@@ -200,10 +210,9 @@ struct WindowTask {
     return bits;
   }
 
-  template <class C>
-  WindowInput<C> pointers() const {
-    return {geometry, values.size(-1), values.const_data_ptr<uint8_t>(), scale.const_data_ptr<C>(),
-        zero_point.const_data_ptr<int32_t>(), scale.numel() > 1, floats()};
+  WindowInput pointers() const {
+    return {geometry, values.size(-1), values.const_data_ptr<uint8_t>(), zero_point.const_data_ptr<int32_t>(),
+        scale.numel() > 1, floats()};
   }
 };
 
@@ -220,7 +229,7 @@ struct GroupedTask {
   template <class C>
   GroupedWeight<C> pointers() const {
     const auto outputs = weight.size(1), channels = input.values.size(-1);
-    return {weight.const_data_ptr<int8_t>(), weight_scale.const_data_ptr<C>(),
+    return {weight.const_data_ptr<int8_t>(), input.scale.const_data_ptr<C>(), weight_scale.const_data_ptr<C>(),
         weight_zero_point.const_data_ptr<int32_t>(), bias.defined() ? bias.const_data_ptr<C>() : nullptr,
         channels / groups, outputs, outputs / groups};
   }
@@ -233,7 +242,7 @@ struct GroupedTask {
 
 // Whether N = 4 applies to a convolution with groups.
 template <class C>
-bool takes_four_channels(const WindowInput<C>& input, const GroupedWeight<C>& weight) {
+bool takes_four_channels(const WindowInput& input, const GroupedWeight<C>& weight) {
   const auto are_aligned = (reinterpret_cast<uintptr_t>(input.values) | reinterpret_cast<uintptr_t>(weight.values)) % 4;
   return weight.channels == 1 && weight.outputs_per_group == 1 && weight.outputs % 4 == 0 && are_aligned == 0;
 }

@@ -1,4 +1,5 @@
 // As on a GPU, in plain loops: convolutions for which oneDNN is not exact, and the tests of other devices.
+#include "common/windows.h"
 #include "cpu/launch.h"
 
 #include <ATen/Dispatch.h>
@@ -7,7 +8,8 @@ namespace qatfast::cpu {
 void int8_conv_windows(const WindowTask& task, const Int8Rows& to) {
   AT_DISPATCH_FLOATING_TYPES(task.scale.scalar_type(), "int8_conv_windows", [&] {
     using C = scalar_t;
-    const auto input = task.pointers<C>();
+    const auto input = task.pointers();
+    const auto* const input_scale = task.scale.const_data_ptr<C>();
     const auto rows = to.values.size(0), columns = to.values.size(1), channels = input.channels;
     const auto outputs = WindowGeometry::product(task.geometry.output_size);
     auto* const values = to.values.mutable_data_ptr<int8_t>();
@@ -16,7 +18,8 @@ void int8_conv_windows(const WindowTask& task, const Int8Rows& to) {
     auto* const level_sums = to.level_sums.mutable_data_ptr<int64_t>();
     parallel_for(0, rows, std::max<int64_t>(1, grain / std::max<int64_t>(1, columns)), [&](int64_t row, int64_t end) {
       for (; row < end; ++row) {
-        const auto sample = row / outputs, output = row % outputs, grid = input.grid_of(sample);
+        const auto sample = row / outputs, grid = input.grid_of(sample);
+        const auto output = static_cast<uint32_t>(row % outputs);
         const auto point = input.zero_point[grid];
         int8_t* const integers = values + row * columns;
         std::fill_n(integers, columns, static_cast<int8_t>(point - 128));
@@ -38,7 +41,7 @@ void int8_conv_windows(const WindowTask& task, const Int8Rows& to) {
           }
           return c < channels;
         });
-        scale[row] = has_nan ? std::numeric_limits<C>::quiet_NaN() : input.scale[grid];
+        scale[row] = has_nan ? std::numeric_limits<C>::quiet_NaN() : input_scale[grid];
         zero_point[row] = point - 128;
         level_sums[row] = sum;
       }
@@ -49,7 +52,7 @@ void int8_conv_windows(const WindowTask& task, const Int8Rows& to) {
 void int8_conv_grouped(const GroupedTask& task) {
   AT_DISPATCH_FLOATING_TYPES(task.input.scale.scalar_type(), "int8_conv_grouped", [&] {
     using C = scalar_t;
-    const auto input = task.input.pointers<C>();
+    const auto input = task.input.pointers();
     const auto weight = task.pointers<C>();
     const auto outputs = WindowGeometry::product(task.input.geometry.output_size),
                rows = task.y.numel() / weight.outputs;
@@ -61,7 +64,8 @@ void int8_conv_grouped(const GroupedTask& task) {
         for (; row < end; ++row) {
           for (int64_t channel = 0; channel < weight.outputs; channel += N) {
             C values[N];
-            grouped_outputs<decltype(sum)>(input, weight, row / outputs, row % outputs, channel, values);
+            grouped_outputs<decltype(sum)>(
+                input, weight, row / outputs, static_cast<uint32_t>(row % outputs), channel, values);
             std::copy_n(values, N, y + row * weight.outputs + channel);
           }
         }

@@ -1,6 +1,7 @@
 // Convolutions of integers for which there is no product of a library: im2col, and groups.
 #include "checks.h"
 #include "common/memory.h"
+#include "common/windows.h"
 #include "launchers.h"
 
 #include <algorithm>
@@ -18,25 +19,33 @@ WindowGeometry checked_geometry(const char* op, const Tensor& values, at::IntArr
       ": expected uint8 values of 3 to 5 dimensions, got ", name_of(values.scalar_type()), " of shape ",
       tuple(values.sizes()));
   WindowGeometry geometry;
-  const auto fill = [&](const char* name, at::IntArrayRef from, int64_t (&to)[dims], int64_t least, int64_t other) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  const auto fill = [&](const char* name, at::IntArrayRef from, Coordinates& to, int64_t least, int32_t other) {
     TORCH_CHECK_VALUE(static_cast<int64_t>(from.size()) == own, op, ": expected ", name, " to have ", own,
         " elements (values.dim() - 2), got ", tuple(from));
     std::fill_n(to, dims, other);
-    std::copy(from.begin(), from.end(), to + dims - own);
-    TORCH_CHECK_VALUE(std::all_of(from.begin(), from.end(),
-                          [&](int64_t n) {
-                            return n >= least;
-                          }),
-        op, ": expected ", name, " of at least ", least, ", got ", tuple(from));
+    for (int64_t d = 0; d < own; ++d) {
+      TORCH_CHECK_VALUE(least <= from[d] && from[d] <= most, op, ": expected ", name, " from ", least, " to ", most,
+          ", got ", tuple(from));
+      to[dims - own + d] = static_cast<int32_t>(from[d]);
+    }
   };
-  constexpr auto any = std::numeric_limits<int64_t>::min();
   fill("the size", values.sizes().slice(2), geometry.size, 0, 1);
   fill("kernel_size", kernel_size, geometry.kernel, 1, 1);
   fill("stride", stride, geometry.stride, 1, 1);
-  fill("padding", padding, geometry.padding, any, 0);
+  fill("padding", padding, geometry.padding, -most, 0);
   fill("dilation", dilation, geometry.dilation, 1, 1);
   fill("spread", spread, geometry.spread, 1, 1);
   fill("output_size", output_size, geometry.output_size, 0, 1);
+  for (int d = 0; d < dims; ++d) {
+    const auto outputs = int64_t{geometry.output_size[d]} * geometry.stride[d],
+               taps = int64_t{geometry.kernel[d]} * geometry.dilation[d];
+    TORCH_CHECK_VALUE(outputs + taps + std::abs(int64_t{geometry.padding[d]}) <= most, op,
+        ": expected windows within 2^31 elements of a dimension, got strides, dilations and padding that reach "
+        "further");
+  }
+  TORCH_CHECK_VALUE(WindowGeometry::product(geometry.output_size) <= most, op,
+      ": expected less than 2^31 windows per sample, got ", WindowGeometry::product(geometry.output_size));
   return geometry;
 }
 

@@ -12,7 +12,7 @@ DEVICE ?= cpu
 BENCH_ARGS ?= -rs --benchmark-columns=median,iqr,rounds
 # The tests of each operator, and the tests of all operators.
 OPERATORS = $(shell sed -nE 's/^QATFAST_(OPERATOR|MAP).(\w+).*/\2/p' csrc/operator_list.h)
-SANITIZE_TESTS ?= $(wildcard $(OPERATORS:%=tests/test_%.py) tests/test_operators.py tests/test_errors.py)
+SANITIZE_TESTS ?= $(wildcard $(OPERATORS:%=tests/test_%.py) tests/test_int8_windows.py tests/test_operators.py tests/test_errors.py)
 SANITIZE_ARGS ?= -n 2
 
 PY := $(VENV)/bin/python

@@ -22,7 +22,7 @@ from .geometry import Geometry, window_count
 _SHIFT = 128  # between uint8 and int8
 FLOAT_LIMIT = 2**24  # float32 holds all integers up to it
 _INT_LIMIT = 2**31
-_WINDOW_BYTES = {True: 2**23, False: 2**28}  # of the windows that exist at a time, on the CPU and elsewhere
+_CPU_WINDOW_BYTES, _WINDOW_BYTES = 2**23, 2**28  # of the windows that exist at a time
 
 
 class Int8Weight(NamedTuple):
@@ -410,7 +410,8 @@ def by_windows(
         input = (q, scale, zero_point, floats, poison)
         return ops.int8_conv_grouped(*input, rows, bias, convolution.groups, *sizes)
     outputs = sizes[-1]
-    step = max(1, _WINDOW_BYTES[q.is_cpu] // max(1, kernel[0].numel() * prod(outputs)))
+    most = _CPU_WINDOW_BYTES if q.is_cpu else _WINDOW_BYTES
+    step = max(1, most // max(1, kernel[0].numel() * prod(outputs)))
 
     def part(x: Tensor | None, begin: int) -> Tensor | None:
         return x if x is None or x.dim() == 0 else x[begin : begin + step]

@@ -113,7 +113,7 @@ def implementation(request, monkeypatch):
         monkeypatch.setattr("qatfast.modules.conv.takes_one_pass", lambda *arguments: False)
     if request.param.startswith("windows"):
         monkeypatch.setattr(int8_convolution, "uses_windows", lambda input: True)
-        monkeypatch.setattr(int8_convolution, "_WINDOW_BYTES", {True: 1})  # each sample by itself
+        monkeypatch.setattr(int8_convolution, "_CPU_WINDOW_BYTES", 1)  # each sample by itself
     return request.param
 
 

@@ -98,6 +98,14 @@ void check_blocks(const std::string& op, const Tensor& x, Granularity granularit
   }
 }
 
+bool is_contiguous_of(const Tensor& x, at::ScalarType dtype, int64_t size) {
+  return x.scalar_type() == dtype && x.numel() == size && x.is_contiguous();
+}
+
+bool is_vector(const Tensor& x, at::ScalarType dtype, int64_t size) {
+  return x.dim() == 1 && is_contiguous_of(x, dtype, size);
+}
+
 void check_device(const char* op, const char* name, const Tensor& value, const Tensor& input) {
   TORCH_CHECK(value.device() == input.device(), op, ": expected ", name, " on ", input.device(),
       ", the device of input, got ", value.device());

@@ -23,6 +23,10 @@ std::optional<QuantSpec> checked_spec(const char* op, at::IntArrayRef code);
 LinearSpecs checked_specs(const char* op, at::IntArrayRef specs);
 
 void check_float(const char* op, const char* name, at::ScalarType dtype);
+// Whether `x` is contiguous and has `size` elements of this dtype; is_vector: in one dimension.
+bool is_contiguous_of(const Tensor& x, at::ScalarType dtype, int64_t size);
+bool is_vector(const Tensor& x, at::ScalarType dtype, int64_t size);
+
 void check_device(const char* op, const char* name, const Tensor& value, const Tensor& input);
 
 // Whether `x` can be divided into the blocks of `granularity`.

@@ -83,7 +83,7 @@ struct Int8EpilogueTask {
 };
 using Int8EpilogueLauncher = void(const Int8EpilogueTask& task);
 
-// Of common/windows.h
+// Defined in common/windows.h.
 struct WindowTask;
 struct GroupedTask;
 

@@ -184,7 +184,7 @@ def qat_conv_in_one_pass(
         operands = (w.values, w.scale, None if floats is None else floats.contiguous())
         return ops.int8_conv_depthwise_forward(x, *grid, *operands, *sizes, needs_grad, needs_mask)
 
-    is_fused = x.is_cpu and int8_convolution.is_depthwise(x, w.values, kernel_size, geometry)
+    is_fused = int8_convolution.is_depthwise(x, w.values, kernel_size, geometry)
     q, mask, scale, zero_point, shifted, poison, *result = quantize_input(
         integers_and_result if is_fused else integers
     )

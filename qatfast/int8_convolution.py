@@ -256,8 +256,13 @@ def _as_plain(
 
 
 def is_depthwise(q: Tensor, weight: Tensor, kernel_size: Sequence[int], geometry: Geometry) -> bool:
-    """Returns whether each channel of an image is its own group, with sums below 2^24."""
-    if geometry.transposed or q.dim() != 4 or not geometry.groups == q.shape[1] == weight.shape[0]:
+    """Returns whether the CPU has kernels: each channel of an image is its own group, with sums below 2^24."""
+    if (
+        not q.is_cpu
+        or geometry.transposed
+        or q.dim() != 4
+        or not geometry.groups == q.shape[1] == weight.shape[0]
+    ):
         return False
     extension: Any = kernels.extension
     return 0 < prod(kernel_size) <= extension.most_depthwise_taps

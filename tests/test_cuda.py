@@ -602,7 +602,7 @@ def test_a_convolution_waits_for_nothing(config, groups):
 @counts_bytes
 @pytest.mark.parametrize("groups", [1, 16], ids=["", "depthwise"])
 def test_the_launches_of_a_convolution(groups):
-    """A launch each: observe, quantize, the weight, the windows and the epilogue, or the groups."""
+    """Its own kernels, one launch each: range, input, weight, then windows and epilogue, or groups."""
     arguments = {"padding": 1, "groups": groups, "config": QATConfig.static(), "device": "cuda"}
     layer = qatfast.QATConv2d(16, 16, 3, **arguments).to(memory_format=torch.channels_last)
     x = cases.normal((2, 16, 8, 8), device="cuda").contiguous(memory_format=torch.channels_last)

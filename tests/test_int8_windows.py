@@ -98,8 +98,8 @@ def test_groups(kernels, geometry, dtype, per_sample, poisoned, device):
     for channels, outputs, groups in ((8, 8, 8), (3, 3, 3), (4, 8, 4), (6, 4, 2), (5, 3, 1)):
         options = {"dtype": dtype, "per_sample": per_sample, "poisoned": poisoned, "device": device}
         tensors, weight, bias, sizes, expected = operands_of(geometry, channels, outputs, groups, **options)
-        for layout in (torch.contiguous_format, None):  # None: channels last
-            x = tensors[0].contiguous() if layout else tensors[0].movedim(1, -1).contiguous().movedim(-1, 1)
+        q = tensors[0]
+        for x in (q, q.movedim(1, -1).contiguous().movedim(-1, 1)):
             y = OPS.int8_conv_grouped(x, *tensors[1:], weight, bias, groups, *sizes)
             cases.assert_same(y.cpu().contiguous(), expected.contiguous())
 
@@ -150,6 +150,10 @@ def test_nothing_to_read(kernels, shape, device):
         ({"input": torch.zeros(2, 4, 3, 4), "poison": torch.zeros(1)}, "expected the input of the values"),
         ({"kernel_size": (2,)}, "expected kernel_size to have 2 elements (values.dim() - 2), got (2,)"),
         ({"stride": (1, 0)}, "expected stride from 1 to 2147483647, got (1, 0)"),
+        (
+            {"values": torch.zeros(1, dtype=torch.uint8).expand(1, 1, 2, 2**31)},
+            "expected the size from 0 to 2147483647, got (2, 2147483648)",
+        ),
         ({"padding": (2**31 - 1, 0)}, "expected windows within 2^31 elements of a dimension"),
         ({"output_size": (2**20, 2**20)}, "expected less than 2^31 windows per sample, got 1099511627776"),
         ({"output_size": (-1, 2)}, "expected output_size from 0 to 2147483647, got (-1, 2)"),
@@ -198,3 +202,11 @@ def test_errors_of_groups(kernels, groups, weight, words):
         OPS.int8_conv_grouped(q, torch.ones(1), zero, None, None, tensors, None, groups, *sizes)
     with pytest.raises(ValueError, match="expected the values, scales and zero points of a weight, got 1"):
         OPS.int8_conv_grouped(q, torch.ones(1), zero, None, None, tensors[:1], None, 4, *sizes)
+
+
+def test_windows_of_too_many_elements(kernels):
+    q = torch.zeros(1, dtype=torch.uint8).expand(1, 2**20, 1)
+    sizes = [(2**11,), (1,), (2**10,), (1,), (1,), (1,)]
+    one, point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"expected windows of less than 2\^31 elements, got 2147483648"):
+        OPS.int8_conv_windows(q, one, point, None, None, *sizes)

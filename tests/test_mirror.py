@@ -25,7 +25,7 @@ SHARED = {
         "relu",
         "static_range",
     },
-    "cuda": {"plan", "observe_range", "relu", "static_range", "int8_convolution"},
+    "cuda": {"plan", "observe_range", "relu", "static_range", "int8_windows"},
 }
 SOURCES = {".cpp", ".cu"}
 SCHEMAS = ROOT / "csrc" / "operator_list.h"

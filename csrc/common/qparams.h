@@ -12,6 +12,9 @@
 
 namespace qatfast {
 
+// The most products of two levels of 8 bits, 255 * 255 each, whose sum fits in 32 bits.
+constexpr int64_t int32_features = 33025;
+
 // How one tensor is quantized by its own range.
 struct QuantSpec {
   int64_t num_bits;

@@ -1,7 +1,7 @@
 // The windows of a convolution: which elements of the input an output reads.
 #pragma once
 
-#include "common/quant_math.h"
+#include "common/qparams.h"
 
 #include <ATen/core/Tensor.h>
 
@@ -236,7 +236,7 @@ struct GroupedTask {
 
   // Whether 32 bits hold the sums.
   bool fits_int32() const {
-    return weight.size(0) <= 33025; // 255 * 255 each
+    return weight.size(0) <= int32_features;
   }
 };
 

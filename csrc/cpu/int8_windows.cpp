@@ -1,10 +1,11 @@
-// As on a GPU, in plain loops: convolutions for which oneDNN is not exact, and the tests of other devices.
+// The windows of a convolution, and the sums of groups, in plain loops: they serve where oneDNN is not exact.
 #include "common/windows.h"
 #include "cpu/launch.h"
 
 #include <ATen/Dispatch.h>
 
 namespace qatfast::cpu {
+
 void int8_conv_windows(const WindowTask& task, const Int8Rows& to) {
   AT_DISPATCH_FLOATING_TYPES(task.scale.scalar_type(), "int8_conv_windows", [&] {
     using C = scalar_t;
@@ -26,7 +27,7 @@ void int8_conv_windows(const WindowTask& task, const Int8Rows& to) {
         int64_t sum = 0;
         input.any_tap(output, [&](int64_t tap, const auto& pixel) {
           const auto* const from = input.values_of(sample, pixel);
-          int32_t levels = 0; // of the channels, below 2^31 / 255
+          int64_t levels = 0;
           for (int64_t c = 0; c < channels; ++c) {
             levels += from[c];
             integers[tap * channels + c] = static_cast<int8_t>(from[c] - 128);

@@ -15,10 +15,6 @@
 namespace qatfast::kernel {
 namespace {
 
-bool is_row_of(const Tensor& x, at::ScalarType dtype, int64_t size) {
-  return x.scalar_type() == dtype && x.numel() == size && x.is_contiguous();
-}
-
 // An input of a convolution and the grid that quantizes it. With `range`, that gives the grid.
 struct ConvInput {
   QuantSpec spec;
@@ -176,13 +172,14 @@ at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tens
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   TORCH_CHECK_VALUE(
       values.scalar_type() == at::kByte, op, ": expected uint8 values, got ", name_of(values.scalar_type()));
-  TORCH_CHECK_VALUE(is_row_of(scale, at::kFloat, 1) && is_row_of(shifted_zero_point, at::kInt, 1), op,
+  TORCH_CHECK_VALUE(is_contiguous_of(scale, at::kFloat, 1) && is_contiguous_of(shifted_zero_point, at::kInt, 1), op,
       ": expected one scale and zero point of the input");
   return checked_depthwise(op, values, weight, weight_dtype, kernel_size, stride, padding, dilation);
 }
 
 void check_channels(const char* op, int64_t channels, const Tensor& weight_scale, const std::optional<Tensor>& bias) {
-  TORCH_CHECK_VALUE(is_row_of(weight_scale, at::kFloat, channels) && (!bias || is_row_of(*bias, at::kFloat, channels)),
+  TORCH_CHECK_VALUE(
+      is_contiguous_of(weight_scale, at::kFloat, channels) && (!bias || is_contiguous_of(*bias, at::kFloat, channels)),
       op, ": expected a float32 weight scale and bias per channel, got ", tuple(weight_scale.sizes()));
 }
 

@@ -26,12 +26,11 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t int32_features = 33025; // the most for which sums of 255 * 255 fit in 32 bits
-constexpr int64_t float_features = 1024;  // sums of -128 * -128 reach 2^24, up to which float32 holds all integers
-constexpr int64_t slice = 65536;        // sums of -128 * -128 fit in 32 bits, even if a library shifts a factor by 128
-constexpr int64_t small_work = 1 << 22; // multiplications that take less time than waking another thread
-constexpr int64_t packing_rows = 32;    // the rows that take as long as the library's packing of the weight
-constexpr int64_t least_rows = 512;     // below, packing the weight again dominates a product
+constexpr int64_t float_features = 1024; // sums of -128 * -128 reach 2^24, up to which float32 holds all integers
+constexpr int64_t slice = 65536;         // sums of -128 * -128 fit in 32 bits, even if a library shifts a factor by 128
+constexpr int64_t small_work = 1 << 22;  // multiplications that take less time than waking another thread
+constexpr int64_t packing_rows = 32;     // the rows that take as long as the library's packing of the weight
+constexpr int64_t least_rows = 512;      // below, packing the weight again dominates a product
 // The products that become outputs at a time. On the CPU they are still in cache then. On a GPU one product is the
 // fastest, and this bounds the memory.
 constexpr int64_t cpu_chunk_bytes = 8 << 20, cuda_chunk_bytes = 256 << 20;

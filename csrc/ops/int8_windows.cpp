@@ -109,12 +109,11 @@ Tensor int8_conv_grouped(const Tensor& values, const Tensor& scale, const Tensor
   const auto outputs = weight_scale.numel();
   TORCH_CHECK_VALUE(groups > 0 && channels % groups == 0 && outputs % groups == 0, op,
       ": expected channels and outputs that are divisible by groups=", groups, ", got ", channels, " and ", outputs);
-  const auto is_row = [&](const Tensor& x, at::ScalarType dtype) {
-    return x.scalar_type() == dtype && x.numel() == outputs && x.is_contiguous();
-  };
   TORCH_CHECK_VALUE(weight.scalar_type() == at::kChar && weight.dim() == 2 && weight.size(0) == outputs &&
-          weight.size(1) == taps * (channels / groups) && is_row(weight_scale, scale.scalar_type()) &&
-          is_row(weight_zero_point, at::kInt) && (!bias || is_row(*bias, scale.scalar_type())),
+          weight.size(1) == taps * (channels / groups) &&
+          is_contiguous_of(weight_scale, scale.scalar_type(), outputs) &&
+          is_contiguous_of(weight_zero_point, at::kInt, outputs) &&
+          (!bias || is_contiguous_of(*bias, scale.scalar_type(), outputs)),
       op, ": expected an int8 weight with a row of ", taps * (channels / groups),
       " elements, a scale and a zero point per output, got ", name_of(weight.scalar_type()), " of shape ",
       tuple(weight.sizes()));

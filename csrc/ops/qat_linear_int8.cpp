@@ -19,10 +19,6 @@ namespace qatfast {
 namespace kernel {
 namespace {
 
-bool is_vector(const Tensor& x, at::ScalarType dtype, int64_t size) {
-  return x.scalar_type() == dtype && x.dim() == 1 && x.size(0) == size && x.is_contiguous();
-}
-
 QuantSpec checked_weight_spec(const char* op, const Tensor& weight, at::IntArrayRef code) {
   const auto spec = checked_spec(op, code);
   TORCH_CHECK_VALUE(weight.dim() == 2 && spec && is_int8_weight(*spec, weight.size(1)), op,

@@ -1,7 +1,7 @@
-// What a convolution of integers needs beside the product of a library.
+// The windows of a convolution, and the sums of groups.
 #include "common/windows.h"
-#include "cuda/static_quantize.cuh"
 #include "cuda/launch.h"
+#include "cuda/units.cuh"
 
 namespace qatfast::cuda {
 namespace {
@@ -9,45 +9,7 @@ namespace {
 constexpr int window_threads = 128;
 constexpr int grouped_threads = 128;
 
-// As map_kernel of static_range.cu. Threads that find a NaN all write the same to `poison`.
-template <class T>
-__global__ void __launch_bounds__(static_threads)
-    quantize_to_uint8_kernel(const T* from, uint8_t* to, uint8_t* mask, int64_t numel, bool aligned,
-        StaticGrids<opmath_type<T>> grids, int shift, int32_t* shifted_zero_point, float* poison) {
-  using C = opmath_type<T>;
-  constexpr int N = lanes<T>;
-  const auto only = grids.only();
-  const int zero_point = static_cast<int>(only.zero_point) + shift;
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *shifted_zero_point = zero_point;
-  }
-  bool has_nan = false;
-  for_each_unit<N>(numel, [&](int64_t begin, int count) {
-    const auto unit = load<T, N>(from + begin, count, aligned);
-    Unit<uint8_t, N> integers;
-    unsigned bits = 0;
-    with_fastest(only.grid, [&](const auto& grid) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const C x = static_cast<C>(unit.at[i]), level = level_of(x, widened(grid));
-        const bool is_nan = x != x;
-        const int inner = is_nan ? 0 : static_cast<int>(clamp(level, grid.lo, grid.hi));
-        integers.at[i] = static_cast<uint8_t>(inner + zero_point);
-        bits |= static_cast<unsigned>(i < count && grid.lo <= level && level <= grid.hi) << i;
-        has_nan |= is_nan;
-      }
-    });
-    store<uint8_t, N>(to + begin, integers, count, aligned);
-    if (mask) {
-      store_mask<N>(mask, begin, count, bits);
-    }
-  });
-  if (has_nan) {
-    *poison = std::numeric_limits<float>::quiet_NaN();
-  }
-}
-
-// Scales of the input and of the rows, float or double, as words of 32 bits.
+// Scales of the input and of the rows as words of 32 bits: a kernel for float and one for double take 40 KB more.
 struct RowScales {
   const uint32_t* from;
   uint32_t* to;
@@ -140,19 +102,6 @@ __global__ void __launch_bounds__(grouped_threads, 6)
 }
 
 } // namespace
-
-void quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::Tensor& mask, const QuantSpec& spec,
-    const QParams& qparams, const at::Tensor& shifted_zero_point, const at::Tensor& poison) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "quantize", [&] {
-    const auto* from = x.const_data_ptr<scalar_t>();
-    auto* to = values.mutable_data_ptr<uint8_t>();
-    launch_over_units<scalar_t>(x, quantize_to_uint8_kernel<scalar_t>, from, to,
-        mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr, x.numel(),
-        is_aligned(from, 16) && is_aligned(to, lanes<scalar_t>),
-        grids_of<opmath_type<scalar_t>>(qparams, {1, 1, x.numel()}), spec.quant_min() < 0 ? 128 : 0,
-        shifted_zero_point.mutable_data_ptr<int32_t>(), poison.mutable_data_ptr<float>());
-  });
-}
 
 void int8_conv_windows(const WindowTask& task, const Int8Rows& to) {
   const c10::cuda::CUDAGuard guard(task.values.device());

@@ -186,6 +186,17 @@ void depthwise_backward(const DepthwiseBackwardTask& task);
 // Whether the processor has the instructions for dot products that the functions below need.
 bool has_dot_products();
 
+// Whether the processor multiplies pairs of int16, and whether it has no dot products of int8, which are faster.
+bool has_pair_products();
+bool prefers_pair_products();
+
+// products (rows, outputs) int32 = x (rows, features) @ weight.T of contiguous int8 matrices, modulo 2^32; only with
+// pair products.
+void int8_mm(const at::Tensor& products, const at::Tensor& x, const at::Tensor& weight);
+
+// int8_conv_grouped by pair products, also without groups, or the sums alone if y is int32. Returns whether they apply.
+bool try_pair_products(const GroupedTask& task);
+
 // The weight (outputs, features) int8 of a pointwise convolution in the order in which it is read, with the sum of each
 // row: int32 of this size.
 at::Tensor packed_pointwise_weight(const at::Tensor& weight);

@@ -5,10 +5,10 @@
 #include "cuda/plan.h"
 #include "launchers.h"
 #include "operators.h"
+#include "ops/int8_gemm.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
-#include <ATen/ops/_int_mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -201,8 +201,7 @@ at::Tensor int8_linear_requantized(const at::Tensor& input, const at::Tensor& sc
       "int8_linear_requantized: expected input to be of shape (..., ", columns, ") and not empty, got ", input.sizes());
   const auto rows = input.dim() == 2 ? input : input.reshape({-1, columns});
   const auto q = qatfast::op::quantize(rows, scale, zero_point, quant_min, quant_max, per_tensor);
-  // oneDNN misreads other strides of a single row than those that view() gives.
-  const auto sums = at::_int_mm(q.view(q.sizes()), weight.t());
+  const auto sums = qatfast::int8_mm(q, weight);
   const auto y = qatfast::op::int8_requantize_(sums, offset, factor, low, high, y_scale).view(at::kFloat);
   if (std::isnan(rows.amax().item<double>())) {
     y.masked_fill_(rows.isnan().any(1, /*keepdim=*/true), std::numeric_limits<double>::quiet_NaN());
@@ -214,6 +213,8 @@ at::Tensor int8_linear_requantized(const at::Tensor& input, const at::Tensor& sc
   shape.back() = weight.size(0);
   return y.view(shape);
 }
+constexpr auto matrix_product = &qatfast::int8_mm;
+constexpr auto sums_of_convolution = &qatfast::int8_conv_sums;
 constexpr auto requantizing_layer = &int8_linear_requantized;
 
 // What weight_cache._state tells of a weight, as bytes: they are the same only while it is as it was. None where the
@@ -273,6 +274,8 @@ PyMethodDef methods[] = {
     method("weight_state", weight_state),
     method("forward_observed", forward_observed),
     method("qat_linear_int8_observed", direct<observed_layer>),
+    method("int8_mm", direct<matrix_product>),
+    method("int8_conv_sums", direct<sums_of_convolution>),
     method("int8_linear_requantized", direct<requantizing_layer>),
 #define QATFAST_OPERATOR(name, ...) method(#name, direct<op::name>),
 #include "operator_list.h"
@@ -290,4 +293,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       arg("quantizes"), arg("multiprocessors"), arg("shared_memory"), arg("cooperative"));
   m.def("instruction_set", &qatfast::cpu::instruction_set);
   m.attr("has_dot_products") = qatfast::cpu::has_dot_products();
+  m.attr("has_pair_products") = qatfast::cpu::has_pair_products();
+  m.attr("prefers_pair_products") = qatfast::cpu::prefers_pair_products();
 }

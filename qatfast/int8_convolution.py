@@ -1,7 +1,8 @@
 """Convolutions of integers: sums that are exact, rounded once to float32.
 
-On the CPU by oneDNN where it is exact; else, and on other devices, by an int8 GEMM of the windows of the input
-(im2col), or with groups by a kernel of their own.
+On the CPU by oneDNN where it is exact, else by a kernel of products of pairs (csrc/cpu/pair_products.cpp). On other
+devices, and on a CPU without AVX2, by an int8 GEMM of the windows of the input (im2col), or with groups by a kernel of
+their own.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Int8Weight(NamedTuple):
     values: Tensor
     scale: Tensor
     zero_point: Tensor
-    packed: dict[Any, Tensor] | None = None
+    packed: dict[Any, Any] | None = None
     total: Tensor | None = None
 
 
@@ -148,7 +149,7 @@ def product(
 def takes_pointwise(
     input: Tensor,
     weight: Tensor,
-    packed: dict[Any, Tensor] | None,
+    packed: dict[Any, Any] | None,
     kernel_size: Sequence[int],
     geometry: Geometry,
 ) -> bool:
@@ -197,7 +198,7 @@ def pointwise(
     return in_format(y, channels_last)
 
 
-def packed_pointwise(weight: Tensor, packed: dict[Any, Tensor] | None) -> Tensor:
+def packed_pointwise(weight: Tensor, packed: dict[Any, Any] | None) -> Tensor:
     """Returns the weight as the kernels of a pointwise convolution take it."""
     kept = None if packed is None else packed.get("pointwise")
     if kept is None:
@@ -215,7 +216,7 @@ def exact_sums(
     geometry: Geometry,
     reach: int | None,
 ) -> Tensor:
-    """Returns the sums of a convolution in float32, or in float64 if they are larger or one is NaN.
+    """Returns the sums of a convolution: int32 or float32, or float64 if they are larger or one is NaN.
 
     Args:
         integers: of the input, per tensor; the scale is not read.
@@ -227,13 +228,19 @@ def exact_sums(
     q, _, zero_point, floats, poison = integers
     most = weight.values[0].numel() * 255 * 128 if len(weight.values) else 0
     is_float = floats is None and min(most, most if reach is None else reach) < FLOAT_LIMIT
+    extension: Any = kernels.extension
     if floats is None:
-        sums = _sums_by_library(q, zero_point, weight, kernel_size, geometry)
+        sums = None
+        if not (q.is_cpu and extension.prefers_pair_products):
+            sums = _sums_by_library(q, zero_point, weight, kernel_size, geometry)
         if sums is not None and (is_float or max(-sums.amin(), sums.amax()) < FLOAT_LIMIT):
             return sums
+        if q.is_cpu and extension.has_pair_products and most < _INT_LIMIT // 2:
+            rows, groups, sizes = _operands_of_windows(q, weight, kernel_size, geometry)
+            return extension.int8_conv_sums(q, weight.scale[:1], zero_point, tuple(rows), groups, *sizes)
     dtype = torch.float32 if is_float else torch.float64
     one = torch.ones_like(zero_point, dtype=dtype)
-    ones = weight._replace(scale=torch.ones_like(weight.zero_point, dtype=dtype))
+    ones = weight._replace(scale=torch.ones_like(weight.zero_point, dtype=dtype), packed=None)
     return by_windows(Int8Input(q, one, zero_point, floats, poison), ones, kernel_size, None, geometry)
 
 
@@ -330,7 +337,7 @@ def _sums_by_library(
 
 
 def _by_library(
-    q: Tensor, zero_point: int, kernel: Tensor, packed: dict[Any, Tensor] | None, convolution: _Conv
+    q: Tensor, zero_point: int, kernel: Tensor, packed: dict[Any, Any] | None, convolution: _Conv
 ) -> Tensor:
     """By oneDNN, whose sums are exact in 32 bits; scales of 1 leave them as they are."""
     if q.dim() == 3:  # as two dimensions, the first of them of size 1
@@ -405,18 +412,15 @@ def by_windows(
     It is exact at any size. Nothing waits for a device.
     """
     q, scale, zero_point, floats, poison = integers
-    kernel, convolution = _as_plain(weight, kernel_size, geometry)
-    rows = _int8_rows(kernel.movedim(1, -1).flatten(1), weight)
+    rows, groups, sizes = _operands_of_windows(q, weight, kernel_size, geometry)
     bias = None if bias is None else bias.to(scale.dtype).contiguous()
-    spread = geometry.stride if geometry.transposed else (1,) * len(geometry.stride)
-    sizes = _window_sizes(q, kernel, convolution, spread)
     ops = torch.ops.qatfast
-    if convolution.groups > 1:
-        input = (q, scale, zero_point, floats, poison)
-        return ops.int8_conv_grouped(*input, rows, bias, convolution.groups, *sizes)
+    extension: Any = kernels.extension
+    if groups > 1 or (q.is_cpu and extension.has_pair_products):
+        return ops.int8_conv_grouped(q, scale, zero_point, floats, poison, rows, bias, groups, *sizes)
     outputs = sizes[-1]
     most = _CPU_WINDOW_BYTES if q.is_cpu else _WINDOW_BYTES
-    step = max(1, most // max(1, kernel[0].numel() * prod(outputs)))
+    step = max(1, most // max(1, rows[0].shape[1] * prod(outputs)))
 
     def part(x: Tensor | None, begin: int) -> Tensor | None:
         return x if x is None or x.dim() == 0 else x[begin : begin + step]
@@ -427,27 +431,26 @@ def by_windows(
         y = ops.int8_product(windows, rows, bias)
         parts.append(y.view(-1, *outputs, y.shape[1]).movedim(-1, 1))
     if not parts:
-        return scale.new_empty((0, len(kernel), *outputs))
+        return scale.new_empty((0, len(rows[0]), *outputs))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _window_sizes(
-    q: Tensor, kernel: Tensor, convolution: _Conv, spread: Sequence[int]
-) -> tuple[tuple[int, ...], ...]:
-    """Returns the arguments of int8_conv_windows after the tensors."""
-    stride, padding, dilation, _ = convolution
-    sizes = [(n - 1) * s + 1 for n, s in zip(q.shape[2:], spread, strict=True)]
+def _operands_of_windows(
+    q: Tensor, weight: Int8Weight, kernel_size: Sequence[int], geometry: Geometry
+) -> tuple[list[Tensor], int, tuple[tuple[int, ...], ...]]:
+    """Returns the rows of the weight, the groups, and the arguments of int8_conv_windows after the tensors."""
+    kernel, convolution = _as_plain(weight, kernel_size, geometry)
+    stride, padding, dilation, groups = convolution
+    rows: Any = None if weight.packed is None else weight.packed.get("rows")
+    if rows is None:
+        rows = _int8_rows(kernel.movedim(1, -1).flatten(1), weight)
+        if weight.packed is not None:
+            weight.packed["rows"] = rows
+    spread = geometry.stride if geometry.transposed else (1,) * len(geometry.stride)
+    spread_size = [(n - 1) * s + 1 for n, s in zip(q.shape[2:], spread, strict=True)]
     before = tuple(amount for amount, _ in padding)
-    outputs = tuple(_output_size(sizes, kernel.shape[2:], convolution))
-    return kernel.shape[2:], stride, before, dilation, tuple(spread), outputs
-
-
-def int_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """Returns ``x @ weight.T`` of int8 matrices in int32, on the CPU."""
-    if weight.shape[1] == 1:  # oneDNN misreads the strides
-        return x.int() * weight.t()
-    # It also misreads other strides of a single row than those that view() gives.
-    return torch._int_mm(x.view(x.shape), weight.view(weight.shape).t())
+    outputs = tuple(_output_size(spread_size, kernel.shape[2:], convolution))
+    return rows, groups, (kernel.shape[2:], stride, before, dilation, tuple(spread), outputs)
 
 
 def product_of_rows(x: Tensor, weight: Tensor) -> Tensor:
@@ -501,17 +504,5 @@ def _library_is_exact(dims: int) -> bool:
             function: Any = F.conv2d if spatial == 2 else F.conv3d
             expected = function(q.double() - 128, kernel.double(), padding=1, groups=groups).float()
             if not torch.equal(_by_library(q, 128, kernel, None, convolution), expected):
-                return False
-    return True
-
-
-@functools.cache
-def _int_mm_is_exact() -> bool:
-    """The same for the product of matrices."""
-    for rows, features in ((1, 64), (33, 200), (33, 4099)):
-        for left, right in ((-128, -128), (-128, 127), (127, 127)):
-            x = torch.full((rows, features), left, dtype=torch.int8, device="cpu")
-            weight = torch.full((48, features), right, dtype=torch.int8, device="cpu")
-            if not bool((torch._int_mm(x, weight.t()) == left * right * features).all()):
                 return False
     return True

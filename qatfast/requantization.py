@@ -31,7 +31,7 @@ class Operands(NamedTuple):
     y_scale: Tensor
     total: Tensor | None = None
     reach: int | None = None
-    packed: dict[Any, Tensor] | None = None
+    packed: dict[Any, Any] | None = None
     arguments: tuple[Any, ...] | None = None
 
     def with_sums(self, zero_point: Tensor, ends: tuple[int, int]) -> Operands:
@@ -46,14 +46,13 @@ class Operands(NamedTuple):
 
     def of_linear(self, zero_point: Tensor, ends: tuple[int, int]) -> Operands:
         """Returns them for many calls of a linear layer with an input of this grid."""
-        rows, columns = self.weight.shape
-        if not self.weight.is_cpu or rows == 0 or columns < 2 or not int8_convolution._int_mm_is_exact():
+        if not self.weight.is_cpu:
             return self
         zero_point, quant_min, quant_max = _int8(zero_point, ends)
         bounds = float(self.low), float(self.high), float(self.y_scale)
-        offset, weight = self._offset(zero_point), self.weight.view(rows, columns)  # as in int_mm
+        offset = self._offset(zero_point)
         return self._replace(
-            arguments=(zero_point, quant_min, quant_max, weight, offset, self.factor, *bounds)
+            arguments=(zero_point, quant_min, quant_max, self.weight, offset, self.factor, *bounds)
         )
 
     def _offset(self, zero_point: Tensor) -> Tensor:
@@ -65,7 +64,8 @@ class Operands(NamedTuple):
 def takes_int8(input: Tensor, is_symmetric: bool) -> bool:
     """Returns whether :func:`linear` and :func:`conv` take the input, and a weight that is symmetric or not."""
     return (
-        (input.is_cpu or (input.is_cuda and kernels.route(input) is not None))
+        kernels.extension is not None
+        and (input.is_cpu or (input.is_cuda and kernels.route(input) is not None))
         and input.dtype != torch.float64
         and is_symmetric
         and not torch._C._are_functorch_transforms_active()
@@ -150,9 +150,8 @@ def _int_mm(x: Tensor, weight: Tensor) -> Tensor:
     """
     if not x.is_cpu:
         return int8_convolution.product_of_rows(x, weight)
-    if x.numel() == 0 or len(weight) == 0 or not int8_convolution._int_mm_is_exact():
-        return (x.double() @ weight.double().t()).to(torch.int32)
-    return int8_convolution.int_mm(x, weight)
+    ops: Any = kernels.extension
+    return ops.int8_mm(x, weight)
 
 
 def conv(

@@ -104,6 +104,54 @@ def test_groups(kernels, geometry, dtype, per_sample, poisoned, device):
             cases.assert_same(y.cpu().contiguous(), expected.contiguous())
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("geometry", ["strides", "dilation", "cropped", "spread", "3d"])
+def test_windows_of_many_elements(kernels, geometry, groups, device):
+    """More outputs than a vector holds, and windows that end within a row of the kernel."""
+    for channels, outputs in ((358, 38), (1030, 2), (34, 70)):
+        tensors, weight, bias, sizes, expected = operands_of(
+            GEOMETRIES[geometry], channels, outputs, groups, dtype=torch.float32, device=device
+        )
+        y = OPS.int8_conv_grouped(*tensors, weight, bias, groups, *sizes)
+        cases.assert_same(y.cpu().contiguous(), expected.contiguous())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_sums_alone(kernels, geometry, groups):
+    if not kernels.has_pair_products:
+        pytest.skip("the processor does not multiply pairs of int16")
+    for channels, outputs in ((4, 6), (362, 34)):
+        options = {"dtype": torch.float32, "per_sample": True}
+        tensors, weight, _, sizes, _ = operands_of(geometry, channels, outputs, groups, **options)
+        one = [torch.ones_like(scale) for scale in (tensors[1], weight[1])]
+        rows = weight[0].double() - weight[2].reshape(-1, 1)
+        weight_levels = rows.view(outputs, *sizes[0], channels // groups).movedim(-1, 1)
+        ones = (1,) * len(sizes[0])
+        levels = tensors[0].double() - tensors[2].reshape(-1, 1, *ones)
+        expected = expected_outputs(levels, weight_levels, *(x.double() for x in one), None, groups, sizes)
+        sums = kernels.int8_conv_sums(*tensors[:3], tuple(weight), groups, *sizes)
+        assert sums.dtype == torch.int32
+        assert torch.equal(sums.double(), expected)
+
+
+@pytest.mark.parametrize("point", [-129, 256, 40000])
+def test_zero_points_beyond_8_bits(kernels, point, device):
+    """As callers of the operator may have them."""
+    tensors, weight, bias, sizes, _ = operands_of(
+        GEOMETRIES["strides"], 4, 4, 1, dtype=torch.float32, device=device
+    )
+    for of_input, of_weight in ((point, 3), (3, point)):
+        tensors[2].fill_(of_input)
+        weight[2].fill_(of_weight)
+        levels = tensors[0].cpu().double() - of_input
+        weight_levels = weight[0].cpu().double().view(4, 3, 2, 4).movedim(-1, 1) - of_weight
+        scales = (tensors[1].cpu(), weight[1].cpu(), bias.cpu())
+        expected = expected_outputs(levels, weight_levels, *scales, 1, sizes)
+        y = OPS.int8_conv_grouped(*tensors, weight, bias, 1, *sizes)
+        cases.assert_same(y.cpu().contiguous(), expected.contiguous())
+
+
 def test_sums_beyond_32_bits(kernels, device):
     channels = 2 * 33026  # two groups
     sizes = [(1,)] * 2 + [(0,)] + [(1,)] * 3

@@ -298,6 +298,12 @@ def test_columns_and_blocks_on_more_threads_than_they_are(kernels, threads, dtyp
         cases.assert_same(y, reference.fake_quantize(x, granularity=granularity))
 
 
+def test_convolutions_without_dot_products_of_int8(kernels):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("test_int8_windows.py runs on this instruction set")
+    run(["-m", "pytest", "-q", str(ROOT / "tests" / "test_int8_windows.py")], ATEN_CPU_CAPABILITY="avx2")
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_environment_chooses_the_instruction_set(kernels, capability):
     if torch.backends.cpu.get_cpu_capability() != "AVX512":

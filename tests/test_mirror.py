@@ -21,6 +21,7 @@ SHARED = {
         "int8_convolution",
         "int8_windows",
         "depthwise",
+        "pair_products",
         "pointwise",
         "relu",
         "static_range",

@@ -773,3 +773,24 @@ def test_unused_layers_takes_a_module():
         unused_layers(None),
     ):
         pass
+
+
+@pytest.mark.parametrize("size", [4, 24])
+def test_chains_are_evaluated_without_kernels(size, monkeypatch):
+    x = torch.randn(2, 3, size, size)
+    convolutions = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 40, 3)]
+    layers = [*convolutions, nn.ReLU(), nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2)]
+    model = nn.Sequential(*layers)
+    model(x)
+    prepare(model, example_inputs=x)(x)
+    model.eval()
+    y = model(x)
+    with cached_weights(model):
+        assert torch.equal(model(x), y)
+    converted = qatfast.convert(model)
+    assert torch.equal(converted(x), y)
+    monkeypatch.setattr(qatfast.kernels, "extension", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # once per process, of the missing kernels
+        assert torch.equal(model(x), y)
+        assert torch.equal(converted(x), y)

@@ -12,7 +12,6 @@ from qatfast import (
     QATConfig,
     QATLinear,
     QuantSpec,
-    int8_convolution,
     kernels,
     requantization,
 )
@@ -96,6 +95,27 @@ def test_a_linear_layer_in_one_call(dtype, bits):
     assert requantization.linear(x[:0], *grid, (0, 2**bits - 1), operands).shape == (0, 3, 7)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("columns", [1, 2, 15, 33, 1024, 1025, 2063])
+def test_products_of_all_sizes(columns, count, threads):
+    """Around the sizes of vectors and blocks, with the largest integers."""
+    threads(count)
+    for rows, outputs in ((1, 1), (5, 17), (7, 16), (259, 33), (800, 3), (70, 130)):
+        x = cases.integers((rows, columns), torch.int8)
+        weight = cases.integers((outputs, columns), torch.int8).flip(0).contiguous()
+        x[0], weight[0], weight[-1] = -128, -128, 127
+        expected = (x.double() @ weight.double().t()).to(torch.int32)
+        assert torch.equal(kernels.extension.int8_mm(x, weight), expected)
+
+
+def test_products_without_elements():
+    x, weight = torch.zeros(3, 0, dtype=torch.int8), torch.zeros(2, 0, dtype=torch.int8)
+    assert torch.equal(kernels.extension.int8_mm(x, weight), torch.zeros(3, 2, dtype=torch.int32))
+    assert kernels.extension.int8_mm(x[:0], weight).shape == (0, 2)
+    with pytest.raises(ValueError, match="int8_mm: expected int8 matrices of as many columns"):
+        kernels.extension.int8_mm(x, weight.float())
+
+
 @pytest.mark.parametrize("rows, outputs, columns", [(18, 8, 1), (1, 5, 8), (18, 1, 8)])
 @pytest.mark.parametrize("stride", [1, 3, 9])
 def test_products_for_any_strides_of_a_single_row_or_column(rows, outputs, columns, stride):
@@ -110,7 +130,7 @@ def test_products_for_any_strides_of_a_single_row_or_column(rows, outputs, colum
 
     x, weight = matrix(rows), matrix(outputs)
     expected = x.long() @ weight.long().t()
-    assert torch.equal(int8_convolution.int_mm(x, weight).long(), expected)
+    assert torch.equal(kernels.extension.int8_mm(x, weight).long(), expected)
     ones, zeros = torch.ones(1), torch.zeros(1, dtype=torch.int32)
 
     def int8_rows(values):

@@ -216,7 +216,7 @@ struct WindowTask {
   }
 };
 
-// The weight (taps * channels of a group, outputs) int8, and the result (samples, ..., outputs).
+// The weight (outputs, taps * channels of a group) int8, and the result (samples, ..., outputs).
 struct GroupedTask {
   WindowTask input;
   at::Tensor weight;
@@ -226,17 +226,18 @@ struct GroupedTask {
   int64_t groups;
   at::Tensor y;
 
+  // `by_columns` is the weight transposed, in memory too.
   template <class C>
-  GroupedWeight<C> pointers() const {
-    const auto outputs = weight.size(1), channels = input.values.size(-1);
-    return {weight.const_data_ptr<int8_t>(), input.scale.const_data_ptr<C>(), weight_scale.const_data_ptr<C>(),
+  GroupedWeight<C> pointers(const at::Tensor& by_columns) const {
+    const auto outputs = weight.size(0), channels = input.values.size(-1);
+    return {by_columns.const_data_ptr<int8_t>(), input.scale.const_data_ptr<C>(), weight_scale.const_data_ptr<C>(),
         weight_zero_point.const_data_ptr<int32_t>(), bias.defined() ? bias.const_data_ptr<C>() : nullptr,
         channels / groups, outputs, outputs / groups};
   }
 
   // Whether 32 bits hold the sums.
   bool fits_int32() const {
-    return weight.size(0) <= int32_features;
+    return weight.size(1) <= int32_features;
   }
 };
 

@@ -51,10 +51,14 @@ void int8_conv_windows(const WindowTask& task, const Int8Rows& to) {
 }
 
 void int8_conv_grouped(const GroupedTask& task) {
+  if (try_pair_products(task)) {
+    return;
+  }
+  const auto by_columns = task.weight.t().contiguous();
   AT_DISPATCH_FLOATING_TYPES(task.input.scale.scalar_type(), "int8_conv_grouped", [&] {
     using C = scalar_t;
     const auto input = task.input.pointers();
-    const auto weight = task.pointers<C>();
+    const auto weight = task.pointers<C>(by_columns);
     const auto outputs = WindowGeometry::product(task.input.geometry.output_size),
                rows = task.y.numel() / weight.outputs;
     auto* const y = task.y.mutable_data_ptr<C>();

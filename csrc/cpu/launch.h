@@ -16,10 +16,11 @@
 
 namespace qatfast::cpu {
 
-constexpr int64_t grain = 32768;        // elements that are worth a thread, as in ATen
-constexpr int64_t tile_rows = 1024;     // the most rows of a tile
-constexpr int64_t strip_columns = 1024; // the most columns of a strip
-constexpr int64_t joined_columns = 32;  // shorter rows are joined
+constexpr int64_t grain = 32768;                          // elements that are worth a thread, as in ATen
+constexpr int64_t products_per_thread = int64_t{1} << 20; // likewise, of integers
+constexpr int64_t tile_rows = 1024;                       // the most rows of a tile
+constexpr int64_t strip_columns = 1024;                   // the most columns of a strip
+constexpr int64_t joined_columns = 32;                    // shorter rows are joined
 // The most elements per row of a block that is quantized as columns (longer runs fill vectors of their own), and of one
 // whose range is found as columns, with one reduction for all rows.
 constexpr int64_t longest_mapped = 31, longest_ranged = 256;

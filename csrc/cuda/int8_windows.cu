@@ -126,7 +126,8 @@ void int8_conv_grouped(const GroupedTask& task) {
   AT_DISPATCH_FLOATING_TYPES(task.input.scale.scalar_type(), "int8_conv_grouped", [&] {
     using C = scalar_t;
     const auto input = task.input.pointers();
-    const auto weight = task.pointers<C>();
+    const auto by_columns = task.weight.t().contiguous();
+    const auto weight = task.pointers<C>(by_columns);
     const bool by_four = task.fits_int32() && takes_four_channels(input, weight);
     const auto kernel = by_four ? grouped_kernel<int32_t, 4, C>
         : task.fits_int32()     ? grouped_kernel<int32_t, 1, C>

@@ -139,6 +139,8 @@ void multiply(const Tensor& products, const Tensor& x, const Tensor& weight) {
     products.zero_();
   } else if (x.is_cuda()) {
     multiply_padded(products, x, weight);
+  } else if (cpu::prefers_pair_products()) {
+    cpu::int8_mm(products, x, weight);
   } else if (is_exact_on_cpu()) {
     const OneThread one_thread((x.size(0) + packing_rows) * weight.numel() <= small_work);
     multiply_by_library(products, x, weight);
@@ -234,6 +236,18 @@ Int8Rows quantize_rows(
     QATFAST_ON(matrix, quantize_rows)(contiguous(matrix), spec, result);
   }
   return result;
+}
+
+Tensor int8_mm(const Tensor& x, const Tensor& weight) {
+  TORCH_CHECK_VALUE(x.is_cpu() && x.scalar_type() == at::kChar && weight.scalar_type() == at::kChar && x.dim() == 2 &&
+          weight.dim() == 2 && x.size(1) == weight.size(1) && x.size(1) <= slice,
+      "int8_mm: expected int8 matrices of as many columns, at most ", slice, ", got ", x.sizes(), " and ",
+      weight.sizes());
+  const auto products = fresh({x.size(0), weight.size(0)}, at::kInt, x);
+  if (products.numel() > 0) {
+    multiply(products, x.contiguous(), weight.contiguous());
+  }
+  return products;
 }
 
 Tensor int8_gemm(const Int8Rows& x, const Int8Rows& weight, const Tensor& bias, at::ScalarType dtype) {

@@ -74,6 +74,39 @@ WindowTask checked_input(const char* op, const WindowGeometry& geometry, const T
       poison.value_or(Tensor())};
 }
 
+// The task with a fresh result of `dtype`.
+GroupedTask checked_grouped_task(const char* op, const Tensor& values, const Tensor& scale, const Tensor& zero_point,
+    const std::optional<Tensor>& input, const std::optional<Tensor>& poison, at::TensorList int8_weight,
+    const std::optional<Tensor>& bias, int64_t groups, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, at::IntArrayRef spread, at::IntArrayRef output_size,
+    at::ScalarType dtype) {
+  const auto geometry = checked_geometry(op, values, kernel_size, stride, padding, dilation, spread, output_size);
+  const auto task = checked_input(op, geometry, values, scale, zero_point, input, poison);
+  const auto taps = WindowGeometry::product(geometry.kernel), channels = values.size(1);
+  TORCH_CHECK_VALUE(int8_weight.size() >= 3, op, ": expected the values, scales and zero points of a weight, got ",
+      int8_weight.size(), " tensors");
+  const auto &weight = int8_weight[0], &weight_scale = int8_weight[1], &weight_zero_point = int8_weight[2];
+  const auto outputs = weight_scale.numel();
+  TORCH_CHECK_VALUE(groups > 0 && channels % groups == 0 && outputs % groups == 0, op,
+      ": expected channels and outputs that are divisible by groups=", groups, ", got ", channels, " and ", outputs);
+  TORCH_CHECK_VALUE(weight.scalar_type() == at::kChar && weight.dim() == 2 && weight.size(0) == outputs &&
+          weight.size(1) == taps * (channels / groups) &&
+          is_contiguous_of(weight_scale, scale.scalar_type(), outputs) &&
+          is_contiguous_of(weight_zero_point, at::kInt, outputs) &&
+          (!bias || is_contiguous_of(*bias, scale.scalar_type(), outputs)),
+      op, ": expected an int8 weight with a row of ", taps * (channels / groups),
+      " elements, a scale and a zero point per output, got ", name_of(weight.scalar_type()), " of shape ",
+      tuple(weight.sizes()));
+  for (const auto& tensor : {weight, weight_scale, weight_zero_point, bias.value_or(values)}) {
+    check_device(op, "all tensors", tensor, values);
+  }
+  at::DimVector shape = {values.size(0)};
+  shape.append(output_size.begin(), output_size.end());
+  shape.push_back(outputs);
+  return {task, weight.contiguous(), weight_scale, weight_zero_point, bias.value_or(Tensor()), groups,
+      fresh(shape, dtype, values)};
+}
+
 } // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> int8_conv_windows(const Tensor& values, const Tensor& scale,
@@ -99,37 +132,27 @@ Tensor int8_conv_grouped(const Tensor& values, const Tensor& scale, const Tensor
     const std::optional<Tensor>& input, const std::optional<Tensor>& poison, at::TensorList int8_weight,
     const std::optional<Tensor>& bias, int64_t groups, at::IntArrayRef kernel_size, at::IntArrayRef stride,
     at::IntArrayRef padding, at::IntArrayRef dilation, at::IntArrayRef spread, at::IntArrayRef output_size) {
-  constexpr auto op = "int8_conv_grouped";
-  const auto geometry = checked_geometry(op, values, kernel_size, stride, padding, dilation, spread, output_size);
-  const auto task = checked_input(op, geometry, values, scale, zero_point, input, poison);
-  const auto taps = WindowGeometry::product(geometry.kernel), channels = values.size(1);
-  TORCH_CHECK_VALUE(int8_weight.size() >= 3, op, ": expected the values, scales and zero points of a weight, got ",
-      int8_weight.size(), " tensors");
-  const auto &weight = int8_weight[0], &weight_scale = int8_weight[1], &weight_zero_point = int8_weight[2];
-  const auto outputs = weight_scale.numel();
-  TORCH_CHECK_VALUE(groups > 0 && channels % groups == 0 && outputs % groups == 0, op,
-      ": expected channels and outputs that are divisible by groups=", groups, ", got ", channels, " and ", outputs);
-  TORCH_CHECK_VALUE(weight.scalar_type() == at::kChar && weight.dim() == 2 && weight.size(0) == outputs &&
-          weight.size(1) == taps * (channels / groups) &&
-          is_contiguous_of(weight_scale, scale.scalar_type(), outputs) &&
-          is_contiguous_of(weight_zero_point, at::kInt, outputs) &&
-          (!bias || is_contiguous_of(*bias, scale.scalar_type(), outputs)),
-      op, ": expected an int8 weight with a row of ", taps * (channels / groups),
-      " elements, a scale and a zero point per output, got ", name_of(weight.scalar_type()), " of shape ",
-      tuple(weight.sizes()));
-  for (const auto& tensor : {weight, weight_scale, weight_zero_point, bias.value_or(values)}) {
-    check_device(op, "all tensors", tensor, values);
+  const auto task = checked_grouped_task("int8_conv_grouped", values, scale, zero_point, input, poison, int8_weight,
+      bias, groups, kernel_size, stride, padding, dilation, spread, output_size, scale.scalar_type());
+  if (task.y.numel() > 0) {
+    QATFAST_ON(values, int8_conv_grouped)(task);
   }
-  at::DimVector shape = {values.size(0)};
-  shape.append(output_size.begin(), output_size.end());
-  shape.push_back(outputs);
-  const auto y = fresh(shape, scale.scalar_type(), values);
-  if (y.numel() > 0) {
-    const auto by_columns = weight.t().contiguous();
-    QATFAST_ON(values, int8_conv_grouped)(
-        {task, by_columns, weight_scale, weight_zero_point, bias.value_or(Tensor()), groups, y});
-  }
-  return y.movedim(-1, 1);
+  return task.y.movedim(-1, 1);
 }
 
 } // namespace qatfast::kernel
+
+namespace qatfast {
+
+Tensor int8_conv_sums(const Tensor& values, const Tensor& scale, const Tensor& zero_point, at::TensorList int8_weight,
+    int64_t groups, at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, at::IntArrayRef spread, at::IntArrayRef output_size) {
+  constexpr auto op = "int8_conv_sums";
+  const auto task = kernel::checked_grouped_task(op, values, scale, zero_point, std::nullopt, std::nullopt, int8_weight,
+      std::nullopt, groups, kernel_size, stride, padding, dilation, spread, output_size, at::kInt);
+  TORCH_CHECK(values.is_cpu() && (task.y.numel() == 0 || cpu::try_pair_products(task)), op,
+      ": expected a processor with pair products, and sums that 32 bits hold");
+  return task.y.movedim(-1, 1);
+}
+
+} // namespace qatfast

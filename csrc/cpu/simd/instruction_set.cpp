@@ -4,9 +4,24 @@
 #include <ATen/Version.h>
 #include <c10/util/Exception.h>
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 
 namespace qatfast::cpu {
+namespace {
+
+#if defined(__x86_64__) && !defined(QATFAST_WITHOUT_AVX2)
+// Dot products of int8 without AVX-512. Older compilers do not know the name of this extension.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
+} // namespace
 
 // A build with sanitizers is WITHOUT the files of targets/ that setup.py leaves out.
 const InstructionSet& chosen() {
@@ -15,6 +30,10 @@ const InstructionSet& chosen() {
 #if defined(__x86_64__) && !defined(QATFAST_WITHOUT_AVX512)
     if (capability == "AVX512") {
       InstructionSet set = avx512;
+#ifndef QATFAST_WITHOUT_AVX2
+      set.pair_products = avx2_pair_products;
+#endif
+      set.prefers_pair_products = !__builtin_cpu_supports("avx512vnni");
       if (std::getenv("ATEN_CPU_CAPABILITY")) {
         return set;
       }
@@ -32,7 +51,10 @@ const InstructionSet& chosen() {
 #endif
 #if defined(__x86_64__) && !defined(QATFAST_WITHOUT_AVX2)
     if (capability == "AVX2") {
-      return avx2;
+      InstructionSet set = avx2;
+      set.pair_products = avx2_pair_products;
+      set.prefers_pair_products = std::getenv("ATEN_CPU_CAPABILITY") || !has_avx_vnni();
+      return set;
     }
 #endif
 #ifndef QATFAST_WITHOUT_BASELINE

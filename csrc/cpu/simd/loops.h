@@ -219,6 +219,34 @@ struct DotProductLoops {
   void (*pointwise)(const PointwiseDotProducts& task, const PointwiseTile& tile) = nullptr;
 };
 
+// Rows of an int8 weight, `step` elements apart, and the zero point of each.
+struct PairWeight {
+  const int8_t* values;
+  int64_t step;
+  int64_t outputs; // at most pair_outputs
+  const int32_t* zero_point;
+};
+constexpr int64_t pair_outputs = 16, pair_rows = 6, pair_block = 16; // features that are packed together
+
+// What is multiplied at a time: rows of levels, `step` elements apart, and a packed weight.
+struct PairProducts {
+  const int16_t* levels;
+  int64_t step;
+  int64_t rows;
+  const int16_t* weight; // [pairs][pair_outputs][2]
+  int64_t pairs;
+};
+
+// Loops for processors that multiply pairs of int16, or null. Levels are q - zero_point.
+struct PairProductLoops {
+  // Writes the levels of `features` columns in pairs, filled up to a multiple of pair_block with any levels.
+  void (*pack)(const PairWeight& weight, int64_t features, int16_t* to) = nullptr;
+  void (*levels_of_int8)(const int8_t* values, int64_t n, int32_t zero_point, int16_t* to) = nullptr;
+  void (*levels_of_uint8)(const uint8_t* values, int64_t n, int32_t zero_point, int16_t* to) = nullptr;
+  // Adds the products to rows of pair_outputs sums, `sums_step` apart, modulo 2^32.
+  void (*multiply)(const PairProducts& task, int32_t* sums, int64_t sums_step) = nullptr;
+};
+
 // The gradients of a depthwise convolution of x_hat = (values - zero_point) * scale. Those that are null are not
 // needed.
 struct DepthwiseGradients {
@@ -253,6 +281,8 @@ struct InstructionSet {
   DepthwiseLoop depthwise;
   DepthwiseGradientsLoop depthwise_gradients;
   DotProductLoops dot_products = {};
+  PairProductLoops pair_products = {};
+  bool prefers_pair_products = false; // to a library's products of int8, as there are no dot products
 
   template <class T>
   const Loops<T>& loops() const {
@@ -274,6 +304,7 @@ extern const InstructionSet avx2;
 extern const InstructionSet avx512;
 extern const Loops<c10::BFloat16> avx512_bf16;
 extern const DotProductLoops avx512_vnni;
+extern const PairProductLoops avx2_pair_products;
 #endif
 
 // The best one that torch's own CPU capability allows. ATEN_CPU_CAPABILITY=default|avx2|avx512 forces one, without

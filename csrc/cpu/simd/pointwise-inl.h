@@ -1,11 +1,5 @@
 // Matrix products by instructions for dot products of four uint8 and int8, whose sums are exact in 32 bits.
 
-#ifdef __clang__
-#define QATFAST_UNROLL _Pragma("unroll")
-#else
-#define QATFAST_UNROLL _Pragma("GCC unroll 8")
-#endif
-
 namespace qatfast::cpu {
 namespace {
 

@@ -4,6 +4,11 @@
 
 #define QATFAST_INLINE static inline __attribute__((always_inline))
 #define QATFAST_MEMBER inline __attribute__((always_inline))
+#ifdef __clang__
+#define QATFAST_UNROLL _Pragma("unroll")
+#else
+#define QATFAST_UNROLL _Pragma("GCC unroll 8")
+#endif
 
 namespace qatfast {
 

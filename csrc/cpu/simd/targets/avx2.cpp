@@ -15,6 +15,8 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #include "cpu/simd/all-inl.h"
+//
+#include "cpu/simd/pair_product-inl.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -23,5 +25,7 @@
 
 namespace qatfast::cpu {
 extern const InstructionSet avx2 = instruction_set_named("AVX2");
+extern const PairProductLoops avx2_pair_products = {
+    pack_pairs_loop, levels_loop<int8_t>, levels_loop<uint8_t>, pair_product_loop};
 } // namespace qatfast::cpu
 #endif

@@ -1,0 +1,253 @@
+// Products of int8 matrices and convolutions of int8 on processors without dot products of int8, for which oneDNN has
+// no fast product that is exact.
+#include "common/windows.h"
+#include "cpu/launch.h"
+
+#include <ATen/Dispatch.h>
+
+#include <memory>
+
+namespace qatfast::cpu {
+namespace {
+
+// The levels of a block of rows and features stay in L2, the weight's of these features in L1.
+constexpr int64_t block_rows = 43 * pair_rows, block_features = 1024;
+
+int64_t divided_up(int64_t value, int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
+
+// How rows and outputs are divided into tasks. Each task packs the weight of its outputs again; if there are few rows,
+// tasks divide the outputs instead.
+struct PairDivision {
+  int64_t rows;
+  int64_t outputs;
+
+  PairDivision(int64_t all_rows, int64_t all_outputs) : rows(block_rows), outputs(all_outputs) {
+    const int64_t threads = at::get_num_threads();
+    if (all_rows < threads * block_rows && all_outputs >= threads * pair_outputs) {
+      outputs = divided_up(divided_up(all_outputs, threads), pair_outputs) * pair_outputs;
+    } else {
+      const auto blocks = divided_up(divided_up(all_rows, block_rows), threads) * threads;
+      rows = divided_up(divided_up(all_rows, blocks), pair_rows) * pair_rows;
+    }
+  }
+};
+
+// Calls f(first row, rows, first output, outputs) for all tasks.
+template <class F>
+void for_each_task(int64_t rows, int64_t features, int64_t outputs, F f) {
+  const PairDivision division(rows, outputs);
+  const auto per_row = divided_up(outputs, division.outputs), tasks = divided_up(rows, division.rows) * per_row;
+  const auto work = std::max<int64_t>(1, division.rows * features * division.outputs);
+  parallel_for(0, tasks, std::max<int64_t>(1, products_per_thread / work), [&](int64_t task, int64_t end) {
+    for (; task < end; ++task) {
+      const auto row = task / per_row * division.rows, first = task % per_row * division.outputs;
+      f(row, std::min(division.rows, rows - row), first, std::min(division.outputs, outputs - first));
+    }
+  });
+}
+
+// The memory of a task.
+class PairMultiplier {
+ public:
+  PairMultiplier(int64_t rows, int64_t features)
+      : width_(divided_up(std::min(features, block_features), pair_block) * pair_block),
+        levels_(new int16_t[rows * width_]),
+        weight_(new int16_t[pair_outputs * width_]),
+        edge_(new int32_t[rows * pair_outputs]) {}
+
+  // Writes the sums of a matrix of levels, `rows` by `features`, with the rows of a weight. fill(k, n, to, step) writes
+  // the levels of features [k, k + n), a row every `step` elements.
+  template <class F>
+  void operator()(int64_t rows, int64_t features, const PairWeight& weight, int32_t* sums, int64_t step, F fill) {
+    const auto& loops = chosen().pair_products;
+    const auto whole = weight.outputs / pair_outputs * pair_outputs;
+    for (int64_t row = 0; row < rows; ++row) {
+      std::fill_n(sums + row * step, whole, 0);
+    }
+    std::fill_n(edge_.get(), whole < weight.outputs ? rows * pair_outputs : 0, 0);
+    for (int64_t k = 0; k < features; k += block_features) {
+      const auto n = std::min(block_features, features - k), width = divided_up(n, pair_block) * pair_block;
+      fill(k, n, levels_.get(), width);
+      for (int64_t row = 0; row < rows; ++row) {
+        std::fill_n(levels_.get() + row * width + n, width - n, int16_t{0});
+      }
+      for (int64_t j = 0; j < weight.outputs; j += pair_outputs) {
+        const auto outputs = std::min(pair_outputs, weight.outputs - j);
+        loops.pack(
+            {weight.values + j * weight.step + k, weight.step, outputs, weight.zero_point + j}, n, weight_.get());
+        loops.multiply({levels_.get(), width, rows, weight_.get(), divided_up(n, 2)},
+            j < whole ? sums + j : edge_.get(), j < whole ? step : pair_outputs);
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      std::copy_n(edge_.get() + row * pair_outputs, weight.outputs - whole, sums + row * step + whole);
+    }
+  }
+
+ private:
+  const int64_t width_;
+  const std::unique_ptr<int16_t[]> levels_, weight_;
+  const std::unique_ptr<int32_t[]> edge_; // the sums of the last outputs, if they do not fill a vector
+};
+
+// The levels of the windows of a convolution as rows of a matrix, [taps][channels of a group].
+class WindowLevels {
+ public:
+  WindowLevels(const WindowInput& input, int64_t groups)
+      : input_(input),
+        channels_(input.channels / groups),
+        outputs_(WindowGeometry::product(input.geometry.output_size)),
+        // Taps of a row of the kernel that follow each other in memory.
+        run_(groups == 1 && input.geometry.dilation[2] == 1 && input.geometry.spread[2] == 1 ? input.geometry.kernel[2]
+                                                                                             : 1) {}
+
+  // Features [k, k + n) of `rows` windows of a group.
+  void operator()(int64_t first, int64_t rows, int64_t group, int64_t k, int64_t n, int16_t* to, int64_t step) const {
+    for (int64_t row = first; row < first + rows; ++row, to += step) {
+      const auto sample = row / outputs_;
+      Coordinates output;
+      WindowGeometry::unravel(static_cast<uint32_t>(row % outputs_), input_.geometry.output_size, output);
+      const auto size = run_ * channels_;
+      for (auto run = k / size; run * size < k + n; ++run) {
+        const auto begin = std::max(k, run * size), end = std::min(k + n, (run + 1) * size);
+        levels_of_run(sample, output, group, run, begin - run * size, end - run * size, to + begin - k);
+      }
+    }
+  }
+
+ private:
+  // Elements [begin, end) of a run.
+  void levels_of_run(int64_t sample, const Coordinates& output, int64_t group, int64_t run, int64_t begin, int64_t end,
+      int16_t* to) const {
+    const auto& geometry = input_.geometry;
+    Coordinates tap, pixel;
+    WindowGeometry::unravel(static_cast<uint32_t>(run * run_), geometry.kernel, tap);
+    int64_t first = 0, inside = begin, past = end; // the taps that lie within the row of the input
+    if (run_ > 1) {
+      const int64_t column = int64_t{output[2]} * geometry.stride[2] - geometry.padding[2];
+      first = std::clamp<int64_t>(-column, 0, run_ - 1);
+      inside = std::clamp(first * channels_, begin, end);
+      past = std::clamp((geometry.size[2] - column) * channels_, inside, end);
+      tap[2] = static_cast<int32_t>(first);
+    }
+    if (inside == past || !geometry.find_pixel(output, tap, pixel)) {
+      std::fill_n(to, end - begin, int16_t{0});
+      return;
+    }
+    std::fill_n(to, inside - begin, int16_t{0});
+    const auto* const from = input_.values_of(sample, pixel) + group * channels_ + inside - first * channels_;
+    chosen().pair_products.levels_of_uint8(
+        from, past - inside, input_.zero_point[input_.grid_of(sample)], to + inside - begin);
+    std::fill_n(to + past - begin, end - past, int16_t{0});
+  }
+
+  const WindowInput& input_;
+  const int64_t channels_, outputs_, run_;
+};
+
+// Whether differences of these zero points and integers of 8 bits, and their products, are those of the loops.
+bool are_small(const at::Tensor& zero_points) {
+  const auto* const first = zero_points.const_data_ptr<int32_t>();
+  return std::all_of(first, first + zero_points.numel(), [](int32_t zero_point) {
+    return -128 <= zero_point && zero_point <= 255;
+  });
+}
+
+} // namespace
+
+bool has_pair_products() {
+  return chosen().pair_products.multiply;
+}
+
+bool prefers_pair_products() {
+  return has_pair_products() && chosen().prefers_pair_products;
+}
+
+void int8_mm(const at::Tensor& products, const at::Tensor& x, const at::Tensor& weight) {
+  const auto rows = x.size(0), features = x.size(1), outputs = weight.size(0);
+  const auto* const values = x.const_data_ptr<int8_t>();
+  const auto* const rows_of_weight = weight.const_data_ptr<int8_t>();
+  auto* const sums = products.mutable_data_ptr<int32_t>();
+  const std::vector<int32_t> zeros(outputs, 0);
+  for_each_task(rows, features, outputs, [&](int64_t row, int64_t count, int64_t first, int64_t width) {
+    PairMultiplier multiply(count, features);
+    multiply(count, features, {rows_of_weight + first * features, features, width, zeros.data()},
+        sums + row * outputs + first, outputs, [&](int64_t k, int64_t n, int16_t* to, int64_t step) {
+          for (int64_t i = 0; i < count; ++i) {
+            chosen().pair_products.levels_of_int8(
+                values + (row + i) * features + k, n, /*zero_point=*/0, to + i * step);
+          }
+        });
+  });
+}
+
+namespace {
+
+// finish(first row, rows, first output, outputs, sums) receives the sums, a row every `outputs` elements.
+template <class F>
+void sums_of_windows(const GroupedTask& task, F finish) {
+  const auto input = task.input.pointers();
+  const auto outputs = task.weight.size(0), features = task.weight.size(1), of_group = outputs / task.groups;
+  const WindowLevels levels(input, task.groups);
+  const auto* const values = task.weight.const_data_ptr<int8_t>();
+  const auto* const zero_point = task.weight_zero_point.const_data_ptr<int32_t>();
+  for_each_task(
+      task.y.numel() / outputs, features, outputs, [&](int64_t row, int64_t count, int64_t first, int64_t width) {
+        const std::unique_ptr<int32_t[]> sums(new int32_t[count * width]);
+        PairMultiplier multiply(count, features);
+        for (auto group = first / of_group; group * of_group < first + width; ++group) {
+          const auto begin = std::max(first, group * of_group), end = std::min(first + width, (group + 1) * of_group);
+          multiply(count, features, {values + begin * features, features, end - begin, zero_point + begin},
+              sums.get() + begin - first, width, [&](int64_t k, int64_t n, int16_t* to, int64_t step) {
+                levels(row, count, group, k, n, to, step);
+              });
+        }
+        finish(row, count, first, width, sums.get());
+      });
+}
+
+template <class C>
+void convolve_by_pairs(const GroupedTask& task) {
+  const auto input = task.input.pointers();
+  const auto outputs = task.weight.size(0), windows = WindowGeometry::product(input.geometry.output_size);
+  const auto* const scale = task.input.scale.const_data_ptr<C>();
+  const auto* const weight_scale = task.weight_scale.const_data_ptr<C>();
+  const auto* const bias = task.bias.defined() ? task.bias.const_data_ptr<C>() : nullptr;
+  const std::vector<int32_t> zeros(outputs, 0); // levels have no zero point
+  auto* const y = task.y.mutable_data_ptr<C>();
+  const auto epilogue = chosen().loops<C>().epilogue;
+  sums_of_windows(task, [&](int64_t row, int64_t count, int64_t first, int64_t width, const int32_t* sums) {
+    for (int64_t i = row; i < row + count; ++i, sums += width) {
+      epilogue(sums, y + i * outputs + first, width,
+          {scale[input.grid_of(i / windows)], 0, 0, weight_scale + first, nullptr, zeros.data(),
+              bias ? bias + first : nullptr});
+    }
+  });
+}
+
+} // namespace
+
+bool try_pair_products(const GroupedTask& task) {
+  if (!has_pair_products() || !task.fits_int32() || task.input.floats().has_nan() ||
+      !are_small(task.input.zero_point) || !are_small(task.weight_zero_point)) {
+    return false;
+  }
+  if (task.y.scalar_type() == at::kInt) {
+    auto* const y = task.y.mutable_data_ptr<int32_t>();
+    const auto outputs = task.weight.size(0);
+    sums_of_windows(task, [&](int64_t row, int64_t count, int64_t first, int64_t width, const int32_t* sums) {
+      for (int64_t i = row; i < row + count; ++i, sums += width) {
+        std::copy_n(sums, width, y + i * outputs + first);
+      }
+    });
+  } else {
+    AT_DISPATCH_FLOATING_TYPES(task.y.scalar_type(), "int8_conv_grouped", [&] {
+      convolve_by_pairs<scalar_t>(task);
+    });
+  }
+  return true;
+}
+
+} // namespace qatfast::cpu

@@ -174,6 +174,7 @@ class Chain:
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        rows: Callable[[], Tensor],
         product: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         axis: int,
         int8_product: Callable[[Tensor, Tensor, Operands], Tensor],
@@ -183,34 +184,35 @@ class Chain:
         Args:
             head: the layer.
             input: of the head.
-            weight: a matrix with a row per output channel.
+            weight: of the head.
             bias: or None.
+            rows: gives the weight as a matrix with a row per output channel.
             product: the head's product; it takes the weight as a matrix.
             axis: of the output channels in the product.
             int8_product: the result, of the grid of the input and the integers of the weight.
         """
-        grids, grid = head._grids(input, weight), self.quantizer.grid(input)
+        grids, grid = head._grids(input, rows), self.quantizer.grid(input)
         specs = (head.config.input, head.config.weight)
         if requantization.takes_int8(input, specs[1].symmetric):
             scale, zero_point = grids["input"]
             x_grid = checks.positive_scale(scale).reshape(()), zero_point.reshape(())
-            operands = self._operands(head, weight, bias, x_grid, grids.get("weight"), grid)
+            operands = self._operands(head, rows, bias, x_grid, grids.get("weight"), grid)
             value = int8_product(*x_grid, operands)
         else:
             value = reference.requantized(
-                input, weight, bias, specs, grids, product, axis, self._statistics(), self.activation, grid,
+                input, rows(), bias, specs, grids, product, axis, self._statistics(), self.activation, grid,
                 self.quantizer.spec,
             )  # fmt: skip
         tensors = [input, weight, *([] if bias is None else [bias]), *self._parameters(), grid[0]]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            y = self._float(input, weight, bias, specs, grids, product)
+            y = self._float(input, rows(), bias, specs, grids, product)
             value = reference._straight_through(self._fake_quantized(y, grid), value)
         return value
 
     def _operands(
         self,
         head: Any,
-        weight: Tensor,
+        rows: Callable[[], Tensor],
         bias: Tensor | None,
         x_grid: tuple[Tensor, Tensor],
         w_grid: tuple[Tensor, Tensor] | None,
@@ -221,7 +223,7 @@ class Chain:
 
         def operands() -> Operands:
             return requantization.operands_of(
-                weight,
+                rows(),
                 bias,
                 spec,
                 w_grid,

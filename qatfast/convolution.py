@@ -53,7 +53,8 @@ def qat_conv(
         kept: calls a function that quantizes the weight, or returns what it returned for this weight.
     """
     x_spec, w_spec = of_batch(config.input), config.weight
-    b_hat = ranges.bias_hat(input, geometry.to_rows(weight), bias, config, grids)
+    of_bias = geometry.to_rows(weight) if config.has_int32_bias else weight
+    b_hat = ranges.bias_hat(input, of_bias, bias, config, grids)
 
     def fake_quantized_input() -> Tensor:
         return pad(ranges.fake_quantized("input", input, x_spec, grids))

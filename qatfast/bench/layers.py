@@ -147,7 +147,7 @@ def _reference_of_ranges(inputs: LayerInputs) -> Function:
     layer = _qatfast(inputs)
 
     def call(x: Tensor) -> Tensor:
-        grids = layer._grids(x, inputs.weight)
+        grids = layer._grids(x, lambda: inputs.weight)
         return reference.qat_linear_static(x, inputs.weight, inputs.bias, layer.config, grids)
 
     return call

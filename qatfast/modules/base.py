@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -252,15 +253,20 @@ class QuantizedLayer(nn.Module):
             return self.forward(*args, **kwargs)
         return super()._call_impl(*args, **kwargs)
 
-    def _grids(self, input: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
-        """Returns the grids of input and weight, the latter unless it is Dynamic; see ``Chain.run``."""
+    def _grids(self, input: torch.Tensor, rows: Callable[[], torch.Tensor]) -> dict[str, Any]:
+        """Returns the grids of input and weight, the latter unless it is Dynamic; see ``Chain.run``.
+
+        ``rows`` gives the weight as a matrix.
+        """
         quantizers: dict[str, Any] = {
             name: self._modules[f"{name}_quantizer"]
             for name in ("input", "weight")
             if f"{name}_quantizer" in self._modules
         }
-        tensors = {"input": input, "weight": weight}
-        return {name: quantizer.grid(tensors[name]) for name, quantizer in quantizers.items()}
+        return {
+            name: quantizer.grid(input if name == "input" else rows())
+            for name, quantizer in quantizers.items()
+        }
 
     def _record_call(self) -> None:
         """Tells the open blocks of ``unused_layers`` that the layer runs."""

@@ -155,7 +155,8 @@ class _QATConv(QuantizedLayer, _ConvNd):
                 pad(x), scale, zero_point, ends, operands, self.kernel_size, geometry, channels_last
             )
 
-        return chain.run(self, x, geometry.to_rows(weight), bias, product, 1, int8_product)
+        rows = partial(geometry.to_rows, weight)  # a copy, if the weight is channels-last
+        return chain.run(self, x, weight, bias, rows, product, 1, int8_product)
 
     def _of_batch(
         self,

@@ -180,7 +180,7 @@ bias=affine per tensor, output=affine per tensor)
             def int8_product(scale: Tensor, zero_point: Tensor, operands: Any) -> Tensor:
                 return int8_linear(input, scale, zero_point, (spec.quant_min, spec.quant_max), operands)
 
-            y = chain.run(self, input, weight, bias, F.linear, -1, int8_product)
+            y = chain.run(self, input, weight, bias, lambda: weight, F.linear, -1, int8_product)
             return chain.carried(y if chain.has_readers else y.to(dtype))
         y = self._of_ranges(input, weight, bias).to(dtype)
         return y if self.config.output is not None else chain.carried(y, is_float=True)

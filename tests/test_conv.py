@@ -491,13 +491,15 @@ def test_one_pass_over_the_input_equals_the_reference(spec, dtype, memory_format
                 leaf = x.clone().requires_grad_()
                 y = layer(leaf)
                 dx, dw = torch.autograd.grad(y.square().float().sum().nan_to_num(), [leaf, layer.weight])
-                results.append((y.detach(), (dx == 0) & leaf.detach().isfinite(), layer.state_dict()))
+                results.append((y.detach(), dx.where(leaf.detach().isfinite(), 1), layer.state_dict()))
                 if step == 3:
                     assert dw[:, 2].isnan().all() and dx.isnan().any()
-        (y, blocked, state), (y_expected, blocked_expected, state_expected) = results
+        (y, dx, state), (y_expected, dx_expected, state_expected) = results
         cases.assert_same(y, y_expected)
-        assert torch.equal(blocked, blocked_expected)
-        assert blocked.any() or step != 2
+        # Gradients are up to 14. Sums of bfloat16 are 0 by chance too, and in another order just about 0.
+        is_blocked, nearly = dx == 0, torch.maximum(dx.abs(), dx_expected.abs()) < 0.1
+        assert torch.equal(is_blocked | nearly, (dx_expected == 0) | nearly)
+        assert is_blocked.any() or step != 2
         for key, value in state.items():
             cases.assert_same(value, state_expected[key])
 

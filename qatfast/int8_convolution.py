@@ -230,14 +230,20 @@ def exact_sums(
     is_float = floats is None and min(most, most if reach is None else reach) < FLOAT_LIMIT
     extension: Any = kernels.extension
     if floats is None:
+        if q.numel() and is_depthwise(q, weight.values, kernel_size, geometry):
+            one, scales, _ = _vectors(len(weight.values))
+            sizes = (tuple(kernel_size), *geometry[:3])
+            return extension.int8_conv_depthwise(
+                q, one.view(()), zero_point, weight.values, scales, None, *sizes
+            )
         sums = None
         if not (q.is_cpu and extension.prefers_pair_products):
             sums = _sums_by_library(q, zero_point, weight, kernel_size, geometry)
         if sums is not None and (is_float or max(-sums.amin(), sums.amax()) < FLOAT_LIMIT):
             return sums
         if q.is_cpu and extension.has_pair_products and most < _INT_LIMIT // 2:
-            rows, groups, sizes = _operands_of_windows(q, weight, kernel_size, geometry)
-            return extension.int8_conv_sums(q, weight.scale[:1], zero_point, tuple(rows), groups, *sizes)
+            rows, groups, windows = _operands_of_windows(q, weight, kernel_size, geometry)
+            return extension.int8_conv_sums(q, weight.scale[:1], zero_point, tuple(rows), groups, *windows)
     dtype = torch.float32 if is_float else torch.float64
     one = torch.ones_like(zero_point, dtype=dtype)
     ones = weight._replace(scale=torch.ones_like(weight.zero_point, dtype=dtype), packed=None)

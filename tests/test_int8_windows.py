@@ -116,12 +116,12 @@ def test_windows_of_many_elements(kernels, geometry, groups, device):
         cases.assert_same(y.cpu().contiguous(), expected.contiguous())
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2, 24])
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_sums_alone(kernels, geometry, groups):
     if not kernels.has_pair_products:
         pytest.skip("the processor does not multiply pairs of int16")
-    for channels, outputs in ((4, 6), (362, 34)):
+    for channels, outputs in ((groups, 3 * groups), (48, 24), (384, 48)):
         options = {"dtype": torch.float32, "per_sample": True}
         tensors, weight, _, sizes, _ = operands_of(geometry, channels, outputs, groups, **options)
         one = [torch.ones_like(scale) for scale in (tensors[1], weight[1])]
@@ -135,20 +135,21 @@ def test_sums_alone(kernels, geometry, groups):
         assert torch.equal(sums.double(), expected)
 
 
-@pytest.mark.parametrize("point", [-129, 256, 40000])
-def test_zero_points_beyond_8_bits(kernels, point, device):
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("point", [-129, 200, 256, 40000])
+def test_zero_points_beyond_int8(kernels, point, groups, device):
     """As callers of the operator may have them."""
     tensors, weight, bias, sizes, _ = operands_of(
-        GEOMETRIES["strides"], 4, 4, 1, dtype=torch.float32, device=device
+        GEOMETRIES["strides"], 4, 4, groups, dtype=torch.float32, device=device
     )
     for of_input, of_weight in ((point, 3), (3, point)):
         tensors[2].fill_(of_input)
         weight[2].fill_(of_weight)
         levels = tensors[0].cpu().double() - of_input
-        weight_levels = weight[0].cpu().double().view(4, 3, 2, 4).movedim(-1, 1) - of_weight
+        integers = weight[0].cpu().double().view(4, 3, 2, 4 // groups)
         scales = (tensors[1].cpu(), weight[1].cpu(), bias.cpu())
-        expected = expected_outputs(levels, weight_levels, *scales, 1, sizes)
-        y = OPS.int8_conv_grouped(*tensors, weight, bias, 1, *sizes)
+        expected = expected_outputs(levels, integers.movedim(-1, 1) - of_weight, *scales, groups, sizes)
+        y = OPS.int8_conv_grouped(*tensors, weight, bias, groups, *sizes)
         cases.assert_same(y.cpu().contiguous(), expected.contiguous())
 
 

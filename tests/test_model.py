@@ -778,8 +778,9 @@ def test_unused_layers_takes_a_module():
 @pytest.mark.parametrize("size", [4, 24])
 def test_chains_are_evaluated_without_kernels(size, monkeypatch):
     x = torch.randn(2, 3, size, size)
-    convolutions = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 40, 3)]
-    layers = [*convolutions, nn.ReLU(), nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2)]
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 40, 3), nn.ReLU()]
+    layers += [nn.Conv2d(40, 40, 2, groups=40), nn.ReLU6(), nn.Conv2d(40, 20, 1, groups=10), nn.ReLU()]
+    layers += [nn.Flatten(), nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2)]
     model = nn.Sequential(*layers)
     model(x)
     prepare(model, example_inputs=x)(x)

@@ -4,7 +4,9 @@
 #include "cpu/launch.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
 
+#include <limits>
 #include <memory>
 
 namespace qatfast::cpu {
@@ -208,10 +210,30 @@ void sums_of_windows(const GroupedTask& task, F finish) {
       });
 }
 
+// Sets the outputs of a group, from `first` on, to NaN where its window holds one.
 template <class C>
-void convolve_by_pairs(const GroupedTask& task) {
+void spread_nan_of_window(
+    const WindowInput& input, int64_t channels, int64_t group, int64_t row, C* first, int64_t count) {
+  const auto windows = WindowGeometry::product(input.geometry.output_size), sample = row / windows;
+  const bool has_nan = input.any_tap(static_cast<uint32_t>(row % windows), [&](int64_t, const Coordinates& pixel) {
+    for (auto c = group * channels; c < (group + 1) * channels; ++c) {
+      if (input.floats.is_nan(sample, c, pixel)) {
+        return true;
+      }
+    }
+    return false;
+  });
+  if (has_nan) {
+    std::fill_n(first, count, std::numeric_limits<C>::quiet_NaN());
+  }
+}
+
+// `groups` are those of the convolution, of which the task may have merged some.
+template <class C>
+void convolve_by_pairs(const GroupedTask& task, int64_t groups) {
   const auto input = task.input.pointers();
-  const auto outputs = task.weight.size(0), windows = WindowGeometry::product(input.geometry.output_size);
+  const auto outputs = task.weight.size(0), of_group = outputs / groups;
+  const auto windows = WindowGeometry::product(input.geometry.output_size);
   const auto* const scale = task.input.scale.const_data_ptr<C>();
   const auto* const weight_scale = task.weight_scale.const_data_ptr<C>();
   const auto* const bias = task.bias.defined() ? task.bias.const_data_ptr<C>() : nullptr;
@@ -223,17 +245,52 @@ void convolve_by_pairs(const GroupedTask& task) {
       epilogue(sums, y + i * outputs + first, width,
           {scale[input.grid_of(i / windows)], 0, 0, weight_scale + first, nullptr, zeros.data(),
               bias ? bias + first : nullptr});
+      for (auto group = first / of_group; input.floats.has_nan() && group * of_group < first + width; ++group) {
+        const auto begin = std::max(first, group * of_group), end = std::min(first + width, (group + 1) * of_group);
+        spread_nan_of_window(input, input.channels / groups, group, i, y + i * outputs + begin, end - begin);
+      }
     }
   });
 }
 
+// The same convolution in fewer groups, whose outputs fill vectors: of the channels of other groups, the levels of the
+// weight are 0.
+GroupedTask with_merged_groups(const GroupedTask& task) {
+  const auto outputs = task.weight.size(0), of_group = outputs / task.groups;
+  auto merged = std::clamp<int64_t>(pair_outputs / std::max<int64_t>(1, of_group), 1, task.groups);
+  while (task.groups % merged != 0) {
+    --merged;
+  }
+  const auto* const zero_point = task.weight_zero_point.const_data_ptr<int32_t>();
+  if (merged == 1 || std::any_of(zero_point, zero_point + outputs, [](int32_t point) {
+        return point > 127;
+      })) {
+    return task;
+  }
+  const auto taps = WindowGeometry::product(task.input.geometry.kernel), channels = task.weight.size(1) / taps;
+  auto result = task;
+  result.groups = task.groups / merged;
+  result.weight = at::empty({outputs, taps * merged * channels}, task.weight.options());
+  const auto* const from = task.weight.const_data_ptr<int8_t>();
+  auto* to = result.weight.mutable_data_ptr<int8_t>();
+  for (int64_t output = 0; output < outputs; ++output) {
+    const auto place = output / of_group % merged * channels;
+    for (int64_t tap = 0; tap < taps; ++tap, to += merged * channels) {
+      std::fill_n(to, merged * channels, static_cast<int8_t>(zero_point[output]));
+      std::copy_n(from + (output * taps + tap) * channels, channels, to + place);
+    }
+  }
+  return result;
+}
+
 } // namespace
 
-bool try_pair_products(const GroupedTask& task) {
-  if (!has_pair_products() || !task.fits_int32() || task.input.floats().has_nan() ||
-      !are_small(task.input.zero_point) || !are_small(task.weight_zero_point)) {
+bool try_pair_products(const GroupedTask& given) {
+  if (!has_pair_products() || !given.fits_int32() || !are_small(given.input.zero_point) ||
+      !are_small(given.weight_zero_point)) {
     return false;
   }
+  const auto task = with_merged_groups(given);
   if (task.y.scalar_type() == at::kInt) {
     auto* const y = task.y.mutable_data_ptr<int32_t>();
     const auto outputs = task.weight.size(0);
@@ -244,7 +301,7 @@ bool try_pair_products(const GroupedTask& task) {
     });
   } else {
     AT_DISPATCH_FLOATING_TYPES(task.y.scalar_type(), "int8_conv_grouped", [&] {
-      convolve_by_pairs<scalar_t>(task);
+      convolve_by_pairs<scalar_t>(task, given.groups);
     });
   }
   return true;

@@ -236,9 +236,7 @@ def exact_sums(
             return extension.int8_conv_depthwise(
                 q, one.view(()), zero_point, weight.values, scales, None, *sizes
             )
-        sums = None
-        if not (q.is_cpu and extension.prefers_pair_products):
-            sums = _sums_by_library(q, zero_point, weight, kernel_size, geometry)
+        sums = _sums_by_library(q, zero_point, weight, kernel_size, geometry)
         if sums is not None and (is_float or max(-sums.amin(), sums.amax()) < FLOAT_LIMIT):
             return sums
         if q.is_cpu and extension.has_pair_products and most < _INT_LIMIT // 2:
@@ -322,6 +320,9 @@ def _sums_by_library(
     q: Tensor, zero_point: Tensor, weight: Int8Weight, kernel_size: Sequence[int], geometry: Geometry
 ) -> Tensor | None:
     """Returns the sums in float32, exact where they are below 2^24; None if the library is wrong or slow."""
+    extension: Any = kernels.extension
+    if q.is_cpu and extension.prefers_pair_products:
+        return None
     kernel, convolution = _as_plain(weight, kernel_size, geometry)
     reach = prod(kernel.shape[1:]) * 255 * 128  # of the sums, also before the zero point is subtracted
     if kernel.dtype != torch.int8 or q.numel() == 0 or kernel.numel() == 0 or reach >= _INT_LIMIT:
@@ -420,9 +421,11 @@ def by_windows(
     q, scale, zero_point, floats, poison = integers
     rows, groups, sizes = _operands_of_windows(q, weight, kernel_size, geometry)
     bias = None if bias is None else bias.to(scale.dtype).contiguous()
-    ops = torch.ops.qatfast
-    extension: Any = kernels.extension
-    if groups > 1 or (q.is_cpu and extension.has_pair_products):
+    ops, extension = torch.ops.qatfast, kernels.extension
+    if q.is_cpu and extension.has_pair_products:  # type: ignore[union-attr]
+        input = (q, scale, zero_point, floats, poison)
+        return extension.int8_conv_grouped(*input, tuple(rows), bias, groups, *sizes)  # type: ignore[union-attr]
+    if groups > 1:
         return ops.int8_conv_grouped(q, scale, zero_point, floats, poison, rows, bias, groups, *sizes)
     outputs = sizes[-1]
     most = _CPU_WINDOW_BYTES if q.is_cpu else _WINDOW_BYTES

@@ -6,6 +6,7 @@
 #include "launchers.h"
 #include "operators.h"
 #include "ops/int8_gemm.h"
+#include "ops/int8_windows.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>

@@ -187,27 +187,109 @@ void int8_mm(const at::Tensor& products, const at::Tensor& x, const at::Tensor& 
 
 namespace {
 
-// finish(first row, rows, first output, outputs, sums) receives the sums, a row every `outputs` elements.
+// Outputs that are multiples of the spread apart read the same taps of the kernel. They are a convolution of their own,
+// without zeros between the elements of its input.
+struct Phase {
+  WindowGeometry geometry;
+  Coordinates first_tap = {0, 0, 0}, tap_step = {1, 1, 1}; // of the whole kernel
+  Coordinates first = {0, 0, 0}, step = {1, 1, 1};         // of all outputs
+
+  bool is_whole() const {
+    return WindowGeometry::product(step) == 1;
+  }
+
+  // The outputs of dimension d that begin at `begin`.
+  void select(int d, int32_t begin) {
+    const auto spread = geometry.spread[d], dilation = geometry.dilation[d];
+    const auto place_of = [&](int32_t tap) {
+      return begin + tap * dilation - geometry.padding[d];
+    };
+    first[d] = begin;
+    step[d] = spread;
+    tap_step[d] = spread / std::gcd(spread, dilation);
+    const auto most = std::min(geometry.kernel[d], tap_step[d]);
+    while (first_tap[d] < most && place_of(first_tap[d]) % spread != 0) {
+      ++first_tap[d];
+    }
+    geometry.kernel[d] = first_tap[d] < most ? (geometry.kernel[d] - first_tap[d] + tap_step[d] - 1) / tap_step[d] : 0;
+    geometry.padding[d] = -place_of(first_tap[d]) / spread;
+    geometry.dilation[d] = tap_step[d] * dilation / spread;
+    geometry.spread[d] = 1;
+    geometry.output_size[d] = (geometry.output_size[d] - begin + spread - 1) / spread;
+  }
+
+  // The weight (outputs, taps * channels) at the taps of the phase.
+  at::Tensor weight_of(const at::Tensor& weight, const Coordinates& kernel) const {
+    const auto outputs = weight.size(0), channels = weight.size(1) / WindowGeometry::product(kernel);
+    auto taps = weight.view({outputs, kernel[0], kernel[1], kernel[2], channels});
+    for (int d = 0; d < WindowGeometry::dims; ++d) {
+      taps = geometry.kernel[d] > 0 ? taps.slice(d + 1, first_tap[d], std::nullopt, tap_step[d])
+                                    : taps.narrow(d + 1, 0, 0);
+    }
+    return taps.contiguous().view({outputs, WindowGeometry::product(geometry.kernel) * channels});
+  }
+
+  // The row of all outputs, of the size `all`, that is this row of the phase.
+  int64_t row_of(int64_t row, const Coordinates& all) const {
+    const auto windows = WindowGeometry::product(geometry.output_size);
+    Coordinates at;
+    WindowGeometry::unravel(static_cast<uint32_t>(row % windows), geometry.output_size, at);
+    auto result = row / windows;
+    for (int d = 0; d < WindowGeometry::dims; ++d) {
+      result = result * all[d] + first[d] + int64_t{at[d]} * step[d];
+    }
+    return result;
+  }
+};
+
+std::vector<Phase> phases_of(const WindowGeometry& geometry) {
+  std::vector<Phase> phases = {{geometry}};
+  for (int d = 0; d < WindowGeometry::dims; ++d) {
+    if (geometry.spread[d] == 1 || geometry.stride[d] > 1) {
+      continue;
+    }
+    std::vector<Phase> parts;
+    for (const auto& phase : phases) {
+      for (int32_t begin = 0; begin < std::min(geometry.spread[d], geometry.output_size[d]); ++begin) {
+        parts.push_back(phase);
+        parts.back().select(d, begin);
+      }
+    }
+    phases = std::move(parts);
+  }
+  return phases;
+}
+
+// finish(row, first output, outputs, sums) receives the sums of each row.
 template <class F>
 void sums_of_windows(const GroupedTask& task, F finish) {
-  const auto input = task.input.pointers();
-  const auto outputs = task.weight.size(0), features = task.weight.size(1), of_group = outputs / task.groups;
-  const WindowLevels levels(input, task.groups);
-  const auto* const values = task.weight.const_data_ptr<int8_t>();
+  const auto outputs = task.weight.size(0), of_group = outputs / task.groups;
+  const auto& whole = task.input.geometry;
   const auto* const zero_point = task.weight_zero_point.const_data_ptr<int32_t>();
-  for_each_task(
-      task.y.numel() / outputs, features, outputs, [&](int64_t row, int64_t count, int64_t first, int64_t width) {
-        const std::unique_ptr<int32_t[]> sums(new int32_t[count * width]);
-        PairMultiplier multiply(count, features);
-        for (auto group = first / of_group; group * of_group < first + width; ++group) {
-          const auto begin = std::max(first, group * of_group), end = std::min(first + width, (group + 1) * of_group);
-          multiply(count, features, {values + begin * features, features, end - begin, zero_point + begin},
-              sums.get() + begin - first, width, [&](int64_t k, int64_t n, int16_t* to, int64_t step) {
-                levels(row, count, group, k, n, to, step);
-              });
-        }
-        finish(row, count, first, width, sums.get());
-      });
+  for (const auto& phase : phases_of(whole)) {
+    auto input = task.input.pointers();
+    input.geometry = phase.geometry;
+    const auto weight = phase.is_whole() ? task.weight : phase.weight_of(task.weight, whole.kernel);
+    const auto features = weight.size(1);
+    const auto rows = task.input.values.size(0) * WindowGeometry::product(phase.geometry.output_size);
+    const WindowLevels levels(input, task.groups);
+    const auto* const values = weight.const_data_ptr<int8_t>();
+    for_each_task(rows, features, outputs, [&](int64_t row, int64_t count, int64_t first, int64_t width) {
+      const std::unique_ptr<int32_t[]> sums(new int32_t[count * width]);
+      PairMultiplier multiply(count, features);
+      for (auto group = first / of_group; group * of_group < first + width; ++group) {
+        const auto begin = std::max(first, group * of_group), end = std::min(first + width, (group + 1) * of_group);
+        multiply(count, features, {values + begin * features, features, end - begin, zero_point + begin},
+            sums.get() + begin - first, width, [&](int64_t k, int64_t n, int16_t* to, int64_t step) {
+              levels(row, count, group, k, n, to, step);
+            });
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        finish(phase.is_whole() ? row + i : phase.row_of(row + i, whole.output_size), first, width,
+            sums.get() + i * width);
+      }
+    });
+  }
 }
 
 // Sets the outputs of a group, from `first` on, to NaN where its window holds one.
@@ -240,15 +322,14 @@ void convolve_by_pairs(const GroupedTask& task, int64_t groups) {
   const std::vector<int32_t> zeros(outputs, 0); // levels have no zero point
   auto* const y = task.y.mutable_data_ptr<C>();
   const auto epilogue = chosen().loops<C>().epilogue;
-  sums_of_windows(task, [&](int64_t row, int64_t count, int64_t first, int64_t width, const int32_t* sums) {
-    for (int64_t i = row; i < row + count; ++i, sums += width) {
-      epilogue(sums, y + i * outputs + first, width,
-          {scale[input.grid_of(i / windows)], 0, 0, weight_scale + first, nullptr, zeros.data(),
-              bias ? bias + first : nullptr});
-      for (auto group = first / of_group; input.floats.has_nan() && group * of_group < first + width; ++group) {
-        const auto begin = std::max(first, group * of_group), end = std::min(first + width, (group + 1) * of_group);
-        spread_nan_of_window(input, input.channels / groups, group, i, y + i * outputs + begin, end - begin);
-      }
+  sums_of_windows(task, [&](int64_t row, int64_t first, int64_t width, const int32_t* sums) {
+    auto* const to = y + row * outputs;
+    epilogue(sums, to + first, width,
+        {scale[input.grid_of(row / windows)], 0, 0, weight_scale + first, nullptr, zeros.data(),
+            bias ? bias + first : nullptr});
+    for (auto group = first / of_group; input.floats.has_nan() && group * of_group < first + width; ++group) {
+      const auto begin = std::max(first, group * of_group), end = std::min(first + width, (group + 1) * of_group);
+      spread_nan_of_window(input, input.channels / groups, group, row, to + begin, end - begin);
     }
   });
 }
@@ -294,10 +375,8 @@ bool try_pair_products(const GroupedTask& given) {
   if (task.y.scalar_type() == at::kInt) {
     auto* const y = task.y.mutable_data_ptr<int32_t>();
     const auto outputs = task.weight.size(0);
-    sums_of_windows(task, [&](int64_t row, int64_t count, int64_t first, int64_t width, const int32_t* sums) {
-      for (int64_t i = row; i < row + count; ++i, sums += width) {
-        std::copy_n(sums, width, y + i * outputs + first);
-      }
+    sums_of_windows(task, [&](int64_t row, int64_t first, int64_t width, const int32_t* sums) {
+      std::copy_n(sums, width, y + row * outputs + first);
     });
   } else {
     AT_DISPATCH_FLOATING_TYPES(task.y.scalar_type(), "int8_conv_grouped", [&] {

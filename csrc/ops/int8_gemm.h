@@ -25,11 +25,6 @@ Int8Rows quantize_rows(const at::Tensor& matrix, const QuantSpec& spec, Allocati
 // Returns x @ weight.T of int8 matrices in int32, on the CPU, exact for at most 2^16 columns.
 at::Tensor int8_mm(const at::Tensor& x, const at::Tensor& weight);
 
-// Returns the sums of int8_conv_grouped in int32, on processors with pair products; the scales are not read.
-at::Tensor int8_conv_sums(const at::Tensor& values, const at::Tensor& scale, const at::Tensor& zero_point,
-    at::TensorList int8_weight, int64_t groups, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, at::IntArrayRef spread, at::IntArrayRef output_size);
-
 // Returns (rows, out_features) of `dtype`. The bias is of the opmath type, or undefined.
 at::Tensor int8_gemm(const Int8Rows& x, const Int8Rows& weight, const at::Tensor& bias, at::ScalarType dtype);
 

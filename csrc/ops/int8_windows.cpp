@@ -1,4 +1,6 @@
 // Convolutions of integers for which there is no product of a library: im2col, and groups.
+#include "ops/int8_windows.h"
+
 #include "checks.h"
 #include "common/memory.h"
 #include "common/windows.h"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import cases
 from test_fake import assert_as_faked
 
+pytestmark = pytest.mark.arithmetic
 OPS = torch.ops.qatfast
 # size, kernel_size, stride, padding, dilation, spread, output_size
 GEOMETRIES = {

@@ -16,7 +16,10 @@ from qatfast import (
     requantization,
 )
 
-pytestmark = pytest.mark.skipif(kernels.extension is None, reason="there are no kernels")
+pytestmark = [
+    pytest.mark.skipif(kernels.extension is None, reason="there are no kernels"),
+    pytest.mark.arithmetic,
+]
 
 
 def oracle(sums, offset, factor, low, high, scale):

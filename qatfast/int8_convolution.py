@@ -131,10 +131,7 @@ def product(
     q, scale, zero_point, floats, _ = integers
     is_plain = floats is None and scale.dim() == 0 and weight.values.dtype == torch.int8
     if is_plain and is_depthwise(q, weight.values, kernel_size, geometry):
-        ops: Any = kernels.extension
-        sizes = (tuple(kernel_size), *geometry[:3])
-        bias = None if bias is None else bias.to(torch.float32).contiguous()
-        y = ops.int8_conv_depthwise(q, scale, zero_point, weight.values, weight.scale, bias, *sizes)
+        y = _depthwise(q, scale, zero_point, weight.values, weight.scale, kernel_size, bias, geometry)
         return in_format(y, channels_last)
     if is_plain and takes_pointwise(q, weight.values, weight.packed, kernel_size, geometry):
         return pointwise(q, scale, zero_point, (0, 255), weight, bias, channels_last)
@@ -231,21 +228,18 @@ def exact_sums(
     extension: Any = kernels.extension
     if floats is None:
         if q.numel() and is_depthwise(q, weight.values, kernel_size, geometry):
-            one, scales, _ = _vectors(len(weight.values))
-            sizes = (tuple(kernel_size), *geometry[:3])
-            return extension.int8_conv_depthwise(
-                q, one.view(()), zero_point, weight.values, scales, None, *sizes
-            )
+            one, ones, _ = _vectors(len(weight.values))
+            return _depthwise(q, one.view(()), zero_point, weight.values, ones, kernel_size, None, geometry)
         sums = _sums_by_library(q, zero_point, weight, kernel_size, geometry)
         if sums is not None and (is_float or max(-sums.amin(), sums.amax()) < FLOAT_LIMIT):
             return sums
         if q.is_cpu and extension.has_pair_products and most < _INT_LIMIT // 2:
-            rows, groups, windows = _operands_of_windows(q, weight, kernel_size, geometry)
-            return extension.int8_conv_sums(q, weight.scale[:1], zero_point, tuple(rows), groups, *windows)
+            rows, groups, sizes = _operands_of_windows(q, weight, kernel_size, geometry)
+            return extension.int8_conv_sums(q, weight.scale[:1], zero_point, rows, groups, *sizes)
     dtype = torch.float32 if is_float else torch.float64
-    one = torch.ones_like(zero_point, dtype=dtype)
-    ones = weight._replace(scale=torch.ones_like(weight.zero_point, dtype=dtype), packed=None)
-    return by_windows(Int8Input(q, one, zero_point, floats, poison), ones, kernel_size, None, geometry)
+    unit = torch.ones_like(zero_point, dtype=dtype)
+    units = weight._replace(scale=torch.ones_like(weight.zero_point, dtype=dtype), packed=None)
+    return by_windows(Int8Input(q, unit, zero_point, floats, poison), units, kernel_size, None, geometry)
 
 
 def _as_plain(
@@ -277,6 +271,23 @@ def is_depthwise(q: Tensor, weight: Tensor, kernel_size: Sequence[int], geometry
         return False
     extension: Any = kernels.extension
     return 0 < prod(kernel_size) <= extension.most_depthwise_taps
+
+
+def _depthwise(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    kernel_size: Sequence[int],
+    bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """Returns the result of a convolution that :func:`is_depthwise`, in channels-last format."""
+    ops: Any = kernels.extension
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    sizes = (tuple(kernel_size), *geometry[:3])
+    return ops.int8_conv_depthwise(q, scale, zero_point, weight, weight_scale, bias, *sizes)
 
 
 def _scaled(sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Tensor, float]:
@@ -421,11 +432,9 @@ def by_windows(
     q, scale, zero_point, floats, poison = integers
     rows, groups, sizes = _operands_of_windows(q, weight, kernel_size, geometry)
     bias = None if bias is None else bias.to(scale.dtype).contiguous()
-    ops, extension = torch.ops.qatfast, kernels.extension
-    if q.is_cpu and extension.has_pair_products:  # type: ignore[union-attr]
-        input = (q, scale, zero_point, floats, poison)
-        return extension.int8_conv_grouped(*input, tuple(rows), bias, groups, *sizes)  # type: ignore[union-attr]
-    if groups > 1:
+    extension: Any = kernels.extension
+    ops: Any = extension if q.is_cpu else torch.ops.qatfast
+    if groups > 1 or (q.is_cpu and extension.has_pair_products):
         return ops.int8_conv_grouped(q, scale, zero_point, floats, poison, rows, bias, groups, *sizes)
     outputs = sizes[-1]
     most = _CPU_WINDOW_BYTES if q.is_cpu else _WINDOW_BYTES
@@ -446,7 +455,7 @@ def by_windows(
 
 def _operands_of_windows(
     q: Tensor, weight: Int8Weight, kernel_size: Sequence[int], geometry: Geometry
-) -> tuple[list[Tensor], int, tuple[tuple[int, ...], ...]]:
+) -> tuple[tuple[Tensor, ...], int, tuple[tuple[int, ...], ...]]:
     """Returns the rows of the weight, the groups, and the arguments of int8_conv_windows after the tensors."""
     kernel, convolution = _as_plain(weight, kernel_size, geometry)
     stride, padding, dilation, groups = convolution
@@ -477,7 +486,7 @@ def product_of_rows(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.qatfast.int8_product(rows_of(x), rows_of(weight), None)
 
 
-def _int8_rows(matrix: Tensor, weight: Int8Weight) -> list[Tensor]:
+def _int8_rows(matrix: Tensor, weight: Int8Weight) -> tuple[Tensor, ...]:
     """Returns the values (int8), scales, zero points and sums of levels of the rows of a weight."""
     zero_point = weight.zero_point
     if matrix.dtype == torch.uint8:
@@ -487,7 +496,7 @@ def _int8_rows(matrix: Tensor, weight: Int8Weight) -> list[Tensor]:
         level_sums = matrix.sum(1, dtype=torch.int64) - matrix.shape[1] * zero_point.long()
     else:  # the weight is symmetric
         level_sums = weight.total.to(torch.int64)
-    return [matrix, weight.scale.contiguous(), zero_point, level_sums]
+    return matrix, weight.scale.contiguous(), zero_point, level_sums
 
 
 def _output_size(sizes: Sequence[int], kernel_size: Sequence[int], convolution: _Conv) -> list[int]:

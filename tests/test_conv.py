@@ -497,7 +497,8 @@ def test_one_pass_over_the_input_equals_the_reference(spec, dtype, memory_format
         (y, dx, state), (y_expected, dx_expected, state_expected) = results
         cases.assert_same(y, y_expected)
         # Gradients are up to 14. Sums of bfloat16 are 0 by chance too, and in another order just about 0.
-        is_blocked, nearly = dx == 0, torch.maximum(dx.abs(), dx_expected.abs()) < 0.1
+        chance = 0.1 if dtype == torch.bfloat16 else 0.0
+        is_blocked, nearly = dx == 0, torch.maximum(dx.abs(), dx_expected.abs()) < chance
         assert torch.equal(is_blocked | nearly, (dx_expected == 0) | nearly)
         assert is_blocked.any() or step != 2
         for key, value in state.items():

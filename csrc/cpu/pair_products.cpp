@@ -1,5 +1,5 @@
-// Products of int8 matrices and convolutions of int8 on processors without dot products of int8, for which oneDNN has
-// no fast product that is exact.
+// Products of int8 matrices on processors without dot products of int8, for which oneDNN has no fast product that is
+// exact, and convolutions of int8 that no library computes.
 #include "common/windows.h"
 #include "cpu/launch.h"
 
@@ -54,42 +54,44 @@ void for_each_task(int64_t rows, int64_t features, int64_t outputs, F f) {
 class PairMultiplier {
  public:
   PairMultiplier(int64_t rows, int64_t features)
-      : width_(divided_up(std::min(features, block_features), pair_block) * pair_block),
+      : rows_(rows),
+        features_(features),
+        width_(divided_up(std::min(features, block_features), pair_block) * pair_block),
         levels_(new int16_t[rows * width_]),
         weight_(new int16_t[pair_outputs * width_]),
         edge_(new int32_t[rows * pair_outputs]) {}
 
-  // Writes the sums of a matrix of levels, `rows` by `features`, with the rows of a weight. fill(k, n, to, step) writes
-  // the levels of features [k, k + n), a row every `step` elements.
+  // Writes the sums of a matrix of levels with the rows of a weight. fill(k, n, to, step) writes the levels of features
+  // [k, k + n), a row every `step` elements.
   template <class F>
-  void operator()(int64_t rows, int64_t features, const PairWeight& weight, int32_t* sums, int64_t step, F fill) {
+  void operator()(const PairWeight& weight, int32_t* sums, int64_t step, F fill) {
     const auto& loops = chosen().pair_products;
     const auto whole = weight.outputs / pair_outputs * pair_outputs;
-    for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows_; ++row) {
       std::fill_n(sums + row * step, whole, 0);
     }
-    std::fill_n(edge_.get(), whole < weight.outputs ? rows * pair_outputs : 0, 0);
-    for (int64_t k = 0; k < features; k += block_features) {
-      const auto n = std::min(block_features, features - k), width = divided_up(n, pair_block) * pair_block;
+    std::fill_n(edge_.get(), whole < weight.outputs ? rows_ * pair_outputs : 0, 0);
+    for (int64_t k = 0; k < features_; k += block_features) {
+      const auto n = std::min(block_features, features_ - k), width = divided_up(n, pair_block) * pair_block;
       fill(k, n, levels_.get(), width);
-      for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t row = 0; row < rows_; ++row) {
         std::fill_n(levels_.get() + row * width + n, width - n, int16_t{0});
       }
       for (int64_t j = 0; j < weight.outputs; j += pair_outputs) {
         const auto outputs = std::min(pair_outputs, weight.outputs - j);
         loops.pack(
             {weight.values + j * weight.step + k, weight.step, outputs, weight.zero_point + j}, n, weight_.get());
-        loops.multiply({levels_.get(), width, rows, weight_.get(), divided_up(n, 2)},
+        loops.multiply({levels_.get(), width, rows_, weight_.get(), divided_up(n, 2)},
             j < whole ? sums + j : edge_.get(), j < whole ? step : pair_outputs);
       }
     }
-    for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t row = 0; row < rows_; ++row) {
       std::copy_n(edge_.get() + row * pair_outputs, weight.outputs - whole, sums + row * step + whole);
     }
   }
 
  private:
-  const int64_t width_;
+  const int64_t rows_, features_, width_;
   const std::unique_ptr<int16_t[]> levels_, weight_;
   const std::unique_ptr<int32_t[]> edge_; // the sums of the last outputs, if they do not fill a vector
 };
@@ -149,11 +151,12 @@ class WindowLevels {
   const int64_t channels_, outputs_, run_;
 };
 
-// Whether differences of these zero points and integers of 8 bits, and their products, are those of the loops.
-bool are_small(const at::Tensor& zero_points) {
+// Whether the zero points are values of T, so that levels have 9 bits.
+template <class T>
+bool are_values_of(const at::Tensor& zero_points) {
   const auto* const first = zero_points.const_data_ptr<int32_t>();
   return std::all_of(first, first + zero_points.numel(), [](int32_t zero_point) {
-    return -128 <= zero_point && zero_point <= 255;
+    return zero_point == static_cast<T>(zero_point);
   });
 }
 
@@ -164,7 +167,7 @@ bool has_pair_products() {
 }
 
 bool prefers_pair_products() {
-  return has_pair_products() && chosen().prefers_pair_products;
+  return chosen().prefers_pair_products;
 }
 
 void int8_mm(const at::Tensor& products, const at::Tensor& x, const at::Tensor& weight) {
@@ -175,8 +178,8 @@ void int8_mm(const at::Tensor& products, const at::Tensor& x, const at::Tensor& 
   const std::vector<int32_t> zeros(outputs, 0);
   for_each_task(rows, features, outputs, [&](int64_t row, int64_t count, int64_t first, int64_t width) {
     PairMultiplier multiply(count, features);
-    multiply(count, features, {rows_of_weight + first * features, features, width, zeros.data()},
-        sums + row * outputs + first, outputs, [&](int64_t k, int64_t n, int16_t* to, int64_t step) {
+    multiply({rows_of_weight + first * features, features, width, zeros.data()}, sums + row * outputs + first, outputs,
+        [&](int64_t k, int64_t n, int16_t* to, int64_t step) {
           for (int64_t i = 0; i < count; ++i) {
             chosen().pair_products.levels_of_int8(
                 values + (row + i) * features + k, n, /*zero_point=*/0, to + i * step);
@@ -260,6 +263,14 @@ std::vector<Phase> phases_of(const WindowGeometry& geometry) {
   return phases;
 }
 
+// Calls f(group, first output, end) for the outputs [begin, end) of each group of `size` outputs.
+template <class F>
+void for_each_group(int64_t begin, int64_t end, int64_t size, F f) {
+  for (auto group = begin / size; group * size < end; ++group) {
+    f(group, std::max(begin, group * size), std::min(end, (group + 1) * size));
+  }
+}
+
 // finish(row, first output, outputs, sums) receives the sums of each row.
 template <class F>
 void sums_of_windows(const GroupedTask& task, F finish) {
@@ -277,13 +288,12 @@ void sums_of_windows(const GroupedTask& task, F finish) {
     for_each_task(rows, features, outputs, [&](int64_t row, int64_t count, int64_t first, int64_t width) {
       const std::unique_ptr<int32_t[]> sums(new int32_t[count * width]);
       PairMultiplier multiply(count, features);
-      for (auto group = first / of_group; group * of_group < first + width; ++group) {
-        const auto begin = std::max(first, group * of_group), end = std::min(first + width, (group + 1) * of_group);
-        multiply(count, features, {values + begin * features, features, end - begin, zero_point + begin},
-            sums.get() + begin - first, width, [&](int64_t k, int64_t n, int16_t* to, int64_t step) {
+      for_each_group(first, first + width, of_group, [&](int64_t group, int64_t begin, int64_t end) {
+        multiply({values + begin * features, features, end - begin, zero_point + begin}, sums.get() + begin - first,
+            width, [&](int64_t k, int64_t n, int16_t* to, int64_t step) {
               levels(row, count, group, k, n, to, step);
             });
-      }
+      });
       for (int64_t i = 0; i < count; ++i) {
         finish(phase.is_whole() ? row + i : phase.row_of(row + i, whole.output_size), first, width,
             sums.get() + i * width);
@@ -327,9 +337,10 @@ void convolve_by_pairs(const GroupedTask& task, int64_t groups) {
     epilogue(sums, to + first, width,
         {scale[input.grid_of(row / windows)], 0, 0, weight_scale + first, nullptr, zeros.data(),
             bias ? bias + first : nullptr});
-    for (auto group = first / of_group; input.floats.has_nan() && group * of_group < first + width; ++group) {
-      const auto begin = std::max(first, group * of_group), end = std::min(first + width, (group + 1) * of_group);
-      spread_nan_of_window(input, input.channels / groups, group, row, to + begin, end - begin);
+    if (input.floats.has_nan()) {
+      for_each_group(first, first + width, of_group, [&](int64_t group, int64_t begin, int64_t end) {
+        spread_nan_of_window(input, input.channels / groups, group, row, to + begin, end - begin);
+      });
     }
   });
 }
@@ -342,12 +353,10 @@ GroupedTask with_merged_groups(const GroupedTask& task) {
   while (task.groups % merged != 0) {
     --merged;
   }
-  const auto* const zero_point = task.weight_zero_point.const_data_ptr<int32_t>();
-  if (merged == 1 || std::any_of(zero_point, zero_point + outputs, [](int32_t point) {
-        return point > 127;
-      })) {
+  if (merged == 1) {
     return task;
   }
+  const auto* const zero_point = task.weight_zero_point.const_data_ptr<int32_t>();
   const auto taps = WindowGeometry::product(task.input.geometry.kernel), channels = task.weight.size(1) / taps;
   auto result = task;
   result.groups = task.groups / merged;
@@ -367,8 +376,8 @@ GroupedTask with_merged_groups(const GroupedTask& task) {
 } // namespace
 
 bool try_pair_products(const GroupedTask& given) {
-  if (!has_pair_products() || !given.fits_int32() || !are_small(given.input.zero_point) ||
-      !are_small(given.weight_zero_point)) {
+  if (!has_pair_products() || !given.fits_int32() || !are_values_of<uint8_t>(given.input.zero_point) ||
+      !are_values_of<int8_t>(given.weight_zero_point)) {
     return false;
   }
   const auto task = with_merged_groups(given);

@@ -122,7 +122,7 @@ def verify(
         if totals["compared"] + totals["float_compared"] >= _INTEGERS:
             break
     notes = _notes(options, fused)
-    if totals["differing"] and saturates():
+    if (totals["differing"] or totals["float_differing"]) and saturates():
         notes += (_SATURATION,)
     return {"fused": fused, "error": error, "notes": notes, **totals}
 

@@ -32,8 +32,8 @@ const InstructionSet& chosen() {
       InstructionSet set = avx512;
 #ifndef QATFAST_WITHOUT_AVX2
       set.pair_products = avx2_pair_products;
-#endif
       set.prefers_pair_products = !__builtin_cpu_supports("avx512vnni");
+#endif
       if (std::getenv("ATEN_CPU_CAPABILITY")) {
         return set;
       }

@@ -184,13 +184,12 @@ for enabled in (False, True):
 
 
 ARITHMETIC = """
-import ctypes, sys, torch
+import ctypes, os, sys, torch
 import cases
 from qatfast import PerChannel, PerGroup, PerTensor, PerToken, QATConfig, QuantSpec, functional, reference
 
-setting = sys.argv[1]
 libm = ctypes.CDLL("libm.so.6")
-torch.set_num_threads(1)  # the other threads begin later, with what is set then
+torch.set_num_threads(1)  # the other threads begin in a fork, with what is set then
 
 def calls():
     for dtype in cases.FLOATS:
@@ -222,32 +221,42 @@ def calls():
 
 known = [(op, args, kwargs, getattr(reference, op)(*args, **kwargs)) for op, args, kwargs in calls()]
 rounding = {"upward": 0x800, "downward": 0x400, "towardzero": 0xC00}
-if setting in rounding:
-    assert libm.fesetround(rounding[setting]) == 0
-elif setting == "flush_denormal":
-    assert torch.set_flush_denormal(True)
-else:
-    assert libm.feenableexcept(0x3D) >= 0  # all
-found = []
-for threads in (1, 2):
-    torch.set_num_threads(threads)
-    found.append([getattr(functional, op)(*args, **kwargs) for op, args, kwargs, _ in known])
-if setting in rounding:
-    assert libm.fegetround() == rounding[setting], "it is left as it was"
-    libm.fesetround(0)
-elif setting == "flush_denormal":
-    assert (torch.tensor(2.0**-149) * 1.0).item() == 0, "it is left as it was"
-    torch.set_flush_denormal(False)
-else:
-    assert libm.fegetexcept() == 0x3D, "it is left as it was"
-    libm.fedisableexcept(0x3D)
-torch.set_num_threads(1)
-for (op, args, kwargs, expected), *results in zip(known, *found, strict=True):
-    for y in results:
-        try:
-            cases.assert_all_same(y, expected)
-        except AssertionError as error:
-            raise AssertionError(f"{op} {args[0].dtype} {tuple(args[0].shape)} {kwargs}: {error}") from None
+
+def results(setting):
+    if setting in rounding:
+        assert libm.fesetround(rounding[setting]) == 0
+    elif setting == "flush_denormal":
+        assert torch.set_flush_denormal(True)
+    else:
+        assert libm.feenableexcept(0x3D) >= 0  # all
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append([getattr(functional, op)(*args, **kwargs) for op, args, kwargs, _ in known])
+    if setting in rounding:
+        assert libm.fegetround() == rounding[setting], "it is left as it was"
+        libm.fesetround(0)
+    elif setting == "flush_denormal":
+        assert (torch.tensor(2.0**-149) * 1.0).item() == 0, "it is left as it was"
+        torch.set_flush_denormal(False)
+    else:
+        assert libm.fegetexcept() == 0x3D, "it is left as it was"
+        libm.fedisableexcept(0x3D)
+    return found
+
+def check(setting):
+    for (op, args, kwargs, expected), *found in zip(known, *results(setting), strict=True):
+        for y in found:
+            try:
+                cases.assert_all_same(y, expected)
+            except AssertionError as error:
+                raise AssertionError(f"{op} {args[0].dtype} {tuple(args[0].shape)} {kwargs}: {error}") from None
+
+for setting in sys.argv[1:]:
+    if os.fork() == 0:
+        check(setting)
+        os._exit(0)
+    assert os.wait()[1] == 0, setting
 print(len(known))
 """
 
@@ -256,13 +265,13 @@ print(len(known))
     platform.machine() != "x86_64" or sys.platform != "linux", reason="the constants are those of x86-64"
 )
 @pytest.mark.arithmetic
-@pytest.mark.parametrize("setting", ["upward", "downward", "towardzero", "traps", "flush_denormal"])
-def test_the_arithmetic_of_the_thread_changes_no_bit(kernels, setting):
+def test_the_arithmetic_of_the_thread_changes_no_bit(kernels):
     """Another library may change rounding, traps and flushing.
 
     The kernels ignore and restore them.
     """
-    assert int(run(["-c", ARITHMETIC, setting])) > 300
+    settings = ("upward", "downward", "towardzero", "traps", "flush_denormal")
+    assert int(run(["-c", ARITHMETIC, *settings])) > 300
 
 
 def test_ranges_of_columns_take_no_memory_for_every_thread(kernels):

@@ -111,52 +111,62 @@ def test_import_loads_no_plotting_and_no_learning_library(tmp_path):
 
 # Messages without kernels
 
-USE = """
-import warnings
-import qatfast, torch
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    x = torch.linspace(-1, 3, 1000)
-    y = qatfast.fake_quantize(x, 4)
-    y = qatfast.fake_quantize(x, 4)
-assert torch.equal(y, qatfast.reference.fake_quantize(x, 4))
-print("\\n".join(str(w.message) for w in caught))
+FORGET = "for name in [n for n in sys.modules if n.partition('.')[0] == 'qatfast']: del sys.modules[name]"
+
+# Imports and uses the package in each of these folders. A single process does so, because importing
+# torch takes most of the time.
+USE = f"""
+import contextlib, io, json, sys, warnings
+import torch
+x = torch.linspace(-1, 3, 1000)
+found = []
+for folder in sys.argv[1:]:
+    {FORGET}
+    sys.path[0] = folder
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        import qatfast
+        y = qatfast.fake_quantize(x, 4)
+        y = qatfast.fake_quantize(x, 4)
+    assert qatfast.__file__.startswith(folder) and torch.equal(y, qatfast.reference.fake_quantize(x, 4))
+    from qatfast import cli
+    with contextlib.redirect_stdout(io.StringIO()) as info:
+        cli.main(["info"])
+    found.append(([str(w.message) for w in caught], info.getvalue()))
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize(
-    "record, said",
-    [
-        (None, "not installed"),
-        (
-            {"torch": "2.0.0", "kernels": True},
-            f"built with torch 2.0.0, and this is torch {torch.__version__}",
-        ),
-        ({"kernels": True}, "is damaged"),
-        ({"kernels": False, "reason": "no C++ compiler was found"}, "Install a C++ compiler"),
-        ({"kernels": False, "reason": "QATFAST_NO_EXT was set"}, "QATFAST_NO_EXT was set"),
-    ],
-    ids=["no record", "another torch", "damaged library", "no compiler", "switched off"],
-)
-def test_one_warning_says_why_there_are_no_kernels(package, record, said):
-    if record is not None:
-        whole = {
-            "torch": torch.__version__,
-            "reason": "",
-            "compiler": "",
-            "debug": False,
-            "sanitize": "",
-        } | record
-        (package / "qatfast" / "_build.json").write_text(json.dumps(whole))
-    (package / "qatfast" / "_C.abi3.so").write_text("damaged")
-    run = succeeds(python("-c", USE, cwd=package))
-    (line,) = run.stdout.splitlines()
-    assert said in line
+def used(folders):
+    """Returns the only warning of the package in each folder, and what ``qatfast info`` prints."""
+    found = json.loads(succeeds(python("-c", USE, *folders, cwd=folders[0])).stdout)
+    return [(warning, info) for (warning,), info in found]
 
 
-@pytest.mark.parametrize(
-    "content, said",
-    [
+def copy_of(package, name):
+    return shutil.copytree(package / "qatfast", package / name / "qatfast").parent
+
+
+def test_one_warning_says_why_there_are_no_kernels(package):
+    records = {
+        "not installed": None,
+        f"built with torch 2.0.0, and this is torch {torch.__version__}": {"torch": "2.0.0", "kernels": True},
+        "is damaged": {"kernels": True},
+        "Install a C++ compiler": {"kernels": False, "reason": "no C++ compiler was found"},
+        "QATFAST_NO_EXT was set": {"kernels": False, "reason": "QATFAST_NO_EXT was set"},
+    }
+    folders = [copy_of(package, f"copy_{index}") for index in range(len(records))]
+    for folder, record in zip(folders, records.values(), strict=True):
+        (folder / "qatfast" / "_C.abi3.so").write_text("damaged")
+        if record is not None:
+            whole = {"torch": torch.__version__, "reason": "", "compiler": "", "debug": False, "sanitize": ""}
+            (folder / "qatfast" / "_build.json").write_text(json.dumps(whole | record))
+    for said, (warning, _) in zip(records, used(folders), strict=True):
+        assert said in warning
+
+
+def test_a_damaged_record_is_a_warning_with_the_cure(package):
+    records = [
         (b"", "Expecting value"),
         (b'{"torch": "2.13.0", "kern', "Unterminated string"),
         (b"\xff\xfe\x00", "can't decode"),
@@ -167,18 +177,15 @@ def test_one_warning_says_why_there_are_no_kernels(package, record, said):
         (b'{"torch": "2.13.0", "kernels": "yes", "reason": ""}', "does not say what was built"),
         (b'{"torch": "2.13.0", "kernels": false, "reason": null}', "does not say what was built"),
         (None, "cannot be read (Is a directory)"),
-    ],
-    ids=["empty", "cut", "no text", "nested", "list", "no keys", "foreign", "type", "no reason", "folder"],
-)
-def test_a_damaged_record_is_a_warning_with_the_cure(package, content, said):
-    path = package / "qatfast" / "_build.json"
-    path.mkdir() if content is None else path.write_bytes(content)
-    code = f"{USE}\nfrom qatfast import cli\nprint('info')\ncli.main(['info'])"
-    run = succeeds(python("-c", code, cwd=package))
-    line, title, *info = run.stdout.splitlines()
-    assert f"{path} " in line and said in line
-    assert "nstall qatfast again" in line
-    assert title == "info" and said in "\n".join(info)
+    ]
+    folders = [copy_of(package, f"copy_{index}") for index in range(len(records))]
+    for folder, (content, _) in zip(folders, records, strict=True):
+        path = folder / "qatfast" / "_build.json"
+        path.mkdir() if content is None else path.write_bytes(content)
+    for folder, (_, said), (warning, info) in zip(folders, records, used(folders), strict=True):
+        assert f"{folder / 'qatfast' / '_build.json'} " in warning and said in warning
+        assert "nstall qatfast again" in warning
+        assert said in info
 
 
 @pytest.fixture
@@ -198,22 +205,22 @@ def library_in(folder):
     return path
 
 
-@pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.999], ids="{:.1%}".format)
-def test_a_cut_library_is_a_warning_and_no_bus_error(copies, part):
-    path = library_in(copies[0])
-    os.truncate(path, int(path.stat().st_size * part))
-    (line,) = succeeds(python("-c", USE, cwd=copies[0])).stdout.splitlines()
-    assert f"the library {path} is damaged" in line
+def test_a_cut_library_is_a_warning_and_no_bus_error(copies):
+    folders = [copy_of(copies[0], f"{part:.1%}") for part in (0, 0.01, 0.5, 0.999)]
+    for folder in folders:
+        path = library_in(folder)
+        os.truncate(path, int(path.stat().st_size * float(folder.name.rstrip("%")) / 100))
+    for folder, (warning, _) in zip(folders, used(folders), strict=True):
+        assert f"the library {library_in(folder)} is damaged" in warning
 
 
 def test_a_library_for_another_python_is_a_warning_that_names_it(copies):
-    path = library_in(copies[0])
-    other = path.rename(path.with_name("_C.cpython-39-x86_64-linux-gnu.so"))
-    (line,) = succeeds(python("-c", USE, cwd=copies[0])).stdout.splitlines()
-    assert "there is no library for Python" in line and other.name in line
-    other.unlink()
-    (line,) = succeeds(python("-c", USE, cwd=copies[0])).stdout.splitlines()
-    assert "(found: none)" in line
+    other, none = copies
+    name = library_in(other).rename(other / "qatfast" / "_C.cpython-39-x86_64-linux-gnu.so").name
+    library_in(none).unlink()
+    (warning, _), (warning_of_none, _) = used(copies)
+    assert "there is no library for Python" in warning and name in warning
+    assert "(found: none)" in warning_of_none
 
 
 AGAIN = """
@@ -231,7 +238,6 @@ for warned in range(2):
     qatfast.QATLinear(1000, 2)(x).sum().backward()
 assert torch.equal(torch.compile(qatfast.fake_quantize, backend="eager", fullgraph=True)(x, 4), first(x, 4))
 """
-FORGET = "for name in [n for n in sys.modules if n.partition('.')[0] == 'qatfast']: del sys.modules[name]"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def keeps_bits(x: Tensor) -> bool:
 
     The next quantizer keeps integers, so that nothing else needs the result of the activation in memory.
     """
-    if not (x.requires_grad and torch.is_grad_enabled()):
+    if not (x.requires_grad and torch.is_grad_enabled()) or kernels.is_forward_mode():
         return False
     ops = kernels.route(x)
     return ops is not None and ops is kernels.extension

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 
-from . import activation, checks, ranges, reference, requantization, weight_cache
+from . import activation, checks, kernels, ranges, reference, requantization, weight_cache
 from .config import QuantSpec
 from .reference import StaticGrids
 from .requantization import Operands
@@ -204,7 +204,8 @@ class Chain:
                 self.quantizer.spec,
             )  # fmt: skip
         tensors = [input, weight, *([] if bias is None else [bias]), *self._parameters(), grid[0]]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if has_gradient or kernels.is_forward_mode():
             y = self._float(input, rows(), bias, specs, grids, product)
             value = reference._straight_through(self._fake_quantized(y, grid), value)
         return value

@@ -70,7 +70,7 @@ def qat_conv(
     tensors = (input, weight) if bias is None else (input, weight, bias)
     x_grid = _grid(input, x_spec, grids.get("input"))
     ops = kernels.route(*tensors)
-    if ops is None or not int8_convolution.takes(input):
+    if ops is None or not int8_convolution.takes(input) or kernels.is_forward_mode():
         product = geometry.convolve(fake_quantized_input(), fake_quantized_weight(), b_hat)
         rows = geometry.to_rows(weight.detach())
         w_grid = _grid(rows, w_spec, grids.get("weight"))
@@ -131,7 +131,7 @@ def allows_one_pass(config: QATConfig, fan_in: int) -> bool:
 
 def takes_one_pass(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Returns whether it computes layers with these tensors, if the config allows it."""
-    if torch.compiler.is_compiling() or input.numel() == 0:
+    if torch.compiler.is_compiling() or kernels.is_forward_mode() or input.numel() == 0:
         return False
     if input.dtype == torch.float64 or input.dtype != weight.dtype:
         return False

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _REINSTALL = "Install qatfast again (pip install --force-reinstall --no-deps, from its source) to build for this torch."
 _COMPILER = "Install a C++ compiler (g++ or clang++) and install qatfast again."
@@ -170,6 +171,11 @@ def route(*tensors: Any) -> Any:
             _warn_of_device(tensor.device.type)
             return None
     return None if torch._C._are_functorch_transforms_active() else torch.ops.qatfast
+
+
+def is_forward_mode() -> bool:
+    """Returns whether forward-mode AD is active, which autograd functions in Python do not support."""
+    return forward_ad._current_level >= 0
 
 
 def is_dtensor(tensor: Any) -> bool:

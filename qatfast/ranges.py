@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -139,7 +140,8 @@ def qat_linear(
         int8_weight: what qat_linear_int8_weight returns for ``weight``, or nothing. It is used if
             :func:`takes_int8_weight`.
     """
-    if torch._C._are_functorch_transforms_active():  # they take neither the operators nor _LinearGradients
+    # These take neither the operators nor _LinearGradients.
+    if torch._C._are_functorch_transforms_active() or kernels.is_forward_mode():
         return reference.qat_linear_static(input, weight, bias, config, grids)
     if takes_int8_weight(config) and config.uses_int8_gemm(weight.shape[-1]) and weight.dtype == input.dtype:
         ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
@@ -152,14 +154,18 @@ def qat_linear(
                 y = fake_quantized("output", y, config.output, grids)
             dtype = product_dtype(input)
             return y if y.dtype == dtype else y.to(dtype)  # a conversion that does nothing takes 1 us
-    x_hat = fake_quantized("input", input, config.input, grids)
-    w_hat = fake_quantized("weight", weight, config.weight, grids)
     b_hat = bias_hat(input, weight, bias, config, grids)
+
+    def hats() -> tuple[Tensor, Tensor]:
+        x_hat = fake_quantized("input", input, config.input, grids)
+        return x_hat, fake_quantized("weight", weight, config.weight, grids)
+
     if not config.uses_int8_gemm(weight.shape[-1]):
-        y = F.linear(x_hat, w_hat, b_hat)
-        return fake_quantized("output", y, config.output, grids)
-    value = _int8_result(input.detach(), weight.detach(), b_hat, config, grids)
-    y = _LinearGradients.apply(x_hat, w_hat, b_hat, value)
+        return fake_quantized("output", F.linear(*hats(), b_hat), config.output, grids)
+    y = _int8_result(input.detach(), weight.detach(), b_hat, config, grids)
+    tensors = [input, weight, *([] if b_hat is None else [b_hat]), *(scale for scale, _ in grids.values())]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        y = _LinearGradients.apply(*hats(), b_hat, y)
     y = fake_quantized("output", y, config.output, grids)
     return y.to(product_dtype(input))
 
@@ -199,7 +205,9 @@ def qat_linear_observed(
     """
     tensors = (input, weight, *state) if bias is None else (input, weight, bias, *state)
     ops = kernels.route(*tensors)
-    if ops is None or ops is torch.ops.qatfast or not input.is_cpu or torch.is_autocast_enabled("cpu"):
+    if ops is None or ops is torch.ops.qatfast or not input.is_cpu:
+        return None
+    if torch.is_autocast_enabled("cpu") or kernels.is_forward_mode():
         return None
     assert config.input is not None
     constant = config.input.averaging_constant
@@ -276,6 +284,38 @@ def _grid(grid: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | N
         return None, None
     scale, zero_point = grid
     return checks.positive_scale(scale), zero_point
+
+
+def with_gradient_of_whole(scale: Tensor, part: float) -> Tensor:
+    """Returns a learned scale for a part of its blocks, with the gradient of the whole blocks.
+
+    The gradient of a learned scale has the factor ``1 / sqrt(n)`` for n elements per block.
+
+    Args:
+        scale: one element per block.
+        part: the elements of a block that are quantized with it, divided by all of its elements.
+    """
+    if part == 1 or not (scale.requires_grad and torch.is_grad_enabled()):
+        return scale
+    return _ScaledGradient.apply(scale, math.sqrt(part))
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """``x`` as it is, with ``factor`` times its gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy * ctx.factor, None
 
 
 class _LinearGradients(torch.autograd.Function):

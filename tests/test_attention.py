@@ -11,6 +11,7 @@ import cases
 from qatfast import (
     FakeQuantize,
     Learned,
+    MinMax,
     MovingAverage,
     PerChannel,
     QATConfig,
@@ -18,6 +19,7 @@ from qatfast import (
     QATMultiheadAttention,
     QuantSpec,
     calibrate,
+    convert,
     fake_quantize,
     quantization_disabled,
 )
@@ -211,3 +213,40 @@ def test_errors():
         layer(*tensors, key_padding_mask=torch.zeros(3, 4))
     with pytest.raises(RuntimeError, match="expected attn_mask if is_causal is True, got None"):
         layer(*tensors, is_causal=True)
+
+
+def test_from_float_with_another_config_leaves_its_argument():
+    source = QATMultiheadAttention(16, 4)
+    other = QATMultiheadAttention.from_float(source, config=QATConfig.int8())
+    assert source.out_proj.config == source.config == QATConfig.static()
+    assert other.out_proj.config == other.config == QATConfig.int8()
+    assert other.out_proj.weight is source.out_proj.weight
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_ranges_of_the_columns_of_a_weight(axis):
+    spec = QuantSpec(8, symmetric=True, granularity=PerChannel(axis), range=MinMax())
+    layer, _ = layers(QATConfig(None, spec, None, None))
+    q, k, v = inputs("cross")
+    y = layer(q, k, v)[0]
+    packed = fake_quantize(layer.in_proj_weight, 8, symmetric=True, granularity=PerChannel(axis)).chunk(3)
+    expected = layers()[0]
+    with torch.no_grad():
+        expected.in_proj_weight.copy_(torch.cat(packed))
+        expected.out_proj.weight.copy_(
+            fake_quantize(layer.out_proj.weight, 8, symmetric=True, granularity=PerChannel(axis))
+        )
+    torch.testing.assert_close(y, expected(q, k, v)[0])
+    cases.assert_same(convert(layer)(q, k, v)[0], layer.eval()(q, k, v)[0])
+
+
+def test_the_gradient_of_a_learned_scale_counts_the_whole_weight():
+    """It does not depend on whether query, key and value are one tensor."""
+    layer, _ = layers(QATConfig(None, QuantSpec(4, range=Learned()), None, None))
+    q, _, _ = inputs("self")
+    gradients = []
+    for operands in ((q, q, q), (q, q.clone(), q.clone())):
+        layer.zero_grad()
+        layer(*operands)[0].square().sum().backward()
+        gradients.append(layer.weight_quantizer.scale.grad.clone())
+    torch.testing.assert_close(*gradients)

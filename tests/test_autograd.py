@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import cases
+import qatfast
 from qatfast import (
     FakeQuantize,
+    MinMax,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -20,6 +22,7 @@ from qatfast import (
     cached_weights,
     fake_quantize,
     functional,
+    prepare,
     reference,
 )
 
@@ -707,3 +710,24 @@ def test_a_hook_may_change_the_gradient_but_not_its_type(ops, device):
         y.register_hook(lambda gradient: gradient.float())
         with pytest.raises(RuntimeError, match="has changed the type"):
             y.sum().backward()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("config", [QATConfig.static(), QATConfig.int8(), "stored weight"], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "conv", "chain"])
+def test_tangents_of_layers_with_static_ranges(kind, config, training):
+    if config == "stored weight":
+        rows = QuantSpec(8, symmetric=True, granularity=PerChannel(0), range=MinMax())
+        config = QATConfig(QuantSpec(8, range=MinMax()), rows, None, None)
+    torch.manual_seed(0)
+    x, one = (cases.normal((4, 3, 6, 6), seed=seed) for seed in (0, 1))
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3), torch.nn.ReLU(), torch.nn.Conv2d(3, 2, 3))
+    if kind == "linear":
+        model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    model = prepare(model, config, example_inputs=x if kind == "chain" else None)
+    model(x)
+    qatfast.freeze(model).train(training)
+    expected = torch.func.jvp(lambda x: model(x), (x,), (one,))[1]
+    y, found = tangent(model, [x], [one])
+    cases.assert_same(y.detach(), model(x).detach())
+    close(found, expected)

@@ -15,6 +15,7 @@ from qatfast import (
     MinMax,
     PerChannel,
     PerGroup,
+    PerTensor,
     QATConfig,
     QATEmbedding,
     QATLinear,
@@ -22,6 +23,7 @@ from qatfast import (
     calibrate,
     fake_quantize,
     fake_quantize_affine,
+    fake_quantize_learned,
 )
 
 INDEX = torch.tensor([[1, 2, 2, 9], [0, 7, 1, 1]])
@@ -147,3 +149,15 @@ def test_errors():
         QATEmbedding(10, 8, config=4)
     with pytest.raises(TypeError, match=r"QATEmbedding.from_float: expected module to be an nn.Embedding"):
         QATEmbedding.from_float(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerGroup(2)], ids=str)
+def test_the_gradient_of_a_learned_scale_is_that_of_the_whole_weight(granularity):
+    layer = layer_of(config_of(QuantSpec(4, granularity=granularity, range=Learned())))
+    layer(INDEX).square().sum().backward()
+    quantizer = layer.weight_quantizer
+    scale = quantizer.scale.detach().requires_grad_()
+    weight = layer.weight.detach()
+    y = fake_quantize_learned(weight, scale, quantizer.zero_point, 0, 15, granularity=granularity)
+    y[INDEX].square().sum().backward()
+    torch.testing.assert_close(quantizer.scale.grad, scale.grad)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, functional, reference
-from ..config import PerChannel, PerTensor, QATConfig, QuantSpec
+from ..config import QATConfig, QuantSpec
 from ..modules import FakeQuantize, QATMultiheadAttention
-from ..modules.attention import _OPERANDS
+from ..modules.attention import _OPERANDS, grid_of_projection, is_per_row
 from ..modules.fake_quantize import QUANTIZE
 from .base import Grid, fake_quantized
 from .buffers import grid_of, static_grid, stored_weight
@@ -91,8 +91,7 @@ class IntegerMultiheadAttention(nn.Module):
         names = ("embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first")
         arguments = {name: getattr(layer, name) for name in names}
         spec = config.weight
-        is_per_row = spec is None or spec.granularity not in (PerTensor(), PerChannel(1), PerChannel(-1))
-        is_packed = layer._qkv_same_embed_dim and (is_per_row or "weight_quantizer" in layer._modules)
+        is_packed = layer._qkv_same_embed_dim and (is_per_row(spec) or "weight_quantizer" in layer._modules)
         buffers = {
             name: getattr(layer, name).detach().clone()
             for name in ("bias_k", "bias_v")
@@ -179,7 +178,9 @@ def _projections(layer: Any) -> list[IntegerLinear]:
         weights = layer.in_proj_weight.detach().chunk(3)
         whole = layer.in_proj_weight.detach()
         grid = static_grid(own[names[0]], whole) if names[0] in own else None
-        grids = [None if grid is None else _rows(grid, config.weight, i) for i in range(3)]
+        grids = [
+            None if grid is None else _copied(grid_of_projection(grid, config.weight, i)) for i in range(3)
+        ]
     else:
         weights = tuple(getattr(layer, f"{name}_proj_weight").detach() for name in "qkv")
         keys = [f"{name}_weight_quantizer" for name in "qkv"]
@@ -210,8 +211,6 @@ def _input_grid(layer: Any, key: str, weight: Tensor) -> Grid | None:
     return None if is_unused else grid_of(layer, key, weight)
 
 
-def _rows(grid: Grid, spec: QuantSpec, index: int) -> Grid:
-    """Returns the grid of the rows of one of the three projections."""
-    if spec.granularity in (PerTensor(), PerChannel(1), PerChannel(-1)):
-        return grid
-    return tuple(value.chunk(3)[index].clone() for value in grid)  # type: ignore[return-value]
+def _copied(grid: Grid) -> Grid:
+    scale, zero_point = grid
+    return scale.clone(), zero_point.clone()

@@ -142,10 +142,8 @@ class QATMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     def _set_quantizers(self) -> None:
         super()._set_quantizers()
         out_proj: Any = self.out_proj
-        if isinstance(out_proj, QATLinear):
-            if out_proj.config != self.config:
-                out_proj.config = self.config
-        else:
+        if not isinstance(out_proj, QATLinear) or out_proj.config != self.config:
+            # A new layer, because from_float shares out_proj with its argument, whose config stays.
             self.out_proj = QATLinear.from_float(out_proj, config=self.config)  # type: ignore[assignment]
 
     def to_float(self) -> nn.MultiheadAttention:
@@ -214,11 +212,10 @@ class QATMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         if self._qkv_same_embed_dim:
             w_grid = self._weight_grid("weight_quantizer", self.in_proj_weight)
             spec = self.config.weight
-            is_per_row = spec is None or spec.granularity not in (PerTensor(), PerChannel(1), PerChannel(-1))
-            if query is key and key is value and (is_per_row or w_grid is not None):
+            if query is key and key is value and (is_per_row(spec) or w_grid is not None):
                 packed = self._linear(query, self.in_proj_weight, bias, grids.get(id(query)), w_grid)
                 return list(packed.chunk(3, -1))
-            w_grids = [None] * 3 if w_grid is None else [_rows(w_grid, i, self.embed_dim) for i in range(3)]
+            w_grids = [None if w_grid is None else grid_of_projection(w_grid, spec, i) for i in range(3)]
             weights = self.in_proj_weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -333,13 +330,20 @@ class QATMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         return torch.nested.as_nested_tensor(rows), weights
 
 
-def _rows(grid: tuple[Tensor, Tensor], index: int, size: int) -> tuple[Tensor, Tensor]:
-    """Returns the grid of the rows of one of the three projections."""
+def is_per_row(spec: QuantSpec | None) -> bool:
+    """Returns whether no block of ``in_proj_weight`` has elements of two rows."""
+    return spec is None or spec.granularity not in (PerTensor(), PerChannel(1), PerChannel(-1))
+
+
+def grid_of_projection(
+    grid: tuple[Tensor, Tensor], spec: QuantSpec | None, index: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the grid of a third of ``in_proj_weight``: the rows of query (0), key (1) or value (2)."""
+    if is_per_row(spec):
+        scale, zero_point = (value.chunk(3)[index] for value in grid)
+        return scale, zero_point
     scale, zero_point = grid
-    if scale.numel() == 1:
-        return grid
-    rows = slice(index * size, (index + 1) * size)
-    return scale[rows], zero_point[rows]
+    return ranges.with_gradient_of_whole(scale, 1 / 3), zero_point
 
 
 def _check_attention(name: str, attention: Any) -> None:

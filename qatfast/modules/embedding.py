@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, reference
+from .. import checks, ranges, reference
 from ..config import Learned, PerChannel, PerGroup, PerToken, QATConfig, QuantSpec
 from ..functional import choose_qparams, fake_quantize, fake_quantize_affine, fake_quantize_learned
 from .base import (
@@ -160,5 +160,10 @@ def _quantized_rows(
     if grid is None:
         value = fake_quantize_affine(rows.detach(), scale, zero_point, *ends, granularity=granularity)
         return reference._straight_through(rows, value)
-    function: Any = fake_quantize_learned if isinstance(spec.range, Learned) else fake_quantize_affine
+    function: Any = fake_quantize_affine
+    if isinstance(spec.range, Learned):
+        function = fake_quantize_learned
+        scale = (
+            scale if has_row else ranges.with_gradient_of_whole(scale, rows.numel() / max(weight.numel(), 1))
+        )
     return function(rows, scale, zero_point, *ends, granularity=granularity)

@@ -4,6 +4,7 @@ import torch
 
 from . import functional, onnx, reference
 from .calibration import calibrate, freeze, quantization_disabled, sync_ranges, unfreeze
+from .chain import Chain
 from .config import (
     Dynamic,
     Fixed,
@@ -19,6 +20,7 @@ from .config import (
 )
 from .convert import convert
 from .functional import *  # noqa: F403
+from .geometry import Geometry
 from .integer import (
     IntegerConv1d,
     IntegerConv2d,
@@ -52,9 +54,11 @@ __version__ = "0.1.0"
 # torch.load(weights_only=True) loads objects of registered classes only.
 torch.serialization.add_safe_globals(
     [
+        Chain,
         Dynamic,
         FakeQuantize,
         Fixed,
+        Geometry,
         IntegerConv1d,
         IntegerConv2d,
         IntegerConv3d,

@@ -7,6 +7,28 @@ import operator
 from typing import Any
 
 import torch
+from torch import nn
+
+
+def module(op: str, name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is an nn.Module."""
+    if not isinstance(value, nn.Module):
+        got = "a Tensor" if isinstance(value, torch.Tensor) else repr(value)
+        raise TypeError(f"{op}: expected {name} to be an nn.Module, got {got}")
+
+
+def example_inputs(op: str, value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the positional and the keyword arguments of a model."""
+    if isinstance(value, dict):
+        return (), value
+    if isinstance(value, tuple):
+        return value, {}
+    if isinstance(value, torch.Tensor):
+        return (value,), {}
+    raise TypeError(
+        f"{op}: expected example_inputs to be a tensor, a tuple of positional or a dict of keyword arguments, got "
+        f"{type(value).__name__}"
+    )
 
 
 def integer(op: str, name: str, value: Any) -> int:

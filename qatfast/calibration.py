@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import kernels
+from . import arguments, kernels
 from .config import Learned
 from .modules.base import QuantizedLayer
 from .modules.fake_quantize import FLOAT, OBSERVE, FakeQuantize
@@ -27,7 +27,8 @@ def calibrate(model: Model) -> Iterator[Model]:
 
     In the block the model is in evaluation mode and computes in float, and every range that a
     module keeps observes: MovingAverage becomes the mean of the batches' ranges, MinMax holds them
-    all, Learned takes the first batch. The modes of all modules are restored afterwards.
+    all, Learned takes the first batch. A range that has observed before, as in training, counts as the
+    mean of those batches. The modes of all modules are restored afterwards.
     ``summary(model)`` then shows the share of elements that each input's range clipped.
 
     Args:
@@ -47,14 +48,20 @@ def calibrate(model: Model) -> Iterator[Model]:
         >>> layer.eval()(torch.randn(16, 8)).shape
         torch.Size([16, 4])
     """
-    _check_module("calibrate", model)
-    modes = {module: module.training for module in model.modules()}
+    arguments.module("calibrate", "model", model)
     for quantizer in _quantizers(model):
         quantizer._counts = (0, 0)
+    with evaluation(model), _mode(model, OBSERVE):
+        yield model
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Sets all modules to evaluation mode in the block."""
+    modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with _mode(model, OBSERVE):
-            yield model
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
@@ -83,7 +90,7 @@ def quantization_disabled(model: Model) -> Iterator[Model]:
         ...     torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
         True
     """
-    _check_module("quantization_disabled", model)
+    arguments.module("quantization_disabled", "model", model)
     with _mode(model, FLOAT):
         yield model
 
@@ -106,7 +113,7 @@ def freeze(model: Model, *, batch_norm: bool = False) -> Model:
         >>> from qatfast import QATLinear
         >>> model = freeze(nn.Sequential(QATLinear(8, 4), nn.BatchNorm1d(4)), batch_norm=True)
     """
-    _check_module("freeze", model)
+    arguments.module("freeze", "model", model)
     for quantizer in _quantizers(model):
         quantizer.frozen = True
     if batch_norm:
@@ -132,7 +139,7 @@ def unfreeze(model: Model) -> Model:
         >>> from qatfast import QATLinear
         >>> model = unfreeze(freeze(QATLinear(8, 4)))
     """
-    _check_module("unfreeze", model)
+    arguments.module("unfreeze", "model", model)
     for quantizer in _quantizers(model):
         quantizer.frozen = False
     for module in _batch_norms(model):
@@ -156,7 +163,7 @@ def sync_ranges(model: nn.Module, group: Any = None) -> None:
     Raises:
         TypeError: ``model`` is not an nn.Module.
     """
-    _check_module("sync_ranges", model)
+    arguments.module("sync_ranges", "model", model)
     if not dist.is_available() or not dist.is_initialized():
         return
     observed: list[FakeQuantize] = []
@@ -189,11 +196,6 @@ def sync_ranges(model: nn.Module, group: Any = None) -> None:
         dist.broadcast(packed, dist.get_global_rank(group, 0) if group is not None else 0, group=group)
         for state, values in zip(states, packed.split([s.numel() for s in states]), strict=True):
             state.copy_(values.reshape(state.shape))
-
-
-def _check_module(op: str, model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: expected model to be an nn.Module, got {type(model).__name__}")
 
 
 def _quantizers(model: nn.Module) -> list[FakeQuantize]:

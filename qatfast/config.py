@@ -97,7 +97,7 @@ def checked_granularity(op: str, value: Any) -> Granularity:
     Raises:
         TypeError: ``value`` is not a granularity.
     """
-    if isinstance(value, Granularity):
+    if isinstance(value, Granularity) and type(value) is not Granularity:
         return value
     raise TypeError(
         f"{op}: expected granularity to be PerTensor(), PerChannel(axis), PerGroup(group_size) or PerToken(), "
@@ -230,7 +230,7 @@ class QuantSpec(_Arguments):
         arguments.boolean("QuantSpec", "symmetric", self.symmetric)
         arguments.boolean("QuantSpec", "narrow_range", self.narrow_range)
         checked_granularity("QuantSpec", self.granularity)
-        if not isinstance(self.range, Range):
+        if not isinstance(self.range, Range) or type(self.range) is Range:
             raise TypeError(
                 "QuantSpec: expected range to be Dynamic(), MovingAverage(), MinMax(), Learned() or Fixed(lo, hi), "
                 f"got {self.range!r}"

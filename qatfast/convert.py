@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import arguments
 from . import flow as flows
+from .calibration import evaluation
 from .integer import INTEGER_LAYERS, IntegerLayer
 from .modules import FakeQuantize, QuantizedLayer
 from .modules.base import kind_name
@@ -55,8 +55,7 @@ def convert(model: nn.Module, *, form: str = "integer", example_inputs: Any = No
         >>> torch.equal(deployed(x), model.eval()(x)), deployed[0].weight.dtype
         (True, torch.int8)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert: expected model to be an nn.Module, got {model!r}")
+    arguments.module("convert", "model", model)
     if form not in FORMS:
         raise ValueError(f"convert: expected form to be 'integer' or 'quantized_decomposed', got {form!r}")
     if not any(isinstance(module, (QuantizedLayer, FakeQuantize)) for module in model.modules()):
@@ -67,24 +66,13 @@ def convert(model: nn.Module, *, form: str = "integer", example_inputs: Any = No
         )
     if example_inputs is not None:
         _check_flow(model, example_inputs)
-    with _evaluation(model):
+    with evaluation(model):
         replacements = _replacements(model)
     memo: dict[int, Any] = {id(module): replacement for module, replacement in replacements.items()}
     result = copy.deepcopy(model, memo).eval()
     if form == "integer":
         return result
     return import_module(".qdq", __package__).decomposed(result)
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -124,7 +112,7 @@ def _replacements(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 def _integer_class(layer: QuantizedLayer, name: str) -> Any:
     kind = next(kind for kind in INTEGER_LAYERS if isinstance(layer, kind))
-    if not any(type(layer).forward is base.forward for base in (kind,)) or "forward" in vars(layer):
+    if type(layer).forward is not kind.forward or "forward" in vars(layer):
         raise TypeError(
             f"convert: expected the forward of {kind_name(kind)}, got {name or 'the root'!r}, a "  # type: ignore[arg-type]
             f"{type(layer).__name__} with a forward of its own; it has no integer layer"
@@ -160,7 +148,7 @@ def _check_flow(model: nn.Module, example_inputs: Any) -> None:
     own: dict[nn.Module, QuantizedLayer] = {
         module: module for module in model.modules() if isinstance(module, QuantizedLayer)
     }
-    flow = flows.record(model, example_inputs, set(own))
+    flow = flows.record(model, *arguments.example_inputs("convert", example_inputs), set(own))
     names = {module: name for name, module in model.named_modules()}
     calls = {op.module: op for op in flow.operations if op.name == "layer"}
     for layer in own.values():

@@ -6,6 +6,7 @@ writes in place gives it a new one, and its views too.
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .calibration import quantization_disabled
+from .calibration import evaluation, quantization_disabled
 from .chain import BATCH_NORM, JOINS, METADATA, MOVERS, RELUS, Chain, function_name, is_active_dropout
 from .config import Fixed, PerTensor, QuantSpec
 from .modules.base import QuantizedLayer
@@ -64,25 +65,25 @@ class Flow:
         return [operation for operation in self.operations if value in operation.inputs]
 
 
-def record(model: nn.Module, example_inputs: Any, layers: set[nn.Module]) -> Flow:
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layers: set[nn.Module]) -> Flow:
     """Runs a model once in evaluation and records what it does.
 
     Modes, buffers, random number generators and the grad mode are as before afterwards.
 
     Args:
         model: computed in float.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        args: positional arguments of the model.
+        kwargs: keyword arguments.
         layers: the modules whose calls are single operations.
     """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, dict):
-        kwargs = example_inputs
-    else:
-        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     recorder = _Recorder(model, layers)
-    with _as_before(model), quantization_disabled(model), torch.no_grad(), recorder.installed():
-        model.eval()
+    with (
+        evaluation(model),
+        _as_before(model),
+        quantization_disabled(model),
+        torch.no_grad(),
+        recorder.installed(),
+    ):
         with recorder:
             result = model(*args, **kwargs)
         recorder.flow.results = {recorder.value(leaf) for leaf in _tensors(result)}
@@ -95,11 +96,14 @@ def _tensors(*trees: Any) -> list[Tensor]:
 
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
-    """Restores modes, buffers and random number generators when the block ends."""
-    modes = {module: module.training for module in model.modules()}
+    """Restores buffers, random number generators and the nested tensors of encoders when the block ends."""
     encoders = {encoder: encoder.use_nested_tensor for encoder in transformer_encoders(model)}
-    buffers = {module: dict(module._buffers) for module in modes}
-    values = {id(b): (b, b.clone()) for own in buffers.values() for b in own.values() if b is not None}
+    buffers = {
+        module: dict(module._buffers)
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # it keeps its buffers: only their values change
+    }
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     state = random.getstate()
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
@@ -114,8 +118,7 @@ def _as_before(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, own in buffers.items():
                 module._buffers.update(own)
-                module.training = modes[module]
-            for buffer, value in values.values():
+            for buffer, value in values:
                 if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)
 
@@ -182,7 +185,9 @@ class _Recorder(TorchFunctionMode):
                 self.stack.pop()
         if module in self.layers:
             self.flow.called[module] = self.flow.called.get(module, 0) + 1
-        inputs = [self.value(tensor) for tensor in _tensors(args, kwargs)]
+        # attention may be called with keyword arguments in any order
+        arguments = inspect.signature(forward).bind(*args, **kwargs).arguments.values() if kwargs else args
+        inputs = [self.value(tensor) for tensor in _tensors(*arguments)]
         self.depth += 1
         try:
             result = forward(*args, **kwargs)

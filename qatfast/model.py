@@ -19,12 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import checks
+from . import arguments, checks
 from . import flow as flows
-from .arguments import integer
-from .config import Dynamic, Fixed, Learned, MinMax, MovingAverage, QATConfig, QuantSpec
+from .config import Dynamic, Fixed, Learned, MinMax, MovingAverage, PerTensor, QATConfig, QuantSpec
+from .integer.base import is_converted
 from .modules import QUANTIZED_LAYERS, FakeQuantize
 from .modules.base import CONTAINERS, QuantizedLayer, open_blocks, share_hooks, why_not_from_float
+from .packing import values_per_byte
 
 # Modules of PyTorch that read the weight of a child nn.Linear and do not call it.
 _READERS: tuple[type[nn.Module], ...] = tuple(
@@ -263,7 +264,11 @@ def summary(model: nn.Module) -> Summary:
         2 of 2 layers are quantized. To check that each of them runs, run the model once inside
         qatfast.unused_layers.
     """
-    _check_module("summary", model)
+    arguments.module("summary", "model", model)
+    if is_converted(model):
+        raise TypeError(
+            "summary: expected a float or a prepared model, got a converted one; print the model to see its layers"
+        )
     names = {module: name for name, module in model.named_modules()}
     return Summary(tuple(_row(candidate, names) for candidate in _candidates(model)))
 
@@ -297,7 +302,7 @@ def unused_layers(model: nn.Module) -> Iterator[list[str]]:
         >>> unused
         ['1']
     """
-    _check_module("unused_layers", model)
+    arguments.module("unused_layers", "model", model)
     names = {layer: name for name, layer in model.named_modules() if isinstance(layer, QuantizedLayer)}
     ran: set[nn.Module] = set()
     unused: list[str] = []
@@ -311,15 +316,10 @@ def unused_layers(model: nn.Module) -> Iterator[list[str]]:
         unused.extend(name for layer, name in names.items() if layer not in ran)
 
 
-def _check_module(op: str, model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: expected model to be an nn.Module, got {model!r}")
-
-
 def _check_arguments(
     model: Any, config: Any, layers: Any, edges: Any, example_inputs: Any, outputs: Any
 ) -> None:
-    _check_module("prepare", model)
+    arguments.module("prepare", "model", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "prepare: expected model to be an nn.Module in Python, got a ScriptModule; prepare it before "
@@ -339,13 +339,10 @@ def _check_arguments(
             raise TypeError(f"prepare: expected the patterns of layers to be strings, got {pattern!r}")
         if value is not None and not isinstance(value, QATConfig):
             raise TypeError(f"prepare: expected layers[{pattern!r}] to be a QATConfig or None, got {value!r}")
-    if edges is not None and not 2 <= integer("prepare", "edges", edges) <= 16:
+    if edges is not None and not 2 <= arguments.integer("prepare", "edges", edges) <= 16:
         raise ValueError(f"prepare: expected edges to be from 2 to 16 bits or None, got {edges}")
-    if example_inputs is not None and not isinstance(example_inputs, (torch.Tensor, tuple, dict)):
-        raise TypeError(
-            "prepare: expected example_inputs to be a tensor, a tuple of positional or a dict of keyword arguments, "
-            f"got {type(example_inputs).__name__}"
-        )
+    if example_inputs is not None:
+        arguments.example_inputs("prepare", example_inputs)
     if outputs is not None and not isinstance(outputs, bool):
         raise TypeError(f"prepare: expected outputs to be a bool or None, got {outputs!r}")
     if outputs and example_inputs is None:
@@ -458,7 +455,7 @@ def _recorded(model: nn.Module, candidates: list[_Candidate], example_inputs: An
             )
     layers = {candidate.module for candidate in candidates if type(candidate.module) in QUANTIZED_LAYERS}
     layers |= {module for module in model.modules() if isinstance(module, QuantizedLayer)}
-    return flows.record(model, example_inputs, layers)
+    return flows.record(model, *arguments.example_inputs("prepare", example_inputs), layers)
 
 
 def _plan(
@@ -510,7 +507,11 @@ def _plan(
     if edges is not None and quantized:
         for module in {quantized[0], quantized[-1]}:
             if module in replacements and module not in named:
-                replacements[module] = _quantized(module, _with_at_least(replacements[module].config, edges))
+                try:
+                    edge_config = _with_at_least(replacements[module].config, edges)
+                    replacements[module] = _quantized(module, edge_config)
+                except ValueError as error:
+                    raise ValueError(f"prepare: edges={edges} does not fit the config: {error}") from None
     return replacements, notes
 
 
@@ -519,13 +520,16 @@ def _quantized(module: nn.Module, config: QATConfig) -> QuantizedLayer:
 
 
 def _share_weight_quantizers(layers: Iterable[QuantizedLayer]) -> None:
-    """Layers with one Parameter and equal specs of it share a quantizer."""
-    quantizers: dict[tuple[int, QuantSpec], nn.Module] = {}
+    """Makes layers share a weight quantizer if they have one Parameter, and equal specs and blocks of it."""
+    quantizers: dict[Any, nn.Module] = {}
     for layer in layers:
         own = layer._parameters
         quantizer = layer._modules.get("weight_quantizer")
         if isinstance(quantizer, FakeQuantize):
-            key = id(own.get("weight", own.get("in_proj_weight"))), quantizer.spec
+            parameter = own.get("weight", own.get("in_proj_weight"))
+            # The rows of a transposed convolution are along the second dimension of its weight.
+            is_transposed = getattr(layer, "transposed", False) and quantizer.spec.granularity != PerTensor()
+            key = (id(parameter), quantizer.spec, is_transposed and layer.groups)
             layer._modules["weight_quantizer"] = quantizers.setdefault(key, quantizer)
 
 
@@ -621,9 +625,10 @@ def _row(candidate: _Candidate, names: dict[nn.Module, str]) -> SummaryRow:
     kind = type(module).__name__
     if isinstance(module, QuantizedLayer) and candidate.obstacle is None:
         config, specs = module.config, module.config.specs
-        specs["in_proj_weight"] = specs["weight"]
+        specs |= {f"{name}_proj_weight": config.weight for name in ("in", "q", "k", "v")}
+        specs["in_proj_bias"] = specs["bias"]
         size = sum(
-            0 if is_lazy(parameter) else _bytes(parameter, specs.get(key), key)
+            0 if is_lazy(parameter) else _bytes(module, parameter, specs.get(key))
             for key, parameter in module.named_parameters(recurse=False)
         )
         return SummaryRow(
@@ -641,7 +646,7 @@ def _row(candidate: _Candidate, names: dict[nn.Module, str]) -> SummaryRow:
     parameters = [*module.named_parameters(recurse=False)]
     if is_parametrized(module):
         parameters += module.parametrizations.named_parameters()  # type: ignore[union-attr]
-    size = sum(_bytes(parameter, None, key) for key, parameter in parameters if not is_lazy(parameter))
+    size = sum(_bytes(module, parameter, None) for _, parameter in parameters if not is_lazy(parameter))
     return SummaryRow(name, kind, "float", "float", None, None, None, size, reason)
 
 
@@ -676,20 +681,20 @@ def _describe_range(spec: QuantSpec, quantizer: Any) -> str:
     return f"{kind} [{quantizer.running_min.min().item():.4g}, {quantizer.running_max.max().item():.4g}]"
 
 
-def _bytes(parameter: torch.Tensor, spec: QuantSpec | None, name: str) -> int:
+def _bytes(layer: nn.Module, parameter: torch.Tensor, spec: QuantSpec | None) -> int:
     """Returns the size of a parameter in float, or of its integers, scales and zero points.
 
     Rows of integers of up to 4 bits are packed.
     """
-    shape = parameter.shape
-    if name != "bias" and len(shape) > 2:  # the weight of a convolution is a matrix with a row per channel
-        shape = torch.Size([shape[0], shape[1:].numel()])
     if spec is None:
         return parameter.numel() * parameter.element_size()
+    shape = parameter.shape
+    if len(shape) > 2:  # the weight of a convolution is a matrix with a row per output channel
+        rows: Any = layer.out_channels
+        shape = torch.Size([rows, parameter.numel() // max(rows, 1)])
     if spec.num_bits > 8:
         integers = 2 * parameter.numel()
     else:
-        per_byte = 4 if spec.num_bits == 2 else 2 if spec.num_bits <= 4 else 1
-        integers = prod(shape[:-1]) * -(-shape[-1] // per_byte)
+        integers = prod(shape[:-1]) * -(-shape[-1] // values_per_byte(spec.num_bits))
     blocks = prod(checks.shape_of_qparams(shape, spec.granularity))
     return integers + blocks * (4 if spec.symmetric else 8)

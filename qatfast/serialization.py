@@ -16,14 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import arguments
 from . import config as configs
 from .checks import dtype_name
 from .config import QATConfig, QuantSpec
 from .convert import convert
 from .integer import INTEGER_LAYERS, IntegerLayer, IntegerMultiheadAttention, Requantization
-from .integer.base import BUFFERS
+from .integer.base import BUFFERS, is_converted
 from .model import _replace_in
-from .modules import FakeQuantize, QuantizedLayer
+from .modules import FakeQuantize
 
 FORMAT = "qatfast"
 FORMAT_VERSION = 1
@@ -61,11 +62,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> torch.equal(loaded(x), model.eval()(x))
         True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"save: expected model to be an nn.Module, got {model!r}")
-    if not any(_is_integer(module) for module in model.modules()) or any(
-        isinstance(module, QuantizedLayer) for module in model.modules()
-    ):
+    arguments.module("save", "model", model)
+    if not is_converted(model):
         model = convert(model)
     tensors, shared = _tensors(model)
     metadata = {
@@ -107,8 +105,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         TypeError: ``model`` is not an nn.Module.
         ValueError: the file is damaged, of another program or of a later version, or ``model`` is another model.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"load: expected model to be an nn.Module, got {model!r}")
+    arguments.module("load", "model", model)
     description, tensors = _read(path)
     builder = _Builder(model, description, tensors)
     replacements = builder.replacements()

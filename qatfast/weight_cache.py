@@ -20,7 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from . import kernels
+from . import arguments, kernels
 from .config import QATConfig
 from .functional import fake_quantize, qat_linear
 
@@ -73,8 +73,7 @@ def cached_weights(module: nn.Module) -> Iterator[nn.Module]:
         ...     layer(torch.ones(1, 3)).shape
         torch.Size([1, 2])
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"cached_weights: expected module to be an nn.Module, got {type(module).__name__}")
+    arguments.module("cached_weights", "module", module)
     layers = [layer for layer in module.modules() if getattr(type(layer), "_caches_weight", False)]
     # If an enclosing block has a slot for the layer, both blocks use it.
     block: _Block = {layer: _find_slot(layer) or _Slot(layer) for layer in layers}

@@ -589,3 +589,11 @@ def test_wrong_inputs(deployed):
         ValueError, match=r"IntegerLinear: expected input to have shape \(\.\.\., 486\), got \(2, 4\)"
     ):
         model[-1](torch.ones(2, 4))
+
+
+def test_example_inputs_of_another_type_are_an_error():
+    model = prepare(nn.Sequential(nn.Linear(8, 4)), QATConfig.int8())
+    with pytest.raises(
+        TypeError, match="convert: expected example_inputs to be a tensor, a tuple of positional"
+    ):
+        convert(model, example_inputs=[torch.ones(2, 8)])

@@ -8,6 +8,7 @@ import torch
 
 import cases
 from qatfast import FakeQuantize, PerChannel, PerToken, fake_quantize
+from qatfast.config import Granularity
 
 
 @pytest.mark.parametrize("shape, granularity", cases.FEW_BLOCKS, ids=cases.name)
@@ -58,6 +59,11 @@ def test_repr():
         ({"symmetric": 1}, TypeError, "expected symmetric to be a bool, got 1"),
         ({"granularity": 0}, TypeError, "expected granularity to be PerTensor(), PerChannel(axis)"),
         ({"granularity": PerToken}, TypeError, "expected granularity to be PerTensor(), PerChannel(axis)"),
+        (
+            {"granularity": Granularity()},
+            TypeError,
+            "expected granularity to be PerTensor(), PerChannel(axis)",
+        ),
     ],
 )
 def test_errors_come_at_construction(arguments, error, message):

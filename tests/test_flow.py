@@ -382,7 +382,7 @@ def test_recording_leaves_the_model_as_it_was():
         for module in model.modules()
     }
     generator = torch.get_rng_state()
-    record(model, cases.normal((5, 6)), {model[0]})
+    record(model, (cases.normal((5, 6)),), {}, {model[0]})
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     after = {
@@ -391,3 +391,33 @@ def test_recording_leaves_the_model_as_it_was():
     }
     assert after == before
     assert torch.is_grad_enabled()
+
+
+def test_recording_a_model_with_a_scripted_part():
+    part = torch.jit.script(nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8)))
+    model, x = nn.Sequential(nn.Linear(8, 8), part).train(), cases.normal((4, 8))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    prepare(model, example_inputs=x)
+    assert type(model[0]) is QATLinear
+    assert all(module.training for module in model.modules())
+    for name, buffer in before.items():
+        cases.assert_same(model.get_buffer(name), buffer)
+
+
+class Crossed(nn.Module):
+    """Calls attention with keyword arguments in an order of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.linear = nn.MultiheadAttention(16, 4), nn.Linear(16, 16)
+
+    def forward(self, a, b):
+        return self.attention(value=a, query=b, key=b)[0] + self.linear(a)
+
+
+def test_keyword_arguments_are_recorded_by_their_names():
+    a, b = (cases.normal((5, 2, 16), seed=seed) for seed in (0, 1))
+    model = prepare(Crossed(), example_inputs=(a, b))
+    own = model.attention._modules
+    assert own["input_quantizer"] is not model.linear.input_quantizer
+    assert "key_quantizer" not in own and "value_quantizer" in own

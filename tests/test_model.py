@@ -16,6 +16,9 @@ from torch import nn
 import cases
 import qatfast
 from qatfast import (
+    Learned,
+    MinMax,
+    PerChannel,
     PerGroup,
     QATConfig,
     QATLinear,
@@ -795,3 +798,53 @@ def test_chains_are_evaluated_without_kernels(size, monkeypatch):
         warnings.simplefilter("ignore", RuntimeWarning)  # once per process, of the missing kernels
         assert torch.equal(model(x), y)
         assert torch.equal(converted(x), y)
+
+
+@pytest.mark.parametrize("channels", [(4, 8), (8, 8)])
+@pytest.mark.parametrize("range", [Learned(), MinMax()], ids=str)
+def test_a_convolution_and_its_transposed_twin_have_scales_of_their_own_channels(channels, range):
+    """Their output channels are different dimensions of the one weight."""
+    torch.manual_seed(0)
+    down, up = nn.Conv2d(*channels, 3), nn.ConvTranspose2d(*channels[::-1], 3)
+    up.weight = down.weight
+    model, x = nn.Sequential(down, up), cases.normal((2, channels[0], 6, 6))
+    expected = model(x)
+    rows = QuantSpec(8, symmetric=True, granularity=PerChannel(0), range=range)
+    model = prepare(model, QATConfig(QuantSpec(8, range=MinMax()), rows, None, None))
+    assert model[0].weight is model[1].weight
+    assert (model(x) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_bytes_of_transposed_convolutions_and_attention():
+    up = prepare(nn.Sequential(nn.ConvTranspose2d(4, 64, 3)), QATConfig.int8())
+    assert summary(up).rows[0].bytes == 4 * 64 * 9 + 4 * 64 + 4 * 64  # integers, scales, bias
+    attention = prepare(nn.Sequential(nn.MultiheadAttention(16, 2, kdim=8, vdim=8)), QATConfig.int8())
+    assert summary(attention).rows[0].bytes == 16 * (16 + 8 + 8) + 3 * 4 * 16 + 4 * 3 * 16
+
+
+def test_a_summary_of_a_converted_model_is_an_error():
+    converted = qatfast.convert(prepare(mlp(8, 2), DYNAMIC))
+    with pytest.raises(TypeError, match="summary: expected a float or a prepared model, got a converted one"):
+        summary(converted)
+
+
+def test_edges_that_do_not_fit_are_named():
+    config = QATConfig(QuantSpec(4, range=MinMax()), QuantSpec(4, True, PerChannel(0)), "int32", None)
+    model = mlp(8, 16, 2)
+    with pytest.raises(ValueError, match="prepare: edges=16 does not fit the config: QATConfig: expected an"):
+        prepare(model, config, edges=16)
+    assert type(model[0]) is nn.Linear
+
+
+def test_chains_and_converted_models_load_with_weights_only():
+    x = cases.normal((2, 3, 8, 8))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    model = prepare(model, example_inputs=x)
+    model(x)
+    for saved in (model.eval(), qatfast.convert(model)):
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
+        buffer.seek(0)
+        with torch.serialization.safe_globals([nn.Sequential, nn.ReLU]):
+            other = torch.load(buffer, weights_only=True)
+        cases.assert_same(other(x), saved(x))

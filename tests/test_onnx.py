@@ -470,3 +470,13 @@ def test_plain_export_of_converted_convolutions(tmp_path):
     model, inputs = convolutions()
     y = translated(qatfast.convert(model), *inputs, path=tmp_path / "y.onnx")
     np.testing.assert_allclose(y, model(*inputs)["result"].detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["qdq", "integer"])
+def test_a_model_in_bfloat16_is_exported_and_not_compared(form, tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).bfloat16(), randn(4, 8).bfloat16()
+    model = qatfast.prepare(model, example_inputs=x)
+    model(x)
+    report = qatfast.onnx.export(model, x, tmp_path / "model.onnx", form=form)
+    assert (tmp_path / "model.onnx").exists() and report.nodes > 5 and report.compared == 0
+    assert report.notes == ("Nothing was compared: onnxruntime has no kernels for bfloat16 on the CPU.",)

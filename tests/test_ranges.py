@@ -40,6 +40,7 @@ from qatfast import (
     reference,
     search_qparams,
 )
+from qatfast.config import Range
 
 EXAMPLES = json.loads(Path(__file__).with_name("worked_examples.json").read_text())
 KEPT = {"moving_average": MovingAverage(), "min_max": MinMax(), "learned": Learned()}
@@ -473,12 +474,39 @@ def test_what_makes_it_unobserved(range):
         ({"granularity": PerGroup(4), "range": Learned()}, "expected shape to be the shape of the scale"),
         ({"range": MinMax(), "shape": (3,)}, "expected shape to be (), that of one scale, for PerTensor()"),
         ({"granularity": PerToken(), "range": MinMax()}, "expected Dynamic() for PerToken()"),
+        ({"granularity": PerChannel(0), "range": MinMax(), "shape": (4, 5)}, "expected shape to be (C,) for"),
+        (
+            {"granularity": PerChannel(0), "range": MinMax(), "shape": (-4,)},
+            "sizes of shape to be at least 0",
+        ),
+        (
+            {"granularity": PerChannel(0), "range": MinMax(), "shape": 4},
+            "expected shape to be a tuple of ints",
+        ),
+        ({"range": Range()}, "expected range to be Dynamic(), MovingAverage(), MinMax(), Learned() or Fixed"),
     ],
 )
 def test_errors_come_at_construction(arguments, message):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((ValueError, TypeError)) as caught:
         FakeQuantize(**arguments)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("range", [MovingAverage(), MinMax(), Learned(), Fixed(-1, 1)], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_an_input_that_is_no_tensor_is_an_error(range, training):
+    quantizer = FakeQuantize(range=range).train(training)
+    with pytest.raises(TypeError, match=r"expected (input to be a torch.Tensor|a tensor), got ndarray"):
+        quantizer(np.ones(3))
+
+
+@kept
+def test_an_input_of_other_channels_is_an_error(range):
+    quantizer = FakeQuantize(granularity=PerChannel(0), range=range, shape=(4,))
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    with pytest.raises(ValueError, match=r"(of shape \(5,\) .* got float32 of shape \(4,\)|with 4 blocks)"):
+        quantizer(cases.normal((5, 3)))
+    assert_same_state(quantizer.state_dict(), before)
 
 
 # training

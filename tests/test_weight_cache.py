@@ -285,7 +285,7 @@ def test_blocks_compile_a_layer_and_a_step_at_most_twice():
 
 
 def test_only_a_module_has_weights():
-    message = r"cached_weights: expected module to be an nn\.Module, got Tensor"
+    message = r"cached_weights: expected module to be an nn\.Module, got a Tensor"
     with pytest.raises(TypeError, match=message), cached_weights(torch.ones(2)):
         pass
 

@@ -385,6 +385,14 @@ class IntegerLayer(nn.Module):
         raise NotImplementedError
 
 
+def is_converted(model: nn.Module) -> bool:
+    """Returns whether ``model`` has integer layers and no quantized ones."""
+    modules = list(model.modules())
+    return any(isinstance(module, IntegerLayer) for module in modules) and not any(
+        isinstance(module, QuantizedLayer) for module in modules
+    )
+
+
 def _is_autocast(input: Tensor, dtype: torch.dtype) -> bool:
     kind = input.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind) and torch.float64 not in (input.dtype, dtype)

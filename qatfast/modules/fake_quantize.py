@@ -17,6 +17,7 @@ from ..config import (
     Granularity,
     Learned,
     MovingAverage,
+    PerChannel,
     PerTensor,
     QuantSpec,
     Range,
@@ -98,12 +99,14 @@ class FakeQuantize(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = QuantSpec(num_bits, symmetric, granularity, range, narrow_range)
-        shape = tuple(arguments.integer("FakeQuantize", "the sizes of shape", size) for size in shape)
+        shape = _checked_shape(shape)
         if not self.spec.has_state:
             return
         if isinstance(granularity, PerTensor) != (shape == ()):
             expected = "(), that of one scale," if shape else "the shape of the scale, as (C,),"
             raise ValueError(f"FakeQuantize: expected shape to be {expected} for {granularity}, got {shape}")
+        if isinstance(granularity, PerChannel) and len(shape) != 1:
+            raise ValueError(f"FakeQuantize: expected shape to be (C,) for {granularity}, got {shape}")
         if isinstance(range, Learned):
             shape = shape or (1,)  # FSDP takes no parameters of shape ()
             self.scale = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
@@ -140,15 +143,16 @@ class FakeQuantize(nn.Module):
                     y, scale, zero_point = found
                     self._latest[id(None)] = (scale, zero_point)
                     return y
-            to_move = self.state_to_move()
-            if to_move is not None:
-                y, scale, zero_point = ranges.fake_quantize_observed(input, *to_move, spec)
-                self.remember(None, scale, zero_point)
-                return y
         if mode == FLOAT:
             return input
         if spec.is_dynamic:
             return input if mode == OBSERVE else fake_quantize(input, **spec.arguments)
+        checks.tensor(self._name, "input", input, checks.FLOAT_DTYPES)
+        to_move = self.state_to_move() if mode == QUANTIZE and spec.is_observed else None
+        if to_move is not None:
+            y, scale, zero_point = ranges.fake_quantize_observed(input, *to_move, spec)
+            self.remember(None, scale, zero_point)
+            return y
         scale, zero_point = self.grid(input)
         if mode == OBSERVE:
             self._count(input.detach(), scale.detach(), zero_point)
@@ -244,6 +248,11 @@ class FakeQuantize(nn.Module):
             raise self._unobserved()
         with torch.no_grad():
             first, zero_point = search_qparams(input.detach(), **self.spec.arguments)
+            if first.numel() != scale.numel():
+                raise ValueError(
+                    f"{self._name}: expected an input with {scale.numel()} blocks, the elements of scale, got "
+                    f"{first.numel()}"
+                )
             first, zero_point = first.reshape(scale.shape), zero_point.reshape(scale.shape)
             if not _in_backward():
                 # without a branch on the device's values; a tensor of zeros has the least scale and sets nothing
@@ -346,6 +355,15 @@ class FakeQuantize(nn.Module):
         return text + (", frozen=True" if self.frozen else "")
 
 
+def _checked_shape(shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"FakeQuantize: expected shape to be a tuple of ints, got {shape!r}")
+    sizes = tuple(arguments.integer("FakeQuantize", "the sizes of shape", size) for size in shape)
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"FakeQuantize: expected the sizes of shape to be at least 0, got {sizes}")
+    return sizes
+
+
 def _in_backward() -> bool:
-    """Whether a backward runs, as when activation checkpointing calls a module again."""
+    """Returns whether a backward runs, as when activation checkpointing calls a module again."""
     return not is_compiling() and torch._C._current_graph_task_id() != -1

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..arguments import boolean, integer
+from .. import arguments
 from ..config import describe
 from ..convert import convert
 from ..integer import IntegerLayer
-from ..modules.base import QuantizedLayer
+from ..integer.base import is_converted
 from .report import Report
 
 FORMS = ("qdq", "integer")
 OPSETS = range(21, 24)
+_BFLOAT16 = "Nothing was compared: onnxruntime has no kernels for bfloat16 on the CPU."
 
 
 def export(
@@ -62,7 +63,7 @@ def export(
     from . import graph
     from .deploy import check_static, deployed
 
-    args, kwargs = _on_cpu(_arguments(example_inputs))
+    args, kwargs = _on_cpu(arguments.example_inputs("qatfast.onnx.export", example_inputs))
     integer_model = copy.deepcopy(model) if is_converted(model) else convert(model)
     integer_model = integer_model.cpu().eval()
     _check_dtypes(integer_model)
@@ -74,7 +75,13 @@ def export(
     program.model.metadata_props.update(_metadata(integer_model, form))
     program.save(path)
     fields: dict[str, Any] = {}
-    if find_spec("onnxruntime") is not None:
+    if any(
+        module.dtype == torch.bfloat16
+        for module in integer_model.modules()
+        if isinstance(module, IntegerLayer)
+    ):
+        fields["notes"] = (_BFLOAT16,)
+    elif find_spec("onnxruntime") is not None:
         from .verify import verify
 
         fields = verify(path, program.model, integers, integer_model, args, kwargs)
@@ -92,25 +99,14 @@ def require_extra(name: str) -> None:
             ) from error
 
 
-def is_converted(model: nn.Module) -> bool:
-    return any(isinstance(module, IntegerLayer) for module in model.modules()) and not any(
-        isinstance(module, QuantizedLayer) for module in model.modules()
-    )
-
-
 def _check_arguments(model: Any, example_inputs: Any, form: Any, opset: Any, dynamic_batch: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"qatfast.onnx.export: expected model to be an nn.Module, got {model!r}")
-    if not isinstance(example_inputs, (Tensor, tuple, dict)):
-        raise TypeError(
-            "qatfast.onnx.export: expected example_inputs to be a tensor, a tuple of positional or a dict of keyword "
-            f"arguments, got {type(example_inputs).__name__}"
-        )
+    arguments.module("qatfast.onnx.export", "model", model)
+    arguments.example_inputs("qatfast.onnx.export", example_inputs)
     if form not in FORMS:
         raise ValueError(f"qatfast.onnx.export: expected form to be 'qdq' or 'integer', got {form!r}")
-    if integer("qatfast.onnx.export", "opset", opset) not in OPSETS:
+    if arguments.integer("qatfast.onnx.export", "opset", opset) not in OPSETS:
         raise ValueError(f"qatfast.onnx.export: expected opset to be from 21 to 23, got {opset}")
-    boolean("qatfast.onnx.export", "dynamic_batch", dynamic_batch)
+    arguments.boolean("qatfast.onnx.export", "dynamic_batch", dynamic_batch)
 
 
 def _check_dtypes(model: nn.Module) -> None:
@@ -120,12 +116,6 @@ def _check_dtypes(model: nn.Module) -> None:
                 f"qatfast.onnx.export: expected a model in float32, float16 or bfloat16, got float64 in "
                 f"{name or 'the root'!r}; ONNX quantizes no float64"
             )
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example_inputs, dict):
-        return (), example_inputs
-    return (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
 
 
 def _on_cpu(tree: Any) -> Any:

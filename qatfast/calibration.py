@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import arguments, kernels
-from .config import Learned
+from .config import FLOAT, OBSERVE, Learned
 from .modules.base import QuantizedLayer
-from .modules.fake_quantize import FLOAT, OBSERVE, FakeQuantize
+from .modules.fake_quantize import FakeQuantize
 
 Model = TypeVar("Model", bound=nn.Module)
 

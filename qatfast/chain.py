@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import activation, checks, kernels, ranges, reference, requantization, weight_cache
-from .config import QuantSpec
+from .config import FLOAT, QUANTIZE, QuantSpec
 from .reference import StaticGrids
 from .requantization import Operands
 
@@ -147,7 +147,7 @@ class Chain:
         if self.quantizer.observes:
             return False
         for module in self.members:
-            if module.training or getattr(module, "_mode", "quantize") != "quantize":
+            if module.training or getattr(module, "_mode", QUANTIZE) != QUANTIZE:
                 return False
         # Another config of a reader may have replaced its quantizer.
         return all(reader._modules.get("input_quantizer") is self.quantizer for reader in self.readers)
@@ -162,7 +162,7 @@ class Chain:
         return tuple(step for step in self.steps if step == BATCH_NORM or step in RELUS)
 
     def is_next(self, position: int, name: str) -> bool:
-        """Whether the operation ``name`` comes after ``position`` of the computed steps."""
+        """Returns whether the operation ``name`` comes after ``position`` of the computed steps."""
         computed = self.computed
         if position >= len(computed):
             return False
@@ -251,7 +251,7 @@ class Chain:
             y: values of integers if the chain acts.
             is_float: whether BatchNorm, activation and the head's own quantizer are still to be computed.
         """
-        if is_float and (self.has_readers or self.quantizer._mode == "float"):
+        if is_float and (self.has_readers or self.quantizer._mode == FLOAT):
             # Each module does its own, but an activation whose result is quantized keeps bits.
             is_lean = self.has_readers and self.activation is not None and self.members[0].training
             return ChainValue.of(y, self, 0, True) if is_lean and activation.keeps_bits(y) else y
@@ -299,8 +299,8 @@ class Carrier:
     """What ChainValue and ChainProxy share.
 
     Attributes:
-        _chain: of which it is on the way.
-        _positions: the numbers of computed steps that it passed; the last one is that of now.
+        _chain: the chain that the value passes.
+        _positions: the numbers of computed steps that it passed; the last one is the current position.
         _is_float: whether the steps are still to be computed; else they change nothing.
         _results: the plain result, after an operation in place that ends the chain.
 
@@ -322,7 +322,7 @@ class Carrier:
 
     @property
     def _is_open(self) -> bool:
-        """Whether only the steps and the readers of the chain can take the value."""
+        """Returns whether only the steps and the readers of the chain can take the value."""
         return len(self._results) == 0 and not self._is_float
 
     def _plain(self) -> Tensor:
@@ -487,7 +487,7 @@ def _name_of_hardtanh(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 
 
 def is_active_dropout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call of a dropout function drops values."""
+    """Returns whether a call of a dropout function drops values."""
     return name.startswith("dropout") and bool(kwargs.get("training", args[2] if len(args) > 2 else True))
 
 

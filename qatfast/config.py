@@ -191,6 +191,8 @@ class Fixed(Range):
 
 
 OBSERVED = (MovingAverage, MinMax)
+# The modes of a module: as its range says; observe and return the input; return the input.
+QUANTIZE, OBSERVE, FLOAT = "quantize", "observe", "float"
 
 
 @dataclass(frozen=True)
@@ -286,14 +288,14 @@ def quant_range(num_bits: int, symmetric: bool, narrow_range: bool) -> tuple[int
 
 @dataclass(frozen=True)
 class QATConfig(_Arguments):
-    """The specs of a linear layer's tensors; None leaves a tensor in float.
+    """The specs of a layer's tensors; None leaves a tensor in float.
 
     The default quantizes weight, bias and output to 8 bits, affine, per tensor.
 
     ``codes`` holds the specs as the operators take them: the codes of input, weight, bias and
-    output, concatenated. The code of None and of ``"int32"`` is (0, 0, 0, 0). ``is_dynamic`` tells
-    whether the layer keeps nothing and its bias needs no other grid: all ranges are ``Dynamic()``,
-    and the bias is not ``"int32"``.
+    output, concatenated. The code of None and of ``"int32"`` is (0, 0, 0, 0). ``is_dynamic`` is
+    True if all ranges are ``Dynamic()`` and the bias is not ``"int32"``: such a layer has no
+    quantizer modules.
 
     Args:
         input: the spec of the input.
@@ -388,10 +390,10 @@ class QATConfig(_Arguments):
 
     @classmethod
     def static(cls, num_bits: int = 8, *, activations: str = "affine") -> QATConfig:
-        """Input per tensor with a stored range, weight symmetric per output channel; bias and output in float.
+        """Returns a config with the input per tensor in a stored range and the weight symmetric per output channel.
 
-        At 8 bits and more the input's range is a moving average and the weight's that of the weight at hand. Below 8
-        bits both scales are learned. The deployed layer needs no ranges at run time.
+        Bias and output stay in float. At 8 bits and more the input's range is a moving average and the weight's that
+        of the weight at hand. Below 8 bits both scales are learned. The deployed layer needs no ranges at run time.
 
         Args:
             num_bits: 2 to 16.
@@ -414,7 +416,7 @@ class QATConfig(_Arguments):
 
     @classmethod
     def for_target(cls, name: str) -> QATConfig:
-        """The config whose deployed model a runtime takes: ``static()``, with symmetric activations for TensorRT.
+        """Returns the config for a runtime: ``static()``, with symmetric activations for TensorRT.
 
         Args:
             name: ``"onnxruntime"``, ``"executorch"``, ``"litert"``, ``"openvino"``, ``"coreml"`` or ``"tensorrt"``.

@@ -277,7 +277,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether the module is a BatchNorm of torch.nn with torch's own forward."""
+    """Returns whether the module is a BatchNorm of torch.nn with torch's own forward."""
     types = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     return isinstance(module, types) and type(module).forward is _BatchNorm.forward
 
@@ -352,7 +352,7 @@ def chain_from(
 ) -> Chain | None:
     """Returns the chain that starts at ``head``, if its end is a reader with integers or its own quantizer.
 
-    The own quantizer is None.
+    If the head needs a quantizer of its own, ``Chain.quantizer`` is None and the caller sets it.
     """
     steps: list[str] = []
     members: list[nn.Module] = [head]

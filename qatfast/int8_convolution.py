@@ -357,7 +357,7 @@ def _sums_by_library(
 def _by_library(
     q: Tensor, zero_point: int, kernel: Tensor, packed: dict[Any, Any] | None, convolution: _Conv
 ) -> Tensor:
-    """By oneDNN, whose sums are exact in 32 bits; scales of 1 leave them as they are."""
+    """Returns the sums that oneDNN computes, exact in 32 bits; scales of 1 leave them as they are."""
     if q.dim() == 3:  # as two dimensions, the first of them of size 1
         two = _Conv(
             (1, *convolution.stride),
@@ -506,7 +506,7 @@ def _output_size(sizes: Sequence[int], kernel_size: Sequence[int], convolution: 
 
 @functools.cache
 def _library_is_exact(dims: int) -> bool:
-    """Whether oneDNN adds the largest products exactly: without VNNI it may saturate in 16 bits."""
+    """Returns whether oneDNN adds the largest products exactly: without VNNI it may saturate in 16 bits."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qconv_prepack"):
         return False
     spatial = max(dims, 2)

@@ -47,12 +47,11 @@ def prepare(
 ) -> nn.Module:
     """Replaces the layers of a model by quantized ones with the same parameters.
 
-    Exactly nn.Linear, nn.Conv1d to 3d, nn.ConvTranspose1d to 3d, nn.Embedding and
-    nn.MultiheadAttention are replaced, as far as this version has a quantized one. The model is
-    changed in place. Parameters, their ``state_dict`` keys, hooks, training mode, tied weights and
-    all names of a shared layer stay the same, so existing optimizers stay valid. The scales of
-    ``Learned()`` ranges are new parameters: create the optimizer afterwards, or pass them to
-    ``optimizer.add_param_group``. If ``prepare`` raises, the model is unchanged.
+    Exactly nn.Linear, nn.Conv1d to 3d, nn.ConvTranspose1d to 3d, nn.Embedding and nn.MultiheadAttention are replaced.
+    The model is changed in place. Parameters, their ``state_dict`` keys, hooks, training mode, tied weights and all
+    names of a shared layer stay the same, so existing optimizers stay valid. The scales of ``Learned()`` ranges are new
+    parameters: create the optimizer afterwards, or pass them to ``optimizer.add_param_group``. If ``prepare`` raises,
+    the model is unchanged.
 
     Subclasses of these layers are not replaced, and an existing quantized layer is left unchanged.
     ``summary(model)`` shows which layers stay in float, and why. Layers with the same Parameter and

@@ -67,7 +67,7 @@ class Grid(NamedTuple):
 
     @property
     def granularity(self) -> Granularity:
-        """That of the tensor, for a grid without groups."""
+        """The granularity of the tensor, for a grid without groups."""
         return PerTensor() if self.axis is None else PerChannel(self.axis)
 
 
@@ -100,7 +100,7 @@ def weight_rows(layer: Any) -> tuple[Tensor, Grid]:
 
 def grid_of_sums(layer: Any) -> Grid:
     """Returns the grid of the sums of a layer that requantizes, which is that of its bias."""
-    scale = (layer.input_scale * layer.weight_scale).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = reference.scale_of_sums(layer.input_scale, layer.weight_scale)
     ends = torch.iinfo(torch.int32)
     return Grid(scale, torch.zeros_like(scale, dtype=torch.int32), ends.min, ends.max, 0)
 

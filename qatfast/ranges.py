@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, functional, kernels, reference
-from .config import Fixed, Learned, QATConfig, QuantSpec
+from .config import Learned, QATConfig, QuantSpec
 
 
 def observe_range(
@@ -51,9 +51,9 @@ def fake_quantize_observed(
     """Fake-quantizes ``input`` and moves the stored range, in one pass over memory.
 
     Args:
-        input: likewise for :func:`observe_range`, as are the others.
+        input: as for :func:`observe_range`; so are the other arguments.
         running_min: float32, one element per block.
-        running_max: likewise.
+        running_max: float32, one element per block.
         num_batches: int64, shape ``()``.
         spec: with the range MovingAverage or MinMax.
 
@@ -111,13 +111,8 @@ def qparams_of_range(lo: Tensor, hi: Tensor, spec: QuantSpec, dtype: torch.dtype
 
 def fixed_grid(input: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Returns the scale and the zero point of a Fixed range for ``input``."""
-    assert isinstance(spec.range, Fixed)
-    shape = checks.shape_of_qparams(input.shape, spec.granularity)
-    dtype = checks.compute_dtype(input.dtype)
-    lo, hi = (
-        torch.full(shape, end, dtype=dtype, device=input.device) for end in (spec.range.lo, spec.range.hi)
-    )
-    return qparams_of_range(lo, hi, spec, dtype)
+    lo, hi = reference.ends_of_fixed(input, spec)
+    return qparams_of_range(lo, hi, spec, lo.dtype)
 
 
 def qat_linear(
@@ -191,7 +186,7 @@ def qat_linear_observed(
     """Returns :func:`observe_range` and :func:`qat_linear` of an input in one call.
 
     Args:
-        input: as for :func:`qat_linear`, as are the others; they are checked here.
+        input: as for :func:`qat_linear`, like weight and bias; they are checked here.
         weight: ``(out_features, in_features)``.
         bias: ``(out_features,)`` or None.
         config: with an int8 GEMM, as :func:`takes_int8_weight` requires, an observed input, and

@@ -277,8 +277,8 @@ def int32_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tenso
         weight_scale: one element, or one per output channel.
     """
     input_scale, weight_scale = input_scale.detach().abs(), weight_scale.detach().abs().flatten()
-    step = (input_scale.reshape(()) * weight_scale).clamp(min=torch.finfo(weight_scale.dtype).tiny).double()
-    b_hat = torch.round(bias.detach().double() / step) * step
+    scale = scale_of_sums(input_scale, weight_scale).double()
+    b_hat = torch.round(bias.detach().double() / scale) * scale
     return _straight_through(bias, b_hat.to(weight_scale.dtype).to(bias.dtype))
 
 
@@ -308,13 +308,15 @@ def fixed_grids(
 
 def fixed_grid(input: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Returns the scale and the zero point of a Fixed range for ``input``."""
+    return qparams_of_range(*ends_of_fixed(input, spec), spec.quant_min, spec.quant_max, spec.symmetric)
+
+
+def ends_of_fixed(input: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Returns ``lo`` and ``hi`` of a Fixed range, one element per block of ``input``."""
     assert isinstance(spec.range, Fixed)
     shape = checks.shape_of_qparams(input.shape, spec.granularity)
-    dtype = checks.compute_dtype(input.dtype)
-    lo, hi = (
-        torch.full(shape, end, dtype=dtype, device=input.device) for end in (spec.range.lo, spec.range.hi)
-    )
-    return qparams_of_range(lo, hi, spec.quant_min, spec.quant_max, spec.symmetric)
+    options: Any = {"dtype": checks.compute_dtype(input.dtype), "device": input.device}
+    return torch.full(shape, spec.range.lo, **options), torch.full(shape, spec.range.hi, **options)
 
 
 def int8_result(
@@ -423,11 +425,17 @@ def fold(
     g, b = _folded(bias, batch_norm, sw)
     narrow = sw * g.abs()
     wide = torch.maximum(narrow, b.abs() / (sx * 2.0**30)).clamp(min=torch.finfo(sw.dtype).tiny)
-    b32 = torch.round(b.double() / _step(sx, wide).double())
+    b32 = torch.round(b.double() / scale_of_sums(sx, wide).double())
     return Folded(g, narrow, wide, b32, g.isnan() | b.isnan())
 
 
-def _step(input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+def scale_of_sums(input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """Returns ``S``, the scale of the sums of an int8 GEMM.
+
+    Args:
+        input_scale: one element.
+        weight_scale: of any shape.
+    """
     return (input_scale.reshape(()) * weight_scale).clamp(min=torch.finfo(weight_scale.dtype).tiny)
 
 
@@ -470,7 +478,7 @@ def requantization(
     dtype = weight_scale.dtype
     y_scale, y_zero_point = (value.detach().reshape(()) for value in output)
     y_scale = checks.positive_scale(y_scale)
-    factor = (_step(input_scale, weight_scale) / y_scale).clamp(max=torch.finfo(dtype).max)
+    factor = (scale_of_sums(input_scale, weight_scale) / y_scale).clamp(max=torch.finfo(dtype).max)
     z = y_zero_point.to(dtype)
     low, high = output_spec.quant_min - z, output_spec.quant_max - z
     if activation is not None:

@@ -1,4 +1,4 @@
-"""Layers that requantize: int8 products on the CPU, and the integers that follow from their sums."""
+"""Layers that requantize: exact int8 products, and the integers that follow from their sums."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def operands_of(
         spec: of the weight: symmetric.
         weight_grid: None if the range is Dynamic.
         input_scale: one element.
-        batch_norm: as for ``reference.requantized``, as are the others.
-        activation: likewise.
-        output: likewise.
-        output_spec: likewise.
+        batch_norm: as for ``reference.requantized``; so are the arguments after it.
+        activation: None, ``"relu"`` or ``"relu6"``.
+        output: scale and zero point of the result.
+        output_spec: the spec of the result.
     """
     weight = weight.detach()
     grid = functional.choose_qparams(weight, **spec.arguments) if weight_grid is None else weight_grid

@@ -27,7 +27,10 @@ from .functional import fake_quantize, qat_linear
 
 @contextmanager
 def cached_weights(module: nn.Module) -> Iterator[nn.Module]:
-    """Quantizes the weight of each QATLinear inside ``module`` once within the block.
+    """Quantizes the weight of each linear layer and convolution inside ``module`` once within the block.
+
+    This holds for weights whose range is ``Dynamic()`` and for those of chains in evaluation. Stored and learned
+    ranges of weights, embeddings and the projections of attention are quantized at each call.
 
     Use it for evaluation, for gradient accumulation and for several forwards between two optimizer
     steps; results and gradients stay the same. A block applies to the thread or asyncio task that
@@ -58,7 +61,7 @@ def cached_weights(module: nn.Module) -> Iterator[nn.Module]:
     steps (closures).
 
     Args:
-        module: a QATLinear, or a module that contains QATLinear layers.
+        module: a quantized layer, or a module that contains quantized layers.
 
     Yields:
         ``module``.

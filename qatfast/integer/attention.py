@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, functional, reference
-from ..config import QATConfig, QuantSpec
+from ..config import QUANTIZE, QATConfig, QuantSpec
 from ..modules import FakeQuantize, QATMultiheadAttention
 from ..modules.attention import _OPERANDS, grid_of_projection, is_per_row
-from ..modules.fake_quantize import QUANTIZE
 from .base import Grid, fake_quantized
 from .buffers import grid_of, static_grid, stored_weight
 from .linear import IntegerLinear

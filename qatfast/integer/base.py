@@ -112,7 +112,7 @@ class IntegerLayer(nn.Module):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """That of an input, without dimensions of the batch or with 1 for them."""
+        """The shape of an input; dimensions of the batch are 1 or left out."""
         return self.rows[1:]
 
     @property

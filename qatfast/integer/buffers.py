@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import checks, functional, packing, reference
-from ..config import QATConfig, QuantSpec
+from ..config import QUANTIZE, QATConfig, QuantSpec
 from ..modules.base import QuantizedLayer
-from ..modules.fake_quantize import QUANTIZE, FakeQuantize
+from ..modules.fake_quantize import FakeQuantize
 from .base import Grid, Requantization, integer_dtype
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import checks, ranges
-from ..config import PerChannel, PerGroup, PerTensor, QATConfig, QuantSpec
+from ..config import QUANTIZE, PerChannel, PerGroup, PerTensor, QATConfig, QuantSpec
 from ..functional import fake_quantize, qat_linear
 from .base import (
     Obstacle,
@@ -24,7 +24,6 @@ from .base import (
     static_config,
     why_not_from_float,
 )
-from .fake_quantize import QUANTIZE
 from .linear import QATLinear, check_parameters
 
 _OPERANDS = ("q", "k", "softmax", "v")  # of the two products of attention

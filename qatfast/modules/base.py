@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from .. import checks, kernels
 from ..chain import Chain
-from ..config import PerTensor, QATConfig, QuantSpec, describe
-from .fake_quantize import QUANTIZE, FakeQuantize
+from ..config import QUANTIZE, PerTensor, QATConfig, QuantSpec, describe
+from .fake_quantize import FakeQuantize
 
 Layer = TypeVar("Layer", bound="QuantizedLayer")
 
@@ -64,7 +64,7 @@ class QuantizedLayer(nn.Module):
     _quantizers: ClassVar[tuple[str, ...]] = ("input_quantizer", "weight_quantizer", "output_quantizer")
     _argument: ClassVar[str] = "module"  # the argument of from_float, in messages
     _mode: str = QUANTIZE
-    _chain: Chain | None = None  # to what reads the result
+    _chain: Chain | None = None  # the chain that starts at this layer
     _is_dynamic: bool = True  # whether no range is kept and the mode is QUANTIZE
 
     @classmethod
@@ -87,7 +87,7 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def _set_up(self, config: QATConfig) -> None:
-        """Ends the constructor."""
+        """Checks and sets the config; constructors call it last."""
         self.check_config(config, self)
         self._forward_pre_hooks = OrderedDict({_MARK: _mark})
         self.config = config
@@ -156,7 +156,7 @@ class QuantizedLayer(nn.Module):
             self._set_quantizers()
 
     def _set_quantizers(self) -> None:
-        """One for each range that is not Dynamic; those that fit the config stay."""
+        """Creates a quantizer for each range that is not Dynamic; quantizers that fit the config stay."""
         own = self._modules
         for key, (spec, shape) in self._tensors().items():
             if spec is None or spec.is_dynamic:

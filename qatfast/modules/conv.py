@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .. import checks, ranges, requantization, weight_cache
 from ..chain import Carrier, Chain
-from ..config import PerChannel, PerGroup, QATConfig
+from ..config import QUANTIZE, PerChannel, PerGroup, QATConfig
 from ..convolution import allows_one_pass, of_batch, qat_conv, qat_conv_in_one_pass, takes_one_pass
 from ..functional import fake_quantize
 from ..geometry import Geometry, as_batch, is_channels_last
@@ -28,7 +28,6 @@ from .base import (
     static_config,
     wrong_dimensions,
 )
-from .fake_quantize import QUANTIZE
 
 
 def _unpadded(x: Tensor) -> Tensor:

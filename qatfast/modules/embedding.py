@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, ranges, reference
-from ..config import Learned, PerChannel, PerGroup, PerToken, QATConfig, QuantSpec
+from ..config import QUANTIZE, Learned, PerChannel, PerGroup, PerToken, QATConfig, QuantSpec
 from ..functional import choose_qparams, fake_quantize, fake_quantize_affine, fake_quantize_learned
 from .base import (
     Obstacle,
@@ -20,7 +20,6 @@ from .base import (
     static_config,
     wrong_dimensions,
 )
-from .fake_quantize import QUANTIZE
 
 
 class QATEmbedding(QuantizedLayer, nn.Embedding):

@@ -12,6 +12,9 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .. import arguments, checks, kernels, ranges, reference
 from ..config import (
+    FLOAT,
+    OBSERVE,
+    QUANTIZE,
     Dynamic,
     Fixed,
     Granularity,
@@ -24,9 +27,6 @@ from ..config import (
 )
 from ..functional import fake_quantize, fake_quantize_affine, fake_quantize_learned, search_qparams
 
-# The modes of a module: as its range says; observe and return the input; return the input.
-QUANTIZE, OBSERVE, FLOAT = "quantize", "observe", "float"
-
 
 class FakeQuantize(nn.Module):
     """Fake-quantizes its input to the integer grid of a range; see :func:`qatfast.fake_quantize`.
@@ -37,7 +37,8 @@ class FakeQuantize(nn.Module):
     - ``MovingAverage()`` and ``MinMax()``: buffers ``running_min``, ``running_max``, ``num_batches``. In training each
       input is quantized with the stored range, which then moves; the first input sets it. Evaluation uses it.
     - ``Learned()``: the parameter ``scale``, buffers ``zero_point`` and ``num_batches``. The first input in training
-      sets them by :func:`qatfast.search_qparams`. Run it before torch.compile and DistributedDataParallel.
+      sets them by :func:`qatfast.search_qparams`. Run the module once before torch.compile or
+      DistributedDataParallel wraps it.
 
     An input without a finite value changes nothing. A ``state_dict`` without any of these keys, as of a float model,
     loads strictly and leaves the module as if it had observed nothing.
@@ -201,7 +202,7 @@ class FakeQuantize(nn.Module):
 
     @property
     def observes(self) -> bool:
-        """Whether the range depends on the inputs of now."""
+        """Returns whether the range depends on the current inputs."""
         return (self.training or self._mode == OBSERVE) and not self.frozen and self.spec.has_state
 
     def state_to_move(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -220,7 +221,7 @@ class FakeQuantize(nn.Module):
             self._latest[id(reader)] = (scale, zero_point)
 
     def _stored(self, input: Tensor, reader: nn.Module | None) -> tuple[Tensor, Tensor]:
-        """Of a range that is observed."""
+        """Returns the grid of an observed range, and moves the range where forward would."""
         spec = self.spec
         state = self.state_to_move()
         if state is not None:
@@ -237,7 +238,7 @@ class FakeQuantize(nn.Module):
         return ranges.qparams_of_range(self.running_min, self.running_max, spec, compute)
 
     def _learned(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a range that is learned."""
+        """Returns the learned grid; the first tensor sets it."""
         compute = checks.compute_dtype(input.dtype)
         scale = self.scale.detach() if self.frozen else self.scale
         if not _in_backward():

@@ -12,10 +12,9 @@ from torch.compiler import is_compiling
 
 from .. import checks, ranges, requantization, weight_cache
 from ..chain import Carrier, Chain
-from ..config import OBSERVED, PerChannel, PerGroup, QATConfig, QuantSpec
+from ..config import OBSERVED, QUANTIZE, PerChannel, PerGroup, QATConfig, QuantSpec
 from ..functional import qat_linear
 from .base import Obstacle, QuantizedLayer, TensorSpec, open_blocks, wrong_dimensions
-from .fake_quantize import QUANTIZE
 
 # The tensors of a layer that can have a range that is not Dynamic.
 QUANTIZED = ("input", "weight", "output")

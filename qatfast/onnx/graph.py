@@ -179,7 +179,7 @@ def _is_before(node: ir.Node, other: ir.Node) -> bool:
 
 
 def _holds(inner: ir.Node, outer: ir.Node) -> bool:
-    """Whether the bounds of a Clip lie within those of another."""
+    """Returns whether the bounds of a Clip lie within those of another."""
     (low, high), (least, largest) = (
         [constant(bound) for bound in clip.inputs[1:]] for clip in (inner, outer)
     )

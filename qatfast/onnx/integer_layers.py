@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import qdq
+from .. import checks, qdq, reference
 from ..config import PerTensor
 from ..qdq import Grid
 from .layers import Windows, of_batch, quantizer
@@ -50,9 +50,9 @@ class _Layer(nn.Module):
         bias = layer.bias
         self.register_buffer("bias", None if bias is None else bias.detach().reshape(self.shape).clone())
         if output is not None and self.requantizes:
-            tiny, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-            factor = (layer.input_scale * self.weight_scale).clamp(min=tiny) / output.scale.clamp(min=tiny)
-            self.register_buffer("factor", factor.clamp(max=largest))
+            scale = reference.scale_of_sums(layer.input_scale, self.weight_scale)
+            factor = scale / checks.positive_scale(output.scale)
+            self.register_buffer("factor", factor.clamp(max=reference.FLOAT32_MAX))
             self.register_buffer("one", torch.ones(()))
 
     def _set_weight(self, layer: Any, rows: Tensor, grid: Grid) -> None:

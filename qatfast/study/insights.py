@@ -74,7 +74,7 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the difference is larger than its margin and than one test sample. False for one seed."""
+        """Returns whether the difference is larger than its margin and than one test sample. False for one seed."""
         return self.margin is not None and abs(self.mean) > max(self.margin, self.resolution * (1 + 1e-9))
 
     def below(self, bound: float) -> bool:

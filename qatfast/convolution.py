@@ -231,12 +231,7 @@ def _int8_weight(rows: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | No
     ends = (spec.quant_min, spec.quant_max)
     values = functional.quantize(rows, scale, zero_point, *ends, granularity=spec.granularity)
     zero_points = zero_point.reshape(-1).expand(rows.shape[0])
-    return Int8Weight(values, _scale_of_rows(rows, scale), zero_points)
-
-
-def _scale_of_rows(rows: Tensor, scale: Tensor) -> Tensor:
-    """Returns the scale of each row, NaN where the row holds a NaN."""
-    return torch.where(rows.isnan().any(1), torch.nan, scale.reshape(-1).expand(rows.shape[0]))
+    return Int8Weight(values, ranges.scale_of_rows(rows, scale), zero_points)
 
 
 def _exact_result(
@@ -254,7 +249,7 @@ def _exact_result(
     kernel = geometry.from_rows(reference.levels(rows, w_spec, *w_grid), weight_shape)
     sums = geometry.convolve(reference.levels(x, x_spec, *x_grid), kernel, None) + 0.0  # never -0.0
     ones = (1,) * (x.dim() - 2)
-    scale = x_grid[0].reshape(-1, 1, *ones) * _scale_of_rows(rows, w_grid[0]).reshape(1, -1, *ones)
+    scale = x_grid[0].reshape(-1, 1, *ones) * ranges.scale_of_rows(rows, w_grid[0]).reshape(1, -1, *ones)
     y = sums.to(scale.dtype) * scale
     return y if b_hat is None else y + b_hat.detach().to(y.dtype).reshape(1, -1, *ones)
 

@@ -24,7 +24,7 @@ from . import flow as flows
 from .config import Dynamic, Fixed, Learned, MinMax, MovingAverage, PerTensor, QATConfig, QuantSpec
 from .integer.base import is_converted
 from .modules import QUANTIZED_LAYERS, FakeQuantize
-from .modules.base import CONTAINERS, QuantizedLayer, open_blocks, share_hooks, why_not_from_float
+from .modules.base import CONTAINERS, QuantizedLayer, open_recordings, share_hooks, why_not_from_float
 from .packing import values_per_byte
 
 # Modules of PyTorch that read the weight of a child nn.Linear and do not call it.
@@ -306,12 +306,12 @@ def unused_layers(model: nn.Module) -> Iterator[list[str]]:
     ran: set[nn.Module] = set()
     unused: list[str] = []
     with _lock:
-        open_blocks.append(ran)
+        open_recordings.append(ran)
     try:
         yield unused
     finally:
         with _lock:  # list.remove would compare the sets, and two blocks may have equal sets
-            open_blocks[:] = [layers for layers in open_blocks if layers is not ran]
+            open_recordings[:] = [layers for layers in open_recordings if layers is not ran]
         unused.extend(name for layer, name in names.items() if layer not in ran)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checks, functional, kernels, reference
+from . import checks, functional, kernels, reference, weight_cache
 from .config import Learned, QATConfig, QuantSpec
 
 
@@ -132,8 +132,7 @@ def qat_linear(
         config: what is quantized how.
         grids: scale and zero point of each of ``input``, ``weight`` and ``output`` whose range is
             not Dynamic. The scale of a Learned range gets a gradient.
-        int8_weight: what qat_linear_int8_weight returns for ``weight``, or nothing. It is used if
-            :func:`takes_int8_weight`.
+        int8_weight: what :func:`kept_int8_weight` returns for ``weight``, or nothing.
     """
     # These take neither the operators nor _LinearGradients.
     if torch._C._are_functorch_transforms_active() or kernels.is_forward_mode():
@@ -157,7 +156,7 @@ def qat_linear(
 
     if not config.uses_int8_gemm(weight.shape[-1]):
         return fake_quantized("output", F.linear(*hats(), b_hat), config.output, grids)
-    y = _int8_result(input.detach(), weight.detach(), b_hat, config, grids)
+    y = _int8_result(input.detach(), weight.detach(), b_hat, config, grids, int8_weight)
     tensors = [input, weight, *([] if b_hat is None else [b_hat]), *(scale for scale, _ in grids.values())]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         y = _LinearGradients.apply(*hats(), b_hat, y)
@@ -218,6 +217,71 @@ def takes_int8_weight(config: QATConfig) -> bool:
     return not isinstance(input.range, Learned)
 
 
+def kept_int8_weight(
+    slot: weight_cache.Slot, weight: Tensor, config: QATConfig, grids: reference.StaticGrids
+) -> tuple[Tensor, ...]:
+    """Returns the int8 weight that ``cached_weights`` keeps, or () if there is none.
+
+    Args:
+        slot: of the layer.
+        weight: ``(out_features, in_features)``.
+        config: of the layer.
+        grids: as for :func:`qat_linear`.
+    """
+    spec = config.weight
+    if spec is None or not config.uses_int8_gemm(weight.shape[-1]):
+        return ()
+    if "weight" not in grids:
+        return weight_cache.int8_weight(slot, weight, config)
+    if kernels.route(weight) is None:
+        return ()
+    scale, zero_point = grids["weight"]
+    return weight_cache.kept_for(
+        slot,
+        weight,
+        config,
+        [scale, zero_point],
+        lambda: _int8_weight(weight.detach(), spec, scale, zero_point),
+    )
+
+
+def kept_w_hat(
+    slot: weight_cache.Slot, weight: Tensor, config: QATConfig, grids: reference.StaticGrids
+) -> tuple[Tensor, QATConfig]:
+    """Returns the fake-quantized weight that ``cached_weights`` keeps and the config of the other tensors.
+
+    Returns ``weight`` and ``config`` if none is kept: for an int8 GEMM, and where a scale may need a gradient.
+    """
+    spec = config.weight
+    if spec is None or config.uses_int8_gemm(weight.shape[-1]):
+        return weight, config
+    if "weight" not in grids:
+        w_hat, others = weight_cache.quantized(slot, weight, config)
+        return (weight, config) if others is None else (w_hat, others)
+    if torch.is_grad_enabled():
+        return weight, config
+    w_hat = weight_cache.kept_for(
+        slot, weight, config, [*grids["weight"]], lambda: fake_quantized("weight", weight, spec, grids)
+    )
+    return w_hat, weight_cache.without_weight(config)
+
+
+def _int8_weight(weight: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, ...]:
+    """Returns the weight with a static range as qat_linear_int8_weight returns one with a dynamic range."""
+    scale, ends = checks.positive_scale(scale), (spec.quant_min, spec.quant_max)
+    q = functional.quantize(weight, scale, zero_point, *ends, granularity=spec.granularity)
+    shift = 128 if spec.quant_min >= 0 else 0
+    values = (q.to(torch.int16) - shift).to(torch.int8)
+    zero_points = zero_point.reshape(-1).expand(len(weight)) - shift
+    level_sums = values.sum(1, dtype=torch.int64) - weight.shape[1] * zero_points.long()
+    return values, scale_of_rows(weight, scale), zero_points.contiguous(), level_sums
+
+
+def scale_of_rows(rows: Tensor, scale: Tensor) -> Tensor:
+    """Returns the scale of each row, NaN where the row holds a NaN."""
+    return torch.where(rows.isnan().any(1), torch.nan, scale.reshape(-1).expand(rows.shape[0]))
+
+
 def bias_hat(
     input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig, grids: reference.StaticGrids
 ) -> Tensor | None:
@@ -261,6 +325,7 @@ def _int8_result(
     b_hat: Tensor | None,
     config: QATConfig,
     grids: reference.StaticGrids,
+    int8_weight: tuple[Tensor, ...],
 ) -> Tensor:
     """Returns the int8 GEMM with the bias, in the compute dtype."""
     grid_of_input, grid_of_weight = (_grid(grids.get(name)) for name in ("input", "weight"))
@@ -268,7 +333,7 @@ def _int8_result(
     ops = kernels.route(*tensors)
     if ops is not None and weight.dtype == input.dtype:
         return ops.qat_linear_int8_static(
-            input, weight, b_hat, (), *grid_of_input, *grid_of_weight, config.codes
+            input, weight, b_hat, int8_weight, *grid_of_input, *grid_of_weight, config.codes
         )
     return reference.int8_result(input, weight, b_hat, config, grids)
 

@@ -29,8 +29,8 @@ from .functional import fake_quantize, qat_linear
 def cached_weights(module: nn.Module) -> Iterator[nn.Module]:
     """Quantizes the weight of each linear layer and convolution inside ``module`` once within the block.
 
-    This holds for weights whose range is ``Dynamic()`` and for those of chains in evaluation. Stored and learned
-    ranges of weights, embeddings and the projections of attention are quantized at each call.
+    Embeddings and the projections of attention are quantized at each call, and so is a weight with a stored or learned
+    range where its scale may need a gradient.
 
     Use it for evaluation, for gradient accumulation and for several forwards between two optimizer
     steps; results and gradients stay the same. A block applies to the thread or asyncio task that
@@ -78,20 +78,20 @@ def cached_weights(module: nn.Module) -> Iterator[nn.Module]:
     """
     arguments.module("cached_weights", "module", module)
     layers = [layer for layer in module.modules() if getattr(type(layer), "_caches_weight", False)]
-    # If an enclosing block has a slot for the layer, both blocks use it.
-    block: _Block = {layer: _find_slot(layer) or _Slot(layer) for layer in layers}
-    _count_blocks(1)
+    # If an enclosing scope has a slot for the layer, both use it.
+    scope: _Scope = {layer: _find_slot(layer) or Slot(layer) for layer in layers}
+    _count_scopes(1)
     try:
-        _blocks.set((*_blocks.get(), block))
+        _scopes.set((*_scopes.get(), scope))
         yield module
     finally:
-        block.clear()  # contexts copied inside the block may still refer to it
-        _blocks.set(tuple(other for other in _blocks.get() if other))
-        _count_blocks(-1)
+        scope.clear()  # contexts copied inside the block may still refer to it
+        _scopes.set(tuple(other for other in _scopes.get() if other))
+        _count_scopes(-1)
 
 
-class _Slot:
-    """The cache entry of a layer in the open blocks."""
+class Slot:
+    """The cache entry of a layer in the open scopes."""
 
     __slots__ = ("_of_chain", "entry", "layer", "not_gathered")
 
@@ -102,64 +102,64 @@ class _Slot:
         # is a single tuple so that other threads read a consistent entry.
         self.entry: tuple[Tensor, Any, object, QATConfig, Any, QATConfig | None, Any] | None = None
         self.not_gathered: Tensor | None = None  # the last weight known not to be gathered by FSDP2
-        self._of_chain: _Slot | None = None
+        self._of_chain: Slot | None = None
 
     @property
-    def of_chain(self) -> _Slot:
+    def of_chain(self) -> Slot:
         """The slot of the layer as the head of a chain, which keeps something else."""
         if self._of_chain is None:
-            self._of_chain = _Slot(self.layer)
+            self._of_chain = Slot(self.layer)
         return self._of_chain
 
 
-_Block = dict[nn.Module, _Slot]
-# The open blocks of the current thread or task.
-_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("qatfast.cached_weights", default=())
-# Whether any thread has an open block; a bool, so that Dynamo's guard on it has only two values.
+_Scope = dict[nn.Module, Slot]
+# The open scopes, one per `cached_weights` block, of the current thread or task.
+_scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("qatfast.cached_weights", default=())
+# Whether any thread has an open scope; a bool, so that Dynamo's guard on it has only two values.
 _is_open = False
 
 
-def slot_of(layer: nn.Module) -> _Slot | None:
-    """Returns the slot of ``layer`` in the open blocks of this thread.
+def slot_of(layer: nn.Module) -> Slot | None:
+    """Returns the slot of ``layer`` in the open scopes of this thread.
 
-    Returns None if no block has one, and in compiled code.
+    Returns None if no scope has one, and in compiled code.
     """
     return _find_slot(layer) if _is_open and not is_dynamo_compiling() else None
 
 
-def _find_slot(layer: nn.Module) -> _Slot | None:
-    for block in _blocks.get():
-        slot = block.get(layer)
+def _find_slot(layer: nn.Module) -> Slot | None:
+    for scope in _scopes.get():
+        slot = scope.get(layer)
         if slot is not None:
             return slot
     return None
 
 
-def linear(slot: _Slot, input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig) -> Tensor:
+def linear(slot: Slot, input: Tensor, weight: Tensor, bias: Tensor | None, config: QATConfig) -> Tensor:
     """Computes ``qat_linear`` with the cached weight of ``slot``; renews it if it is stale."""
-    quantized, remaining_config = _quantized(slot, weight, config)
-    if quantized is None:
+    w, remaining_config = quantized(slot, weight, config)
+    if w is None:
         return qat_linear(input, weight, bias, config=config)
     if remaining_config is not None:
-        return qat_linear(input, quantized, bias, config=remaining_config)
+        return qat_linear(input, w, bias, config=remaining_config)
     ops = kernels.route(input, weight) if bias is None else kernels.route(input, weight, bias)
     if ops is None:
         return qat_linear(input, weight, bias, config=config)
-    return ops.qat_linear_int8(input, weight, bias, quantized, config.codes)
+    return ops.qat_linear_int8(input, weight, bias, w, config.codes)
 
 
-def int8_weight(slot: _Slot, weight: Tensor, config: QATConfig) -> tuple[Tensor, ...]:
+def int8_weight(slot: Slot, weight: Tensor, config: QATConfig) -> tuple[Tensor, ...]:
     """Returns the cached int8 weight of ``slot``, renewed if it is stale, or () if there is none.
 
     Its range in ``config`` is Dynamic.
     """
     if not config.uses_int8_gemm(weight.shape[-1]):
         return ()
-    quantized, _ = _quantized(slot, weight, config)
-    return () if quantized is None else quantized
+    w, _ = quantized(slot, weight, config)
+    return () if w is None else w
 
 
-def _quantized(slot: _Slot, weight: Tensor, config: QATConfig) -> tuple[Any, QATConfig | None]:
+def quantized(slot: Slot, weight: Tensor, config: QATConfig) -> tuple[Any, QATConfig | None]:
     """Returns what :func:`_quantize` does, from the slot unless it is stale."""
     state = _current_state(weight)
     entry = slot.entry
@@ -168,7 +168,7 @@ def _quantized(slot: _Slot, weight: Tensor, config: QATConfig) -> tuple[Any, QAT
     return (None, None) if state is None else _quantize(slot, weight, state, config)
 
 
-def kept(slot: _Slot, weight: Tensor, config: QATConfig, quantize: Callable[[], Any]) -> Any:
+def kept(slot: Slot, weight: Tensor, config: QATConfig, quantize: Callable[[], Any]) -> Any:
     """Returns what ``quantize`` returned for this weight; calls it if that is not known or stale.
 
     What it returns may serve with and without gradients, and must depend on the weight and the
@@ -189,7 +189,7 @@ def kept(slot: _Slot, weight: Tensor, config: QATConfig, quantize: Callable[[], 
 
 
 def kept_for(
-    slot: _Slot, weight: Tensor, config: QATConfig, others: list[Tensor | None], make: Callable[[], Any]
+    slot: Slot, weight: Tensor, config: QATConfig, others: list[Tensor | None], make: Callable[[], Any]
 ) -> Any:
     """Returns what ``make`` returned for this weight and equal ``others``; calls it if that is not known."""
     holder = kept(slot, weight, config, dict)
@@ -225,7 +225,7 @@ def _is_valid(entry: tuple[Any, ...], weight: Tensor, state: Any, config: QATCon
     )
 
 
-def _quantize(slot: _Slot, weight: Tensor, state: Any, config: QATConfig) -> tuple[Any, QATConfig | None]:
+def _quantize(slot: Slot, weight: Tensor, state: Any, config: QATConfig) -> tuple[Any, QATConfig | None]:
     """Quantizes ``weight`` and stores the result in ``slot``.
 
     Returns the tensors of an int8 weight and None, or the fake-quantized weight and the config for
@@ -251,7 +251,7 @@ def _quantize(slot: _Slot, weight: Tensor, state: Any, config: QATConfig) -> tup
             return None, None
         quantized = ops.qat_linear_int8_weight(weight, spec.code)
     else:
-        quantized, remaining_config = fake_quantize(weight, **spec.arguments), _without_weight(config)
+        quantized, remaining_config = fake_quantize(weight, **spec.arguments), without_weight(config)
     if not _running_steps:
         storage = weight.untyped_storage()
         slot.entry = (weight, state, generation, config, quantized, remaining_config, storage)
@@ -259,7 +259,7 @@ def _quantize(slot: _Slot, weight: Tensor, state: Any, config: QATConfig) -> tup
 
 
 @functools.lru_cache
-def _without_weight(config: QATConfig) -> QATConfig:
+def without_weight(config: QATConfig) -> QATConfig:
     return dataclasses.replace(config, weight=None)
 
 
@@ -297,7 +297,7 @@ def _state(weight: Tensor) -> tuple[Any, ...] | None:
     return *modes, *place, weight._version, weight.dtype, weight.requires_grad, stream
 
 
-def _is_gathered(slot: _Slot, weight: Tensor) -> bool:
+def _is_gathered(slot: Slot, weight: Tensor) -> bool:
     """Returns whether FSDP or ZeRO-3 rewrites ``weight`` in each forward without a new version."""
     if "_fsdp_flattened" in weight.__dict__ or "ds_id" in weight.__dict__:
         return True
@@ -319,21 +319,21 @@ def _is_gathered(slot: _Slot, weight: Tensor) -> bool:
 # cache entries. Nothing is cached during a step: its closure and its hooks may run forwards before
 # and after the writes.
 _generation = object()
-_running_steps: list[int] = []  # ids of optimizers; if a step raises, its id stays until all blocks end
+_running_steps: list[int] = []  # ids of optimizers; if a step raises, its id stays until all scopes end
 _hooks: list[tuple[Any, int, Callable[..., None]]] = []  # (hook dict of torch, key, hook)
 _is_hooked = False
-_open_blocks = 0
-# Protects the three variables above. It is reentrant because the garbage collector may end a block
+_open_scopes = 0
+# Protects the three variables above. It is reentrant because the garbage collector may end a scope
 # anywhere.
 _lock = threading.RLock()
 
 
-def _count_blocks(change: int) -> None:
-    """Adds ``change`` to the number of open blocks; registers or removes the optimizer hooks."""
-    global _is_hooked, _is_open, _open_blocks
+def _count_scopes(change: int) -> None:
+    """Adds ``change`` to the number of open scopes; registers or removes the optimizer hooks."""
+    global _is_hooked, _is_open, _open_scopes
     with _lock:
-        _open_blocks += change
-        _is_open = _open_blocks > 0
+        _open_scopes += change
+        _is_open = _open_scopes > 0
         if _is_open and not _is_hooked:
             _hook_optimizers()
             _is_hooked = True
@@ -373,7 +373,7 @@ def _begin_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 def _end_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     global _generation
     _generation = object()
-    if id(optimizer) in _running_steps:  # False if the step began when no block was open
+    if id(optimizer) in _running_steps:  # False if the step began when no scope was open
         _running_steps.remove(id(optimizer))
 
 

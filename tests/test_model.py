@@ -730,7 +730,7 @@ def test_blocks_nest_and_leave_nothing_behind():
             model(x)
     assert (outer, inner, part, second) == ([], ["0", "2"], [""], [])
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
-    assert qatfast.modules.linear.open_blocks == []
+    assert qatfast.modules.linear.open_recordings == []
 
 
 def test_blocks_overlap_between_threads():
@@ -750,7 +750,7 @@ def test_blocks_overlap_between_threads():
     for thread in threads:
         thread.join()
     assert results == [[]] * 200
-    assert qatfast.modules.linear.open_blocks == []
+    assert qatfast.modules.linear.open_recordings == []
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -30,6 +30,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import cases
 import qatfast
 from qatfast import (
+    Learned,
+    MinMax,
+    PerChannel,
     PerGroup,
     PerToken,
     QATConfig,
@@ -142,6 +145,61 @@ def test_the_integers_of_each_weight_are_made_once(kernels, bias):
             optimizer.step()
             plain.load_state_dict(net.state_dict())
             assert operators.seen.count("qat_linear_int8_weight") == 2 * (step + 1)
+
+
+ROWS = PerChannel(0)
+STATIC = {
+    "dynamic weight": QATConfig.static(),
+    "learned": QATConfig.static(4),
+    "stored weight": QATConfig(QuantSpec(8, range=MinMax()), QuantSpec(8, True, ROWS, MinMax()), None, None),
+    "affine": QATConfig(QuantSpec(8, range=MinMax()), QuantSpec(4, range=Learned()), None, None),
+    "learned input": QATConfig(QuantSpec(8, range=Learned()), QuantSpec(8, True, ROWS), None, None),
+    "output": QATConfig(
+        QuantSpec(8, range=MinMax()), QuantSpec(8, True, ROWS, Learned()), QuantSpec(8), QuantSpec(8)
+    ),
+    "groups": QATConfig(QuantSpec(8, range=MinMax()), QuantSpec(4, granularity=PerGroup(4)), None, None),
+    "weight only": QATConfig(None, QuantSpec(4, granularity=PerGroup(4), range=Learned()), None, None),
+}
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("config", STATIC.values(), ids=STATIC)
+def test_weights_of_layers_with_ranges_are_quantized_once(kernels, config, kind):
+    torch.manual_seed(0)
+    if kind == "linear":
+        layer, x = QATLinear(8, 4, config=config), numbers(3, 8)
+    else:
+        layer, x = qatfast.QATConv2d(4, 6, 2, config=config), numbers(2, 4, 5, 5)
+    layer(x)
+    layer.eval()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            expected = layer(x)
+            with cached_weights(layer):
+                for _ in range(3):
+                    cases.assert_same(layer(x), expected)
+                with torch.no_grad():
+                    layer.weight.mul_(0.5)
+                    found = layer(x)
+            cases.assert_same(found, layer(x).detach())
+            assert not torch.equal(found, expected)
+    with torch.no_grad(), cached_weights(layer), Operators() as operators:
+        layer(x)
+        first = len(operators.seen)
+        layer(x)
+        assert len(operators.seen) - first < first
+
+
+def test_another_scale_is_another_weight():
+    layer, x = QATLinear(8, 4, config=QATConfig.static(4)), numbers(3, 8)
+    layer(x)
+    layer.eval()
+    with torch.no_grad(), cached_weights(layer):
+        before = layer(x)
+        layer.weight_quantizer.scale.mul_(0.5)
+        found = layer(x)
+    cases.assert_same(found, layer(x).detach())
+    assert not torch.equal(found, before)
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 3)], ids=cases.name)
@@ -682,7 +740,7 @@ def test_blocks_end_in_any_order(config, quantizations):
         assert held(net)[0] is made[0]
         block.__exit__(None, None, None)
     assert held(net) == [None, None]
-    assert weight_cache._blocks.get() == ()
+    assert weight_cache._scopes.get() == ()
 
 
 def test_nothing_is_kept_alive():

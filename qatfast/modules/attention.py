@@ -20,7 +20,7 @@ from .base import (
     TensorSpec,
     _take_over,
     kind_name,
-    open_blocks,
+    open_recordings,
     static_config,
     why_not_from_float,
 )
@@ -171,7 +171,7 @@ class QATMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if open_blocks:
+        if open_recordings:
             self._record_call()
         if query.is_nested:
             return self._of_nested(query, key, value, need_weights, average_attn_weights)

@@ -26,7 +26,7 @@ from .fake_quantize import FakeQuantize
 Layer = TypeVar("Layer", bound="QuantizedLayer")
 
 # One set per open `unused_layers` block: the layers that ran in the block.
-open_blocks: list[set[nn.Module]] = []
+open_recordings: list[set[nn.Module]] = []
 
 _MARK = "qatfast: this layer is called, its weight is not read"
 
@@ -270,7 +270,7 @@ class QuantizedLayer(nn.Module):
 
     def _record_call(self) -> None:
         """Tells the open blocks of ``unused_layers`` that the layer runs."""
-        for layers in tuple(open_blocks):
+        for layers in tuple(open_recordings):
             layers.add(self)
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ from functools import partial
 from math import prod
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -24,7 +25,7 @@ from .base import (
     QuantizedLayer,
     TensorSpec,
     kind_name,
-    open_blocks,
+    open_recordings,
     static_config,
     wrong_dimensions,
 )
@@ -104,7 +105,7 @@ class _QATConv(QuantizedLayer, _ConvNd):
     def _apply_to(
         self, input: Tensor, geometry: Geometry, pad: Callable[[Tensor], Tensor] = _unpadded
     ) -> Tensor:
-        if open_blocks:
+        if open_recordings:
             self._record_call()
         parameters: dict[str, Any] = self._parameters
         if "weight" in parameters and "bias" in parameters:  # nn.Module.__getattr__ takes 0.5 us each
@@ -191,23 +192,33 @@ class _QATConv(QuantizedLayer, _ConvNd):
                 grids["input"] = of_input.grid(x, self)
             if of_weight is not None:
                 grids["weight"] = of_weight.grid(geometry.to_rows(weight), self)
-            y = qat_conv(x, weight, bias, config, grids, geometry, pad, self._kept)
+            kept = partial(self._kept, grid=grids.get("weight"))
+            y = qat_conv(x, weight, bias, config, grids, geometry, pad, kept)
         if of_output is not None:
             y = of_output.forward(y)
         elif self.config.output is not None:
             y = fake_quantize(y, **of_batch(self.config.output).arguments)  # type: ignore[union-attr]
         return y
 
-    def _kept(self, quantize: Callable[[], Any]) -> Any:
+    def _kept(self, quantize: Callable[[], Any], grid: tuple[Tensor, Tensor] | None = None) -> Any:
+        """Returns what ``quantize`` returns for the weight or, in ``cached_weights``, returned for it.
+
+        ``grid`` is that of a range that is not Dynamic. Its scale may need a gradient, which integers do not pass.
+        """
         slot = weight_cache.slot_of(self)
-        if slot is None or "weight_quantizer" in self._modules:
+        if slot is None or (grid is not None and torch.is_grad_enabled() and not self._uses_int8_gemm()):
             return quantize()
 
         def to_keep() -> Any:
             quantized = quantize()
             return quantized._replace(packed={}) if isinstance(quantized, Int8Weight) else quantized
 
+        if grid is not None:
+            return weight_cache.kept_for(slot, self.weight, self.config, [*grid], to_keep)
         return weight_cache.kept(slot, self.weight, self.config, to_keep)
+
+    def _uses_int8_gemm(self) -> bool:
+        return self.config.uses_int8_gemm(self._fan_in)
 
 
 class _QATConvNd(_QATConv):

@@ -16,7 +16,7 @@ from .base import (
     QuantizedLayer,
     TensorSpec,
     kind_name,
-    open_blocks,
+    open_recordings,
     static_config,
     wrong_dimensions,
 )
@@ -119,7 +119,7 @@ class QATEmbedding(QuantizedLayer, nn.Embedding):
         }
 
     def forward(self, input: Tensor) -> Tensor:
-        if open_blocks:
+        if open_recordings:
             self._record_call()
         weight, config = self.weight, self.config
         checks.tensor(kind_name(type(self)), "weight", weight, checks.FLOAT_DTYPES)

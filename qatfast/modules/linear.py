@@ -14,7 +14,7 @@ from .. import checks, ranges, requantization, weight_cache
 from ..chain import Carrier, Chain
 from ..config import OBSERVED, QUANTIZE, PerChannel, PerGroup, QATConfig, QuantSpec
 from ..functional import qat_linear
-from .base import Obstacle, QuantizedLayer, TensorSpec, open_blocks, wrong_dimensions
+from .base import Obstacle, QuantizedLayer, TensorSpec, open_recordings, wrong_dimensions
 
 # The tensors of a layer that can have a range that is not Dynamic.
 QUANTIZED = ("input", "weight", "output")
@@ -136,7 +136,7 @@ bias=affine per tensor, output=affine per tensor)
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        if open_blocks:
+        if open_recordings:
             self._record_call()
         if isinstance(input, Carrier):
             if input._is_open:
@@ -190,9 +190,9 @@ bias=affine per tensor, output=affine per tensor)
             quantizer: Any = self._modules["input_quantizer"]
             state = quantizer.state_to_move()
             if state is not None:
-                slot = weight_cache.slot_of(self)
-                int8_weight = () if slot is None else weight_cache.int8_weight(slot, weight, self.config)
-                found = ranges.qat_linear_observed(input, weight, bias, self.config, state, int8_weight)
+                found = ranges.qat_linear_observed(
+                    input, weight, bias, self.config, state, self._kept_int8_weight(weight, {})
+                )
                 if found is not None:
                     y, *grid = found
                     quantizer.remember(self, *grid)
@@ -210,15 +210,21 @@ bias=affine per tensor, output=affine per tensor)
             y = F.linear(input, weight, bias)
             return y if output is None else output.forward(y)
         grids = {name: quantizer.grid(tensors[name], self) for name, quantizer in quantizers.items()}
+        int8_weight, config = self._kept_int8_weight(weight, grids), self.config
+        slot = weight_cache.slot_of(self)
+        if slot is not None and not int8_weight:
+            weight, config = ranges.kept_w_hat(slot, weight, config, grids)
         if output is None:
-            slot = weight_cache.slot_of(self) if ranges.takes_int8_weight(self.config) else None
-            int8_weight = () if slot is None else weight_cache.int8_weight(slot, weight, self.config)
-            return ranges.qat_linear(input, weight, bias, self.config, grids, int8_weight)
+            return ranges.qat_linear(input, weight, bias, config, grids, int8_weight)
         if output.observes:  # the product comes first
-            y = ranges.qat_linear(input, weight, bias, replace(self.config, output=None), grids)
+            y = ranges.qat_linear(input, weight, bias, replace(config, output=None), grids, int8_weight)
             return output.forward(y)
         grids["output"] = output.grid(input)  # it only asks for the dtype and the device
-        return ranges.qat_linear(input, weight, bias, self.config, grids)
+        return ranges.qat_linear(input, weight, bias, config, grids, int8_weight)
+
+    def _kept_int8_weight(self, weight: Tensor, grids: Any) -> tuple[Tensor, ...]:
+        slot = weight_cache.slot_of(self)
+        return () if slot is None else ranges.kept_int8_weight(slot, weight, self.config, grids)
 
 
 def quantizer_name(tensor: str) -> str:

@@ -132,7 +132,7 @@ def qat_linear(
         config: what is quantized how.
         grids: scale and zero point of each of ``input``, ``weight`` and ``output`` whose range is
             not Dynamic. The scale of a Learned range gets a gradient.
-        int8_weight: what :func:`kept_int8_weight` returns for ``weight``, or nothing.
+        int8_weight: what :func:`kept_weight` returns for ``weight``, or nothing.
     """
     # These take neither the operators nor _LinearGradients.
     if torch._C._are_functorch_transforms_active() or kernels.is_forward_mode():
@@ -217,53 +217,43 @@ def takes_int8_weight(config: QATConfig) -> bool:
     return not isinstance(input.range, Learned)
 
 
-def kept_int8_weight(
+def kept_weight(
     slot: weight_cache.Slot, weight: Tensor, config: QATConfig, grids: reference.StaticGrids
-) -> tuple[Tensor, ...]:
-    """Returns the int8 weight that ``cached_weights`` keeps, or () if there is none.
+) -> tuple[tuple[Tensor, ...], Tensor, QATConfig]:
+    """Returns what ``cached_weights`` keeps of a weight, as :func:`qat_linear` takes it.
 
     Args:
         slot: of the layer.
         weight: ``(out_features, in_features)``.
         config: of the layer.
         grids: as for :func:`qat_linear`.
+
+    Returns:
+        ``int8_weight``, which is () if none is kept; the weight, which is fake-quantized if that is kept; and the
+        config that is left for it.
     """
     spec = config.weight
-    if spec is None or not config.uses_int8_gemm(weight.shape[-1]):
-        return ()
-    if "weight" not in grids:
-        return weight_cache.int8_weight(slot, weight, config)
-    if kernels.route(weight) is None:
-        return ()
-    scale, zero_point = grids["weight"]
-    return weight_cache.kept_for(
-        slot,
-        weight,
-        config,
-        [scale, zero_point],
-        lambda: _int8_weight(weight.detach(), spec, scale, zero_point),
-    )
-
-
-def kept_w_hat(
-    slot: weight_cache.Slot, weight: Tensor, config: QATConfig, grids: reference.StaticGrids
-) -> tuple[Tensor, QATConfig]:
-    """Returns the fake-quantized weight that ``cached_weights`` keeps and the config of the other tensors.
-
-    Returns ``weight`` and ``config`` if none is kept: for an int8 GEMM, and where a scale may need a gradient.
-    """
-    spec = config.weight
-    if spec is None or config.uses_int8_gemm(weight.shape[-1]):
-        return weight, config
+    if spec is None:
+        return (), weight, config
+    if config.uses_int8_gemm(weight.shape[-1]):
+        if "weight" not in grids:
+            return weight_cache.int8_weight(slot, weight, config), weight, config
+        if kernels.route(weight) is None:
+            return (), weight, config
+        grid = grids["weight"]
+        int8_weight = weight_cache.kept_for(
+            slot, weight, config, [*grid], lambda: _int8_weight(weight.detach(), spec, *grid)
+        )
+        return int8_weight, weight, config
     if "weight" not in grids:
         w_hat, others = weight_cache.quantized(slot, weight, config)
-        return (weight, config) if others is None else (w_hat, others)
-    if torch.is_grad_enabled():
-        return weight, config
+        return ((), weight, config) if others is None else ((), w_hat, others)
+    if torch.is_grad_enabled():  # the scale may need a gradient
+        return (), weight, config
     w_hat = weight_cache.kept_for(
         slot, weight, config, [*grids["weight"]], lambda: fake_quantized("weight", weight, spec, grids)
     )
-    return w_hat, weight_cache.without_weight(config)
+    return (), w_hat, weight_cache.without_weight(config)
 
 
 def _int8_weight(weight: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, ...]:

@@ -27,10 +27,10 @@ from .functional import fake_quantize, qat_linear
 
 @contextmanager
 def cached_weights(module: nn.Module) -> Iterator[nn.Module]:
-    """Quantizes the weight of each linear layer and convolution inside ``module`` once within the block.
+    """Quantizes each weight inside ``module`` once within the block.
 
-    Embeddings and the projections of attention are quantized at each call, and so is a weight with a stored or learned
-    range where its scale may need a gradient.
+    Quantized at each call are the rows that an embedding reads, the projections of attention if query, key and value
+    are different tensors, and, in a float product, a weight whose learned or stored scale may need a gradient.
 
     Use it for evaluation, for gradient accumulation and for several forwards between two optimizer
     steps; results and gradients stay the same. A block applies to the thread or asyncio task that

@@ -18,6 +18,7 @@ from qatfast import (
     QATLinear,
     QATMultiheadAttention,
     QuantSpec,
+    cached_weights,
     calibrate,
     convert,
     fake_quantize,
@@ -250,3 +251,34 @@ def test_the_gradient_of_a_learned_scale_counts_the_whole_weight():
         layer(*operands)[0].square().sum().backward()
         gradients.append(layer.weight_quantizer.scale.grad.clone())
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QATConfig.int8(),
+        QATConfig.static(),
+        QATConfig.static(4),
+        QATConfig(None, QuantSpec(4, range=Learned()), None, None),
+        QATConfig(None, QuantSpec(4), None, None),
+    ],
+    ids=["int8", "static", "learned", "weight only", "weight only, dynamic"],
+)
+def test_cached_weights_change_no_bit(config):
+    layer, _ = layers(config)
+    q, _, _ = inputs("self")
+    for operands in ((q, q, q), (q, q.clone(), q.clone())):
+        layer(*operands)
+    layer.eval()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            expected = [layer(*operands)[0] for operands in ((q, q, q), (q, q.clone(), q))]
+            with cached_weights(layer):
+                for _ in range(2):
+                    found = [layer(*operands)[0] for operands in ((q, q, q), (q, q.clone(), q))]
+                    for ours, theirs in zip(found, expected, strict=True):
+                        cases.assert_same(ours, theirs)
+                with torch.no_grad():
+                    layer.in_proj_weight.mul_(0.5)
+                    found = layer(q, q, q)[0]
+            cases.assert_same(found, layer(q, q, q)[0].detach())

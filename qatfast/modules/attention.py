@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .. import checks, ranges
+from .. import checks, ranges, weight_cache
 from ..config import QUANTIZE, PerChannel, PerGroup, PerTensor, QATConfig, QuantSpec
 from ..functional import fake_quantize, qat_linear
 from .base import (
@@ -68,6 +68,7 @@ class QATMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     """
 
     _float_class = nn.MultiheadAttention
+    _caches_weight = True  # in_proj_weight, where query, key and value are one tensor
     _shared = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
     _quantizers = (
         *("input_quantizer", "key_quantizer", "value_quantizer", "weight_quantizer"),
@@ -238,12 +239,18 @@ class QATMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         if self._mode != QUANTIZE:
             return F.linear(x, weight, bias)
         config = replace(self.config, output=None)
+        slot = weight_cache.slot_of(self) if weight is self.in_proj_weight else None
         if config.is_dynamic:
+            if slot is not None:
+                return weight_cache.linear(slot, x, weight, bias, config)
             return qat_linear(x, weight, bias, config=config)
         checks.linear_operands("qat_linear", x, weight, bias)
-        grids = {"input": x_grid, "weight": w_grid}
-        kept = {name: grid for name, grid in grids.items() if grid is not None}
-        return ranges.qat_linear(x, weight, bias, config, kept)
+        found = {"input": x_grid, "weight": w_grid}
+        grids = {name: grid for name, grid in found.items() if grid is not None}
+        int8_weight: tuple[Tensor, ...] = ()
+        if slot is not None:
+            int8_weight, weight, config = ranges.kept_weight(slot, weight, config, grids)
+        return ranges.qat_linear(x, weight, bias, config, grids, int8_weight)
 
     def _mask(
         self,

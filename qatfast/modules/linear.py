@@ -190,9 +190,9 @@ bias=affine per tensor, output=affine per tensor)
             quantizer: Any = self._modules["input_quantizer"]
             state = quantizer.state_to_move()
             if state is not None:
-                found = ranges.qat_linear_observed(
-                    input, weight, bias, self.config, state, self._kept_int8_weight(weight, {})
-                )
+                slot = weight_cache.slot_of(self)
+                int8_weight = () if slot is None else weight_cache.int8_weight(slot, weight, self.config)
+                found = ranges.qat_linear_observed(input, weight, bias, self.config, state, int8_weight)
                 if found is not None:
                     y, *grid = found
                     quantizer.remember(self, *grid)
@@ -210,10 +210,9 @@ bias=affine per tensor, output=affine per tensor)
             y = F.linear(input, weight, bias)
             return y if output is None else output.forward(y)
         grids = {name: quantizer.grid(tensors[name], self) for name, quantizer in quantizers.items()}
-        int8_weight, config = self._kept_int8_weight(weight, grids), self.config
-        slot = weight_cache.slot_of(self)
-        if slot is not None and not int8_weight:
-            weight, config = ranges.kept_w_hat(slot, weight, config, grids)
+        config, int8_weight, slot = self.config, (), weight_cache.slot_of(self)
+        if slot is not None:
+            int8_weight, weight, config = ranges.kept_weight(slot, weight, config, grids)
         if output is None:
             return ranges.qat_linear(input, weight, bias, config, grids, int8_weight)
         if output.observes:  # the product comes first
@@ -221,10 +220,6 @@ bias=affine per tensor, output=affine per tensor)
             return output.forward(y)
         grids["output"] = output.grid(input)  # it only asks for the dtype and the device
         return ranges.qat_linear(input, weight, bias, config, grids, int8_weight)
-
-    def _kept_int8_weight(self, weight: Tensor, grids: Any) -> tuple[Tensor, ...]:
-        slot = weight_cache.slot_of(self)
-        return () if slot is None else ranges.kept_int8_weight(slot, weight, self.config, grids)
 
 
 def quantizer_name(tensor: str) -> str:

@@ -995,6 +995,49 @@ def test_opcheck_of_what_observes(kernels, op, requires_grad):
         torch.library.opcheck(getattr(torch.ops.qatfast, op).default, arguments)
 
 
+@pytest.mark.parametrize("granularity", [PerChannel(0), PerToken()], ids=str)
+def test_no_blocks_have_no_ranges(kernels, granularity):
+    """Nothing is divided by their number."""
+    x = torch.empty(0, 3, requires_grad=True)
+    arguments = (0.1, 4, False, granularity.code, True)
+    for op in ("observe_range", "fake_quantize_observed"):
+        state = fresh_state(x.shape, granularity)
+        *y, scale, zero_point = getattr(torch.ops.qatfast, op)(x, *state, *arguments)
+        assert scale.shape == zero_point.shape == (0,)
+        assert state[2].item() == 0
+        for result in y:
+            assert torch.autograd.grad(result.sum(), x)[0].shape == (0, 3)
+    assert search_qparams(x, granularity=granularity)[0].shape == (0,)
+    one = torch.ones(0, requires_grad=True)
+    y = fake_quantize_learned(x, one, torch.zeros(0, dtype=torch.int32), 0, 15, granularity=granularity)
+    assert [grad.shape for grad in torch.autograd.grad(y.sum(), (x, one))] == [(0, 3), (0,)]
+
+
+@pytest.mark.parametrize("range", [MinMax(), MovingAverage(), Learned()], ids=str)
+def test_a_layer_without_outputs(kernels, range):
+    spec = QuantSpec(granularity=PerChannel(0), symmetric=True, range=range)
+    layer = QATLinear(4, 0, config=QATConfig(QuantSpec(range=MinMax()), spec, None, None))
+    for _ in "ab":
+        y = layer(torch.randn(3, 4))
+        assert y.shape == (3, 0)
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("constant", [torch.nan, -0.1, 1.5])
+def test_a_range_moves_by_a_part_of_the_distance(kernels, constant):
+    """A range that became NaN would stay NaN."""
+    state = fresh_state((), PerTensor())
+    words = f"expected averaging_constant to be from 0 to 1, got {constant}"
+    for op in ("observe_range", "fake_quantize_observed"):
+        with pytest.raises(ValueError, match=f"{op}: {words}"):
+            getattr(torch.ops.qatfast, op)(torch.ones(3), *state, constant, 8, False, (0, 0), True)
+    with pytest.raises(ValueError, match=f"int8_conv_input: {words}"):
+        torch.ops.qatfast.int8_conv_input(
+            torch.ones(1, 1, 2, 2), None, None, *state, constant, QuantSpec().code, False
+        )
+    assert [value.item() for value in state] == [0, 0, 0]
+
+
 def test_forward_mode_of_what_is_observed(kernels):
     spec, state = QuantSpec(4, range=MinMax()), [torch.tensor(-1.0), torch.tensor(1.0), torch.tensor(1)]
     with torch.autograd.forward_ad.dual_level():

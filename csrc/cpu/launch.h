@@ -242,6 +242,9 @@ void for_each_strip(const Layout& layout, const Strips& strips, int64_t begin, i
 // parallel for different blocks. Returns whether all values are finite.
 template <class T, class F>
 bool for_each_range(const T* x, const Layout& layout, F done) {
+  if (layout.blocks == 0) {
+    return true;
+  }
   using C = opmath_type<T>;
   const auto& loops = chosen().loops<T>();
   const auto n = layout.numel();

@@ -27,6 +27,8 @@ void check_state(const char* op, const char* name, const Tensor& state, at::Scal
 
 ObservedRange checked_range(const char* op, const Tensor& input, const QuantSpec& spec, const Tensor& running_min,
     const Tensor& running_max, const Tensor& num_batches, double averaging_constant) {
+  TORCH_CHECK_VALUE(averaging_constant >= 0 && averaging_constant <= 1, op,
+      ": expected averaging_constant to be from 0 to 1, got ", averaging_constant);
   const auto shape = qparams_shape(input, spec.granularity);
   check_state(op, "running_min", running_min, at::kFloat, shape, input.device());
   check_state(op, "running_max", running_max, at::kFloat, shape, input.device());

@@ -603,3 +603,31 @@ def test_what_is_kept_of_the_input_is_its_fake_quantization(kernels, config, dty
     assert integers[0].dtype == torch.int8
     x_hat = torch.ops.qatfast.qat_linear_int8_input(*integers, dtype)
     cases.assert_same(x_hat.view_as(input), quantized(input, config.input))
+
+
+ROWS = (torch.full((3,), 0.1), torch.arange(3, dtype=torch.int32))
+
+
+def test_gradients_of_a_static_input_per_token_are_an_error(kernels):
+    """Its mask would be that of the first row's grid."""
+    codes = QATConfig(QuantSpec(granularity=PerToken()), QuantSpec(), None, None).codes
+    operators, x, weight = torch.ops.qatfast, torch.randn(3, 4), torch.randn(2, 4)
+    assert operators.qat_linear_int8_static(x, weight, None, [], *ROWS, None, None, codes).shape == (3, 2)
+    words = r"qat_linear: expected an input spec per tensor where a gradient is required, got PerToken\(\)"
+    with pytest.raises(ValueError, match=words):
+        operators.qat_linear_int8_static_forward(x, weight, None, [], *ROWS, codes)
+    with pytest.raises(ValueError, match=words):
+        operators.qat_linear_int8_static(x.requires_grad_(), weight, None, [], *ROWS, None, None, codes)
+
+
+@pytest.mark.parametrize("trained", ["input", "weight"])
+def test_a_static_scale_is_not_trained(kernels, trained):
+    """Also if nothing else requires grad."""
+    grids = {name: [torch.tensor(0.1), torch.tensor(0)] for name in ("input", "weight")}
+    grids[trained][0].requires_grad_()
+    arguments = (torch.randn(3, 4), torch.randn(2, 4), None, [], *grids["input"], *grids["weight"])
+    codes = QATConfig(QuantSpec(), QuantSpec(), None, None).codes
+    with pytest.raises(ValueError, match="qat_linear_int8_static: expected scale not to require grad"):
+        torch.ops.qatfast.qat_linear_int8_static(*arguments, codes)
+    with torch.no_grad():
+        assert torch.ops.qatfast.qat_linear_int8_static(*arguments, codes).shape == (3, 2)

@@ -62,6 +62,7 @@ std::tuple<Tensor, Tensor> fake_quantize_learned_backward(const Tensor& grad, co
   TORCH_CHECK_VALUE(grad.scalar_type() == input.scalar_type() && grad.sizes() == input.sizes(), op,
       ": expected grad to have the dtype and the shape of input, got ", name_of(grad.scalar_type()), " of shape ",
       tuple(grad.sizes()));
+  check_device(op, "grad", grad, input);
   const auto [granularity, qparams] = checked(op, input, scale, zero_point, quant_min, quant_max, code);
   // Only CUDA's kernel takes channels that lie across a contiguous tensor.
   const bool moves = input.is_cpu() && granularity.kind == Granularity::per_channel;

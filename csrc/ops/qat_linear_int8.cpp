@@ -107,6 +107,8 @@ std::tuple<Tensor, Int8Rows> run_static(const Tensor& input, const Tensor& weigh
   check_linear(op, input, weight, bias_hat, /*mixed_dtypes=*/false);
   const auto specs = checked_specs(op, codes);
   TORCH_CHECK_VALUE(uses_int8_gemm(weight, codes), op, ": expected specs of an int8 GEMM, got ", tuple(codes));
+  TORCH_CHECK_VALUE(!mask.defined() || specs.input->granularity.kind == Granularity::per_tensor, op,
+      ": expected an input spec per tensor where a gradient is required, got ", name_of(specs.input->granularity));
   const auto rows = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
   const auto matrix = contiguous(input.dim() == 2 ? input : input.reshape({rows, input.size(-1)}));
   const auto grid = static_qparams(op, input, *specs.input, input_scale, input_zero_point);
@@ -179,6 +181,8 @@ Tensor qat_linear_int8_input(
   TORCH_CHECK_VALUE(rows >= 0 && values.scalar_type() == at::kChar && values.is_contiguous() &&
           is_vector(scale, at::toOpMathType(dtype), rows) && is_vector(zero_point, at::kInt, rows),
       op, ": expected the values, scale and zero_point of the layer's forward");
+  check_device(op, "scale", scale, values);
+  check_device(op, "zero_point", zero_point, values);
   const auto to = fresh(values.sizes(), dtype, values);
   QATFAST_ON(values, dequantize)(values, to, {scale, zero_point, -128, 127}, {1, rows, values.size(1)});
   return to;
@@ -390,11 +394,15 @@ Tensor qat_linear_int8_static(const Tensor& input, const Tensor& weight, const s
     at::TensorList int8_weight, const std::optional<Tensor>& input_scale, const std::optional<Tensor>& input_zero_point,
     const std::optional<Tensor>& weight_scale, const std::optional<Tensor>& weight_zero_point, at::IntArrayRef specs) {
   constexpr auto op = "qat_linear_int8_static";
+  for (const auto& scale : {input_scale, weight_scale}) {
+    if (scale) {
+      check_fixed(op, *scale);
+    }
+  }
   const bool is_dual_call = is_any_dual(input, weight, bias_hat);
   if (is_dual_call || compute_requires_grad(input, weight, bias_hat)) {
     TORCH_CHECK_VALUE(input_scale && input_zero_point && !weight_scale, op,
         ": expected a static input and a dynamic weight where a gradient is required");
-    check_fixed(op, *input_scale);
   }
   if (is_dual_call) {
     const auto y = op::qat_linear_int8_static.below_autograd(

@@ -130,8 +130,8 @@ QATFAST_OPERATOR(fake_quantize_affine_backward, all, node, "(Tensor grad, Tensor
     Tensor(const Tensor& grad, const Tensor& mask, c10::SymIntArrayRef stride))
 QATFAST_LAUNCHER(fake_quantize_affine_backward, FakeQuantizeAffineBackwardLauncher)
 
-// clamp(input, 0, limit), or without a limit ReLU, with ATen's results and gradients (a NaN passes it). Keeps one bit
-// per element for its gradient, not the result.
+// F.relu or, with a limit, F.hardtanh(input, 0, limit): ATen's results and gradients (0 at both ends; a NaN passes it).
+// Keeps one bit per element for its gradient, not the result.
 QATFAST_OPERATOR(relu, all, node, "(Tensor input, float? limit=None) -> Tensor",
     Tensor(const Tensor& input, std::optional<double> limit))
 QATFAST_LAUNCHER(relu, ReLULauncher)

@@ -79,6 +79,13 @@ def test_other_dtypes_are_errors(kernels, device):
         torch.ops.qatfast.relu(torch.ones(3, dtype=torch.int32, device=device))
 
 
+@pytest.mark.parametrize("limit", [-1.0, -torch.inf, torch.nan])
+def test_limits_below_0_are_errors(kernels, device, limit):
+    for op in (torch.ops.qatfast.relu, torch.ops.qatfast.relu_forward):
+        with pytest.raises(ValueError, match=f"relu: expected limit to be at least 0, got {limit:g}"):
+            op(torch.ones(3, device=device), limit)
+
+
 # Chains
 
 

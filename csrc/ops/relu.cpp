@@ -15,6 +15,7 @@ Tensor relu(const Tensor& input, std::optional<double> limit) {
 
 std::tuple<Tensor, Tensor> relu_forward(const Tensor& input, std::optional<double> limit) {
   check_float("relu", "input", input.scalar_type());
+  TORCH_CHECK_VALUE(!limit || *limit >= 0, "relu: expected limit to be at least 0, got ", *limit); // a NaN is not
   const auto from = as_blocks(input, {Granularity::per_tensor});
   const auto to = result_for(input, from);
   const auto mask = fresh_mask(input);

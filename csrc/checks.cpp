@@ -170,7 +170,8 @@ void check_scale_values(const char* op, const Tensor& scale) {
 }
 
 template <class I>
-void check_zero_point_values(const char* op, const Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
+void check_zero_point_values(
+    const char* op, const char* name, const Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
   using Wide = std::conditional_t<std::is_same_v<I, uint32_t> || sizeof(I) == 8, int64_t, int32_t>;
   const auto min = static_cast<Wide>(quant_min), max = static_cast<Wide>(quant_max);
   const auto* illegal = first_illegal<I>(zero_point, [=](I value) {
@@ -178,18 +179,22 @@ void check_zero_point_values(const char* op, const Tensor& zero_point, int64_t q
     return (min <= wide) & (wide <= max) & ((wide < 0) == (value < I{0})); // a large uint64 would wrap
   });
   TORCH_CHECK_VALUE(
-      !illegal, op, ": expected zero_point to be from ", quant_min, " to ", quant_max, ", got ", +*illegal);
-}
-
-// Checked before they are narrowed to int32.
-void check_zero_point_values(const char* op, const Tensor& zero_point, int64_t quant_min, int64_t quant_max) {
-  AT_DISPATCH_V2(zero_point.scalar_type(), "zero_point", AT_WRAP([&] {
-    check_zero_point_values<scalar_t>(op, zero_point, quant_min, quant_max);
-  }),
-      AT_EXPAND(AT_INTEGRAL_TYPES_V2));
+      !illegal, op, ": expected ", name, " to be from ", quant_min, " to ", quant_max, ", got ", +*illegal);
 }
 
 } // namespace
+
+// Checks zero points in their own dtype, before they are narrowed to int32.
+void check_zero_points(
+    const char* op, const char* name, const Tensor& zero_points, int64_t quant_min, int64_t quant_max) {
+  if (!zero_points.is_cpu()) {
+    return;
+  }
+  AT_DISPATCH_V2(zero_points.scalar_type(), "zero_point", AT_WRAP([&] {
+    check_zero_point_values<scalar_t>(op, name, zero_points, quant_min, quant_max);
+  }),
+      AT_EXPAND(AT_INTEGRAL_TYPES_V2));
+}
 
 QParams checked_qparams(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
     int64_t quant_min, int64_t quant_max, Granularity granularity, at::ScalarType dtype, const char* of) {
@@ -213,7 +218,7 @@ QParams checked_qparams(const char* op, const Tensor& input, const Tensor& scale
     const cpu::StandardArithmetic arithmetic;
     qparams.scale.scalar_type() == at::kDouble ? check_scale_values<double>(op, qparams.scale)
                                                : check_scale_values<float>(op, qparams.scale);
-    check_zero_point_values(op, qparams.zero_point, quant_min, quant_max);
+    check_zero_points(op, "zero_point", qparams.zero_point, quant_min, quant_max);
   }
   qparams.zero_point = qparams.zero_point.to(at::kInt);
   return qparams;

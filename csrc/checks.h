@@ -35,6 +35,10 @@ void check_blocks(const std::string& op, const Tensor& x, Granularity granularit
 // The shape of the scale and the zero point of `x`.
 at::DimVector qparams_shape(const Tensor& x, Granularity granularity);
 
+// Checks the values of contiguous zero points on the CPU: elsewhere reading a value would wait for the device.
+void check_zero_points(
+    const char* op, const char* name, const Tensor& zero_points, int64_t quant_min, int64_t quant_max);
+
 // `of`: the tensor whose dtype decides that of scale, in words.
 QParams checked_qparams(const char* op, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
     int64_t quant_min, int64_t quant_max, Granularity granularity, at::ScalarType dtype, const char* of);

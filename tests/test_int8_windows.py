@@ -140,21 +140,28 @@ def test_sums_alone(kernels, geometry, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("point", [-129, 200, 256, 40000])
-def test_zero_points_beyond_int8(kernels, point, groups, device):
-    """As callers of the operator may have them."""
+@pytest.mark.parametrize(
+    "points, message",
+    [
+        ((-1, 3), "expected zero_point to be from 0 to 255, got -1"),
+        ((256, 3), "expected zero_point to be from 0 to 255, got 256"),
+        ((3, -129), "expected the weight's zero_point to be from -128 to 127, got -129"),
+        ((3, 40000), "expected the weight's zero_point to be from -128 to 127, got 40000"),
+    ],
+)
+def test_zero_points_beyond_the_integers(kernels, points, message, groups):
     tensors, weight, bias, sizes, _ = operands_of(
-        GEOMETRIES["strides"], 4, 4, groups, dtype=torch.float32, device=device
+        GEOMETRIES["strides"], 4, 4, groups, dtype=torch.float32, per_sample=True
     )
-    for of_input, of_weight in ((point, 3), (3, point)):
-        tensors[2].fill_(of_input)
-        weight[2].fill_(of_weight)
-        levels = tensors[0].cpu().double() - of_input
-        integers = weight[0].cpu().double().view(4, 3, 2, 4 // groups)
-        scales = (tensors[1].cpu(), weight[1].cpu(), bias.cpu())
-        expected = expected_outputs(levels, integers.movedim(-1, 1) - of_weight, *scales, groups, sizes)
-        y = OPS.int8_conv_grouped(*tensors, weight, bias, groups, *sizes)
-        cases.assert_same(y.cpu().contiguous(), expected.contiguous())
+    for zero_points, point in zip((tensors[2], weight[2]), points, strict=True):
+        zero_points[-1] = point
+    with pytest.raises(ValueError, match=f"int8_conv_grouped: {message}"):
+        OPS.int8_conv_grouped(*tensors, weight, bias, groups, *sizes)
+    with pytest.raises(ValueError, match=f"int8_conv_sums: {message}"):
+        kernels.int8_conv_sums(*tensors[:3], tuple(weight), groups, *sizes)
+    if points[1] == 3:
+        with pytest.raises(ValueError, match=f"int8_conv_windows: {message}"):
+            OPS.int8_conv_windows(*tensors, *sizes)
 
 
 def test_sums_beyond_32_bits(kernels, device):
@@ -208,7 +215,10 @@ def test_nothing_to_read(kernels, shape, device):
             "expected the size from 0 to 2147483647, got (2, 2147483648)",
         ),
         ({"padding": (2**31 - 1, 0)}, "expected windows within 2^31 elements of a dimension"),
-        ({"output_size": (2**20, 2**20)}, "expected less than 2^31 windows per sample, got 1099511627776"),
+        (
+            {"output_size": (2**20, 2**20)},
+            "expected less than 2^31 windows per sample, got output_size (1048576, 1048576)",
+        ),
         ({"output_size": (-1, 2)}, "expected output_size from 0 to 2147483647, got (-1, 2)"),
     ],
 )
@@ -263,3 +273,28 @@ def test_windows_of_too_many_elements(kernels):
     one, point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"expected windows of less than 2\^31 elements, got 2147483648"):
         OPS.int8_conv_windows(q, one, point, None, None, *sizes)
+
+
+@pytest.mark.parametrize("name", ["kernel_size", "output_size"])
+@pytest.mark.parametrize("size", [(2**22, 2**21, 2**21), (2**16, 2**16, 2**16)], ids=str)
+def test_products_of_sizes_beyond_64_bits(kernels, name, size):
+    """2^64 is 0 modulo 2^64."""
+    q, one, point = torch.zeros(1, 1, 1, 1, 1, dtype=torch.uint8), torch.ones(1), torch.zeros(1).int()
+    sizes = {"kernel_size": (1,) * 3, "stride": (1,) * 3, "padding": (0,) * 3, "dilation": (1,) * 3}
+    sizes = sizes | {"spread": (1,) * 3, "output_size": (1,) * 3} | {name: size}
+    words = "windows per sample" if name == "output_size" else "elements"
+    words = rf"expected .*less than 2\^31 {words}, got {name} {re.escape(str(size))}"
+    with pytest.raises(ValueError, match=words):
+        OPS.int8_conv_windows(q, one, point, None, None, *sizes.values())
+    weight = [torch.ones(1, 1, dtype=torch.int8), one, point]
+    with pytest.raises(ValueError, match=words):
+        OPS.int8_conv_grouped(q, one, point, None, None, weight, None, 1, *sizes.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64, torch.int16], ids=cases.name)
+def test_inputs_whose_nans_are_not_known(kernels, dtype):
+    q, one, point = torch.zeros(1, 1, 4, dtype=torch.uint8), torch.ones(1), torch.zeros(1).int()
+    sizes = [(2,), (1,), (0,), (1,), (1,), (3,)]
+    kind = ValueError if dtype == torch.float64 else TypeError
+    with pytest.raises(kind, match=rf"int8_conv_windows: expected .*input .*got {cases.name(dtype)}"):
+        OPS.int8_conv_windows(q, one, point, torch.zeros(1, 1, 4).to(dtype), torch.zeros(1), *sizes)

@@ -151,15 +151,6 @@ class WindowLevels {
   const int64_t channels_, outputs_, run_;
 };
 
-// Whether the zero points are values of T, so that levels have 9 bits.
-template <class T>
-bool are_values_of(const at::Tensor& zero_points) {
-  const auto* const first = zero_points.const_data_ptr<int32_t>();
-  return std::all_of(first, first + zero_points.numel(), [](int32_t zero_point) {
-    return zero_point == static_cast<T>(zero_point);
-  });
-}
-
 } // namespace
 
 bool has_pair_products() {
@@ -376,8 +367,7 @@ GroupedTask with_merged_groups(const GroupedTask& task) {
 } // namespace
 
 bool try_pair_products(const GroupedTask& given) {
-  if (!has_pair_products() || !given.fits_int32() || !are_values_of<uint8_t>(given.input.zero_point) ||
-      !are_values_of<int8_t>(given.weight_zero_point)) {
+  if (!has_pair_products() || !given.fits_int32()) {
     return false;
   }
   const auto task = with_merged_groups(given);

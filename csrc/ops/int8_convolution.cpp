@@ -158,9 +158,12 @@ at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tens
       most_depthwise_taps, " columns, got ", name_of(weight.scalar_type()), " of shape ", tuple(weight.sizes()));
   at::DimVector shape = {values.size(0), channels};
   for (const size_t d : {0, 1}) {
+    TORCH_CHECK_VALUE(stride[d] > 0 && padding[d] >= 0 && dilation[d] > 0, op,
+        ": expected stride and dilation to be at least 1, and padding at least 0, got ", tuple(stride), ", ",
+        tuple(dilation), " and ", tuple(padding));
     const auto reach = values.size(d + 2) + 2 * padding[d] - dilation[d] * (kernel_size[d] - 1) - 1;
-    TORCH_CHECK_VALUE(stride[d] > 0 && padding[d] >= 0 && dilation[d] > 0 && reach >= 0, op,
-        ": expected an input that is at least as large as the kernel, got ", tuple(values.sizes()));
+    TORCH_CHECK_VALUE(
+        reach >= 0, op, ": expected an input that is at least as large as the kernel, got ", tuple(values.sizes()));
     shape.push_back(reach / stride[d] + 1);
   }
   return shape;
@@ -174,6 +177,7 @@ at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tens
       values.scalar_type() == at::kByte, op, ": expected uint8 values, got ", name_of(values.scalar_type()));
   TORCH_CHECK_VALUE(is_contiguous_of(scale, at::kFloat, 1) && is_contiguous_of(shifted_zero_point, at::kInt, 1), op,
       ": expected one scale and zero point of the input");
+  check_zero_points(op, "shifted_zero_point", shifted_zero_point, 0, 255);
   return checked_depthwise(op, values, weight, weight_dtype, kernel_size, stride, padding, dilation);
 }
 

@@ -7,10 +7,25 @@
 #include "launchers.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <limits>
 
 namespace qatfast::kernel {
 namespace {
+
+constexpr int64_t int32_max = std::numeric_limits<int32_t>::max();
+
+// Returns the product of sizes, of which only the first may be more than int32_max, or a partial product that is more.
+int64_t product_up_to_int32_max(std::initializer_list<int64_t> sizes) {
+  int64_t product = 1;
+  for (const auto size : sizes) {
+    product *= size;
+    if (product > int32_max) {
+      break;
+    }
+  }
+  return product;
+}
 
 WindowGeometry checked_geometry(const char* op, const Tensor& values, at::IntArrayRef kernel_size,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, at::IntArrayRef spread,
@@ -21,33 +36,37 @@ WindowGeometry checked_geometry(const char* op, const Tensor& values, at::IntArr
       ": expected uint8 values of 3 to 5 dimensions, got ", name_of(values.scalar_type()), " of shape ",
       tuple(values.sizes()));
   WindowGeometry geometry;
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
   const auto fill = [&](const char* name, at::IntArrayRef from, Coordinates& to, int64_t least, int32_t other) {
     TORCH_CHECK_VALUE(static_cast<int64_t>(from.size()) == own, op, ": expected ", name, " to have ", own,
         " elements (values.dim() - 2), got ", tuple(from));
     std::fill_n(to, dims, other);
     for (int64_t d = 0; d < own; ++d) {
-      TORCH_CHECK_VALUE(least <= from[d] && from[d] <= most, op, ": expected ", name, " from ", least, " to ", most,
-          ", got ", tuple(from));
+      TORCH_CHECK_VALUE(least <= from[d] && from[d] <= int32_max, op, ": expected ", name, " from ", least, " to ",
+          int32_max, ", got ", tuple(from));
       to[dims - own + d] = static_cast<int32_t>(from[d]);
     }
   };
   fill("the size", values.sizes().slice(2), geometry.size, 0, 1);
   fill("kernel_size", kernel_size, geometry.kernel, 1, 1);
   fill("stride", stride, geometry.stride, 1, 1);
-  fill("padding", padding, geometry.padding, -most, 0);
+  fill("padding", padding, geometry.padding, -int32_max, 0);
   fill("dilation", dilation, geometry.dilation, 1, 1);
   fill("spread", spread, geometry.spread, 1, 1);
   fill("output_size", output_size, geometry.output_size, 0, 1);
   for (int d = 0; d < dims; ++d) {
     const auto outputs = int64_t{geometry.output_size[d]} * geometry.stride[d],
                taps = int64_t{geometry.kernel[d]} * geometry.dilation[d];
-    TORCH_CHECK_VALUE(outputs + taps + std::abs(int64_t{geometry.padding[d]}) <= most, op,
+    TORCH_CHECK_VALUE(outputs + taps + std::abs(int64_t{geometry.padding[d]}) <= int32_max, op,
         ": expected windows within 2^31 elements of a dimension, got strides, dilations and padding that reach "
         "further");
   }
-  TORCH_CHECK_VALUE(WindowGeometry::product(geometry.output_size) <= most, op,
-      ": expected less than 2^31 windows per sample, got ", WindowGeometry::product(geometry.output_size));
+  const auto product_of = [](const Coordinates& sizes) {
+    return product_up_to_int32_max({sizes[0], sizes[1], sizes[2]});
+  };
+  TORCH_CHECK_VALUE(product_of(geometry.output_size) <= int32_max, op,
+      ": expected less than 2^31 windows per sample, got output_size ", tuple(output_size));
+  TORCH_CHECK_VALUE(product_of(geometry.kernel) <= int32_max, op,
+      ": expected windows of less than 2^31 elements, got kernel_size ", tuple(kernel_size));
   return geometry;
 }
 
@@ -62,9 +81,11 @@ WindowTask checked_input(const char* op, const WindowGeometry& geometry, const T
           scale.numel() == zero_point.numel(),
       op, ": expected one scale (float32 or float64) and zero point (int32) of the input, or one per sample, got ",
       tuple(scale.sizes()), " and ", tuple(zero_point.sizes()));
+  check_zero_points(op, "zero_point", zero_point, 0, 255);
   TORCH_CHECK_VALUE(input.has_value() == poison.has_value(), op, ": expected both input and poison, or neither");
   if (input) {
-    TORCH_CHECK_VALUE(input->sizes() == values.sizes() && input->is_floating_point() && input->element_size() <= 4 &&
+    check_float(op, "input", input->scalar_type());
+    TORCH_CHECK_VALUE(input->sizes() == values.sizes() && input->scalar_type() != at::kDouble &&
             poison->scalar_type() == at::kFloat && poison->numel() == 1,
         op, ": expected the input of the values and one float32 poison, got ", name_of(input->scalar_type()),
         " of shape ", tuple(input->sizes()), " and ", name_of(poison->scalar_type()));
@@ -99,6 +120,7 @@ GroupedTask checked_grouped_task(const char* op, const Tensor& values, const Ten
       op, ": expected an int8 weight with a row of ", taps * (channels / groups),
       " elements, a scale and a zero point per output, got ", name_of(weight.scalar_type()), " of shape ",
       tuple(weight.sizes()));
+  check_zero_points(op, "the weight's zero_point", weight_zero_point, -128, 127);
   for (const auto& tensor : {weight, weight_scale, weight_zero_point, bias.value_or(values)}) {
     check_device(op, "all tensors", tensor, values);
   }
@@ -119,9 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> int8_conv_windows(const Tensor& value
   const auto geometry = checked_geometry(op, values, kernel_size, stride, padding, dilation, spread, output_size);
   const auto task = checked_input(op, geometry, values, scale, zero_point, input, poison);
   const auto rows = values.size(0) * WindowGeometry::product(geometry.output_size);
-  const auto columns = WindowGeometry::product(geometry.kernel) * values.size(1);
-  TORCH_CHECK_VALUE(columns <= std::numeric_limits<int32_t>::max(), op,
-      ": expected windows of less than 2^31 elements, got ", columns);
+  const auto columns = product_up_to_int32_max({values.size(1), WindowGeometry::product(geometry.kernel)});
+  TORCH_CHECK_VALUE(columns <= int32_max, op, ": expected windows of less than 2^31 elements, got ", columns);
   const Int8Rows to = {fresh({rows, columns}, at::kChar, values), fresh({rows}, scale.scalar_type(), values),
       fresh({rows}, at::kInt, values), fresh({rows}, at::kLong, values)};
   if (rows > 0) {

@@ -29,13 +29,52 @@
 
 namespace {
 
-// An argument as Python gives it; one that is missing at the end is None.
+// An argument as Python gives it, and its place for messages.
+struct Given {
+  PyObject* object;
+  const char* function;
+  size_t index;
+
+  void check(bool is_legal, const char* expected) const {
+    check(is_legal, expected, object);
+  }
+  void check(bool is_legal, const char* expected, PyObject* found) const {
+    TORCH_CHECK_TYPE(
+        is_legal, function, ": expected argument ", index + 1, " to be ", expected, ", got ", Py_TYPE(found)->tp_name);
+  }
+};
+
+// What a type is called in messages.
+template <class T>
+constexpr const char* type_name = nullptr;
+template <>
+constexpr const char* type_name<bool> = "a bool";
+template <>
+constexpr const char* type_name<int64_t> = "an int";
+template <>
+constexpr const char* type_name<double> = "a number";
+template <>
+constexpr const char* type_name<at::ScalarType> = "a dtype";
+template <>
+constexpr const char* type_name<std::optional<at::Tensor>> = "a tensor or None";
+template <>
+constexpr const char* type_name<std::optional<double>> = "a number or None";
+template <>
+constexpr const char* type_name<std::optional<at::ScalarType>> = "a dtype or None";
+template <>
+constexpr const char* type_name<c10::SymIntArrayRef> = "a tuple of integers";
+template <>
+constexpr const char* type_name<std::array<bool, 3>> = "three bools";
+
+// An argument as C++ takes it.
 template <class Arg>
 struct Argument {
   pybind11::detail::make_caster<Arg> caster;
 
-  explicit Argument(PyObject* given) {
-    TORCH_CHECK_TYPE(caster.load(given, true), "expected another type, got ", Py_TYPE(given)->tp_name);
+  explicit Argument(const Given& given) {
+    constexpr auto type = type_name<std::decay_t<Arg>>;
+    static_assert(type != nullptr);
+    given.check(caster.load(given.object, true), type);
   }
   operator Arg() {
     return pybind11::detail::cast_op<Arg>(caster);
@@ -47,9 +86,9 @@ template <>
 struct Argument<const at::Tensor&> {
   const at::Tensor* tensor;
 
-  explicit Argument(PyObject* given) {
-    TORCH_CHECK_TYPE(THPVariable_Check(given), "expected a tensor, got ", Py_TYPE(given)->tp_name);
-    tensor = &THPVariable_Unpack(given);
+  explicit Argument(const Given& given) {
+    given.check(THPVariable_Check(given.object), "a tensor");
+    tensor = &THPVariable_Unpack(given.object);
   }
   operator const at::Tensor&() const {
     return *tensor;
@@ -61,10 +100,10 @@ template <>
 struct Argument<at::IntArrayRef> {
   c10::SmallVector<int64_t, 16> integers;
 
-  explicit Argument(PyObject* given) {
-    TORCH_CHECK_TYPE(PyTuple_Check(given), "expected a tuple of integers, got ", Py_TYPE(given)->tp_name);
-    for (const auto i : c10::irange(PyTuple_GET_SIZE(given))) {
-      integers.push_back(THPUtils_unpackLong(PyTuple_GET_ITEM(given, i)));
+  explicit Argument(const Given& given) {
+    given.check(PyTuple_Check(given.object), "a tuple of integers");
+    for (const auto i : c10::irange(PyTuple_GET_SIZE(given.object))) {
+      integers.push_back(THPUtils_unpackLong(PyTuple_GET_ITEM(given.object, i)));
     }
   }
   operator at::IntArrayRef() const {
@@ -76,11 +115,11 @@ template <>
 struct Argument<at::TensorList> {
   c10::SmallVector<at::Tensor, 4> tensors;
 
-  explicit Argument(PyObject* given) {
-    TORCH_CHECK_TYPE(PyTuple_Check(given), "expected a tuple of tensors, got ", Py_TYPE(given)->tp_name);
-    for (const auto i : c10::irange(PyTuple_GET_SIZE(given))) {
-      PyObject* const tensor = PyTuple_GET_ITEM(given, i);
-      TORCH_CHECK_TYPE(THPVariable_Check(tensor), "expected a tuple of tensors, got a ", Py_TYPE(tensor)->tp_name);
+  explicit Argument(const Given& given) {
+    given.check(PyTuple_Check(given.object), "a tuple of tensors");
+    for (const auto i : c10::irange(PyTuple_GET_SIZE(given.object))) {
+      PyObject* const tensor = PyTuple_GET_ITEM(given.object, i);
+      given.check(THPVariable_Check(tensor), "a tuple of tensors", tensor);
       tensors.push_back(THPVariable_Unpack(tensor));
     }
   }
@@ -90,9 +129,12 @@ struct Argument<at::TensorList> {
 };
 
 template <class... Args, class Function, size_t... I>
-PyObject* call_with(Function function, PyObject* const* args, Py_ssize_t count, std::index_sequence<I...>) {
-  const auto given = [&](size_t i) {
-    return static_cast<Py_ssize_t>(i) < count ? args[i] : Py_None;
+PyObject* call_with(
+    const char* name, Function function, PyObject* const* args, Py_ssize_t count, std::index_sequence<I...>) {
+  TORCH_CHECK_TYPE(count <= static_cast<Py_ssize_t>(sizeof...(Args)), name, ": expected at most ", sizeof...(Args),
+      " arguments, got ", count);
+  const auto given = [&](size_t i) { // one that is missing at the end is None
+    return Given{static_cast<Py_ssize_t>(i) < count ? args[i] : Py_None, name, i};
   };
   std::tuple<Argument<Args>...> arguments{given(I)...};
   auto result = [&] {
@@ -104,12 +146,22 @@ PyObject* call_with(Function function, PyObject* const* args, Py_ssize_t count, 
 
 template <class Name, class Result, class... Args>
 PyObject* call(qatfast::Operator<Name, Result(Args...)> op, PyObject* const* args, Py_ssize_t count) {
-  return call_with<Args...>(op, args, count, std::index_sequence_for<Args...>{});
+  constexpr auto name = Name::value + sizeof("qatfast::") - 1;
+  return call_with<Args...>(name, op, args, count, std::index_sequence_for<Args...>{});
 }
 
+// A function that is no operator.
+template <class Signature>
+struct Function {
+  const char* name;
+  Signature* run;
+};
+template <class Signature>
+Function(const char*, Signature*) -> Function<Signature>;
+
 template <class Result, class... Args>
-PyObject* call(Result (*function)(Args...), PyObject* const* args, Py_ssize_t count) {
-  return call_with<Args...>(function, args, count, std::index_sequence_for<Args...>{});
+PyObject* call(const Function<Result(Args...)>& function, PyObject* const* args, Py_ssize_t count) {
+  return call_with<Args...>(function.name, function.run, args, count, std::index_sequence_for<Args...>{});
 }
 
 // The GIL is released while the operator runs; C++ errors arrive as their Python types.
@@ -161,7 +213,7 @@ PyObject* forward_observed(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return THPVariable_Unpack(args[i]);
   };
   const auto averaging_constant = THPUtils_unpackDouble(args[tensors]);
-  const Argument<at::IntArrayRef> code(args[tensors + 1]);
+  const Argument<at::IntArrayRef> code({args[tensors + 1], "forward_observed", tensors + 1});
   const auto spec = qatfast::checked_spec("fake_quantize_observed", code);
   TORCH_CHECK_VALUE(spec, "fake_quantize_observed: expected a spec, got none");
   auto result = [&] {
@@ -190,7 +242,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qat_linear_int8_observed(const at
       input, weight, bias, int8_weight, scale, zero_point, std::nullopt, std::nullopt, codes);
   return {std::move(y), std::move(scale), std::move(zero_point)};
 }
-constexpr auto observed_layer = &qat_linear_int8_observed;
+constexpr Function observed_layer{"qat_linear_int8_observed", &qat_linear_int8_observed};
 
 // quantize, the product of the integers and int8_requantize_ in one call, for the same reason; a row with a NaN is NaN.
 at::Tensor int8_linear_requantized(const at::Tensor& input, const at::Tensor& scale, const at::Tensor& zero_point,
@@ -199,7 +251,8 @@ at::Tensor int8_linear_requantized(const at::Tensor& input, const at::Tensor& sc
   constexpr std::array<int64_t, 2> per_tensor = {0, 0};
   const auto columns = weight.size(1);
   TORCH_CHECK_VALUE(input.numel() > 0 && input.size(-1) == columns,
-      "int8_linear_requantized: expected input to be of shape (..., ", columns, ") and not empty, got ", input.sizes());
+      "int8_linear_requantized: expected input to be of shape (..., ", columns, ") and not empty, got ",
+      qatfast::tuple(input.sizes()));
   const auto rows = input.dim() == 2 ? input : input.reshape({-1, columns});
   const auto q = qatfast::op::quantize(rows, scale, zero_point, quant_min, quant_max, per_tensor);
   const auto sums = qatfast::int8_mm(q, weight);
@@ -214,9 +267,9 @@ at::Tensor int8_linear_requantized(const at::Tensor& input, const at::Tensor& sc
   shape.back() = weight.size(0);
   return y.view(shape);
 }
-constexpr auto matrix_product = &qatfast::int8_mm;
-constexpr auto sums_of_convolution = &qatfast::int8_conv_sums;
-constexpr auto requantizing_layer = &int8_linear_requantized;
+constexpr Function matrix_product{"int8_mm", &qatfast::int8_mm};
+constexpr Function sums_of_convolution{"int8_conv_sums", &qatfast::int8_conv_sums};
+constexpr Function requantizing_layer{"int8_linear_requantized", &int8_linear_requantized};
 
 // What weight_cache._state tells of a weight, as bytes: they are the same only while it is as it was. None where the
 // weight is no plain parameter on a device with kernels, or something else than autograd takes part in the call: _state
@@ -274,10 +327,10 @@ PyMethodDef methods[] = {
     method("takes", takes),
     method("weight_state", weight_state),
     method("forward_observed", forward_observed),
-    method("qat_linear_int8_observed", direct<observed_layer>),
-    method("int8_mm", direct<matrix_product>),
-    method("int8_conv_sums", direct<sums_of_convolution>),
-    method("int8_linear_requantized", direct<requantizing_layer>),
+    method(observed_layer.name, direct<observed_layer>),
+    method(matrix_product.name, direct<matrix_product>),
+    method(sums_of_convolution.name, direct<sums_of_convolution>),
+    method(requantizing_layer.name, direct<requantizing_layer>),
 #define QATFAST_OPERATOR(name, ...) method(#name, direct<op::name>),
 #include "operator_list.h"
     {nullptr, nullptr, 0, nullptr},

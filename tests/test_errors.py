@@ -517,6 +517,42 @@ def test_a_backward_with_wrong_arguments_crashes_nothing(kernels, grad, mask, st
         torch.ops.qatfast.fake_quantize_affine_backward(grad, mask, stride)
 
 
+@pytest.mark.parametrize(
+    "function, arguments, message",
+    [
+        ("fake_quantize", (x(3), 8, False, (0, 0), True, 1), "expected at most 5 arguments, got 6"),
+        ("fake_quantize", (3, 8, False, (0, 0), True), "expected argument 1 to be a tensor, got int"),
+        ("fake_quantize", (x(3), "8", False, (0, 0), True), "expected argument 2 to be an int, got str"),
+        ("fake_quantize", (x(3), 8, "no", (0, 0), True), "expected argument 3 to be a bool, got str"),
+        (
+            "fake_quantize",
+            (x(3), 8, False, None, True),
+            "expected argument 4 to be a tuple of integers, got NoneType",
+        ),
+        (
+            "fake_quantize",
+            (x(3), 8, False, [0, 0]),
+            "expected argument 4 to be a tuple of integers, got list",
+        ),
+        ("relu", (x(3), "6"), "expected argument 2 to be a number or None, got str"),
+        (
+            "qat_linear",
+            (x(4, 6), x(3, 6), 3, (0,) * 16),
+            "expected argument 3 to be a tensor or None, got int",
+        ),
+        ("qat_linear", (x(4, 6), x(3, 6), None, (0,) * 16, 3), "argument 5 to be a dtype or None, got int"),
+        ("int8_product", ((x(3), 4), (), None), "expected argument 1 to be a tuple of tensors, got int"),
+        ("int8_mm", (x(3), x(3), x(3)), "expected at most 2 arguments, got 3"),
+        ("int8_mm", (x(3), 4), "expected argument 2 to be a tensor, got int"),
+    ],
+)
+def test_direct_entries_say_which_argument_does_not_fit(kernels, function, arguments, message):
+    with pytest.raises(TypeError) as caught:
+        getattr(kernels, function)(*arguments)
+    assert str(caught.value).startswith(f"{function}: ")
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize("op", operators(), ids=str)
 def test_granularity_and_the_like_are_keyword_only(op):
     arguments = next(op.calls()).arguments.values()
@@ -532,3 +568,17 @@ def test_two_devices(op):
     name = list(call.tensors)[1]
     with pytest.raises(RuntimeError, match=f"{op}: expected {name} on cuda:0, the device of input, got cpu"):
         call.replaced(input=call.arguments["input"].cuda()).through(functional)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_what_a_backward_reads_is_on_one_device():
+    operators, of_layer = torch.ops.qatfast, integers()[:3]
+    for index, name in ((1, "scale"), (2, "zero_point")):
+        given = [tensor if i == index else tensor.cuda() for i, tensor in enumerate(of_layer)]
+        words = f"qat_linear_int8_input: expected {name} on cuda:0, the device of input, got cpu"
+        with pytest.raises(RuntimeError, match=words):
+            operators.qat_linear_int8_input(*given, torch.float32)
+    grid = torch.tensor(1.0).cuda(), torch.tensor(0, dtype=torch.int32).cuda()
+    words = "fake_quantize_learned_backward: expected grad on cuda:0, the device of input, got cpu"
+    with pytest.raises(RuntimeError, match=words):
+        operators.fake_quantize_learned_backward(x(4, 6), x(4, 6).cuda(), *grid, 0, 15, (0, 0))

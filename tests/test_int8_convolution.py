@@ -446,3 +446,42 @@ def test_gradients_of_a_pointwise_convolution(channels, range):
     for position, leaf in enumerate(leaves):  # one gradient alone
         (alone,) = torch.autograd.grad(layer(channels_last), [leaf], grad)
         torch.testing.assert_close(alone, actual[position], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "message, changes",
+    [
+        ("expected shifted_zero_point to be from 0 to 255, got 300", {"shifted_zero_point": 300}),
+        ("expected shifted_zero_point to be from 0 to 255, got -1", {"shifted_zero_point": -1}),
+        (
+            r"padding at least 0, got \(0, 1\), \(1, 1\) and \(0, 0\)",
+            {"stride": (0, 1)},
+        ),
+        ("expected stride and dilation to be at least 1, and padding at least 0", {"padding": (0, -1)}),
+        ("expected stride and dilation to be at least 1, and padding at least 0", {"dilation": (0, 1)}),
+        ("expected an input that is at least as large as the kernel", {"dilation": (4, 1)}),
+    ],
+)
+def test_errors_of_a_depthwise_convolution(kernels, message, changes):
+    legal = {
+        "values": torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+        "scale": torch.tensor(0.1),
+        "shifted_zero_point": 7,
+        "weight": torch.ones(3, 4, dtype=torch.int8),
+        "weight_scale": torch.ones(3),
+        "bias": None,
+        "kernel_size": (2, 2),
+        "stride": (1, 1),
+        "padding": (0, 0),
+        "dilation": (1, 1),
+    }
+    arguments = {**legal, **changes}
+    arguments["shifted_zero_point"] = torch.tensor(arguments["shifted_zero_point"], dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"int8_conv_depthwise: .*{message}"):
+        kernels.int8_conv_depthwise(*arguments.values())
+
+
+def test_a_product_of_floats_says_so(kernels):
+    words = r"int8_mm: expected int8 matrices .*, got float32 of shape \(2, 3\) and int8 of shape \(4, 3\)"
+    with pytest.raises(ValueError, match=words):
+        kernels.int8_mm(torch.ones(2, 3), torch.ones(4, 3, dtype=torch.int8))

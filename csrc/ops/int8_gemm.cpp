@@ -1,8 +1,9 @@
-#include "int8_gemm.h"
+#include "ops/int8_gemm.h"
 
+#include "checks.h"
 #include "common/copy.h"
-#include "cpu/arithmetic.h"
 #include "common/memory.h"
+#include "cpu/arithmetic.h"
 #include "launchers.h"
 
 #include <ATen/Context.h>
@@ -18,6 +19,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 
@@ -241,8 +243,9 @@ Int8Rows quantize_rows(
 Tensor int8_mm(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK_VALUE(x.is_cpu() && x.scalar_type() == at::kChar && weight.scalar_type() == at::kChar && x.dim() == 2 &&
           weight.dim() == 2 && x.size(1) == weight.size(1) && x.size(1) <= slice,
-      "int8_mm: expected int8 matrices of as many columns, at most ", slice, ", got ", x.sizes(), " and ",
-      weight.sizes());
+      "int8_mm: expected int8 matrices of as many columns, at most ", slice, ", on the CPU, got ",
+      name_of(x.scalar_type()), " of shape ", tuple(x.sizes()), " and ", name_of(weight.scalar_type()), " of shape ",
+      tuple(weight.sizes()));
   const auto products = fresh({x.size(0), weight.size(0)}, at::kInt, x);
   if (products.numel() > 0) {
     multiply(products, x.contiguous(), weight.contiguous());

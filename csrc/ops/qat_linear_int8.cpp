@@ -241,73 +241,11 @@ Tensor place_of_input(const Tensor& value, uint32_t index) {
   return stand_in;
 }
 
-Tensor in_place_of_input(const Tensor& value, uint32_t index) {
-  return straight_through(place_of_input(value, index), value);
-}
-
 std::vector<c10::SymInt> shape_of_input(const Tensor& dy, const Tensor& weight) {
   auto shape = dy.sym_sizes().vec();
   shape.back() = weight.sym_size(1);
   return shape;
 }
-
-// Kept: the int8 input, from which x_hat is computed again, and the weight itself, from which w_hat is.
-struct QATLinearInt8Node : Function<QATLinearInt8Node> {
-  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
-      const std::optional<Variable>& bias, at::TensorList int8_weight, at::IntArrayRef specs,
-      std::optional<at::ScalarType> dtype) {
-    ctx->set_materialize_grads(false);
-    at::AutoDispatchBelowADInplaceOrView below;
-    const auto [output, values, scale, zero_point] =
-        op::qat_linear_int8_forward(input, weight, bias, int8_weight, specs, dtype);
-    const bool needs_input = weight.requires_grad();
-    variable_list kept = {kept_if(needs_input, values), kept_if(needs_input, scale), kept_if(needs_input, zero_point),
-        kept_if(input.requires_grad(), weight)};
-    if (bias) {
-      kept.emplace_back(); // nothing is kept of it but that there is one
-    }
-    ctx->save_for_backward(std::move(kept));
-    ctx->saved_data["weight_spec"] = LinearSpecs::code_of(specs, LinearSpecs::weight_role);
-    return output;
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(9); // the four tensors of int8_weight have places, given or not
-    if (!grads[0].defined()) {
-      return result;
-    }
-    const auto saved = ctx->get_saved_variables(); // may run hooks, which need autograd
-    const auto grad = as_dense(grads[0]);
-    const auto below = below_autograd_unless_needed(grad);
-    const auto& values = saved[0];
-    const auto& weight = saved[3];
-    const auto dy = as_rows(grad);
-    const bool needs_input = ctx->needs_input_grad(0), needs_weight = ctx->needs_input_grad(1);
-    const auto spec = ctx->saved_data["weight_spec"].toIntVector();
-    if (below && needs_input && needs_weight) {
-      const auto [dx, dw] = op::qat_linear_int8_backward(dy, values, saved[1], saved[2], weight, spec);
-      result[0] = grad.dim() == 2 ? dx : dx.view_symint(shape_of_input(grad, weight));
-      result[1] = dw;
-    } else {
-      const auto dtype = dy.scalar_type();
-      if (needs_weight) {
-        auto x_hat = op::qat_linear_int8_input(values, saved[1], saved[2], dtype);
-        if (!below && weight.defined()) { // the input requires grad, whether or not this task asks for its gradient
-          x_hat = as_rows(in_place_of_input(x_hat.view_symint(shape_of_input(grad, weight)), 0));
-        }
-        result[1] = weight_gradient(dy, x_hat, !below);
-      }
-      if (needs_input) {
-        result[0] = at::matmul(grad, as_dtype(fake_quantized(weight, spec), dtype));
-      }
-    }
-    const bool has_bias = saved.size() == 5;
-    if (has_bias && ctx->needs_input_grad(2)) {
-      result[2] = dy.sum(0);
-    }
-    return result;
-  }
-};
 
 // `value`, whose gradient passes to `place` where the mask is set.
 struct MaskedStraightThroughNode : Function<MaskedStraightThroughNode> {
@@ -321,7 +259,80 @@ struct MaskedStraightThroughNode : Function<MaskedStraightThroughNode> {
   }
 };
 
-// The same with the mask of the input's gradient.
+// Saves what backward_of_int8() needs: the int8 input, from which x_hat is computed again, and the weight itself, from
+// which w_hat is. `mask` is that of the input's gradient, undefined if all of it passes.
+void save_int8(AutogradContext* ctx, const Variable& input, const Variable& weight, bool has_bias,
+    const Variable& values, const Variable& scale, const Variable& zero_point, const Variable& mask,
+    at::IntArrayRef specs) {
+  const bool needs_input = weight.requires_grad(), needs_weight = input.requires_grad();
+  ctx->save_for_backward({kept_if(needs_input, values), kept_if(needs_input, scale), kept_if(needs_input, zero_point),
+      kept_if(needs_weight, weight), kept_if(needs_weight, mask)});
+  ctx->saved_data["weight_spec"] = LinearSpecs::code_of(specs, LinearSpecs::weight_role);
+  ctx->saved_data["has_bias"] = has_bias;
+}
+
+// The gradients of input, weight and bias, the first three of `inputs`.
+variable_list backward_of_int8(AutogradContext* ctx, const Variable& given_grad, size_t inputs) {
+  variable_list result(inputs);
+  if (!given_grad.defined()) {
+    return result;
+  }
+  const auto saved = ctx->get_saved_variables(); // may run hooks, which need autograd
+  const auto grad = as_dense(given_grad);
+  const auto below = below_autograd_unless_needed(grad);
+  const auto &values = saved[0], &scale = saved[1], &zero_point = saved[2], &weight = saved[3], &mask = saved[4];
+  const auto dy = as_rows(grad);
+  const bool needs_input = ctx->needs_input_grad(0), needs_weight = ctx->needs_input_grad(1);
+  const auto spec = ctx->saved_data["weight_spec"].toIntVector();
+  if (below && needs_input && needs_weight) {
+    const auto [dx, dw] = mask.defined()
+        ? op::qat_linear_int8_static_backward(dy, mask, values, scale, zero_point, weight, spec)
+        : op::qat_linear_int8_backward(dy, values, scale, zero_point, weight, spec);
+    result[0] = grad.dim() == 2 ? dx : dx.view_symint(shape_of_input(grad, weight));
+    result[1] = dw;
+  } else {
+    const auto dtype = dy.scalar_type();
+    if (needs_weight) {
+      auto x_hat = op::qat_linear_int8_input(values, scale, zero_point, dtype);
+      if (!below && weight.defined()) { // the input requires grad, whether or not this task asks for its gradient
+        const auto place = place_of_input(x_hat, 0);
+        const auto value = x_hat.view_symint(shape_of_input(grad, weight));
+        x_hat = as_rows(
+            mask.defined() ? MaskedStraightThroughNode::apply(place, value, mask) : straight_through(place, value));
+      }
+      result[1] = weight_gradient(dy, x_hat, !below);
+    }
+    if (needs_input) {
+      result[0] = at::matmul(grad, as_dtype(fake_quantized(weight, spec), dtype));
+      if (mask.defined()) {
+        const auto dx = result[0].contiguous();
+        result[0] = op::fake_quantize_affine_backward(dx, mask, dx.sym_strides());
+      }
+    }
+  }
+  if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
+    result[2] = dy.sum(0);
+  }
+  return result;
+}
+
+struct QATLinearInt8Node : Function<QATLinearInt8Node> {
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
+      const std::optional<Variable>& bias, at::TensorList int8_weight, at::IntArrayRef specs,
+      std::optional<at::ScalarType> dtype) {
+    ctx->set_materialize_grads(false);
+    at::AutoDispatchBelowADInplaceOrView below;
+    const auto [output, values, scale, zero_point] =
+        op::qat_linear_int8_forward(input, weight, bias, int8_weight, specs, dtype);
+    save_int8(ctx, input, weight, bias.has_value(), values, scale, zero_point, /*mask=*/{}, specs);
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return backward_of_int8(ctx, grads[0], 9); // the four tensors of int8_weight have places, given or not
+  }
+};
+
 struct QATLinearInt8StaticNode : Function<QATLinearInt8StaticNode> {
   static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& weight,
       const std::optional<Variable>& bias_hat, at::TensorList int8_weight, const Variable& input_scale,
@@ -330,49 +341,12 @@ struct QATLinearInt8StaticNode : Function<QATLinearInt8StaticNode> {
     at::AutoDispatchBelowADInplaceOrView below;
     const auto [output, mask, values, scale, zero_point] =
         op::qat_linear_int8_static_forward(input, weight, bias_hat, int8_weight, input_scale, input_zero_point, specs);
-    const bool needs_input = weight.requires_grad();
-    ctx->save_for_backward({kept_if(needs_input, values), kept_if(needs_input, scale), kept_if(needs_input, zero_point),
-        kept_if(input.requires_grad(), weight), kept_if(input.requires_grad(), mask)});
-    ctx->saved_data["weight_spec"] = LinearSpecs::code_of(specs, LinearSpecs::weight_role);
-    ctx->saved_data["has_bias"] = bias_hat.has_value();
+    save_int8(ctx, input, weight, bias_hat.has_value(), values, scale, zero_point, mask, specs);
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(11); // the four tensors of int8_weight have places, given or not
-    if (!grads[0].defined()) {
-      return result;
-    }
-    const auto saved = ctx->get_saved_variables(); // may run hooks, which need autograd
-    const auto grad = as_dense(grads[0]);
-    const auto below = below_autograd_unless_needed(grad);
-    const auto &values = saved[0], &weight = saved[3], &mask = saved[4];
-    const auto dy = as_rows(grad);
-    const bool needs_input = ctx->needs_input_grad(0), needs_weight = ctx->needs_input_grad(1);
-    const auto spec = ctx->saved_data["weight_spec"].toIntVector();
-    if (below && needs_input && needs_weight) {
-      const auto [dx, dw] = op::qat_linear_int8_static_backward(dy, mask, values, saved[1], saved[2], weight, spec);
-      result[0] = grad.dim() == 2 ? dx : dx.view_symint(shape_of_input(grad, weight));
-      result[1] = dw;
-    } else {
-      const auto dtype = dy.scalar_type();
-      if (needs_weight) {
-        auto x_hat = op::qat_linear_int8_input(values, saved[1], saved[2], dtype);
-        if (!below && weight.defined()) { // the input requires grad, whether or not this task asks for its gradient
-          x_hat = as_rows(MaskedStraightThroughNode::apply(
-              place_of_input(x_hat, 0), x_hat.view_symint(shape_of_input(grad, weight)), mask));
-        }
-        result[1] = weight_gradient(dy, x_hat, !below);
-      }
-      if (needs_input) {
-        const auto dx = at::matmul(grad, as_dtype(fake_quantized(weight, spec), dtype)).contiguous();
-        result[0] = op::fake_quantize_affine_backward(dx, mask, dx.sym_strides());
-      }
-    }
-    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) {
-      result[2] = dy.sum(0);
-    }
-    return result;
+    return backward_of_int8(ctx, grads[0], 11);
   }
 };
 

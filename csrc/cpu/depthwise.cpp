@@ -216,17 +216,16 @@ int64_t channels_per_block(const DepthwiseGeometry& geometry) {
   return std::clamp(fitting / depthwise_vector * depthwise_vector, depthwise_vector, most);
 }
 
-// Calls f(block of channels, scratch) for all samples [begin, end) of each of `groups` groups of them in parallel. A
-// group's samples come one after the other.
-template <class E, class F>
+// Calls f(channels of a sample, group, scratch) for the samples of each of `groups` groups, in parallel. Those of a
+// group come one after the other.
+template <class F>
 void for_each_block(const DepthwiseGeometry& geometry, int64_t samples, int64_t groups, F f) {
   const auto size = channels_per_block(geometry);
   const auto blocks = (geometry.channels + size - 1) / size;
-  const auto columns = geometry.size[1] + 2 * geometry.padding[1];
-  const auto scratch_size = (geometry.span() + 1) * columns * size + depthwise_vector;
+  const auto scratch_size = geometry.span() * geometry.size[1] * size;
   const auto work = std::max<int64_t>(1, samples / groups) * geometry.output_size[0] * geometry.output_size[1] * size;
   parallel_for(0, groups * blocks, std::max<int64_t>(1, grain / work), [&](int64_t task, int64_t end) {
-    const std::unique_ptr<E[]> scratch(new E[scratch_size]);
+    const std::unique_ptr<float[]> scratch(new float[scratch_size]);
     for (; task < end; ++task) {
       const auto group = task / blocks, first = task % blocks * size;
       for (auto sample = samples * group / groups; sample < samples * (group + 1) / groups; ++sample) {
@@ -279,7 +278,7 @@ void depthwise_backward(const DepthwiseBackwardTask& task) {
   const DepthwiseGradients gradients = {geometry, task.grad.const_data_ptr<float>(),
       task.values.const_data_ptr<uint8_t>(), task.scale, static_cast<float>(task.zero_point), weight.data(),
       task.grad_input.defined() ? task.grad_input.mutable_data_ptr<float>() : nullptr};
-  for_each_block<float>(geometry, samples, groups, [&](const ChannelBlock& block, int64_t group, float* scratch) {
+  for_each_block(geometry, samples, groups, [&](const ChannelBlock& block, int64_t group, float* scratch) {
     chosen().depthwise_gradients(gradients, block, grad_weight.empty() ? nullptr : &grad_weight[group * weights],
         grad_bias.empty() ? nullptr : &grad_bias[group * channels], scratch);
   });

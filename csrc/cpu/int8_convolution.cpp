@@ -50,7 +50,6 @@ void requantize(
   const bool are_floats = sums.scalar_type() == at::kFloat;
   const int64_t size = sums.numel();
   parallel_for(0, (size + width - 1) / width, std::max<int64_t>(1, grain / width), [&](int64_t row, int64_t end) {
-    const StandardArithmetic arithmetic;
     const auto loop = are_floats ? chosen().requantize_float32 : chosen().requantize_int32;
     const auto begin = row * width, n = std::min(end * width, size) - begin, whole = n / width;
     char* const at = data + begin * sizeof(float);

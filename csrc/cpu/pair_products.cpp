@@ -4,6 +4,7 @@
 #include "cpu/launch.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/ceil_div.h>
 #include <ATen/ops/empty.h>
 
 #include <limits>
@@ -15,10 +16,6 @@ namespace {
 // The levels of a block of rows and features stay in L2, the weight's of these features in L1.
 constexpr int64_t block_rows = 43 * pair_rows, block_features = 1024;
 
-int64_t divided_up(int64_t value, int64_t divisor) {
-  return (value + divisor - 1) / divisor;
-}
-
 // How rows and outputs are divided into tasks. Each task packs the weight of its outputs again; if there are few rows,
 // tasks divide the outputs instead.
 struct PairDivision {
@@ -28,10 +25,10 @@ struct PairDivision {
   PairDivision(int64_t all_rows, int64_t all_outputs) : rows(block_rows), outputs(all_outputs) {
     const int64_t threads = at::get_num_threads();
     if (all_rows < threads * block_rows && all_outputs >= threads * pair_outputs) {
-      outputs = divided_up(divided_up(all_outputs, threads), pair_outputs) * pair_outputs;
+      outputs = at::ceil_div(at::ceil_div(all_outputs, threads), pair_outputs) * pair_outputs;
     } else {
-      const auto blocks = divided_up(divided_up(all_rows, block_rows), threads) * threads;
-      rows = divided_up(divided_up(all_rows, blocks), pair_rows) * pair_rows;
+      const auto blocks = at::ceil_div(at::ceil_div(all_rows, block_rows), threads) * threads;
+      rows = at::ceil_div(at::ceil_div(all_rows, blocks), pair_rows) * pair_rows;
     }
   }
 };
@@ -40,7 +37,7 @@ struct PairDivision {
 template <class F>
 void for_each_task(int64_t rows, int64_t features, int64_t outputs, F f) {
   const PairDivision division(rows, outputs);
-  const auto per_row = divided_up(outputs, division.outputs), tasks = divided_up(rows, division.rows) * per_row;
+  const auto per_row = at::ceil_div(outputs, division.outputs), tasks = at::ceil_div(rows, division.rows) * per_row;
   const auto work = std::max<int64_t>(1, division.rows * features * division.outputs);
   parallel_for(0, tasks, std::max<int64_t>(1, products_per_thread / work), [&](int64_t task, int64_t end) {
     for (; task < end; ++task) {
@@ -56,7 +53,7 @@ class PairMultiplier {
   PairMultiplier(int64_t rows, int64_t features)
       : rows_(rows),
         features_(features),
-        width_(divided_up(std::min(features, block_features), pair_block) * pair_block),
+        width_(at::ceil_div(std::min(features, block_features), pair_block) * pair_block),
         levels_(new int16_t[rows * width_]),
         weight_(new int16_t[pair_outputs * width_]),
         edge_(new int32_t[rows * pair_outputs]) {}
@@ -72,7 +69,7 @@ class PairMultiplier {
     }
     std::fill_n(edge_.get(), whole < weight.outputs ? rows_ * pair_outputs : 0, 0);
     for (int64_t k = 0; k < features_; k += block_features) {
-      const auto n = std::min(block_features, features_ - k), width = divided_up(n, pair_block) * pair_block;
+      const auto n = std::min(block_features, features_ - k), width = at::ceil_div(n, pair_block) * pair_block;
       fill(k, n, levels_.get(), width);
       for (int64_t row = 0; row < rows_; ++row) {
         std::fill_n(levels_.get() + row * width + n, width - n, int16_t{0});
@@ -81,7 +78,7 @@ class PairMultiplier {
         const auto outputs = std::min(pair_outputs, weight.outputs - j);
         loops.pack(
             {weight.values + j * weight.step + k, weight.step, outputs, weight.zero_point + j}, n, weight_.get());
-        loops.multiply({levels_.get(), width, rows_, weight_.get(), divided_up(n, 2)},
+        loops.multiply({levels_.get(), width, rows_, weight_.get(), at::ceil_div<int64_t>(n, 2)},
             j < whole ? sums + j : edge_.get(), j < whole ? step : pair_outputs);
       }
     }

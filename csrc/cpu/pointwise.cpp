@@ -3,6 +3,7 @@
 
 #include <ATen/ops/zeros.h>
 
+#include <cstring>
 #include <limits>
 #include <memory>
 

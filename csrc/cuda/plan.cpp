@@ -1,5 +1,7 @@
 #include "cuda/plan.h"
 
+#include <ATen/ceil_div.h>
+
 #include <algorithm>
 
 namespace qatfast::cuda {
@@ -9,10 +11,6 @@ constexpr int64_t unit_size = 16; // bytes of the widest access
 constexpr int64_t warp = 32;
 constexpr int64_t memory_line = 128; // bytes that a warp should read at a time
 constexpr int64_t waves = 16;        // CTAs of few_threads per multiprocessor that keep it busy
-
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 int64_t power_of_two_from(int64_t n) {
   int64_t power = 1;
@@ -27,7 +25,7 @@ int64_t windows_of_a_run(const Shape& shape) {
   const auto& layout = shape.layout;
   const int64_t lanes = unit_size / shape.item_size;
   const bool same_offset = layout.outer * layout.blocks == 1 || layout.inner % lanes == 0;
-  return layout.inner == 0 ? 0 : divide_up((same_offset ? shape.skipped : lanes - 1) + layout.inner, lanes);
+  return layout.inner == 0 ? 0 : at::ceil_div((same_offset ? shape.skipped : lanes - 1) + layout.inner, lanes);
 }
 
 // The work on a tile in pieces: 16-byte units, or single elements of a column.
@@ -39,7 +37,7 @@ struct TileWork {
 
   int64_t passes(int64_t team, int64_t threads) const {
     const int64_t at_a_time = per_pass * threads / max_threads;
-    return divide_up(divide_up(pieces, team), std::max<int64_t>(1, at_a_time));
+    return at::ceil_div(at::ceil_div(pieces, team), std::max<int64_t>(1, at_a_time));
   }
 };
 
@@ -77,9 +75,9 @@ Plan plan_of(const Shape& shape, bool quantizes, const DeviceLimits& device) {
   plan.units_per_run = windows_of_a_run(shape);
   plan.columns = layout.outer > 1 && layout.blocks > 1 && layout.inner * item_size < memory_line;
   if (plan.columns) {
-    const int64_t wanted = divide_up(memory_line, layout.inner * item_size);
+    const int64_t wanted = at::ceil_div(memory_line, layout.inner * item_size);
     plan.tile_blocks = std::min(layout.blocks, wanted);
-    plan.tiles = divide_up(layout.blocks, plan.tile_blocks);
+    plan.tiles = at::ceil_div(layout.blocks, plan.tile_blocks);
     const int64_t width = plan.tile_blocks * layout.inner;
     // few_threads / width rows at a time, and as many more in a larger CTA
     const TileWork work{few_threads / width * (max_threads / few_threads), layout.outer, item_size, held_elements};
@@ -91,8 +89,8 @@ Plan plan_of(const Shape& shape, bool quantizes, const DeviceLimits& device) {
   if (units <= warp * held_units(item_size) && (layout.blocks > 1 || units <= warp)) {
     // Two units per thread: the reduction and the scale cost as much as quantizing some elements.
     plan.all_held = true;
-    plan.width = static_cast<int>(std::min(warp, power_of_two_from(divide_up(units, 2))));
-    plan.grid = std::min(divide_up(plan.tiles * plan.width, plan.threads), device.multiprocessors * waves);
+    plan.width = static_cast<int>(std::min(warp, power_of_two_from(at::ceil_div<int64_t>(units, 2))));
+    plan.grid = std::min(at::ceil_div<int64_t>(plan.tiles * plan.width, plan.threads), device.multiprocessors * waves);
     return plan;
   }
   choose_threads(plan, {max_threads, units, unit_size, held_units(item_size)}, quantizes, device);

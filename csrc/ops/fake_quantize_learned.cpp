@@ -7,7 +7,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 namespace qatfast {

@@ -51,6 +51,12 @@ ConvInput checked_conv_input(const char* op, const Tensor& input, const std::opt
   return result;
 }
 
+void check_channels(const char* op, int64_t channels, const Tensor& weight_scale, const std::optional<Tensor>& bias) {
+  TORCH_CHECK_VALUE(
+      is_contiguous_of(weight_scale, at::kFloat, channels) && (!bias || is_contiguous_of(*bias, at::kFloat, channels)),
+      op, ": expected a float32 weight scale and bias per channel, got ", tuple(weight_scale.sizes()));
+}
+
 Tensor poison_of(bool has_nan) {
   return at::full({}, has_nan ? std::numeric_limits<double>::quiet_NaN() : 0.0, at::kFloat);
 }
@@ -90,14 +96,12 @@ Tensor int8_conv_scale_(
   TORCH_CHECK_VALUE(sums.scalar_type() == at::kFloat && sums.dim() > 2 && sums.movedim(1, -1).is_contiguous(), op,
       ": expected float32 sums with the channels innermost in memory, got ", name_of(sums.scalar_type()), " of shape ",
       tuple(sums.sizes()), " and strides ", tuple(sums.strides()));
-  const auto channels = sums.size(1);
-  const auto is_floats = [](const Tensor& x, int64_t size) {
-    return x.scalar_type() == at::kFloat && x.numel() == size && x.is_contiguous();
+  const auto is_scale = [&](int64_t size) {
+    return is_contiguous_of(input_scale, at::kFloat, size);
   };
-  TORCH_CHECK_VALUE(is_floats(input_scale, 1) || is_floats(input_scale, sums.size(0)), op,
+  TORCH_CHECK_VALUE(is_scale(1) || is_scale(sums.size(0)), op,
       ": expected one float32 scale of the input, or one per sample, got ", tuple(input_scale.sizes()));
-  TORCH_CHECK_VALUE(is_floats(weight_scale, channels) && (!bias || is_floats(*bias, channels)), op,
-      ": expected one float32 weight scale and bias per channel, got ", tuple(weight_scale.sizes()));
+  check_channels(op, sums.size(1), weight_scale, bias);
   const float most = sums.numel() == 0 ? 0 : cpu::scale_sums(sums, input_scale, weight_scale, bias.value_or(Tensor()));
   bump_version(sums);
   return at::full({}, most, at::kFloat);
@@ -106,14 +110,12 @@ Tensor int8_conv_scale_(
 Tensor int8_requantize_(
     const Tensor& sums, const Tensor& offset, const Tensor& factor, double low, double high, double scale) {
   constexpr auto op = "int8_requantize_";
-  const auto is_row = [&](const Tensor& x, at::ScalarType type) {
-    return x.scalar_type() == type && x.is_contiguous() && x.numel() == sums.size(1);
-  };
   TORCH_CHECK_VALUE(
       sums.dim() == 2 && sums.is_contiguous() && (sums.scalar_type() == at::kInt || sums.scalar_type() == at::kFloat),
       op, ": expected a contiguous matrix of int32 or float32, got ", name_of(sums.scalar_type()), " of shape ",
       tuple(sums.sizes()));
-  TORCH_CHECK_VALUE(is_row(offset, at::kInt) && is_row(factor, at::kFloat), op,
+  const auto columns = sums.size(1);
+  TORCH_CHECK_VALUE(is_contiguous_of(offset, at::kInt, columns) && is_contiguous_of(factor, at::kFloat, columns), op,
       ": expected one int32 offset and one float32 factor per column, got ", tuple(offset.sizes()), " and ",
       tuple(factor.sizes()));
   if (sums.numel() > 0) {
@@ -179,12 +181,6 @@ at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tens
       ": expected one scale and zero point of the input");
   check_zero_points(op, "shifted_zero_point", shifted_zero_point, 0, 255);
   return checked_depthwise(op, values, weight, weight_dtype, kernel_size, stride, padding, dilation);
-}
-
-void check_channels(const char* op, int64_t channels, const Tensor& weight_scale, const std::optional<Tensor>& bias) {
-  TORCH_CHECK_VALUE(
-      is_contiguous_of(weight_scale, at::kFloat, channels) && (!bias || is_contiguous_of(*bias, at::kFloat, channels)),
-      op, ": expected a float32 weight scale and bias per channel, got ", tuple(weight_scale.sizes()));
 }
 
 Tensor depthwise_result(at::IntArrayRef shape, const Tensor& input) {

@@ -28,14 +28,12 @@ Tensor pointwise_result(const char* op, const Tensor& input, const Tensor& scale
   const auto features = input.size(1), outputs = epilogue.scale.numel();
   TORCH_CHECK_VALUE(features <= most_pointwise_features, op, ": expected at most ", most_pointwise_features,
       " channels, whose sums fit in 32 bits, got ", features);
-  const auto is_row = [](const Tensor& x, at::ScalarType dtype, int64_t size) {
-    return x.scalar_type() == dtype && x.numel() == size && x.is_contiguous();
-  };
-  TORCH_CHECK_VALUE(is_row(weight, at::kInt, cpu::packed_pointwise_size(outputs, features)), op,
+  TORCH_CHECK_VALUE(is_contiguous_of(weight, at::kInt, cpu::packed_pointwise_size(outputs, features)), op,
       ": expected the packed weight of ", outputs, " outputs and ", features, " channels, got ",
       name_of(weight.scalar_type()), " of shape ", tuple(weight.sizes()));
-  TORCH_CHECK_VALUE(is_row(epilogue.scale, at::kFloat, outputs) &&
-          (!epilogue.bias.defined() || is_row(epilogue.bias, epilogue.requantizes ? at::kInt : at::kFloat, outputs)),
+  TORCH_CHECK_VALUE(is_contiguous_of(epilogue.scale, at::kFloat, outputs) &&
+          (!epilogue.bias.defined() ||
+              is_contiguous_of(epilogue.bias, epilogue.requantizes ? at::kInt : at::kFloat, outputs)),
       op, ": expected a float32 scale and a bias per output, got ", tuple(epilogue.scale.sizes()));
   const auto qparams = checked_qparams(op, input, scale, zero_point, quant_min, quant_max, Granularity{},
       are_integers ? at::kFloat : input.scalar_type(), "input");

@@ -30,15 +30,12 @@ QATFAST_INLINE void depthwise_outputs(const DepthwiseRow& row, int64_t i, int64_
 }
 
 inline void depthwise_loop(const DepthwiseRow& row) {
-  constexpr int64_t N = lanes<float>, count = 4;
+  constexpr int64_t count = 4;
   const auto channels_of = [&](auto outputs, int64_t i) __attribute__((always_inline)) {
-    int64_t c = 0;
-    for (; c + N <= row.channels; c += N) {
-      depthwise_outputs<outputs>(row, i, c, N);
-    }
-    if (c < row.channels) {
-      depthwise_outputs<outputs>(row, i, c, row.channels - c);
-    }
+    constexpr int together = outputs;
+    for_each_vector<float>(row.channels, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
+      depthwise_outputs<together>(row, i, c, m);
+    });
   };
   int64_t i = 0;
   for (; i + count <= row.outputs; i += count) {
@@ -49,26 +46,13 @@ inline void depthwise_loop(const DepthwiseRow& row) {
   }
 }
 
-// Calls f(offset, lanes in use) for vectors of `count` channels.
-template <class F>
-QATFAST_INLINE void for_each_channel_vector(int64_t count, F f) {
-  constexpr int64_t N = lanes<float>;
-  int64_t c = 0;
-  for (; c + N <= count; c += N) {
-    f(c, N);
-  }
-  if (c < count) {
-    f(c, count - c);
-  }
-}
-
 // x_hat of a row of a block, [width][count].
 inline void depthwise_input_row(const DepthwiseGradients& task, const ChannelBlock& block, int64_t row, float* to) {
   const auto& [channels, size, output_size, kernel, stride, padding, dilation] = task.geometry;
   const uint8_t* from = task.values + (block.sample * size[0] + row) * size[1] * channels + block.first;
   const auto zero_point = all_lanes(task.zero_point), scale = all_lanes(task.scale);
   for (int64_t column = 0; column < size[1]; ++column, from += channels, to += block.count) {
-    for_each_channel_vector(block.count, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
+    for_each_vector<float>(block.count, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
       const auto x_hat = dequantize(load_first<uint8_t, float>(from + c, m), zero_point, scale);
       store_first<float, float, Result::any>(to + c, x_hat, m);
     });
@@ -94,7 +78,8 @@ QATFAST_INLINE void add_products(const float* grad, const float* x, int64_t begi
   }
 }
 
-inline int64_t divided_up(int64_t value, int64_t divisor) {
+// Of any sign, unlike at::ceil_div.
+inline int64_t quotient_rounded_up(int64_t value, int64_t divisor) {
   return value > 0 ? (value + divisor - 1) / divisor : -(-value / divisor);
 }
 
@@ -107,12 +92,12 @@ inline void depthwise_weight_gradients(const DepthwiseGradients& task, const Cha
   int64_t begin[count], end[count]; // of the outputs for which a tap lies within the row
   for (int tap = 0; tap < count; ++tap) {
     const auto first = (j + tap) * dilation[1] - padding[1];
-    begin[tap] = smaller(larger(divided_up(-first, stride[1]), 0), output_size[1]);
-    end[tap] = smaller(larger(divided_up(size[1] - first, stride[1]), begin[tap]), output_size[1]);
+    begin[tap] = smaller(larger(quotient_rounded_up(-first, stride[1]), 0), output_size[1]);
+    end[tap] = smaller(larger(quotient_rounded_up(size[1] - first, stride[1]), begin[tap]), output_size[1]);
   }
   const auto inner_begin = begin[0], inner_end = larger(begin[0], end[count - 1]); // later taps begin and end earlier
   x += (j * dilation[1] - padding[1]) * block.count;
-  for_each_channel_vector(block.count, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
+  for_each_vector<float>(block.count, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
     float* to = grad_weight + (i * kernel[1] + j) * channels + block.first + c;
     const auto edges = [&](auto ends) __attribute__((always_inline)) {
       for (int tap = 0; tap < count; ++tap) {
@@ -142,7 +127,7 @@ struct GradientTap {
 template <int count>
 QATFAST_INLINE void gather_products(
     const GradientTap* taps, int64_t n, int64_t first, int64_t channels, int64_t block, float* to, int64_t to_step) {
-  for_each_channel_vector(block, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
+  for_each_vector<float>(block, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
     V<float> sums[count] = {};
     for (int64_t t = 0; t < n; ++t) {
       const auto weight = load_first<float, float>(taps[t].weight + c, m);

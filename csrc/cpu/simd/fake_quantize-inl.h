@@ -14,10 +14,9 @@ void fake_quantize_loop(const T* x, To* y, int64_t rows, int64_t n, const Grids<
       });
     }
   }
-  map_matrix<GridKinds::dynamic_range, Result::quantized>(
-      x, y, rows, n, grids, [](V<C> v, const auto& at, int64_t, int64_t) {
-        return fake_quantize(v, at.grid);
-      });
+  map_matrix<GridKinds::dynamic_range>(x, y, rows, n, grids, [](V<C> v, const auto& at, int64_t, int64_t) {
+    return fake_quantize(v, at.grid);
+  });
 }
 
 // One bit per lane.
@@ -60,17 +59,15 @@ QATFAST_INLINE void map_with_mask(const T* x, T* y, uint8_t* mask, int64_t first
     const Grids<opmath_type<T>>& grids, F f, G with_mask) {
   using C = opmath_type<T>;
   if (!mask) {
-    return map_matrix<GridKinds::static_range, Result::quantized>(
-        x, y, rows, n, grids, [&](V<C> v, const auto& at, int64_t, int64_t) {
-          return f(v, at.grid);
-        });
+    return map_matrix<GridKinds::static_range>(x, y, rows, n, grids, [&](V<C> v, const auto& at, int64_t, int64_t) {
+      return f(v, at.grid);
+    });
   }
-  map_matrix<GridKinds::static_range, Result::quantized>(
-      x, y, rows, n, grids, [&](V<C> v, const auto& at, int64_t i, int64_t m) {
-        const auto [value, passes] = with_mask(v, at.grid);
-        store_bits<lanes<C>>(mask, first + i, bits_of_lanes<element_t<decltype(passes)>, lanes<C>>(passes), m);
-        return value;
-      });
+  map_matrix<GridKinds::static_range>(x, y, rows, n, grids, [&](V<C> v, const auto& at, int64_t i, int64_t m) {
+    const auto [value, passes] = with_mask(v, at.grid);
+    store_bits<lanes<C>>(mask, first + i, bits_of_lanes<element_t<decltype(passes)>, lanes<C>>(passes), m);
+    return value;
+  });
 }
 
 #define QATFAST_MAP(name)                                                                                            \

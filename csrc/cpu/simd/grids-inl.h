@@ -143,15 +143,14 @@ QATFAST_INLINE void with_tile(const Grids<C>& grids, int64_t first, int64_t coun
 // A group size so common, and so short, that its loops are unrolled.
 constexpr int64_t common_group = 32;
 
-// What a loop stores, given what it computes. Quantized float32 in a smaller type is cast as a tensor is, so that what
-// underflows may be -0.0.
-template <Result computed, class From, class To, class Tile>
-constexpr Result stored =
-    computed == Result::any || (std::is_same_v<From, float> && is_half<To>) ? Result::any : Tile::result;
+// What map_matrix stores. Quantized float32 in a smaller type is cast as a tensor is, so that what underflows may be
+// -0.0.
+template <class From, class To, class Tile>
+constexpr Result stored = std::is_same_v<From, float> && is_half<To> ? Result::any : Tile::result;
 
-// to[i] = f(from[i], its grid, i, lanes in use) over a matrix, one vector at a time. f may load other tensors at i.
-// `computed`: what f returns, quantized values or any.
-template <GridKinds kinds, Result computed, class From, class To, class C, class F>
+// to[i] = f(from[i], its grid, i, lanes in use), quantized values, over a matrix, one vector at a time. f may load
+// other tensors at i.
+template <GridKinds kinds, class From, class To, class C, class F>
 QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n, const Grids<C>& grids, F f) {
   constexpr auto size = GridTile<C>::size;
   constexpr int64_t N = lanes<C>;
@@ -163,7 +162,7 @@ QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n
       for (int64_t j = 0; j < n; j += size) {
         const auto m = n - j < size ? n - j : size;
         with_tile<kinds>(grids, j, m, [&](auto tile) {
-          constexpr auto result = stored<computed, From, To, decltype(tile)>;
+          constexpr auto result = stored<From, To, decltype(tile)>;
           int64_t at = row * stride + j;
           for (; m % 16 == 0 && at + 3 * stride < end; at += 4 * stride) { // a grid is loaded once per four rows
             for (int64_t i = 0; i < m; i += N) {
@@ -190,7 +189,7 @@ QATFAST_INLINE void map_matrix(const From* from, To* to, int64_t rows, int64_t n
   for (int64_t row = 0; row < rows; row += size) {
     const auto count = rows - row < size ? rows - row : size;
     with_tile<kinds>(grids, row, count, [&](auto tile) {
-      constexpr auto result = stored<computed, From, To, decltype(tile)>;
+      constexpr auto result = stored<From, To, decltype(tile)>;
       if (n == 1) {
         return map<From, To, C, result>(from + row, to + row, count, [&](V<C> v, int64_t i, int64_t used) {
           return f(v, tile.columns(i), row + i, used);

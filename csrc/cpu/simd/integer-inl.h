@@ -6,16 +6,15 @@ namespace {
 template <class T, class Q>
 void quantize_loop(const T* x, Q* q, int64_t rows, int64_t n, const Grids<opmath_type<T>>& grids) {
   using C = opmath_type<T>;
-  map_matrix<GridKinds::static_range, Result::quantized>(
-      x, q, rows, n, grids, [](V<C> v, const auto& at, int64_t, int64_t) {
-        return quantize(v, __builtin_convertvector(at.zero_point, Vec<int32_t, lanes<C>>), at.grid);
-      });
+  map_matrix<GridKinds::static_range>(x, q, rows, n, grids, [](V<C> v, const auto& at, int64_t, int64_t) {
+    return quantize(v, __builtin_convertvector(at.zero_point, Vec<int32_t, lanes<C>>), at.grid);
+  });
 }
 
 template <class T, class Q>
 void dequantize_loop(const Q* q, T* y, int64_t rows, int64_t n, const Grids<opmath_type<T>>& grids) {
   using C = opmath_type<T>;
-  map_matrix<GridKinds::plain, Result::quantized>(q, y, rows, n, grids, [](V<C> v, const auto& at, int64_t, int64_t) {
+  map_matrix<GridKinds::plain>(q, y, rows, n, grids, [](V<C> v, const auto& at, int64_t, int64_t) {
     return dequantize(v, at.zero_point, at.grid.scale);
   });
 }
@@ -99,7 +98,7 @@ void epilogue_loop(const int32_t* products, T* y, int64_t n, const EpilogueRow<o
   using C = opmath_type<T>;
   constexpr int N = lanes<C>;
   const auto loop = [&](auto affine, auto biased) {
-    const auto outputs_at = [&](int64_t j, int64_t m) {
+    for_each_vector<C>(n, [&](int64_t j, int64_t m) __attribute__((always_inline)) {
       const auto integers = [&](const int32_t* from) {
         Vec<int32_t, N> to = {};
         std::memcpy(&to, from + j, m * sizeof(int32_t));
@@ -111,15 +110,8 @@ void epilogue_loop(const int32_t* products, T* y, int64_t n, const EpilogueRow<o
       }
       const V<C> scale = row.input_scale * load_first<C, C>(row.weight_scale + j, m);
       const V<C> bias = biased ? load_first<C, C>(row.bias + j, m) : -V<C>{}; // adding -0.0 changes nothing
-      return int8_output(__builtin_convertvector(sum, V<C>), scale, bias);
-    };
-    int64_t j = 0;
-    for (; j + N <= n; j += N) {
-      store<T, C, Result::any>(y + j, outputs_at(j, N));
-    }
-    if (j < n) {
-      store_first<T, C, Result::any>(y + j, outputs_at(j, n - j), n - j);
-    }
+      store_first<T, C, Result::any>(y + j, int8_output(__builtin_convertvector(sum, V<C>), scale, bias), m);
+    });
   };
   using Yes = std::true_type;
   using No = std::false_type;

@@ -328,6 +328,19 @@ QATFAST_INLINE void map(const From* from, To* to, int64_t n, F f) {
   }
 }
 
+// Calls f(i, lanes in use) for the vectors of n elements, in order.
+template <class C, class F>
+QATFAST_INLINE void for_each_vector(int64_t n, F f) {
+  constexpr int64_t N = lanes<C>;
+  int64_t i = 0;
+  for (; i + N <= n; i += N) {
+    f(i, N);
+  }
+  if (i < n) {
+    f(i, n - i);
+  }
+}
+
 // The lanes I of a and b as one vector.
 template <class E, int N, int... I>
 QATFAST_INLINE Vec<E, sizeof...(I)> shuffled(Vec<E, N> a, Vec<E, N> b, std::integer_sequence<int, I...>) {

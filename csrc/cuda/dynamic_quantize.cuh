@@ -506,7 +506,7 @@ __device__ __forceinline__ void quantize_tiles(const KernelTask& task, int64_t c
       const int64_t place = tile * tile_columns + column;
       const int64_t row = layout.outer * member / team + threadIdx.x / tile_columns;
       const bool works = threadIdx.x / tile_columns < step && place < layout.blocks * layout.inner;
-      const int64_t end = works ? layout.outer * (member + 1) / team : 0;
+      const int64_t end = works ? layout.outer * (member + 1) / team : row;
       const ColumnUnits<T> units{from + place, to + place, layout.blocks * layout.inner};
       quantize_pieces<T, false>(task, units, row, end, step, phases, cache, [&](const Range<C>& range) {
         return together(range.keys(), static_cast<int>(column / layout.inner), works);

@@ -23,11 +23,16 @@ inline bool is_aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// The number of CTAs for one unit per thread, but no more than are resident together: the kernels loop.
+// The number of CTAs that are resident together.
+inline int64_t resident_ctas(int64_t threads, int device) {
+  return attribute(cudaDevAttrMultiProcessorCount, device) * attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device) /
+      threads;
+}
+
+// The number of CTAs for one unit per thread, but no more than are resident together: the kernels loop. At least one,
+// as a launch of none is an error.
 inline unsigned ctas_for(int64_t units, int64_t threads, int device) {
-  const int64_t resident = attribute(cudaDevAttrMultiProcessorCount, device) *
-      attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device) / threads;
-  return static_cast<unsigned>(std::min((units + threads - 1) / threads, resident));
+  return static_cast<unsigned>(std::clamp<int64_t>((units + threads - 1) / threads, 1, resident_ctas(threads, device)));
 }
 
 } // namespace qatfast::cuda

@@ -122,8 +122,7 @@ void observe_range(const at::Tensor& x, const QuantSpec& spec, const ObservedRan
   const auto device = x.device().index();
   const auto size = layout.outer * layout.inner;
   const int threads = size <= 32 * elements_per_thread * 2 ? 32 : observe_threads;
-  const int64_t resident = attribute(cudaDevAttrMultiProcessorCount, device) *
-      attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device) / threads;
+  const auto resident = resident_ctas(threads, device);
   const auto team =
       std::clamp<int64_t>(size / (threads * elements_per_thread), 1, std::max<int64_t>(1, resident / layout.blocks));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "observe_range", [&] {

@@ -28,6 +28,10 @@ struct QuantSpec {
   int64_t quant_max() const {
     return quant_max_of(num_bits, symmetric);
   }
+  // What is added to its integers to store them as uint8.
+  int uint8_shift() const {
+    return quant_min() < 0 ? 128 : 0;
+  }
   template <class T>
   QuantRange<T> quant_range() const {
     return {static_cast<T>(quant_min()), static_cast<T>(quant_max()), symmetric};

@@ -68,6 +68,10 @@ QATFAST_FORMULA auto has_reciprocal(T scale) {
   return (0x1p-96f <= scale) & (scale <= 0x1p96f);
 }
 
+// The smallest normal number of float16. 0 for other types, in which scales so small have no reciprocal.
+template <class T>
+constexpr float least_normal = std::numeric_limits<T>::min_exponent == -13 ? 0x1p-14f : 0;
+
 C10_HOST_DEVICE static inline int64_t quant_min_of(int64_t num_bits, bool symmetric, bool narrow_range) {
   return symmetric ? (narrow_range ? 1 : 0) - (int64_t{1} << (num_bits - 1)) : 0;
 }
@@ -96,6 +100,13 @@ QATFAST_FORMULA T nearest(T x) {
 // The same as an integer. Returns one whose low 16 bits are 0 for NaN. The CPU has overloads for vectors.
 QATFAST_FORMULA std::enable_if_t<std::is_floating_point_v<T>, int32_t> nearest_integer(T x) {
   return x == x ? static_cast<int32_t>(round_half_even(x)) : 0;
+}
+
+// How many ranges search_qparams tries: the whole one, shrunk by each of the factors.
+constexpr int shrunk_ranges = 80;
+
+QATFAST_FORMULA T shrinking_factor(int index) {
+  return static_cast<T>(shrunk_ranges - index) / shrunk_ranges;
 }
 
 // A range covers finite values only. It contains 0, so that replacing the others by 0 changes nothing.
@@ -248,6 +259,10 @@ C10_HOST_DEVICE static inline auto learned_gradient(T x, T grad, const G& grid) 
   return std::pair(x == x ? grad * derivative : T{}, inside);
 }
 
+// A sum's order depends on its length only: elements form chunks of 16 rows of 32 lanes. The rows of a chunk are added
+// one after the other, then the halves of the lanes. The sums of chunks are added the same way (ordered_sum).
+constexpr int sum_lanes = 32, sum_rows = 16, sum_chunk = sum_rows * sum_lanes;
+
 // The gradient of a learned scale from the sum of those products over a block of `size` elements. `levels` is the
 // number of levels above 0.
 QATFAST_FORMULA T learned_scale_gradient(double sum, int64_t size, int64_t levels, T scale) {
@@ -259,6 +274,11 @@ QATFAST_FORMULA T learned_scale_gradient(double sum, int64_t size, int64_t level
 QATFAST_FORMULA float stored_end(T end) {
   constexpr T most = std::numeric_limits<float>::max();
   return static_cast<float>(clamp(end, -most, most)) + 0.0F;
+}
+
+// Whether a stored range is new: the first batch replaces it.
+C10_HOST_DEVICE static inline bool is_new_range(float lo, float hi) {
+  return lo == 0 && hi == 0;
 }
 
 // A stored end after a batch with this end. `constant` is 0 for a range that only widens, here to `wider`.

@@ -4,10 +4,8 @@
 
 #include <atomic>
 #include <cmath>
-#include <limits>
 #include <mutex>
 #include <optional>
-#include <vector>
 
 namespace qatfast::cpu {
 namespace {
@@ -77,12 +75,17 @@ class Observation {
 
   // What quantizes the batch: the stored range, or that of the batch for a block without one.
   void choose(const QuantSpec& spec, C* scale, int32_t* zero_point) const {
-    c10::SmallVector<C, 8> low(blocks_), high(blocks_);
-    for (int64_t block = 0; block < blocks_; ++block) {
-      low[block] = is_new(block) ? stored_end(lo_[block]) : running_min_[block];
-      high[block] = is_new(block) ? stored_end(hi_[block]) : running_max_[block];
+    constexpr int64_t piece = 64;
+    C low[piece], high[piece];
+    for (int64_t first = 0; first < blocks_; first += piece) {
+      const auto count = std::min(piece, blocks_ - first);
+      for (int64_t i = 0; i < count; ++i) {
+        const auto block = first + i;
+        low[i] = is_new(block) ? stored_end(lo_[block]) : running_min_[block];
+        high[i] = is_new(block) ? stored_end(hi_[block]) : running_max_[block];
+      }
+      chosen().loops<C>().choose(low, high, count, spec.quant_range<C>(), scale + first, zero_point + first);
     }
-    chosen().loops<C>().choose(low.data(), high.data(), blocks_, spec.quant_range<C>(), scale, zero_point);
   }
 
   // Moves the stored range by that of the batch.
@@ -105,7 +108,7 @@ class Observation {
 
  private:
   bool is_new(int64_t block) const {
-    return running_min_[block] == 0 && running_max_[block] == 0;
+    return is_new_range(running_min_[block], running_max_[block]);
   }
 
   bool has_finite(int64_t block) const {
@@ -256,7 +259,7 @@ bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::
       }
       seen->choose(spec, qparams.scale.mutable_data_ptr<C>(), qparams.zero_point.mutable_data_ptr<int32_t>());
     }
-    const auto shift = spec.quant_min() < 0 ? 128 : 0;
+    const auto shift = spec.uint8_shift();
     *shifted_zero_point.mutable_data_ptr<int32_t>() = *qparams.zero_point.const_data_ptr<int32_t>() + shift;
     const QParams shifted = {qparams.scale, shifted_zero_point, spec.quant_min() + shift, spec.quant_max() + shift};
     const ToIntegers<scalar_t> integers(x, mask, shifted, range && !is_seen);

@@ -11,8 +11,6 @@
 namespace qatfast::cpu {
 namespace {
 
-constexpr int64_t factors = 80;
-
 // The search in one block. Its grids are numbered from the largest factor on.
 //
 // The sum of one grid, a good guess, is computed first. Most others are then excluded by a lower bound: that of their
@@ -24,13 +22,13 @@ class Search {
 
   Search(const T* x, int64_t n, const QuantRange<C>& range) : x_(x), n_(n), range_(range) {
     find_extremes();
-    C los[factors], his[factors];
-    for (int64_t i = 0; i < factors; ++i) {
-      const C factor = static_cast<C>(factors - i) / factors;
+    C los[shrunk_ranges], his[shrunk_ranges];
+    for (int64_t i = 0; i < shrunk_ranges; ++i) {
+      const C factor = shrinking_factor<C>(i);
       los[i] = lo_ * factor;
       his[i] = hi_ * factor;
     }
-    loops_.choose(los, his, factors, range, scale_.data(), zero_point_.data());
+    loops_.choose(los, his, shrunk_ranges, range, scale_.data(), zero_point_.data());
   }
 
   C scale(int64_t i) const {
@@ -49,7 +47,7 @@ class Search {
       return has_reciprocal(scale);
     });
     if (!has_bounds) {
-      for (int64_t i = 0; i < factors; ++i) {
+      for (int64_t i = 0; i < shrunk_ranges; ++i) {
         compare(i);
       }
       return best_;
@@ -69,7 +67,7 @@ class Search {
   }
 
  private:
-  using Sums = c10::SmallVector<double, factors>;
+  using Sums = c10::SmallVector<double, shrunk_ranges>;
   static constexpr int64_t rounds = 8;
 
   // The ends of the ranges of short segments, which hold most of what a small grid clips.
@@ -88,20 +86,20 @@ class Search {
 
   // Guesses the best grid: errors within a grid are evenly distributed. Excludes what clips too much.
   void start() {
-    left_.resize(factors);
-    grids_.resize(factors);
-    sums_.resize(factors, 0.0);
+    left_.resize(shrunk_ranges);
+    grids_.resize(shrunk_ranges);
+    sums_.resize(shrunk_ranges, 0.0);
     const auto largest = std::max(-lo_, hi_);
-    for (int64_t i = 0; i < factors; ++i) {
+    for (int64_t i = 0; i < shrunk_ranges; ++i) {
       const C least = range_.quant_min - zero_point_[i], most = range_.quant_max - zero_point_[i];
       const C reciprocal = 1 / scale_[i];
       left_[i] = i;
       grids_[i] = {reciprocal, least * scale_[i], most * scale_[i]};
       slack_[i] = 2 * std::numeric_limits<C>::epsilon() * std::max({-least, most, largest * reciprocal});
     }
-    Sums clipped(factors, 0.0);
+    Sums clipped(shrunk_ranges, 0.0);
     const auto count = static_cast<int64_t>(extremes_.size());
-    chosen().loops<C>().approximate_errors(extremes_.data(), count, grids_.data(), factors, clipped.data());
+    chosen().loops<C>().approximate_errors(extremes_.data(), count, grids_.data(), shrunk_ranges, clipped.data());
     const auto guess = most_promising(clipped, static_cast<double>(n_) / 12);
     compare(guess);
     clipped[guess] = std::numeric_limits<double>::infinity();
@@ -132,7 +130,7 @@ class Search {
     std::mutex mutex;
     const auto of_round = (units - round + rounds - 1) / rounds;
     parallel_for(0, of_round, std::max<int64_t>(1, grain / (size * count)), [&](int64_t begin, int64_t end) {
-      std::array<double, factors> sums{};
+      std::array<double, shrunk_ranges> sums{};
       int64_t values = 0;
       for (; begin < end; ++begin) {
         const auto first = (begin * rounds + round) * size, m = std::min(size, n_ - first);
@@ -190,14 +188,14 @@ class Search {
   const QuantRange<C> range_;
   C lo_ = 0, hi_ = 0;
   std::vector<C> extremes_;
-  std::array<C, factors> scale_;
-  std::array<int32_t, factors> zero_point_;
-  std::array<double, factors> slack_;
-  int64_t best_ = factors;
+  std::array<C, shrunk_ranges> scale_;
+  std::array<int32_t, shrunk_ranges> zero_point_;
+  std::array<double, shrunk_ranges> slack_;
+  int64_t best_ = shrunk_ranges;
   double least_ = std::numeric_limits<double>::infinity();
   // The grids that are left: their numbers, themselves, their approximate errors over `values_` values.
-  c10::SmallVector<int64_t, factors> left_;
-  c10::SmallVector<ApproximateGrid<C>, factors> grids_;
+  c10::SmallVector<int64_t, shrunk_ranges> left_;
+  c10::SmallVector<ApproximateGrid<C>, shrunk_ranges> grids_;
   Sums sums_;
   int64_t values_ = 0;
 };

@@ -1,9 +1,10 @@
 // Sums whose order depends on their length only.
 #pragma once
 
-#include "cpu/simd/loops.h"
+#include "common/quant_math.h"
 
 #include <algorithm>
+#include <cstdint>
 
 namespace qatfast::cpu {
 

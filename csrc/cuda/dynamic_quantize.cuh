@@ -46,6 +46,28 @@ struct KernelLaunch {
 template <class C>
 using Key = std::conditional_t<sizeof(C) == 8, unsigned long long, unsigned int>;
 
+// The largest key of `width` neighbouring threads.
+__device__ __forceinline__ unsigned long long warp_max(unsigned long long key, int width) {
+  for (int offset = width / 2; offset > 0; offset /= 2) {
+    const auto other = __shfl_xor_sync(0xFFFFFFFF, key, offset);
+    key = key > other ? key : other;
+  }
+  return key;
+}
+
+__device__ __forceinline__ unsigned int warp_max(unsigned int key, int width) {
+#if __CUDA_ARCH__ >= 800
+  if (width == 32) {
+    return __reduce_max_sync(0xFFFFFFFF, key);
+  }
+#endif
+  for (int offset = width / 2; offset > 0; offset /= 2) {
+    const auto other = __shfl_xor_sync(0xFFFFFFFF, key, offset);
+    key = key > other ? key : other;
+  }
+  return key;
+}
+
 template <class C>
 struct RangeKeys {
   Key<C> below = 0; // of -lo
@@ -54,6 +76,10 @@ struct RangeKeys {
   __device__ __forceinline__ void widen_by(const RangeKeys& other) {
     below = below > other.below ? below : other.below;
     above = above > other.above ? above : other.above;
+  }
+  // Returns the widest of those of `width` neighbouring threads.
+  __device__ __forceinline__ RangeKeys of_warp(int width = 32) const {
+    return {warp_max(below, width), warp_max(above, width)};
   }
   __device__ __forceinline__ void widen_atomically(RangeKeys* keys) const {
     atomicMax(&keys->below, below);
@@ -78,27 +104,6 @@ struct Range {
     return {bits_as<Key<C>>(C(0) - lo), bits_as<Key<C>>(C(0) + hi)};
   }
 };
-
-__device__ __forceinline__ unsigned long long warp_max(unsigned long long key, int width) {
-  for (int offset = width / 2; offset > 0; offset /= 2) {
-    const auto other = __shfl_xor_sync(0xFFFFFFFF, key, offset);
-    key = key > other ? key : other;
-  }
-  return key;
-}
-
-__device__ __forceinline__ unsigned int warp_max(unsigned int key, int width) {
-#if __CUDA_ARCH__ >= 800
-  if (width == 32) {
-    return __reduce_max_sync(0xFFFFFFFF, key);
-  }
-#endif
-  for (int offset = width / 2; offset > 0; offset /= 2) {
-    const auto other = __shfl_xor_sync(0xFFFFFFFF, key, offset);
-    key = key > other ? key : other;
-  }
-  return key;
-}
 
 template <class C>
 struct QParam {
@@ -293,10 +298,8 @@ __device__ __forceinline__ auto quantized_piece(const Piece& piece, const G& gri
 template <class T, class C, class F>
 __device__ __forceinline__ void with_fastest(const QParam<C>& qparam, bool finite, F f) {
   if constexpr (std::is_same_v<C, float>) {
-    constexpr C least_normal =
-        std::is_same_v<T, c10::Half> ? 0x1p-14f : 0; // such scales of other types have no reciprocal
     const auto& grid = qparam.grid;
-    if (finite && qparam.holds_all && grid.reciprocal != 0 && grid.scale >= least_normal) {
+    if (finite && qparam.holds_all && grid.reciprocal != 0 && grid.scale >= least_normal<T>) {
       return f(UnclampedGrid<C>{grid.scale, grid.reciprocal});
     }
   }
@@ -334,7 +337,7 @@ struct Reduction {
       for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
         mine.widen_by(partials[i]);
       }
-      mine = {warp_max(mine.below, 32), warp_max(mine.above, 32)};
+      mine = mine.of_warp();
       if (threadIdx.x % 32 == 0) {
         mine.widen_atomically(&shared[0]);
       }
@@ -443,8 +446,7 @@ __device__ __forceinline__ void quantize_small_blocks(const KernelTask& task, in
     const int64_t count = block < plan.tiles ? plan.layout.outer * plan.units_per_run : 0;
     const Units units(task, block);
     const auto ready = [&](const Range<C>& range) {
-      const auto keys = range.keys();
-      const QParam<C> qparam({warp_max(keys.below, width), warp_max(keys.above, width)}, task.quant_range);
+      const QParam<C> qparam(range.keys().of_warp(width), task.quant_range);
       if (lane == 0 && block < plan.tiles) {
         qparam.write(task, block);
       }
@@ -520,8 +522,7 @@ __device__ __forceinline__ void quantize_tiles(const KernelTask& task, int64_t c
       };
       const auto begin = static_cast<Index>(start_of(member)), end = static_cast<Index>(start_of(member + 1));
       const auto ready = [&](const Range<C>& range) {
-        const auto keys = range.keys();
-        return together({warp_max(keys.below, 32), warp_max(keys.above, 32)}, 0, threadIdx.x % 32 == 0);
+        return together(range.keys().of_warp(), 0, threadIdx.x % 32 == 0);
       };
       quantize_pieces<T, all_held>(
           task, units, static_cast<Index>(begin + threadIdx.x), end, plan.width, phases, cache, ready);

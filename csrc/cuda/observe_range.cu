@@ -34,7 +34,7 @@ struct StoredRanges {
     float &low = running_min[block], &high = running_max[block];
     const float batch_low = stored_end(C(0) - bits_as<C>(batch.below)),
                 batch_high = stored_end(bits_as<C>(batch.above));
-    const bool is_new = low == 0 && high == 0;
+    const bool is_new = is_new_range(low, high);
     const Range<C> range{is_new ? batch_low : low, is_new ? batch_high : high};
     if (has_finite) {
       low = is_new ? batch_low : moved_end(low, batch_low, widen_lo(low, batch_low), constant);
@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(observe_threads)
       shared = {};
     }
     const bool has_finite = __syncthreads_or(finds_finite);
-    const auto own = range.keys();
-    const RangeKeys<C> of_warp{warp_max(own.below, 32), warp_max(own.above, 32)};
+    const auto of_warp = range.keys().of_warp();
     if (threadIdx.x % 32 == 0) {
       of_warp.widen_atomically(&shared);
     }

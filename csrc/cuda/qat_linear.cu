@@ -60,8 +60,7 @@ __device__ __forceinline__ RangeKeys<opmath_type<T>> range_of_row(const T* row, 
   for_each_unit_of_row(row, columns, aligned, [&](const Unit<T>& unit, int64_t, int) {
     widen_by_piece<T, true>(range, unit);
   });
-  const auto own = range.keys();
-  of_warps[threadIdx.x / 32] = {warp_max(own.below, 32), warp_max(own.above, 32)};
+  of_warps[threadIdx.x / 32] = range.keys().of_warp();
   __syncthreads();
   RangeKeys<C> keys;
   for (int i = 0; i < blockDim.x / 32; ++i) {

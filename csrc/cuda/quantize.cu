@@ -91,7 +91,7 @@ void quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::
     launch_over_units<scalar_t>(x, quantize_to_uint8_kernel<scalar_t>, from, to,
         mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr, x.numel(),
         is_aligned(from, 16) && is_aligned(to, lanes<scalar_t>),
-        grids_of<opmath_type<scalar_t>>(qparams, {1, 1, x.numel()}), spec.quant_min() < 0 ? 128 : 0,
+        grids_of<opmath_type<scalar_t>>(qparams, {1, 1, x.numel()}), spec.uint8_shift(),
         shifted_zero_point.mutable_data_ptr<int32_t>(), poison.mutable_data_ptr<float>());
   });
 }

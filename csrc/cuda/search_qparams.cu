@@ -15,7 +15,6 @@
 namespace qatfast::cuda {
 namespace {
 
-constexpr int factors = 80;
 constexpr int64_t piece_size = int64_t{sum_chunk} * sum_chunk; // elements whose chunks' sums form one chunk
 constexpr int range_threads = 256;
 
@@ -36,7 +35,7 @@ struct Search {
 
   // The grid `index` of a block, from the largest range on.
   __device__ __forceinline__ QParam<C> grid_of(const RangeKeys<C>& keys, int index) const {
-    const C factor = static_cast<C>(factors - index) / factors;
+    const C factor = shrinking_factor<C>(index);
     const Range<C> range{(C(0) - bits_as<C>(keys.below)) * factor, bits_as<C>(keys.above) * factor};
     return QParam<C>(range.keys(), quant_range);
   }
@@ -111,12 +110,12 @@ struct HeldChunk {
 template <class T>
 __global__ void __launch_bounds__(1024) search_qparams_kernel(Search<T> search) {
   using C = opmath_type<T>;
-  constexpr int kept = (factors + sum_lanes - 1) / sum_lanes;
+  constexpr int kept = (shrunk_ranges + sum_lanes - 1) / sum_lanes;
   __shared__ RangeKeys<C> keys;
-  __shared__ ReciprocalGrid<C> grids[factors];
-  __shared__ double sums[factors][sum_lanes];
+  __shared__ ReciprocalGrid<C> grids[shrunk_ranges];
+  __shared__ double sums[shrunk_ranges][sum_lanes];
   const int lane = threadIdx.x % sum_lanes, warp = threadIdx.x / sum_lanes, warps = blockDim.x / sum_lanes;
-  const int count = factors / search.groups;
+  const int count = shrunk_ranges / search.groups;
   for (int64_t item = blockIdx.x; item < search.rows * search.pieces * search.groups; item += gridDim.x) {
     const int group = static_cast<int>(item % search.groups);
     const int64_t piece = item / search.groups % search.pieces, row = item / search.groups / search.pieces;
@@ -142,8 +141,7 @@ __global__ void __launch_bounds__(1024) search_qparams_kernel(Search<T> search) 
       for_each_chunk([&] {
         chunk.widen(range);
       });
-      const auto own = range.keys();
-      const RangeKeys<C> of_warp{warp_max(own.below, 32), warp_max(own.above, 32)};
+      const auto of_warp = range.keys().of_warp();
       if (lane == 0) {
         of_warp.widen_atomically(&keys);
       }
@@ -174,7 +172,7 @@ __global__ void __launch_bounds__(1024) search_qparams_kernel(Search<T> search) 
     for (int i = warp; i < count; i += warps) {
       const double total = sum_of_lanes(lane < warps ? sums[i][lane] : 0);
       if (lane == 0 && search.errors) {
-        search.errors[(row * factors + group * count + i) * search.stride + piece] = total;
+        search.errors[(row * shrunk_ranges + group * count + i) * search.stride + piece] = total;
       } else if (lane == 0) {
         sums[i][0] = total;
       }
@@ -182,7 +180,7 @@ __global__ void __launch_bounds__(1024) search_qparams_kernel(Search<T> search) 
     __syncthreads();
     if (!search.errors && threadIdx.x == 0) {
       int best = 0;
-      for (int i = 1; i < factors; ++i) {
+      for (int i = 1; i < shrunk_ranges; ++i) {
         best = sums[i][0] < sums[best][0] ? i : best;
       }
       search.write(row, keys, best);
@@ -206,8 +204,7 @@ __global__ void __launch_bounds__(range_threads) search_ranges_kernel(Search<T> 
       chunk.load(search.x + row * search.n + at, search.n - at);
       chunk.widen(range);
     }
-    const auto own = range.keys();
-    const RangeKeys<opmath_type<T>> of_warp{warp_max(own.below, 32), warp_max(own.above, 32)};
+    const auto of_warp = range.keys().of_warp();
     if (threadIdx.x % 32 == 0) {
       of_warp.widen_atomically(&search.ranges[row]);
     }
@@ -220,8 +217,8 @@ __global__ void __launch_bounds__(range_threads) search_least_kernel(Search<T> s
   for (int64_t row = blockIdx.x; row < search.rows; row += gridDim.x) {
     int best = 0;
     double least = std::numeric_limits<double>::infinity();
-    for (int i = 0; i < factors; ++i) {
-      const double error = ordered_sum(search.errors + (row * factors + i) * search.stride, search.pieces);
+    for (int i = 0; i < shrunk_ranges; ++i) {
+      const double error = ordered_sum(search.errors + (row * shrunk_ranges + i) * search.stride, search.pieces);
       best = error < least ? i : best;
       least = error < least ? error : least;
     }
@@ -258,7 +255,7 @@ void search_qparams(const at::Tensor& x, const QuantSpec& spec, const at::Tensor
       const auto bytes = rows * static_cast<int64_t>(sizeof(RangeKeys<C>));
       ranges = x.new_empty({bytes}, at::kByte);
       search.stride = levels_of(pieces);
-      errors = x.new_empty({rows * factors * search.stride}, at::kDouble);
+      errors = x.new_empty({rows * shrunk_ranges * search.stride}, at::kDouble);
       search.ranges = static_cast<RangeKeys<C>*>(ranges.mutable_data_ptr());
       search.errors = errors.mutable_data_ptr<double>();
       C10_CUDA_CHECK(cudaMemsetAsync(search.ranges, 0, bytes, stream));

@@ -1,14 +1,12 @@
 // Sums in double whose order depends on their length only, with the bits of cpu/sum.h.
-//
-// The values of a block form chunks of 512, 16 rows of 32 lanes each. A warp sums a chunk: a lane of the warp adds its
-// value of each row, and then the halves of the lanes are added. The chunks' sums are values that are summed in turn.
+// A warp sums a chunk (sum_chunk in quant_math.h): each of its threads is a lane.
 #pragma once
+
+#include "common/quant_math.h"
 
 #include <cstdint>
 
 namespace qatfast::cuda {
-
-constexpr int sum_lanes = 32, sum_rows = 16, sum_chunk = sum_rows * sum_lanes;
 
 __host__ __device__ __forceinline__ int64_t chunks_of(int64_t n) {
   return n > sum_chunk ? (n + sum_chunk - 1) / sum_chunk : 1;

@@ -58,10 +58,6 @@ static inline bool stores_delay_loads(const From* from, const To* to) {
   return sizeof(From) == sizeof(To) && distance % 4096 - 1 < 1023;
 }
 
-// A sum's order depends on its length only: elements form chunks of 16 rows of 32 lanes. The rows of a chunk are added
-// one after the other, then the halves of the lanes. The sums of chunks are added the same way (ordered_sum).
-constexpr int64_t sum_lanes = 32, sum_chunk = 512;
-
 // What an approximate error takes of a grid: 1 / scale and the ends in real units.
 template <class C>
 struct ApproximateGrid {

@@ -10,8 +10,6 @@ bool choose_loop(const C* lo, const C* hi, int64_t n, const QuantRange<C>& spec,
   const V<C> intervals = intervals_of(quant_min, quant_max, spec.symmetric);
   const bool full_range = is_full_range(spec.quant_min, spec.quant_max, spec.symmetric);
   bool unclamped = divides_by_product<C>;
-  constexpr float least_normal =
-      std::is_same_v<T, c10::Half> ? 0x1p-14f : 0; // such scales of other types have no reciprocal
   for (int64_t i = 0; i < n; i += N) {
     const auto m = n - i < N ? n - i : N;
     const auto least = load_first<C, C>(lo + i, m), most = load_first<C, C>(hi + i, m);
@@ -42,7 +40,7 @@ bool choose_loop(const C* lo, const C* hi, int64_t n, const QuantRange<C>& spec,
     }
     const V<C> zero = choose_zero_point(low_level, quant_min, quant_max, spec.symmetric);
     store_first<int32_t, C>(zero_point + i, zero, m);
-    unclamped &= all_of<mask_t<C>, N>(divides & ((chosen >= least_normal) | (least == most)) &
+    unclamped &= all_of<mask_t<C>, N>(divides & ((chosen >= least_normal<T>) | (least == most)) &
         holds(low_level, high_level, zero, quant_min, quant_max));
   }
   return unclamped;

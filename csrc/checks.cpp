@@ -136,7 +136,7 @@ void check_quant_range(const char* op, int64_t quant_min, int64_t quant_max) {
       quant_max - quant_min <= 65535, op, ": expected quant_max - quant_min <= 65535, got ", quant_max - quant_min);
 }
 
-// The same with reduced dimensions kept as size 1, as other libraries' checkpoints store them.
+// Returns qparams_shape() with the reduced dimensions as size 1, as other libraries' checkpoints store them.
 at::DimVector keepdim_shape(const Tensor& x, Granularity granularity) {
   auto shape = qparams_shape(x, granularity);
   if (granularity.by_rows()) {

@@ -29,7 +29,7 @@ bool is_vector(const Tensor& x, at::ScalarType dtype, int64_t size);
 
 void check_device(const char* op, const char* name, const Tensor& value, const Tensor& input);
 
-// Whether `x` can be divided into the blocks of `granularity`.
+// Raises ValueError if `x` cannot be divided into the blocks of `granularity`.
 void check_blocks(const std::string& op, const Tensor& x, Granularity granularity);
 
 // The shape of the scale and the zero point of `x`.

@@ -69,7 +69,7 @@ struct Int8Rows {
 // `x` is a contiguous matrix; its blocks are its rows, or all of it, with the ranges of their values.
 using QuantizeRowsLauncher = void(const at::Tensor& x, const QuantSpec& spec, const Int8Rows& to);
 
-// The same for static ranges.
+// Quantizes a contiguous matrix whose blocks are its rows, or all of it, with static ranges.
 using QuantizeRowsStaticLauncher = void(
     const at::Tensor& x, const QuantSpec& spec, const QParams& qparams, const Int8Rows& to);
 
@@ -103,7 +103,7 @@ using QATLinearLauncher = void(c10::ArrayRef<FakeQuantizeTask> weight_and_bias);
   }
 #include "operator_list.h"
 
-// What observes a range, which each device divides in its own way.
+// What only the CPU has, or each device divides in its own way.
 namespace cpu {
 
 // Moves the stored range by `x`; scale and zero_point receive what quantizes `x`, and `to` the result, unless it is
@@ -111,7 +111,7 @@ namespace cpu {
 void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at::Tensor& mask, const QuantSpec& spec,
     const ObservedRange& range, const at::Tensor& scale, const at::Tensor& zero_point);
 
-// The mask of MapLauncher alone, of the contiguous tensor x with one grid.
+// Sets the bits of `mask`, as in MapLauncher, for the contiguous tensor x with one grid.
 void inside(const at::Tensor& x, const at::Tensor& mask, const QParams& qparams);
 
 // Quantizes elements [begin, end) of a tensor to `to`; begins at a multiple of 8 if there is a mask.
@@ -132,8 +132,8 @@ bool quantize_to_uint8(const at::Tensor& x, const at::Tensor& values, const at::
 float scale_sums(
     const at::Tensor& sums, const at::Tensor& input_scale, const at::Tensor& weight_scale, const at::Tensor& bias);
 
-// Overwrites sums (rows, outputs), int32 or integers in float32, by the float32 values of the integers that follow from
-// sums + offset; see requantized in quant_math.h.
+// Overwrites sums (rows, outputs), int32 or integers in float32, with the float32 values of the integers that follow
+// from sums + offset; see requantized in quant_math.h.
 void requantize(
     const at::Tensor& sums, const at::Tensor& offset, const at::Tensor& factor, float low, float high, float scale);
 
@@ -166,7 +166,7 @@ void depthwise(const DepthwiseTask& task);
 bool quantize_and_convolve(const DepthwiseTask& task, const at::Tensor& mask, const QuantSpec& spec,
     const std::optional<ObservedRange>& range, const QParams& qparams, const at::Tensor& shifted_zero_point);
 
-// Its gradients; what is undefined is not needed.
+// What depthwise_backward() writes: the gradients of a depthwise convolution. Those that are undefined are not needed.
 struct DepthwiseBackwardTask {
   at::Tensor grad;   // float32, channels-last
   at::Tensor values; // uint8, channels-last
@@ -182,9 +182,6 @@ struct DepthwiseBackwardTask {
   at::Tensor grad_bias;
 };
 void depthwise_backward(const DepthwiseBackwardTask& task);
-
-// Whether the processor has the instructions for dot products that the functions below need.
-bool has_dot_products();
 
 // Whether the processor multiplies pairs of int16, and whether it has no dot products of int8, which are faster.
 bool has_pair_products();
@@ -223,6 +220,9 @@ struct PointwiseTask {
   at::Tensor y; // float32
 };
 void pointwise(const PointwiseTask& task);
+
+// Whether pointwise() can run: the chosen instruction set has dot products of uint8 and int8.
+bool has_dot_products();
 
 // Scale and zero point of blocks with the ranges lo, hi of the opmath type.
 void qparams_of_range(const at::Tensor& lo, const at::Tensor& hi, const QuantSpec& spec, const at::Tensor& scale,

@@ -238,7 +238,8 @@ QATFAST_OPERATOR(int8_conv_scale_, cpu, undefined,
     Tensor(
         const Tensor& sums, const Tensor& input_scale, const Tensor& weight_scale, const std::optional<Tensor>& bias))
 
-// Overwrites sums (int32, or integers in float32) by the float32 values of the integers that follow from sums + offset.
+// Overwrites sums (int32, or integers in float32) with the float32 values of the integers that follow from sums +
+// offset.
 QATFAST_OPERATOR(int8_requantize_, cpu, undefined,
     "(Tensor(a!) sums, Tensor offset, Tensor factor, float low, float high, float scale) -> Tensor(a!)",
     Tensor(const Tensor& sums, const Tensor& offset, const Tensor& factor, double low, double high, double scale))
@@ -271,8 +272,8 @@ QATFAST_OPERATOR(int8_conv_depthwise_forward, cpu, undefined,
         at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
         bool with_values, bool with_mask))
 
-// Its gradients by input, weight (channels, taps) and bias, those that output_mask selects. That of the input passes
-// where the mask, which has the order of `values`, is set.
+// Returns the gradients of int8_conv_depthwise by input, weight (channels, taps) and bias, those that output_mask
+// selects. That of the input passes where the mask, which has the order of `values`, is set.
 QATFAST_OPERATOR(int8_conv_depthwise_backward, cpu, undefined,
     "(Tensor grad, Tensor values, Tensor scale, Tensor shifted_zero_point, Tensor weight_hat, Tensor? mask, "
     "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool[3] output_mask) "
@@ -293,7 +294,7 @@ QATFAST_OPERATOR(int8_conv_pointwise, cpu, undefined,
     Tensor(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
         const Tensor& weight, const Tensor& weight_scale, const std::optional<Tensor>& bias))
 
-// The same with outputs as in int8_requantize_, from sum + bias.
+// Returns the result of int8_conv_pointwise requantized as in int8_requantize_, from sum + bias.
 QATFAST_OPERATOR(int8_conv_pointwise_requantized, cpu, undefined,
     "(Tensor input, Tensor scale, Tensor zero_point, int quant_min, int quant_max, Tensor weight, Tensor bias, "
     "Tensor factor, float low, float high, float y_scale) -> Tensor",

@@ -200,8 +200,8 @@ PyObject* takes(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // fake_quantize_observed with its spec as a code, for FakeQuantize.forward: a small tensor spends most of its time in
-// Python. None where the arguments need the way through torch.ops or the reference, and in a backward, where a range
-// does not move.
+// Python. Returns None if the arguments need torch.ops or the reference, and in a backward, where a range does not
+// move.
 PyObject* forward_observed(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   constexpr Py_ssize_t tensors = 4;
@@ -271,9 +271,8 @@ constexpr Function matrix_product{"int8_mm", &qatfast::int8_mm};
 constexpr Function sums_of_convolution{"int8_conv_sums", &qatfast::int8_conv_sums};
 constexpr Function requantizing_layer{"int8_linear_requantized", &int8_linear_requantized};
 
-// What weight_cache._state tells of a weight, as bytes: they are the same only while it is as it was. None where the
-// weight is no plain parameter on a device with kernels, or something else than autograd takes part in the call: _state
-// looks closer there.
+// Returns the state that weight_cache._state compares, as bytes. Returns None if the weight is no plain parameter on a
+// device with kernels, or if a mode, a hook or a transform sees the call: then Python computes it.
 PyObject* weight_state(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 1, "weight_state: expected 1 argument, got ", count);

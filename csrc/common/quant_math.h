@@ -97,7 +97,7 @@ QATFAST_FORMULA T nearest(T x) {
   return round_half_even(x);
 }
 
-// The same as an integer. Returns one whose low 16 bits are 0 for NaN. The CPU has overloads for vectors.
+// Returns nearest(x) as an integer; for NaN, one whose low 16 bits are 0. The CPU has overloads for vectors.
 QATFAST_FORMULA std::enable_if_t<std::is_floating_point_v<T>, int32_t> nearest_integer(T x) {
   return x == x ? static_cast<int32_t>(round_half_even(x)) : 0;
 }
@@ -232,8 +232,9 @@ C10_HOST_DEVICE static inline T fake_quantize_affine(T x, const G& grid) {
   return fake_quantize(x, grid);
 }
 
-// The same, and whether quant_min <= round(x / scale) + zero_point <= quant_max: the widened grid has one level outside
-// of each end for everything outside. Vectors have all ones in such a lane. NaN is outside.
+// Returns fake_quantize_affine(x, grid), and whether quant_min <= round(x / scale) + zero_point <= quant_max: the
+// widened grid has one level outside of each end for everything outside. Vectors have all ones in a lane that is
+// inside. NaN is outside.
 template <class T, class G>
 C10_HOST_DEVICE static inline auto fake_quantize_affine_forward(T x, const G& grid) {
   const T level = level_of(x, widened(grid));

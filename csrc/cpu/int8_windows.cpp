@@ -1,4 +1,5 @@
-// The windows of a convolution, and the sums of groups, in plain loops: they serve where oneDNN is not exact.
+// The windows of a convolution, and the sums of groups, in plain loops, for processors without pair products and for
+// sums that 32 bits do not hold.
 #include "common/windows.h"
 #include "cpu/launch.h"
 

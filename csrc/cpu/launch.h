@@ -193,7 +193,8 @@ bool range_of_blocks(
   return is_finite;
 }
 
-// The same for blocks that are runs of memory: blocks [0, blocks) in each of `rows` rows.
+// Finds the ranges of blocks that are runs of memory: blocks [0, blocks) in each of `rows` rows. Returns whether all
+// values are finite.
 template <class T>
 bool range_of_runs(
     const T* x, int64_t rows, int64_t stride, int64_t blocks, int64_t inner, opmath_type<T>* lo, opmath_type<T>* hi) {

@@ -96,7 +96,7 @@ struct BlockElements {
   }
 };
 
-// Calls f(first element, count) for every unit of N elements. Whole warps take part, with count <= 0 past the end.
+// Calls f(first element, count) for every unit of N elements. Whole warps take part; past the end, count is 0.
 template <int N, class F>
 __device__ __forceinline__ void for_each_unit(int64_t numel, F f) {
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;

@@ -27,7 +27,8 @@ Tensor primal_of(const Tensor& x);
 // Gives `y` a tangent, which must not share memory with another tensor: a later write into `y` writes into it.
 const Tensor& with_tangent(const Tensor& y, const Tensor& tangent);
 
-// Raises if `scale` waits for a gradient: a static scale gets none, and nobody else would notice.
+// Raises ValueError if `scale` requires grad or has a tangent: a static scale gets no gradient, and the call would drop
+// it silently.
 void check_fixed(const char* op, const Tensor& scale);
 
 // `value` with the gradient and the tangent of `x`.

@@ -23,7 +23,7 @@ Tensor laid_out_like(const Tensor& x, const Tensor& values, Granularity granular
 // empty vector if that is the order that they have.
 at::DimVector block_order(const Tensor& x, Granularity granularity);
 
-// Scale and zero point in that order.
+// Returns scale and zero point in the order in which the blocks of `x`, as_blocks, lie in memory.
 QParams in_memory_order(const QParams& qparams, const Tensor& x, Granularity granularity);
 
 // Memory for the result of `from`, which is as_blocks(x): `from` itself if it is a copy, which nobody else sees.
@@ -35,7 +35,7 @@ Tensor fake_quantized(const Tensor& x, const QuantSpec& spec);
 // Whether the launcher of fake_quantize may write the result for `x` in this other dtype.
 bool rounds_to(const Tensor& x, at::ScalarType dtype);
 
-// `x` in that dtype. Even a conversion that does nothing costs a small layer a percent.
+// Returns `x` in this dtype. It skips a conversion that does nothing, which costs a small layer a percent.
 inline Tensor as_dtype(const Tensor& x, at::ScalarType dtype) {
   return x.scalar_type() == dtype ? x : x.to(dtype);
 }

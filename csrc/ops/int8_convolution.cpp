@@ -1,4 +1,4 @@
-// What a convolution of integers needs beside the product of a library.
+// What a convolution of integers needs besides the product of a library.
 #include "checks.h"
 #include "common/copy.h"
 #include "launchers.h"
@@ -171,7 +171,7 @@ at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tens
   return shape;
 }
 
-// Also checks the integers of its input.
+// Checks the arguments of a depthwise convolution and the integers of its input. Returns the shape of its result.
 at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tensor& scale,
     const Tensor& shifted_zero_point, const Tensor& weight, at::ScalarType weight_dtype, at::IntArrayRef kernel_size,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {

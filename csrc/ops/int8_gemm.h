@@ -18,7 +18,7 @@ bool uses_int8_gemm(const at::Tensor& weight, at::IntArrayRef specs);
 // memory, as separate tensors take 10 % of a small layer's time.
 enum class Allocation { separate, shared };
 
-// Quantizes a matrix whose blocks are its rows, or all of it; on the CPU also with static ranges.
+// Quantizes a matrix whose blocks are its rows, or all of it: by their own ranges or, if given, with static ones.
 Int8Rows quantize_rows(const at::Tensor& matrix, const QuantSpec& spec, Allocation allocation,
     const std::optional<QParams>& qparams = std::nullopt);
 

@@ -20,8 +20,8 @@ std::vector<c10::SymInt> strides_of_mask(const Tensor& output, at::IntArrayRef g
 // Saves what masked() needs.
 void save_mask(AutogradContext* ctx, const Tensor& mask, c10::SymIntArrayRef stride);
 
-// The gradient if the element's bit is set, else zero; undefined for an undefined gradient. If the mask is seen to have
-// no zeros, it is `grad` itself, as of a clone.
+// Returns the gradient where the mask is set, else zero; undefined for an undefined gradient. Returns `grad` itself if
+// the mask is known to have no zeros.
 Variable masked(AutogradContext* ctx, const Variable& grad);
 
 } // namespace autograd

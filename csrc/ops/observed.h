@@ -10,7 +10,7 @@ ObservedRange checked_range(const char* op, const at::Tensor& input, const Quant
     const at::Tensor& running_min, const at::Tensor& running_max, const at::Tensor& num_batches,
     double averaging_constant);
 
-// After a write: one that autograd would not see makes a gradient from the old values silently wrong.
+// Tells autograd that the tensor has new values, so that a backward that saved the old ones raises.
 void bump_version(const at::Tensor& written);
 void bump_versions(const ObservedRange& range);
 

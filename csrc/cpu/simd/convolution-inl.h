@@ -1,4 +1,4 @@
-// What a convolution of integers needs beside the product.
+// What a convolution of integers needs besides the product.
 
 namespace qatfast::cpu {
 namespace {

@@ -1,4 +1,4 @@
-// Conversions to and from integers, and what the int8 GEMM needs beside the product.
+// Conversions to and from integers, and what the int8 GEMM needs besides the product.
 
 namespace qatfast::cpu {
 namespace {

@@ -38,11 +38,11 @@ QATFAST_LOOP(fake_quantize, void(const T* x, T* y, int64_t rows, int64_t n, cons
 #include "operator_list.h"
 // fake_quantize for n values with one grid, their mask from the first bit on unless it is null, and range.
 QATFAST_LOOP(fake_quantize_range, bool(const T* x, T* y, uint8_t* mask, int64_t n, const Grids<C>& grid, C* lo, C* hi))
-// The same with the integers of the values.
+// Quantizes n values with one grid to integers, and finds mask and range as fake_quantize_range does.
 QATFAST_LOOP(quantize_range, bool(const T* x, uint8_t* q, uint8_t* mask, int64_t n, const Grids<C>& grid, C* lo, C* hi))
-// The integers alone. Returns whether all values are finite.
+// Quantizes n values with one grid to integers. Returns whether all are finite.
 QATFAST_LOOP(quantize_finite, bool(const T* x, uint8_t* q, int64_t n, const Grids<C>& grid))
-// The bits alone, of n values with one grid, from the first bit on.
+// Sets the bits of the mask of n values with one grid, from the first bit on.
 QATFAST_LOOP(inside, void(const T* x, uint8_t* mask, int64_t n, const Grids<C>& grid))
 
 // limit: NaN for ReLU

@@ -106,7 +106,7 @@ struct Requantization {
   float scale;
 };
 
-// Overwrites `rows` runs of n sums, int32 or integers in float32, by float32 values.
+// Overwrites `rows` runs of n sums, int32 or integers in float32, with float32 values.
 using RequantizeLoop = void (*)(void* sums, int64_t rows, int64_t n, const Requantization& requantization);
 
 // A row of outputs of a depthwise convolution: output i of channel c is the sum of tap[t][i * step + c] * weight[t][c],

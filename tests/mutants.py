@@ -60,8 +60,8 @@ MUTANTS = (
     Mutant(
         "no __syncthreads after the reduction",
         "cuda/dynamic_quantize.cuh",
-        "      __syncthreads();\n      const QParam<C> qparam(shared[index], task.quant_range);",
-        "      const QParam<C> qparam(shared[index], task.quant_range);",
+        "      __syncthreads();\n      const BlockGrid<C> block_grid(shared[index], task.quant_range);",
+        "      const BlockGrid<C> block_grid(shared[index], task.quant_range);",
         f"{BUDGET} -k 'float32 and PerToken'",
         strict=True,
     ),
@@ -83,14 +83,14 @@ MUTANTS = (
     Mutant(
         "infinities are not clamped",
         "cuda/dynamic_quantize.cuh",
-        "if (finite && qparam.holds_all",
-        "if (qparam.holds_all",
+        "if (finite && block_grid.holds_all",
+        "if (block_grid.holds_all",
         "tests/test_special_values.py",
     ),
     Mutant(
         "blocks beyond the ends of their grid are not clamped",
         "cuda/dynamic_quantize.cuh",
-        "finite && qparam.holds_all",
+        "finite && block_grid.holds_all",
         "finite",
         "tests/test_fake_quantize.py tests/test_special_values.py",
     ),

@@ -42,11 +42,11 @@ inline int64_t blocks_of(const at::Tensor& x, Granularity granularity) {
 }
 
 // Whether x has to be contiguous: only the loops of the CPU take blocks that lie across memory.
-inline bool takes_contiguous(const at::Tensor& x, Granularity granularity) {
+inline bool needs_contiguous(const at::Tensor& x, Granularity granularity) {
   return granularity.by_rows() && !x.is_cpu();
 }
 
-// The layout of `x`, which is non-overlapping and dense, and contiguous if takes_contiguous. Blocks are numbered in the
+// The layout of `x`, which is non-overlapping and dense, and contiguous if needs_contiguous. Blocks are numbered in the
 // order of memory.
 inline Layout layout_of(const at::Tensor& x, Granularity granularity) {
   const auto blocks = blocks_of(x, granularity);

@@ -209,27 +209,27 @@ void convolve(const DepthwiseTask& task, QuantizeRun quantize) {
 }
 
 // The channels that are processed together, so that the rows that an output reads stay in L1.
-int64_t channels_per_block(const DepthwiseGeometry& geometry) {
-  constexpr int64_t most = 64, level_1 = 24 << 10;
+int64_t channels_per_strip(const DepthwiseGeometry& geometry) {
+  constexpr int64_t most = 64, l1_bytes = 24 << 10;
   const auto columns = geometry.size[1] + 2 * geometry.padding[1];
-  const auto fitting = level_1 / (static_cast<int64_t>(sizeof(float)) * geometry.span() * columns);
+  const auto fitting = l1_bytes / (static_cast<int64_t>(sizeof(float)) * geometry.span() * columns);
   return std::clamp(fitting / depthwise_vector * depthwise_vector, depthwise_vector, most);
 }
 
 // Calls f(channels of a sample, group, scratch) for the samples of each of `groups` groups, in parallel. Those of a
 // group come one after the other.
 template <class F>
-void for_each_block(const DepthwiseGeometry& geometry, int64_t samples, int64_t groups, F f) {
-  const auto size = channels_per_block(geometry);
-  const auto blocks = (geometry.channels + size - 1) / size;
+void for_each_channel_strip(const DepthwiseGeometry& geometry, int64_t samples, int64_t groups, F f) {
+  const auto size = channels_per_strip(geometry);
+  const auto strips = (geometry.channels + size - 1) / size;
   const auto scratch_size = geometry.span() * geometry.size[1] * size;
   const auto work = std::max<int64_t>(1, samples / groups) * geometry.output_size[0] * geometry.output_size[1] * size;
-  parallel_for(0, groups * blocks, std::max<int64_t>(1, grain / work), [&](int64_t task, int64_t end) {
+  parallel_for(0, groups * strips, std::max<int64_t>(1, grain / work), [&](int64_t task, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[scratch_size]);
     for (; task < end; ++task) {
-      const auto group = task / blocks, first = task % blocks * size;
+      const auto group = task / strips, first = task % strips * size;
       for (auto sample = samples * group / groups; sample < samples * (group + 1) / groups; ++sample) {
-        f(ChannelBlock{sample, first, std::min(size, geometry.channels - first)}, group, scratch.get());
+        f(ChannelStrip{sample, first, std::min(size, geometry.channels - first)}, group, scratch.get());
       }
     }
   });
@@ -278,8 +278,8 @@ void depthwise_backward(const DepthwiseBackwardTask& task) {
   const DepthwiseGradients gradients = {geometry, task.grad.const_data_ptr<float>(),
       task.values.const_data_ptr<uint8_t>(), task.scale, static_cast<float>(task.zero_point), weight.data(),
       task.grad_input.defined() ? task.grad_input.mutable_data_ptr<float>() : nullptr};
-  for_each_block(geometry, samples, groups, [&](const ChannelBlock& block, int64_t group, float* scratch) {
-    chosen().depthwise_gradients(gradients, block, grad_weight.empty() ? nullptr : &grad_weight[group * weights],
+  for_each_channel_strip(geometry, samples, groups, [&](const ChannelStrip& strip, int64_t group, float* scratch) {
+    chosen().depthwise_gradients(gradients, strip, grad_weight.empty() ? nullptr : &grad_weight[group * weights],
         grad_bias.empty() ? nullptr : &grad_bias[group * channels], scratch);
   });
   const StandardArithmetic arithmetic;

@@ -148,7 +148,7 @@ class QuantizeAndFind {
 
 // One block: every task finds the range of its stretch.
 template <class T>
-void quantize_tensor(
+void fake_quantize_and_find_tensor(
     const QuantizeAndFind<T>& run, int64_t n, const Grids<opmath_type<T>>& grid, Observation<T>& seen) {
   using C = opmath_type<T>;
   std::mutex mutex;
@@ -164,7 +164,7 @@ void quantize_tensor(
 
 // Blocks that are runs of memory. With a mask, a run is a whole number of its bytes.
 template <class T>
-void quantize_rows(
+void fake_quantize_and_find_rows(
     const QuantizeAndFind<T>& run, const Layout& layout, const Grids<opmath_type<T>>& grids, Observation<T>& seen) {
   for_each_tile(layout.blocks, layout.inner, [&](int64_t first, int64_t rows) {
     for (int64_t row = first; row < first + rows; ++row) {
@@ -191,7 +191,8 @@ void fake_quantize_observed(const at::Tensor& x, const at::Tensor& to, const at:
       const auto grids = grids_of<C>({scale, zero_point, spec.quant_min(), spec.quant_max()});
       const QuantizeAndFind<scalar_t> run(x.const_data_ptr<scalar_t>(), to.mutable_data_ptr<scalar_t>(),
           mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr);
-      is_tensor ? quantize_tensor(run, layout.numel(), grids, seen) : quantize_rows(run, layout, grids, seen);
+      is_tensor ? fake_quantize_and_find_tensor(run, layout.numel(), grids, seen)
+                : fake_quantize_and_find_rows(run, layout, grids, seen);
     } else {
       seen.find();
       seen.choose(spec, scales, zero_points);

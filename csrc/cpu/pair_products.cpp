@@ -13,8 +13,8 @@
 namespace qatfast::cpu {
 namespace {
 
-// The levels of a block of rows and features stay in L2, the weight's of these features in L1.
-constexpr int64_t block_rows = 43 * pair_rows, block_features = 1024;
+// The levels of so many rows and features stay in L2, the weight's of these features in L1.
+constexpr int64_t level_rows = 43 * pair_rows, level_features = 1024;
 
 // How rows and outputs are divided into tasks. Each task packs the weight of its outputs again; if there are few rows,
 // tasks divide the outputs instead.
@@ -22,13 +22,13 @@ struct PairDivision {
   int64_t rows;
   int64_t outputs;
 
-  PairDivision(int64_t all_rows, int64_t all_outputs) : rows(block_rows), outputs(all_outputs) {
+  PairDivision(int64_t all_rows, int64_t all_outputs) : rows(level_rows), outputs(all_outputs) {
     const int64_t threads = at::get_num_threads();
-    if (all_rows < threads * block_rows && all_outputs >= threads * pair_outputs) {
+    if (all_rows < threads * level_rows && all_outputs >= threads * pair_outputs) {
       outputs = at::ceil_div(at::ceil_div(all_outputs, threads), pair_outputs) * pair_outputs;
     } else {
-      const auto blocks = at::ceil_div(at::ceil_div(all_rows, block_rows), threads) * threads;
-      rows = at::ceil_div(at::ceil_div(all_rows, blocks), pair_rows) * pair_rows;
+      const auto tiles = at::ceil_div(at::ceil_div(all_rows, level_rows), threads) * threads;
+      rows = at::ceil_div(at::ceil_div(all_rows, tiles), pair_rows) * pair_rows;
     }
   }
 };
@@ -53,7 +53,7 @@ class PairMultiplier {
   PairMultiplier(int64_t rows, int64_t features)
       : rows_(rows),
         features_(features),
-        width_(at::ceil_div(std::min(features, block_features), pair_block) * pair_block),
+        width_(at::ceil_div(std::min(features, level_features), pair_features) * pair_features),
         levels_(new int16_t[rows * width_]),
         weight_(new int16_t[pair_outputs * width_]),
         edge_(new int32_t[rows * pair_outputs]) {}
@@ -68,8 +68,8 @@ class PairMultiplier {
       std::fill_n(sums + row * step, whole, 0);
     }
     std::fill_n(edge_.get(), whole < weight.outputs ? rows_ * pair_outputs : 0, 0);
-    for (int64_t k = 0; k < features_; k += block_features) {
-      const auto n = std::min(block_features, features_ - k), width = at::ceil_div(n, pair_block) * pair_block;
+    for (int64_t k = 0; k < features_; k += level_features) {
+      const auto n = std::min(level_features, features_ - k), width = at::ceil_div(n, pair_features) * pair_features;
       fill(k, n, levels_.get(), width);
       for (int64_t row = 0; row < rows_; ++row) {
         std::fill_n(levels_.get() + row * width + n, width - n, int16_t{0});

@@ -29,8 +29,8 @@ struct Division {
     const int64_t threads = at::get_num_threads();
     rows = std::min(all_rows, std::clamp(bytes / std::max<int64_t>(1, features) / step * step, fewest, most));
     if (all_rows < 4 * threads * rows) {
-      const auto blocks = (all_outputs + pointwise_block - 1) / pointwise_block;
-      outputs = (blocks + threads - 1) / threads * pointwise_block;
+      const auto strips = (all_outputs + pointwise_strip - 1) / pointwise_strip;
+      outputs = (strips + threads - 1) / threads * pointwise_strip;
     }
   }
 };
@@ -100,12 +100,12 @@ at::Tensor packed_pointwise_weight(const at::Tensor& weight) {
   const auto packed = at::zeros({packed_pointwise_size(outputs, features)}, weight.options().dtype(at::kInt));
   const auto* const values = weight.const_data_ptr<int8_t>();
   auto* const sums = packed.mutable_data_ptr<int32_t>();
-  const auto blocks = (outputs + pointwise_block - 1) / pointwise_block;
-  parallel_for(0, blocks, std::max<int64_t>(1, grain / (pointwise_block * std::max<int64_t>(1, features))),
+  const auto strips = (outputs + pointwise_strip - 1) / pointwise_strip;
+  parallel_for(0, strips, std::max<int64_t>(1, grain / (pointwise_strip * std::max<int64_t>(1, features))),
       [&](int64_t begin, int64_t end) {
-        for (auto first = begin * pointwise_block; first < std::min(end * pointwise_block, outputs);
-            first += pointwise_block) {
-          const auto width = std::min(pointwise_block, padded - first), count = std::min(width, outputs - first);
+        for (auto first = begin * pointwise_strip; first < std::min(end * pointwise_strip, outputs);
+            first += pointwise_strip) {
+          const auto width = std::min(pointwise_strip, padded - first), count = std::min(width, outputs - first);
           auto* to = sums + padded + first * quads;
           for (int64_t k = 0; k < features; k += 4, to += width) {
             for (int64_t j = 0; j < count; ++j) {

@@ -106,12 +106,12 @@ struct Range {
 };
 
 template <class C>
-struct QParam {
+struct BlockGrid {
   ReciprocalGrid<C> grid;
   int32_t zero_point;
   bool holds_all; // whether no finite value of the block is clamped
 
-  __device__ __forceinline__ QParam(const RangeKeys<C>& keys, const QuantRange<int32_t>& range) {
+  __device__ __forceinline__ BlockGrid(const RangeKeys<C>& keys, const QuantRange<int32_t>& range) {
     const C lo = C(0) - bits_as<C>(keys.below);
     const C hi = bits_as<C>(keys.above);
     const C quant_min = range.quant_min, quant_max = range.quant_max;
@@ -296,14 +296,14 @@ __device__ __forceinline__ auto quantized_piece(const Piece& piece, const G& gri
 
 // Calls f(grid) with the grid that quantizes fastest. `finite`: no value of the thread is infinite.
 template <class T, class C, class F>
-__device__ __forceinline__ void with_fastest(const QParam<C>& qparam, bool finite, F f) {
+__device__ __forceinline__ void with_fastest(const BlockGrid<C>& block_grid, bool finite, F f) {
   if constexpr (std::is_same_v<C, float>) {
-    const auto& grid = qparam.grid;
-    if (finite && qparam.holds_all && grid.reciprocal != 0 && grid.scale >= least_normal<T>) {
+    const auto& grid = block_grid.grid;
+    if (finite && block_grid.holds_all && grid.reciprocal != 0 && grid.scale >= least_normal<T>) {
       return f(UnclampedGrid<C>{grid.scale, grid.reciprocal});
     }
   }
-  with_fastest(qparam.grid, f);
+  with_fastest(block_grid.grid, f);
 }
 
 // The ranges of a tile's blocks, from this CTA and, in a team, from all of its CTAs.
@@ -399,13 +399,13 @@ __device__ __forceinline__ void quantize_pieces(const KernelTask& task, const Un
       }
     }
   }
-  const QParam<C> qparam = ready(range);
+  const BlockGrid<C> block_grid = ready(range);
   if (!(phases & Phases::apply) || !task.to) {
     return;
   }
   forget(first); // or the addresses of the held pieces would live in registers from their loads to their stores
   const Index last = all_held || rest > end - 1 ? rest - width : rest + (end - 1 - rest) / width * width;
-  with_fastest<T>(qparam, finite, [&](const auto& grid) {
+  with_fastest<T>(block_grid, finite, [&](const auto& grid) {
     for (Index at = last; !all_held && at >= uncached; at -= pair * width) {
       Piece loaded[pair];
 #pragma unroll
@@ -446,11 +446,11 @@ __device__ __forceinline__ void quantize_small_blocks(const KernelTask& task, in
     const int64_t count = block < plan.tiles ? plan.layout.outer * plan.units_per_run : 0;
     const Units units(task, block);
     const auto ready = [&](const Range<C>& range) {
-      const QParam<C> qparam(range.keys().of_warp(width), task.quant_range);
+      const BlockGrid<C> block_grid(range.keys().of_warp(width), task.quant_range);
       if (lane == 0 && block < plan.tiles) {
-        qparam.write(task, block);
+        block_grid.write(task, block);
       }
-      return qparam;
+      return block_grid;
     };
     quantize_pieces<T, true>(task, units, Index{lane}, static_cast<Index>(count), width, both, nullptr, ready);
   }
@@ -473,7 +473,7 @@ __device__ __forceinline__ void quantize_tiles(const KernelTask& task, int64_t c
     const Reduction<C> reduction{
         task, shared, static_cast<RangeKeys<C>*>(task.partials) + tile * team * plan.tile_blocks, member};
     // Called by every thread. Returns the grid of the tile's block `index`.
-    const auto together = [&](RangeKeys<C> keys, int index, bool contributes) -> QParam<C> {
+    const auto together = [&](RangeKeys<C> keys, int index, bool contributes) -> BlockGrid<C> {
       if (phases & Phases::range) {
         reduction.clear();
         if (contributes) {
@@ -492,14 +492,14 @@ __device__ __forceinline__ void quantize_tiles(const KernelTask& task, int64_t c
         }
       }
       __syncthreads();
-      const QParam<C> qparam(shared[index], task.quant_range);
+      const BlockGrid<C> block_grid(shared[index], task.quant_range);
       const int64_t first = tile * plan.tile_blocks;
       if ((phases & Phases::apply) && task.scale && member == 0) {
         for (int64_t i = threadIdx.x; i < plan.tile_blocks && first + i < layout.blocks; i += blockDim.x) {
-          QParam<C>(shared[i], task.quant_range).write(task, first + i);
+          BlockGrid<C>(shared[i], task.quant_range).write(task, first + i);
         }
       }
-      return qparam;
+      return block_grid;
     };
     if (!all_held && !std::is_same_v<Units, WholeUnits<T>> && plan.columns) {
       const int64_t tile_columns = plan.tile_blocks * layout.inner;

@@ -126,7 +126,7 @@ void fake_quantize_learned_backward(const at::Tensor& grad, const at::Tensor& x,
   const bool whole = chunks <= most_chunks &&
       (chunks <= few_chunks || layout.blocks >= attribute(cudaDevAttrMultiProcessorCount, device));
   at::Tensor sums; // freed in stream order
-  const auto stride = levels_of(chunks);
+  const auto stride = count_of_sums(chunks);
   if (!whole) {
     sums = x.new_empty({layout.blocks * stride}, at::kDouble);
   }

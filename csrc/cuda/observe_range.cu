@@ -99,9 +99,9 @@ __global__ void __launch_bounds__(observe_threads)
         }
       }
       if (is_last) {
-        const QParam<C> qparam(stored.move(block, keys, is_finite).keys(), quant_range);
-        scale[block] = qparam.grid.scale;
-        zero_point[block] = qparam.zero_point;
+        const BlockGrid<C> block_grid(stored.move(block, keys, is_finite).keys(), quant_range);
+        scale[block] = block_grid.grid.scale;
+        zero_point[block] = block_grid.zero_point;
       }
     }
     __syncthreads(); // before the next block's range

@@ -83,9 +83,9 @@ __global__ void __launch_bounds__(row_threads) quantize_rows_kernel(const T* fro
     ReciprocalGrid<C> row_grid;
     int zero;
     if constexpr (by_rows) {
-      const QParam<C> qparam(range_of_row(row_from, columns, aligned), range);
-      row_grid = qparam.grid;
-      zero = qparam.zero_point;
+      const BlockGrid<C> block_grid(range_of_row(row_from, columns, aligned), range);
+      row_grid = block_grid.grid;
+      zero = block_grid.zero_point;
     } else {
       const int64_t index = grid_per_row ? row : 0;
       zero = zero_point[index];

@@ -34,16 +34,16 @@ struct Search {
   int32_t* zero_point;
 
   // The grid `index` of a block, from the largest range on.
-  __device__ __forceinline__ QParam<C> grid_of(const RangeKeys<C>& keys, int index) const {
+  __device__ __forceinline__ BlockGrid<C> grid_of(const RangeKeys<C>& keys, int index) const {
     const C factor = shrinking_factor<C>(index);
     const Range<C> range{(C(0) - bits_as<C>(keys.below)) * factor, bits_as<C>(keys.above) * factor};
-    return QParam<C>(range.keys(), quant_range);
+    return BlockGrid<C>(range.keys(), quant_range);
   }
 
   __device__ __forceinline__ void write(int64_t row, const RangeKeys<C>& keys, int index) const {
-    const auto qparam = grid_of(keys, index);
-    scale[row] = qparam.grid.scale;
-    zero_point[row] = qparam.zero_point;
+    const auto block_grid = grid_of(keys, index);
+    scale[row] = block_grid.grid.scale;
+    zero_point[row] = block_grid.zero_point;
   }
 };
 
@@ -254,7 +254,7 @@ void search_qparams(const at::Tensor& x, const QuantSpec& spec, const at::Tensor
     if (!whole) {
       const auto bytes = rows * static_cast<int64_t>(sizeof(RangeKeys<C>));
       ranges = x.new_empty({bytes}, at::kByte);
-      search.stride = levels_of(pieces);
+      search.stride = count_of_sums(pieces);
       errors = x.new_empty({rows * shrunk_ranges * search.stride}, at::kDouble);
       search.ranges = static_cast<RangeKeys<C>*>(ranges.mutable_data_ptr());
       search.errors = errors.mutable_data_ptr<double>();

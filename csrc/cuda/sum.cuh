@@ -13,7 +13,7 @@ __host__ __device__ __forceinline__ int64_t chunks_of(int64_t n) {
 }
 
 // The numbers that ordered_sum of n chunks' sums takes: those of every level.
-inline int64_t levels_of(int64_t n) {
+inline int64_t count_of_sums(int64_t n) {
   int64_t total = n;
   while (n > 1) {
     n = chunks_of(n);
@@ -31,7 +31,7 @@ __device__ __forceinline__ double sum_of_lanes(double lane) {
   return lane;
 }
 
-// The sum of values[0] to values[n - 1], in every thread of the CTA. `values` has room for levels_of(n), and all
+// The sum of values[0] to values[n - 1], in every thread of the CTA. `values` has room for count_of_sums(n), and all
 // threads of the CTA see the values.
 __device__ __forceinline__ double ordered_sum(double* values, int64_t n) {
   const int lane = threadIdx.x % sum_lanes;

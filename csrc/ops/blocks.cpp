@@ -19,14 +19,14 @@ Tensor fresh_like(const Tensor& x, at::ScalarType dtype) {
 }
 
 Tensor as_blocks(const Tensor& x, Granularity granularity) {
-  if (takes_contiguous(x, granularity)) {
+  if (needs_contiguous(x, granularity)) {
     return x.contiguous();
   }
   return x.is_non_overlapping_and_dense() ? x : copied(x, fresh_like(x, x.scalar_type()));
 }
 
 Tensor laid_out_like(const Tensor& x, const Tensor& values, Granularity granularity) {
-  if (!takes_contiguous(x, granularity) || x.is_contiguous()) {
+  if (!needs_contiguous(x, granularity) || x.is_contiguous()) {
     return values;
   }
   auto like = at::empty_like(x, values.options());

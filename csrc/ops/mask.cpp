@@ -46,7 +46,7 @@ bool passes_everywhere(const Tensor& mask) {
 } // namespace
 
 std::vector<c10::SymInt> strides_of_mask(const Tensor& output, at::IntArrayRef granularity) {
-  const bool contiguous = takes_contiguous(output, {static_cast<Granularity::Kind>(granularity[0])});
+  const bool contiguous = needs_contiguous(output, {static_cast<Granularity::Kind>(granularity[0])});
   return contiguous ? contiguous_strides(output.sym_sizes()) : output.sym_strides().vec();
 }
 

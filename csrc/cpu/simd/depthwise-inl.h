@@ -46,13 +46,13 @@ inline void depthwise_loop(const DepthwiseRow& row) {
   }
 }
 
-// x_hat of a row of a block, [width][count].
-inline void depthwise_input_row(const DepthwiseGradients& task, const ChannelBlock& block, int64_t row, float* to) {
+// x_hat of a row of a strip, [width][count].
+inline void depthwise_input_row(const DepthwiseGradients& task, const ChannelStrip& strip, int64_t row, float* to) {
   const auto& [channels, size, output_size, kernel, stride, padding, dilation] = task.geometry;
-  const uint8_t* from = task.values + (block.sample * size[0] + row) * size[1] * channels + block.first;
+  const uint8_t* from = task.values + (strip.sample * size[0] + row) * size[1] * channels + strip.first;
   const auto zero_point = all_lanes(task.zero_point), scale = all_lanes(task.scale);
-  for (int64_t column = 0; column < size[1]; ++column, from += channels, to += block.count) {
-    for_each_vector<float>(block.count, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
+  for (int64_t column = 0; column < size[1]; ++column, from += channels, to += strip.count) {
+    for_each_vector<float>(strip.count, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
       const auto x_hat = dequantize(load_first<uint8_t, float>(from + c, m), zero_point, scale);
       store_first<float, float, Result::any>(to + c, x_hat, m);
     });
@@ -85,10 +85,10 @@ inline int64_t quotient_rounded_up(int64_t value, int64_t divisor) {
 
 // Adds the products of a row of gradients with the row of x_hat that kernel row `i` reads, to the weight's gradient.
 template <int count>
-inline void depthwise_weight_gradients(const DepthwiseGradients& task, const ChannelBlock& block, const float* grad,
+inline void depthwise_weight_gradients(const DepthwiseGradients& task, const ChannelStrip& strip, const float* grad,
     const float* x, int64_t i, int64_t j, float* grad_weight) {
   const auto& [channels, size, output_size, kernel, stride, padding, dilation] = task.geometry;
-  const auto step = stride[1] * block.count, tap_step = dilation[1] * block.count;
+  const auto step = stride[1] * strip.count, tap_step = dilation[1] * strip.count;
   int64_t begin[count], end[count]; // of the outputs for which a tap lies within the row
   for (int tap = 0; tap < count; ++tap) {
     const auto first = (j + tap) * dilation[1] - padding[1];
@@ -96,9 +96,9 @@ inline void depthwise_weight_gradients(const DepthwiseGradients& task, const Cha
     end[tap] = smaller(larger(quotient_rounded_up(size[1] - first, stride[1]), begin[tap]), output_size[1]);
   }
   const auto inner_begin = begin[0], inner_end = larger(begin[0], end[count - 1]); // later taps begin and end earlier
-  x += (j * dilation[1] - padding[1]) * block.count;
-  for_each_vector<float>(block.count, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
-    float* to = grad_weight + (i * kernel[1] + j) * channels + block.first + c;
+  x += (j * dilation[1] - padding[1]) * strip.count;
+  for_each_vector<float>(strip.count, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
+    float* to = grad_weight + (i * kernel[1] + j) * channels + strip.first + c;
     const auto edges = [&](auto ends) __attribute__((always_inline)) {
       for (int tap = 0; tap < count; ++tap) {
         const auto [from, until] = ends(tap);
@@ -126,8 +126,8 @@ struct GradientTap {
 // to[k * to_step] = the sum of the taps' products, for `count` values of k from `first` on.
 template <int count>
 QATFAST_INLINE void gather_products(
-    const GradientTap* taps, int64_t n, int64_t first, int64_t channels, int64_t block, float* to, int64_t to_step) {
-  for_each_vector<float>(block, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
+    const GradientTap* taps, int64_t n, int64_t first, int64_t channels, int64_t width, float* to, int64_t to_step) {
+  for_each_vector<float>(width, [&](int64_t c, int64_t m) __attribute__((always_inline)) {
     V<float> sums[count] = {};
     for (int64_t t = 0; t < n; ++t) {
       const auto weight = load_first<float, float>(taps[t].weight + c, m);
@@ -143,10 +143,10 @@ QATFAST_INLINE void gather_products(
 }
 
 // The gradient of a row of the input.
-inline void depthwise_input_gradients(const DepthwiseGradients& task, const ChannelBlock& block, int64_t row) {
+inline void depthwise_input_gradients(const DepthwiseGradients& task, const ChannelStrip& strip, int64_t row) {
   const auto& [channels, size, output_size, kernel, stride, padding, dilation] = task.geometry;
   GradientTap taps[most_depthwise_taps], within[most_depthwise_taps];
-  float* const to = task.grad_input + (block.sample * size[0] + row) * size[1] * channels + block.first;
+  float* const to = task.grad_input + (strip.sample * size[0] + row) * size[1] * channels + strip.first;
   for (int64_t column = 0; column < smaller(stride[1], size[1]); ++column) { // and those that are strides away
     const auto columns = (size[1] - column + stride[1] - 1) / stride[1];
     int64_t n = 0, begin = 0, end = columns;
@@ -156,14 +156,14 @@ inline void depthwise_input_gradients(const DepthwiseGradients& task, const Chan
         continue;
       }
       const float* grad =
-          task.grad + (block.sample * output_size[0] + top / stride[0]) * output_size[1] * channels + block.first;
+          task.grad + (strip.sample * output_size[0] + top / stride[0]) * output_size[1] * channels + strip.first;
       for (int64_t j = 0; j < kernel[1]; ++j) {
         const auto left = column + padding[1] - j * dilation[1];
         if (left % stride[1] != 0) {
           continue;
         }
         const auto output = left / stride[1];
-        taps[n] = {grad + output * channels, task.weight + (i * kernel[1] + j) * channels + block.first, -output,
+        taps[n] = {grad + output * channels, task.weight + (i * kernel[1] + j) * channels + strip.first, -output,
             output_size[1] - output};
         begin = larger(begin, taps[n].begin);
         end = smaller(end, taps[n].end);
@@ -181,17 +181,17 @@ inline void depthwise_input_gradients(const DepthwiseGradients& task, const Chan
           within[m++] = taps[t];
         }
       }
-      gather_products<1>(within, m, k, channels, block.count, to_column, to_step);
+      gather_products<1>(within, m, k, channels, strip.count, to_column, to_step);
     };
     int64_t k = 0;
     for (; k < begin; ++k) {
       at_edge(k);
     }
     for (; k + 4 <= end; k += 4) {
-      gather_products<4>(taps, n, k, channels, block.count, to_column, to_step);
+      gather_products<4>(taps, n, k, channels, strip.count, to_column, to_step);
     }
     for (; k < end; ++k) {
-      gather_products<1>(taps, n, k, channels, block.count, to_column, to_step);
+      gather_products<1>(taps, n, k, channels, strip.count, to_column, to_step);
     }
     for (; k < columns; ++k) {
       at_edge(k);
@@ -226,14 +226,14 @@ inline void add_outputs(const float* grad, int64_t outputs, int64_t channels, in
 }
 
 inline void depthwise_gradients_loop(
-    const DepthwiseGradients& task, const ChannelBlock& block, float* grad_weight, float* grad_bias, float* scratch) {
+    const DepthwiseGradients& task, const ChannelStrip& strip, float* grad_weight, float* grad_bias, float* scratch) {
   const auto& [channels, size, output_size, kernel, stride, padding, dilation] = task.geometry;
-  const auto span = task.geometry.span(), row_size = size[1] * block.count;
+  const auto span = task.geometry.span(), row_size = size[1] * strip.count;
   int64_t rows = 0; // of x_hat that are computed
   for (int64_t row = 0; row < output_size[0] && (grad_weight || grad_bias); ++row) {
-    const float* grad = task.grad + (block.sample * output_size[0] + row) * output_size[1] * channels + block.first;
+    const float* grad = task.grad + (strip.sample * output_size[0] + row) * output_size[1] * channels + strip.first;
     if (grad_bias) {
-      add_outputs(grad, output_size[1], channels, block.count, grad_bias + block.first);
+      add_outputs(grad, output_size[1], channels, strip.count, grad_bias + strip.first);
     }
     for (int64_t i = 0; i < kernel[0] && grad_weight; ++i) {
       const auto input_row = row * stride[0] + i * dilation[0] - padding[0];
@@ -241,20 +241,20 @@ inline void depthwise_gradients_loop(
         continue;
       }
       for (rows = larger(rows, input_row - span + 1); rows <= input_row; ++rows) {
-        depthwise_input_row(task, block, rows, scratch + rows % span * row_size);
+        depthwise_input_row(task, strip, rows, scratch + rows % span * row_size);
       }
       const float* x = scratch + input_row % span * row_size;
       int64_t j = 0;
       for (; j + 3 <= kernel[1]; j += 3) {
-        depthwise_weight_gradients<3>(task, block, grad, x, i, j, grad_weight);
+        depthwise_weight_gradients<3>(task, strip, grad, x, i, j, grad_weight);
       }
       for (; j < kernel[1]; ++j) {
-        depthwise_weight_gradients<1>(task, block, grad, x, i, j, grad_weight);
+        depthwise_weight_gradients<1>(task, strip, grad, x, i, j, grad_weight);
       }
     }
   }
   for (int64_t row = 0; row < size[0] && task.grad_input; ++row) {
-    depthwise_input_gradients(task, block, row);
+    depthwise_input_gradients(task, strip, row);
   }
 }
 

@@ -143,8 +143,8 @@ struct DepthwiseGeometry {
   }
 };
 
-// Consecutive channels of an image.
-struct ChannelBlock {
+// Consecutive channels of a sample.
+struct ChannelStrip {
   int64_t sample;
   int64_t first;
   int64_t count;
@@ -181,7 +181,7 @@ struct DepthwiseDotProducts {
 struct PointwiseDotProducts {
   int64_t features;
   int64_t outputs;
-  const int8_t* weight; // [blocks of outputs][quads of features][outputs of the block][4]
+  const int8_t* weight; // [strips of outputs][quads of features][outputs of the strip][4]
   const int32_t* offset;
   const float* scale;
   const float* bias;
@@ -190,10 +190,10 @@ struct PointwiseDotProducts {
   float y_scale;
   bool bypasses_cache; // for y of whole, aligned vectors
 };
-constexpr int64_t pointwise_block = 64, pointwise_tile_rows = 6;
+constexpr int64_t pointwise_strip = 64, pointwise_tile_rows = 6;
 
 // What is multiplied at a time: rows that follow each other in memory, and the outputs from `first` to `end`. `first`
-// is a multiple of pointwise_block.
+// is a multiple of pointwise_strip.
 struct PointwiseTile {
   const uint8_t* values;
   int64_t rows;
@@ -222,7 +222,7 @@ struct PairWeight {
   int64_t outputs; // at most pair_outputs
   const int32_t* zero_point;
 };
-constexpr int64_t pair_outputs = 16, pair_rows = 6, pair_block = 16; // features that are packed together
+constexpr int64_t pair_outputs = 16, pair_rows = 6, pair_features = 16; // features that are packed together
 
 // What is multiplied at a time: rows of levels, `step` elements apart, and a packed weight.
 struct PairProducts {
@@ -235,7 +235,7 @@ struct PairProducts {
 
 // Loops for processors that multiply pairs of int16, or null. Levels are q - zero_point.
 struct PairProductLoops {
-  // Writes the levels of `features` columns in pairs, filled up to a multiple of pair_block with any levels.
+  // Writes the levels of `features` columns in pairs, filled up to a multiple of pair_features with any levels.
   void (*pack)(const PairWeight& weight, int64_t features, int16_t* to) = nullptr;
   void (*levels_of_int8)(const int8_t* values, int64_t n, int32_t zero_point, int16_t* to) = nullptr;
   void (*levels_of_uint8)(const uint8_t* values, int64_t n, int32_t zero_point, int16_t* to) = nullptr;
@@ -255,10 +255,10 @@ struct DepthwiseGradients {
   float* grad_input;   // like values
 };
 
-// Adds the gradients of the block's weight [taps][channels] and bias [channels], each with its products in the order of
+// Adds the gradients of the strip's weight [taps][channels] and bias [channels], each with its products in the order of
 // memory; `scratch` has span * width * count floats.
 using DepthwiseGradientsLoop = void (*)(
-    const DepthwiseGradients& task, const ChannelBlock& block, float* grad_weight, float* grad_bias, float* scratch);
+    const DepthwiseGradients& task, const ChannelStrip& strip, float* grad_weight, float* grad_bias, float* scratch);
 
 struct InstructionSet {
   const char* name;

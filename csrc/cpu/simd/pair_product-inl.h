@@ -24,19 +24,19 @@ QATFAST_INLINE void transpose(__m256i (&rows)[8]) {
 }
 
 void pack_pairs_loop(const PairWeight& weight, int64_t features, int16_t* to) {
-  static_assert(pair_block == sizeof(__m128i));
-  int8_t padded[pair_outputs][pair_block];
-  for (int64_t k = 0; k < features; k += pair_block) {
+  static_assert(pair_features == sizeof(__m128i));
+  int8_t padded[pair_outputs][pair_features];
+  for (int64_t k = 0; k < features; k += pair_features) {
     const int8_t* from = weight.values + k;
     auto step = weight.step;
-    const auto width = smaller(pair_block, features - k);
-    if (weight.outputs < pair_outputs || width < pair_block) {
+    const auto width = smaller(pair_features, features - k);
+    if (weight.outputs < pair_outputs || width < pair_features) {
       std::memset(padded, 0, sizeof(padded));
       for (int64_t j = 0; j < weight.outputs; ++j) {
         std::memcpy(padded[j], from + j * step, width);
       }
       from = padded[0];
-      step = pair_block;
+      step = pair_features;
     }
     for (int half = 0; half < pair_outputs / 8; ++half) {
       __m256i pairs[8]; // of an output each

@@ -93,12 +93,12 @@ inline void pointwise_columns(
 }
 
 void pointwise_dot_product_loop(const PointwiseDotProducts& task, const PointwiseTile& tile) {
-  constexpr int N = lanes<float>, vectors = pointwise_block / N;
+  constexpr int N = lanes<float>, vectors = pointwise_strip / N;
   const auto quads = (task.features + 3) / 4;
-  for (auto first = tile.first; first < tile.end; first += pointwise_block) {
-    const auto width = smaller(pointwise_block, (task.outputs - first + N - 1) / N * N);
+  for (auto first = tile.first; first < tile.end; first += pointwise_strip) {
+    const auto width = smaller(pointwise_strip, (task.outputs - first + N - 1) / N * N);
     const auto* const weight = task.weight + first * quads * 4;
-    if (width == pointwise_block) {
+    if (width == pointwise_strip) {
       pointwise_columns<vectors>(task, tile, first, weight, width * 4);
       continue;
     }

@@ -123,7 +123,7 @@ QATFAST_INLINE Vec<To, N> integers_as(Vec<From, N> v) {
 
 // Loads 8 or 16-bit integers as a vector of 32-bit ones. (GCC would convert each half and join them.)
 template <class T>
-QATFAST_INLINE auto widened(const void* p) {
+QATFAST_INLINE auto load_as_32_bits(const void* p) {
   using Wide = std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>;
   constexpr int N = lanes<float>;
 #if QATFAST_VECTOR_BYTES == 64
@@ -166,7 +166,7 @@ QATFAST_INLINE V<C> load(const void* p) {
   if constexpr (std::is_same_v<T, C>) {
     return bits_as<V<C>>(p);
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const auto wide = widened<uint16_t>(p) << 16;
+    const auto wide = load_as_32_bits<uint16_t>(p) << 16;
     return bits_as<V<C>>(&wide);
   } else if constexpr (std::is_same_v<T, c10::Half>) {
 #if QATFAST_VECTOR_BYTES == 64
@@ -183,7 +183,7 @@ QATFAST_INLINE V<C> load(const void* p) {
     return wide;
 #endif
   } else if constexpr (std::is_same_v<C, float> && sizeof(T) < 4) { // integers
-    return __builtin_convertvector(widened<T>(p), V<C>);
+    return __builtin_convertvector(load_as_32_bits<T>(p), V<C>);
   } else {
     return __builtin_convertvector((integers_as<int32_t, N, T>(bits_as<Vec<T, N>>(p))), V<C>);
   }

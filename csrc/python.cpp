@@ -1,12 +1,13 @@
 // The Python module: direct entry points, which go through the dispatcher but save eager callers the overhead of
 // torch.ops (and, as METH_FASTCALL, that of pybind11), and what the kernels run on.
 #include "checks.h"
-#include "common/qparams.h"
+#include "cpu/simd/loops.h"
 #include "cuda/plan.h"
 #include "launchers.h"
 #include "operators.h"
 #include "ops/int8_gemm.h"
 #include "ops/int8_windows.h"
+#include "ops/qat_linear_int8.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
@@ -22,8 +23,6 @@
 #include <torch/csrc/utils/python_numbers.h>
 
 #include <array>
-#include <cmath>
-#include <limits>
 #include <tuple>
 #include <utility>
 
@@ -225,51 +224,11 @@ PyObject* forward_observed(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// observe_range and qat_linear_int8_static in one call: two from Python take longer than the loops of a small layer.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> qat_linear_int8_observed(const at::Tensor& input,
-    const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::TensorList int8_weight,
-    const at::Tensor& running_min, const at::Tensor& running_max, const at::Tensor& num_batches,
-    double averaging_constant, at::IntArrayRef codes) {
-  using qatfast::LinearSpecs;
-  constexpr auto op = "qat_linear";
-  qatfast::check_linear(op, input, weight, bias, /*mixed_dtypes=*/false); // before the range moves
-  const auto spec = qatfast::checked_specs(op, codes).input;
-  TORCH_CHECK_VALUE(spec, op, ": expected an input spec for an observed input, got none");
-  auto [scale, zero_point] =
-      qatfast::op::observe_range(input, running_min, running_max, num_batches, averaging_constant, spec->num_bits,
-          spec->symmetric, LinearSpecs::code_of(codes, LinearSpecs::input_role).slice(2), spec->narrow_range);
-  auto y = qatfast::op::qat_linear_int8_static(
-      input, weight, bias, int8_weight, scale, zero_point, std::nullopt, std::nullopt, codes);
-  return {std::move(y), std::move(scale), std::move(zero_point)};
-}
-constexpr Function observed_layer{"qat_linear_int8_observed", &qat_linear_int8_observed};
-
-// quantize, the product of the integers and int8_requantize_ in one call, for the same reason; a row with a NaN is NaN.
-at::Tensor int8_linear_requantized(const at::Tensor& input, const at::Tensor& scale, const at::Tensor& zero_point,
-    int64_t quant_min, int64_t quant_max, const at::Tensor& weight, const at::Tensor& offset, const at::Tensor& factor,
-    double low, double high, double y_scale) {
-  constexpr std::array<int64_t, 2> per_tensor = {0, 0};
-  const auto columns = weight.size(1);
-  TORCH_CHECK_VALUE(input.numel() > 0 && input.size(-1) == columns,
-      "int8_linear_requantized: expected input to be of shape (..., ", columns, ") and not empty, got ",
-      qatfast::tuple(input.sizes()));
-  const auto rows = input.dim() == 2 ? input : input.reshape({-1, columns});
-  const auto q = qatfast::op::quantize(rows, scale, zero_point, quant_min, quant_max, per_tensor);
-  const auto sums = qatfast::int8_mm(q, weight);
-  const auto y = qatfast::op::int8_requantize_(sums, offset, factor, low, high, y_scale).view(at::kFloat);
-  if (std::isnan(rows.amax().item<double>())) {
-    y.masked_fill_(rows.isnan().any(1, /*keepdim=*/true), std::numeric_limits<double>::quiet_NaN());
-  }
-  if (input.dim() == 2) {
-    return y;
-  }
-  auto shape = input.sizes().vec();
-  shape.back() = weight.size(0);
-  return y.view(shape);
-}
+// Functions that are no operators.
+constexpr Function observed_layer{"qat_linear_int8_observed", &qatfast::qat_linear_int8_observed};
 constexpr Function matrix_product{"int8_mm", &qatfast::int8_mm};
 constexpr Function sums_of_convolution{"int8_conv_sums", &qatfast::int8_conv_sums};
-constexpr Function requantizing_layer{"int8_linear_requantized", &int8_linear_requantized};
+constexpr Function requantizing_layer{"int8_linear_requantized", &qatfast::int8_linear_requantized};
 
 // Returns the state that weight_cache._state compares, as bytes. Returns None if the weight is no plain parameter on a
 // device with kernels, or if a mode, a hook or a transform sees the call: then Python computes it.
@@ -340,7 +299,7 @@ PyMethodDef methods[] = {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   PyModule_AddFunctions(m.ptr(), methods);
   m.attr("has_cuda") = has_cuda;
-  m.attr("most_depthwise_taps") = qatfast::most_depthwise_taps;
+  m.attr("most_depthwise_taps") = qatfast::cpu::most_depthwise_taps;
   using pybind11::arg;
   m.def("cuda_plan", &cuda_plan, arg("outer"), arg("blocks"), arg("inner"), arg("item_size"), arg("skipped"),
       arg("quantizes"), arg("multiprocessors"), arg("shared_memory"), arg("cooperative"));

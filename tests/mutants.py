@@ -194,7 +194,7 @@ MUTANTS = (
     ),
     Mutant(
         "no barrier before a row's levels are summed",
-        "cuda/qat_linear.cu",
+        "cuda/int8_gemm.cu",
         "__syncthreads_or(has_nan);",
         "has_nan;",
         INTEGERS,
@@ -202,7 +202,7 @@ MUTANTS = (
     ),
     Mutant(
         "no barrier before the range of a row is reduced",
-        "cuda/qat_linear.cu",
+        "cuda/int8_gemm.cu",
         "  __syncthreads();\n  RangeKeys<C> keys;",
         "  RangeKeys<C> keys;",
         INTEGERS,
@@ -210,21 +210,21 @@ MUTANTS = (
     ),
     Mutant(
         "a NaN in a row is ignored",
-        "cuda/qat_linear.cu",
+        "cuda/int8_gemm.cu",
         "any_nan ? std::numeric_limits<C>::quiet_NaN() : row_grid.scale",
         "row_grid.scale",
         INTEGERS,
     ),
     Mutant(
         "the zero point of the weight is ignored",
-        "cuda/qat_linear.cu",
+        "cuda/int8_gemm.cu",
         " - row_level_sum * weight_zero[i];",
         ";",
         INTEGERS,
     ),
     Mutant(
         "all rows of a static matrix have the first one's grid",
-        "cuda/qat_linear.cu",
+        "cuda/int8_gemm.cu",
         "grid_per_row ? row : 0",
         "0",
         "tests/test_cuda.py -k 'static_ranges and PerChannel'",

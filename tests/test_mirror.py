@@ -19,6 +19,7 @@ SHARED = {
         "copy",
         "observe_range",
         "int8_convolution",
+        "int8_gemm",
         "int8_windows",
         "depthwise",
         "pair_products",
@@ -26,7 +27,7 @@ SHARED = {
         "relu",
         "static_range",
     },
-    "cuda": {"plan", "observe_range", "relu", "static_range", "int8_windows"},
+    "cuda": {"plan", "observe_range", "relu", "static_range", "int8_gemm", "int8_windows"},
 }
 SOURCES = {".cpp", ".cu"}
 SCHEMAS = ROOT / "csrc" / "operator_list.h"

@@ -1,6 +1,7 @@
 // What a convolution of integers needs besides the product of a library.
 #include "checks.h"
 #include "common/copy.h"
+#include "cpu/simd/loops.h"
 #include "launchers.h"
 #include "ops/blocks.h"
 #include "ops/mask.h"
@@ -154,10 +155,10 @@ at::DimVector checked_depthwise(const char* op, const Tensor& values, const Tens
       tuple(values.sizes()));
   const auto channels = values.size(1), taps = kernel_size[0] * kernel_size[1];
   TORCH_CHECK_VALUE(weight.scalar_type() == weight_dtype && weight.is_contiguous() && kernel_size[0] > 0 && taps > 0 &&
-          taps <= most_depthwise_taps && weight.dim() > 0 && weight.size(0) == channels &&
+          taps <= cpu::most_depthwise_taps && weight.dim() > 0 && weight.size(0) == channels &&
           weight.numel() == channels * taps,
       op, ": expected a weight of ", name_of(weight_dtype), " of shape ", tuple({channels, taps}), " of at most ",
-      most_depthwise_taps, " columns, got ", name_of(weight.scalar_type()), " of shape ", tuple(weight.sizes()));
+      cpu::most_depthwise_taps, " columns, got ", name_of(weight.scalar_type()), " of shape ", tuple(weight.sizes()));
   at::DimVector shape = {values.size(0), channels};
   for (const size_t d : {0, 1}) {
     TORCH_CHECK_VALUE(stride[d] > 0 && padding[d] >= 0 && dilation[d] > 0, op,

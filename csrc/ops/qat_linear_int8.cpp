@@ -1,4 +1,6 @@
 // The layer on int8, with the gradients of the layer on floats.
+#include "ops/qat_linear_int8.h"
+
 #include "checks.h"
 #include "common/copy.h"
 #include "launchers.h"
@@ -13,6 +15,10 @@
 #include <ATen/ops/mm.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <array>
+#include <cmath>
+#include <limits>
+#include <utility>
 #include <vector>
 
 namespace qatfast {
@@ -402,6 +408,44 @@ Tensor autocast::qat_linear_int8(const Tensor& input, const Tensor& weight, cons
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const auto product = product_dtype(input, weight, bias);
   return op::qat_linear_int8(input, weight, bias, int8_weight, specs, product ? product : dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor> qat_linear_int8_observed(const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& bias, at::TensorList int8_weight, const Tensor& running_min, const Tensor& running_max,
+    const Tensor& num_batches, double averaging_constant, at::IntArrayRef codes) {
+  constexpr auto op = "qat_linear";
+  check_linear(op, input, weight, bias, /*mixed_dtypes=*/false); // before the range moves
+  const auto spec = checked_specs(op, codes).input;
+  TORCH_CHECK_VALUE(spec, op, ": expected an input spec for an observed input, got none");
+  auto [scale, zero_point] =
+      op::observe_range(input, running_min, running_max, num_batches, averaging_constant, spec->num_bits,
+          spec->symmetric, LinearSpecs::code_of(codes, LinearSpecs::input_role).slice(2), spec->narrow_range);
+  auto y = op::qat_linear_int8_static(
+      input, weight, bias, int8_weight, scale, zero_point, std::nullopt, std::nullopt, codes);
+  return {std::move(y), std::move(scale), std::move(zero_point)};
+}
+
+Tensor int8_linear_requantized(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+    int64_t quant_max, const Tensor& weight, const Tensor& offset, const Tensor& factor, double low, double high,
+    double y_scale) {
+  constexpr std::array<int64_t, 2> per_tensor = {0, 0};
+  const auto columns = weight.size(1);
+  TORCH_CHECK_VALUE(input.numel() > 0 && input.size(-1) == columns,
+      "int8_linear_requantized: expected input to be of shape (..., ", columns, ") and not empty, got ",
+      tuple(input.sizes()));
+  const auto rows = input.dim() == 2 ? input : input.reshape({-1, columns});
+  const auto q = op::quantize(rows, scale, zero_point, quant_min, quant_max, per_tensor);
+  const auto sums = int8_mm(q, weight);
+  const auto y = op::int8_requantize_(sums, offset, factor, low, high, y_scale).view(at::kFloat);
+  if (std::isnan(rows.amax().item<double>())) {
+    y.masked_fill_(rows.isnan().any(1, /*keepdim=*/true), std::numeric_limits<double>::quiet_NaN());
+  }
+  if (input.dim() == 2) {
+    return y;
+  }
+  auto shape = input.sizes().vec();
+  shape.back() = weight.size(0);
+  return y.view(shape);
 }
 
 } // namespace qatfast

@@ -154,6 +154,9 @@ constexpr int64_t depthwise_vector = 16;     // channels
 constexpr int64_t depthwise_group_size = 64; // channels
 constexpr int64_t depthwise_tile = 16;       // outputs
 
+// Sums of so many products of levels up to 255 and int8 stay below 2^24: float32 holds them.
+constexpr int64_t most_depthwise_taps = 512;
+
 // Output = (sum of values * weight + offset) * scale + bias, for integers with instructions for dot products. The
 // arrays of the channels are filled up with zeros to a multiple of depthwise_vector.
 struct DepthwiseDotProducts {

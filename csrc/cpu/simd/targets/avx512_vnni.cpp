@@ -18,7 +18,7 @@
 #endif
 #include "cpu/simd/vec-inl.h"
 //
-#include "cpu/simd/dot_product-inl.h"
+#include "cpu/simd/depthwise_dot_product-inl.h"
 #include "cpu/simd/pointwise-inl.h"
 #ifdef __clang__
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-// Convolutions by instructions for dot products of four uint8 and int8, whose sums are exact in 32 bits.
+// Depthwise convolutions by instructions for dot products of four uint8 and int8, whose sums are exact in 32 bits.
 
 namespace qatfast::cpu {
 namespace {

@@ -1,5 +1,5 @@
+// What the int8 GEMM needs besides the product: rows of integers, and the outputs from the sums.
 #include "cuda/dynamic_quantize.cuh"
-#include "cuda/dynamic_quantize.h"
 #include "cuda/static_quantize.cuh"
 #include "cuda/launch.h"
 
@@ -213,21 +213,6 @@ void launch_quantize_rows(
 }
 
 } // namespace
-
-void qat_linear(c10::ArrayRef<FakeQuantizeTask> weight_and_bias) {
-  c10::SmallVector<DynamicTask, 2> tasks;
-  for (const auto& task : weight_and_bias) {
-    if (task.from.numel() > 0) {
-      tasks.push_back({task.from, task.to, task.spec, {}, {}});
-    }
-  }
-  if (tasks.size() == 2 && tasks[0].from.scalar_type() == tasks[1].from.scalar_type()) {
-    return launch_dynamic_quantize(tasks);
-  }
-  for (const auto& task : tasks) {
-    launch_dynamic_quantize(task);
-  }
-}
 
 void quantize_rows(const at::Tensor& x, const QuantSpec& spec, const Int8Rows& to) {
   if (spec.granularity.kind != Granularity::per_tensor) {

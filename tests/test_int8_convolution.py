@@ -481,6 +481,15 @@ def test_errors_of_a_depthwise_convolution(kernels, message, changes):
         kernels.int8_conv_depthwise(*arguments.values())
 
 
+def test_the_integers_of_an_empty_input(kernels, device):
+    x = torch.empty(0, 3, 4, 4, device=device)
+    grid = torch.tensor(0.1, device=device), torch.tensor(7, dtype=torch.int32, device=device)
+    arguments = (x, *grid, None, None, None, 0.0, QuantSpec().code, True)
+    values, mask, *_, shifted, poison = torch.ops.qatfast.int8_conv_input(*arguments)
+    assert values.shape == x.shape and mask.numel() == 0
+    assert shifted.item() == 7 and poison.item() == 0
+
+
 def test_a_product_of_floats_says_so(kernels):
     words = r"int8_mm: expected int8 matrices .*, got float32 of shape \(2, 3\) and int8 of shape \(4, 3\)"
     with pytest.raises(ValueError, match=words):

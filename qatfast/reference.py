@@ -156,6 +156,10 @@ def observe_range(
     """
     op = "observe_range"
     quant_min, quant_max = _check_dynamic(op, input, num_bits, symmetric, granularity, narrow_range)
+    shape = checks.shape_of_qparams(input.shape, granularity)
+    for name, state in (("running_min", running_min), ("running_max", running_max)):
+        if state.shape != shape:
+            raise ValueError(f"{op}: expected {name} to have shape {tuple(shape)}, got {tuple(state.shape)}")
     x = input.detach()
     lo, hi = (end.float().clamp(-FLOAT32_MAX, FLOAT32_MAX) + 0.0 for end in _range(x, granularity))
     is_finite = _any_finite(x, granularity)

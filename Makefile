@@ -74,7 +74,7 @@ $(VENV)/.asked: FORCE
 $(VENV)/.version: FORCE
 	$(call remember,$(VERSION))
 $(VENV)/.switches: FORCE
-	$(call remember,$(foreach v,CXX FORCE_CUDA TORCH_CUDA_ARCH_LIST CUDA_HOME QATFAST_NO_EXT QATFAST_DEBUG QATFAST_SANITIZE,$(call given,$(v))))
+	$(call remember,$(foreach v,CXX FORCE_CUDA TORCH_CUDA_ARCH_LIST CUDA_HOME QATFAST_NO_EXT QATFAST_NATIVE QATFAST_DEBUG QATFAST_SANITIZE,$(call given,$(v))))
 
 # This file contains the version of the installed torch. It is a constraint for pip, so that other
 # packages do not replace torch.

@@ -1,7 +1,7 @@
 """Builds the extension qatfast._C, and writes the build record qatfast/_build.json.
 
 All other metadata of the package is in pyproject.toml. Environment variables: CXX, MAX_JOBS,
-FORCE_CUDA=1|0, TORCH_CUDA_ARCH_LIST, CUDA_HOME, QATFAST_NO_EXT=1, QATFAST_DEBUG=1 and
+FORCE_CUDA=1|0, TORCH_CUDA_ARCH_LIST, CUDA_HOME, QATFAST_NO_EXT=1, QATFAST_NATIVE=1, QATFAST_DEBUG=1 and
 QATFAST_SANITIZE=address|undefined|thread (several separated by commas).
 """
 
@@ -144,12 +144,13 @@ def gpus():
 
 
 def targets_left_out():
-    """Returns the files of csrc/cpu/simd/targets that a build with sanitizers does not need.
+    """Returns the files of csrc/cpu/simd/targets that a build for this processor does not need.
 
-    Their loops do not run on this processor, or not with its ATEN_CPU_CAPABILITY, and compiling them
-    takes as long as compiling the others.
+    Such a build is that of QATFAST_NATIVE=1, and that with sanitizers. The loops in these files do not
+    run on this processor, or not with its ATEN_CPU_CAPABILITY, and compiling them takes as long as
+    compiling the others.
     """
-    if not sanitize:
+    if not (sanitize or switch("QATFAST_NATIVE")):
         return set()
     run = {"AVX512": {"avx512", "avx512_vnni"}, "AVX2": {"avx2"}}.get(
         torch.backends.cpu.get_cpu_capability(), {"baseline"}

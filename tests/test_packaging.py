@@ -26,6 +26,7 @@ SWITCHES = (
     "CUDA_HOME",
     "FORCE_CUDA",
     "QATFAST_NO_EXT",
+    "QATFAST_NATIVE",
     "QATFAST_DEBUG",
     "QATFAST_SANITIZE",
     "PYTHONPATH",
@@ -397,17 +398,18 @@ def test_switches_reach_the_compiler_and_the_record(project):
 
 @needs_source
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-@pytest.mark.parametrize("sanitize, compiled", [("", {"baseline", "avx2"}), ("undefined", {"baseline"})])
-def test_a_build_with_sanitizers_has_the_loops_of_this_processor_only(project, sanitize, compiled):
+@pytest.mark.parametrize("switch", [{}, {"QATFAST_SANITIZE": "undefined"}, {"QATFAST_NATIVE": "1"}], ids=str)
+def test_a_build_for_this_processor_has_its_loops_only(project, switch):
     (project / "csrc" / "python.cpp").write_text('extern "C" void* PyInit__C() { return nullptr; }\n')
     targets = project / "csrc" / "cpu" / "simd" / "targets"
     targets.mkdir(parents=True)
     for name in ("baseline", "avx2"):
         (targets / f"{name}.cpp").touch()
-    switches = {"QATFAST_SANITIZE": sanitize, "ATEN_CPU_CAPABILITY": "default", "QATFAST_DEBUG": "1"}
+    switches = {**switch, "ATEN_CPU_CAPABILITY": "default", "QATFAST_DEBUG": "1"}
     run = succeeds(python("setup.py", "-q", "build_ext", "--inplace", cwd=project, **switches))
+    compiled = {"baseline"} if switch else {"baseline", "avx2"}
     assert set(re.findall(r" -c \S*/targets/(\w+)\.cpp", run.stdout)) == compiled
-    assert ("-DQATFAST_WITHOUT_AVX2=1" in run.stdout) == bool(sanitize)
+    assert ("-DQATFAST_WITHOUT_AVX2=1" in run.stdout) == bool(switch)
     assert "WITHOUT_BASELINE" not in run.stdout
 
 

@@ -289,7 +289,7 @@ def traced_linear(
     input: Tensor, scale: Tensor, zero_point: Tensor, ends: tuple[int, int], operands: Operands
 ) -> Tensor:
     """:func:`linear` as an operator."""
-    return torch.ops.qatfast.integer_linear(input, scale, zero_point, *ends, *operands[:6])
+    return torch.ops.qatfast.integer_linear(input, scale, zero_point, *ends, *_traced(operands))
 
 
 def traced_conv(
@@ -304,5 +304,11 @@ def traced_conv(
 ) -> Tensor:
     """:func:`conv` as an operator."""
     return torch.ops.qatfast.integer_conv(
-        input, scale, zero_point, *ends, *operands[:6], list(kernel_size), *geometry, channels_last
+        input, scale, zero_point, *ends, *_traced(operands), list(kernel_size), *geometry, channels_last
     )
+
+
+def _traced(operands: Operands) -> tuple[Tensor, ...]:
+    """Returns the fields that the operators take: torch.compile of torch 2.8 traces no slice of a named tuple."""
+    weight, b32, factor, low, high, y_scale, *_ = operands
+    return weight, b32, factor, low, high, y_scale

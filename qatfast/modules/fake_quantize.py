@@ -338,6 +338,13 @@ class FakeQuantize(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
+        for name, own in (*self._parameters.items(), *self._buffers.items()):
+            value, key = state_dict.get(prefix + name), prefix + name
+            is_reported = any(key in message for message in error_msgs)
+            # Earlier versions of torch load the first element of a vector into a scalar.
+            if isinstance(value, Tensor) and value.shape != own.shape and not is_reported:  # type: ignore[union-attr]
+                shapes = f"{tuple(value.shape)} in the checkpoint, {tuple(own.shape)} in the module"  # type: ignore[union-attr]
+                error_msgs.append(f"size mismatch for {key}: {shapes}")
         if not is_float:
             missing_keys += missing
             self._is_observed, self._latest, self._loaded_with = False, {}, error_msgs

@@ -68,17 +68,17 @@ def qat_conv(
         return geometry.convolve(fake_quantized_input(), w_hat, b_hat)
     assert x_spec is not None and w_spec is not None
     tensors = (input, weight) if bias is None else (input, weight, bias)
-    x_grid = _grid(input, x_spec, grids.get("input"))
+    x_grid = ranges.grid_of_blocks(input, x_spec, grids.get("input"))
     ops = kernels.route(*tensors)
     if ops is None or not int8_convolution.takes(input) or kernels.is_forward_mode():
         product = geometry.convolve(fake_quantized_input(), fake_quantized_weight(), b_hat)
         rows = geometry.to_rows(weight.detach())
-        w_grid = _grid(rows, w_spec, grids.get("weight"))
+        w_grid = ranges.grid_of_blocks(rows, w_spec, grids.get("weight"))
         x = pad(input.detach())
         value = _exact_result(x, x_spec, x_grid, rows, w_spec, w_grid, b_hat, weight.shape, geometry)
         return reference._straight_through(product.to(value.dtype), value)
 
-    w = kept(lambda: _int8_weight(geometry.to_rows(weight.detach()), w_spec, grids.get("weight")))
+    w = kept(lambda: ranges.quantized_weight(geometry.to_rows(weight.detach()), w_spec, grids.get("weight")))
     call: Any = int8_convolution.forward if ops is kernels.extension else traced_forward
     value, q, poison = call(
         pad(input.detach()),
@@ -216,22 +216,6 @@ def _symmetric_int8_weight(weight: Tensor, spec: QuantSpec, geometry: Geometry) 
     if not geometry.transposed:
         values = geometry.from_memory_rows(values, weight)
     return Int8Weight(values, scale, zero_point, total=total)
-
-
-def _grid(x: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Returns the scale and the zero point that quantize ``x``, in the shape of its blocks."""
-    if grid is None:
-        return functional.choose_qparams(x.detach(), **spec.arguments)
-    shape = checks.shape_of_qparams(x.shape, spec.granularity)
-    return checks.positive_scale(grid[0]).reshape(shape), grid[1].reshape(shape)
-
-
-def _int8_weight(rows: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> Int8Weight:
-    scale, zero_point = _grid(rows, spec, grid)
-    ends = (spec.quant_min, spec.quant_max)
-    values = functional.quantize(rows, scale, zero_point, *ends, granularity=spec.granularity)
-    zero_points = zero_point.reshape(-1).expand(rows.shape[0])
-    return Int8Weight(values, ranges.scale_of_rows(rows, scale), zero_points)
 
 
 def _exact_result(

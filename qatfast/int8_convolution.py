@@ -461,7 +461,7 @@ def _operands_of_windows(
     stride, padding, dilation, groups = convolution
     rows: Any = None if weight.packed is None else weight.packed.get("rows")
     if rows is None:
-        rows = _int8_rows(kernel.movedim(1, -1).flatten(1), weight)
+        rows = int8_rows(kernel.movedim(1, -1).flatten(1), weight)
         if weight.packed is not None:
             weight.packed["rows"] = rows
     spread = geometry.stride if geometry.transposed else (1,) * len(geometry.stride)
@@ -486,7 +486,7 @@ def product_of_rows(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.qatfast.int8_product(rows_of(x), rows_of(weight), None)
 
 
-def _int8_rows(matrix: Tensor, weight: Int8Weight) -> tuple[Tensor, ...]:
+def int8_rows(matrix: Tensor, weight: Int8Weight) -> tuple[Tensor, ...]:
     """Returns the values (int8), scales, zero points and sums of levels of the rows of a weight."""
     zero_point = weight.zero_point
     if matrix.dtype == torch.uint8:

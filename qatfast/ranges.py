@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import checks, functional, kernels, reference, weight_cache
 from .config import Learned, QATConfig, QuantSpec
+from .int8_convolution import Int8Weight, int8_rows
 
 
 def observe_range(
@@ -241,10 +242,12 @@ def kept_weight(
         if kernels.route(weight) is None:
             return (), weight, config
         grid = grids["weight"]
-        int8_weight = weight_cache.kept_for(
-            slot, weight, config, [*grid], lambda: _int8_weight(weight.detach(), spec, *grid)
-        )
-        return int8_weight, weight, config
+
+        def as_rows() -> tuple[Tensor, ...]:
+            quantized = quantized_weight(weight.detach(), spec, grid)
+            return int8_rows(quantized.values, quantized)
+
+        return weight_cache.kept_for(slot, weight, config, [*grid], as_rows), weight, config
     if "weight" not in grids:
         w_hat, others = weight_cache.quantized(slot, weight, config)
         return ((), weight, config) if others is None else ((), w_hat, others)
@@ -256,15 +259,21 @@ def kept_weight(
     return (), w_hat, weight_cache.without_weight(config)
 
 
-def _int8_weight(weight: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, ...]:
-    """Returns the weight with a static range as qat_linear_int8_weight returns one with a dynamic range."""
-    scale, ends = checks.positive_scale(scale), (spec.quant_min, spec.quant_max)
-    q = functional.quantize(weight, scale, zero_point, *ends, granularity=spec.granularity)
-    shift = 128 if spec.quant_min >= 0 else 0
-    values = (q.to(torch.int16) - shift).to(torch.int8)
-    zero_points = zero_point.reshape(-1).expand(len(weight)) - shift
-    level_sums = values.sum(1, dtype=torch.int64) - weight.shape[1] * zero_points.long()
-    return values, scale_of_rows(weight, scale), zero_points.contiguous(), level_sums
+def quantized_weight(rows: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> Int8Weight:
+    """Returns the integers of a weight with a row per output channel; ``grid`` is None if its range is Dynamic."""
+    scale, zero_point = grid_of_blocks(rows, spec, grid)
+    ends = (spec.quant_min, spec.quant_max)
+    values = functional.quantize(rows, scale, zero_point, *ends, granularity=spec.granularity)
+    zero_points = zero_point.reshape(-1).expand(rows.shape[0])
+    return Int8Weight(values, scale_of_rows(rows, scale), zero_points)
+
+
+def grid_of_blocks(x: Tensor, spec: QuantSpec, grid: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Returns the scale and the zero point that quantize ``x``, in the shape of its blocks."""
+    if grid is None:
+        return functional.choose_qparams(x.detach(), **spec.arguments)
+    shape = checks.shape_of_qparams(x.shape, spec.granularity)
+    return checks.positive_scale(grid[0]).reshape(shape), grid[1].reshape(shape)
 
 
 def scale_of_rows(rows: Tensor, scale: Tensor) -> Tensor:

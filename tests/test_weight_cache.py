@@ -190,8 +190,12 @@ def test_weights_of_layers_with_ranges_are_quantized_once(kernels, config, kind)
         assert len(operators.seen) - first < first
 
 
-def test_another_scale_is_another_weight():
-    layer, x = QATLinear(8, 4, config=QATConfig.static(4)), numbers(3, 8)
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_another_scale_is_another_weight(kind):
+    if kind == "linear":
+        layer, x = QATLinear(8, 4, config=QATConfig.static(4)), numbers(3, 8)
+    else:
+        layer, x = qatfast.QATConv2d(4, 6, 2, config=QATConfig.static(4)), numbers(2, 4, 5, 5)
     layer(x)
     layer.eval()
     with torch.no_grad(), cached_weights(layer):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import checks, functional, kernels, reference, requantization
+from ..int8_convolution import Int8Weight, int8_rows
 from ..modules import QATLinear
 from ..modules.linear import _forward_nested
 from ..requantization import Operands
@@ -115,8 +116,7 @@ class IntegerLinear(IntegerLayer):
         x_levels, _ = reference._levels(input, self.config.input, grid)  # type: ignore[arg-type]
         return x_levels @ self._levels().t()
 
-    def _int8_weight(self, compute: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _int8_weight(self, compute: torch.dtype) -> tuple[Tensor, ...]:
         """Returns the weight as ``qat_linear_int8_weight`` does."""
-        values, (scale, zero_point) = self.integers().contiguous(), self._rows_of_grid()
-        sums = values.sum(1, dtype=torch.int64) - zero_point.long() * self.in_features
-        return values, scale.to(compute), zero_point, sums
+        values, (scale, zero_point) = self.integers(), self._rows_of_grid()
+        return int8_rows(values, Int8Weight(values, scale.to(compute), zero_point))

@@ -206,7 +206,9 @@ class _QATConv(QuantizedLayer, _ConvNd):
         ``grid`` is that of a range that is not Dynamic. Its scale may need a gradient, which integers do not pass.
         """
         slot = weight_cache.slot_of(self)
-        if slot is None or (grid is not None and torch.is_grad_enabled() and not self._uses_int8_gemm()):
+        if slot is None or (
+            grid is not None and torch.is_grad_enabled() and not self.config.uses_int8_gemm(self._fan_in)
+        ):
             return quantize()
 
         def to_keep() -> Any:
@@ -216,9 +218,6 @@ class _QATConv(QuantizedLayer, _ConvNd):
         if grid is not None:
             return weight_cache.kept_for(slot, self.weight, self.config, [*grid], to_keep)
         return weight_cache.kept(slot, self.weight, self.config, to_keep)
-
-    def _uses_int8_gemm(self) -> bool:
-        return self.config.uses_int8_gemm(self._fan_in)
 
 
 class _QATConvNd(_QATConv):

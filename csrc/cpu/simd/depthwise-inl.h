@@ -78,7 +78,7 @@ QATFAST_INLINE void add_products(const float* grad, const float* x, int64_t begi
   }
 }
 
-// Of any sign, unlike at::ceil_div.
+// Rounds the quotient up, also that of a negative value, which at::ceil_div does not.
 inline int64_t quotient_rounded_up(int64_t value, int64_t divisor) {
   return value > 0 ? (value + divisor - 1) / divisor : -(-value / divisor);
 }
